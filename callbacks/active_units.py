@@ -1,0 +1,147 @@
+"""Active units: how many latent dimensions carry information about the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def variance_of_means(means: Tensor) -> Tensor:
+    r"""Compute the variance over the data of each dimension's posterior mean.
+
+    .. math:: A_j = \operatorname{Var}_x \left( E_{q(z|x)}[z_j] \right)
+
+    It is the population variance (divided by N), in float64.
+
+    Args:
+        means: Posterior means, of shape ``(N, k)``.
+
+    Returns:
+        The variances, of shape ``(k,)``.
+    """
+    return means.double().var(dim=0, correction=0)
+
+
+def active_units(means: Tensor, threshold: float = 0.01) -> Tensor:
+    """Count the active units of a set of posterior means.
+
+    A latent dimension is active if the variance of its posterior mean over the data is larger than ``threshold``.
+
+    Args:
+        means: Posterior means, of shape ``(N, k)``.
+        threshold: Variance that an active dimension exceeds.
+
+    Returns:
+        The number of active dimensions.
+
+    References:
+        Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", 2015, section 5.2.
+
+    Example::
+
+        >>> active_units(torch.tensor([[-1.0, 5.0], [1.0, 5.0]]))
+        tensor(1)
+    """
+    return (variance_of_means(means) > threshold).sum()
+
+
+def moments(values: Tensor) -> Tensor:
+    """Summarise values of shape ``(N, k)`` as count, mean and sum of squared deviations, of shape ``(3, k)``."""
+    values = values.double()
+    mean = values.sum(dim=0) / max(len(values), 1)
+    return torch.stack([torch.full_like(mean, len(values)), mean, (values - mean).square().sum(dim=0)])
+
+
+def merge_moments(states: Tensor) -> Tensor:
+    r"""Merge the moments of several sets of values into the moments of their union.
+
+    .. math::
+        n = \sum_i n_i \qquad m = \frac{1}{n} \sum_i n_i m_i \qquad
+        M_2 = \sum_i M_{2,i} + \sum_i n_i (m_i - m)^2
+
+    No square of a raw value appears, so that a small variance beside a large mean keeps its digits.
+
+    Args:
+        states: One set's count, mean and sum of squared deviations in each row, of shape ``(sets, 3, k)``. Empty sets
+            are fine.
+
+    Returns:
+        The same three of the union, of shape ``(3, k)``.
+
+    References:
+        Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+    counts, means, deviations = states.unbind(dim=1)
+    count = counts.sum(dim=0)
+    mean = (counts * means).sum(dim=0) / count.clamp(min=1)
+    deviation = (deviations + counts * (means - mean).square()).sum(dim=0)
+    return torch.stack([count, mean, deviation])
+
+
+class ActiveUnits(Metric):
+    """Counts the active units over a stream of batches, in constant memory and exactly over any number of processes.
+
+    A latent dimension is active if the variance of its posterior mean over the data is larger than ``threshold``
+    (Burda et al. 2015). The moments are float64 and are merged, not summed: see :func:`merge_moments`.
+
+    As input to ``forward`` and ``update`` the metric accepts posterior means of shape ``(N, dim)``; N may be 0.
+    As output of ``forward`` and ``compute`` it returns the number of active dimensions.
+
+    Args:
+        dim: Number of latent dimensions.
+        threshold: Variance that an active dimension exceeds.
+        kwargs: Options of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``dim`` is not positive, ``threshold`` is negative, or means of another shape arrive.
+
+    Example::
+
+        >>> metric = ActiveUnits(dim=2)
+        >>> metric.update(torch.tensor([[-1.0, 5.0]]))
+        >>> metric.update(torch.tensor([[1.0, 5.0]]))
+        >>> metric.compute()
+        tensor(1)
+        >>> metric.variance
+        tensor([1., 0.], dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    moments: Tensor
+
+    def __init__(self, dim: int, threshold: float = 0.01, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if dim < 1:
+            raise ValueError(f"`dim` must be at least 1, got {dim}.")
+        if threshold < 0:
+            raise ValueError(f"`threshold` must be at least 0, got {threshold}.")
+        self.dim = dim
+        self.threshold = threshold
+        # One packed state: torchmetrics merges each state by itself, and mean and deviation need each other's counts.
+        self.add_state("moments", torch.zeros(3, dim, dtype=torch.float64), dist_reduce_fx=merge_moments)
+
+    @property
+    def count(self) -> Tensor:
+        """Number of observations so far."""
+        return self.moments[0, 0]
+
+    @property
+    def variance(self) -> Tensor:
+        """Variance of each dimension's posterior mean over the observations so far, of shape ``(dim,)``."""
+        return self.moments[2] / self.moments[0].clamp(min=1)
+
+    def update(self, means: Tensor) -> None:
+        """Add the posterior means of a batch."""
+        if means.ndim != 2 or means.shape[1] != self.dim:
+            raise ValueError(f"`means` must have shape (N, {self.dim}), got {tuple(means.shape)}.")
+        self.moments = merge_moments(torch.stack([self.moments, moments(means.detach())]))
+
+    def compute(self) -> Tensor:
+        """Count the active dimensions."""
+        return (self.variance > self.threshold).sum()

@@ -1,0 +1,65 @@
+"""One base class that runs under either Lightning."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback as _Callback
+    from lightning.pytorch import LightningModule, Trainer
+else:
+    # `lightning.pytorch` and `pytorch_lightning` hold distinct class trees, and each one's Trainer and LightningCLI
+    # refuse the other's callbacks. Deriving from both satisfies both; every hook has the same signature in each.
+    _bases = []
+    for _name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            _bases.append(importlib.import_module(_name).Callback)
+        except ImportError:
+            continue
+    _Callback = type("_Callback", tuple(dict.fromkeys(_bases)), {})
+
+
+class Callback(_Callback):
+    """Base of this package's callbacks: a Lightning callback that the Trainers of both Lightning packages accept.
+
+    Besides, it holds the two things every callback here needs from a Trainer: on which step it is, and whether this
+    step's values will reach the loggers.
+    """
+
+    @staticmethod
+    def step(trainer: Trainer) -> int:
+        """Number of batches that stepped before this one: the loggers' own x-axis.
+
+        Equal to ``trainer.global_step`` with one optimizer, and right with several, where ``global_step`` counts each
+        optimizer's step.
+        """
+        return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    @staticmethod
+    def logs_now(trainer: Trainer) -> bool:
+        """Whether the Trainer passes the values of this training batch to the loggers.
+
+        Meant for ``on_train_batch_end``; a batch that only accumulates gradients never logs.
+        """
+        if trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization:
+            return False
+        return bool(trainer._logger_connector.should_update_logs) or bool(trainer.fast_dev_run)
+
+    @staticmethod
+    def log_now(
+        pl_module: LightningModule, values: dict[str, Tensor | float], prog_bar: bool = False, sync: bool = False
+    ) -> None:
+        """Log values of this very moment under the keys as they are: to every logger, for monitors, in the bar.
+
+        From ``on_train_batch_end`` on logging steps, from an epoch's end, or from ``on_validation_epoch_end``. At the
+        end of an epoch Lightning asks for ``sync`` where there are several processes.
+        """
+        tensors: dict[str, Any] = {
+            name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            for name, value in values.items()
+        }
+        pl_module.log_dict(tensors, prog_bar=prog_bar, batch_size=1, rank_zero_only=False, sync_dist=sync)

@@ -1,0 +1,119 @@
+"""Whether a posterior has collapsed, told from what was measured of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+_REMEDIES = {
+    "collapsed": (
+        "The pressure on the rate is too strong, or the decoder does without the latents. Let `KLAnnealing` raise beta "
+        "slowly (or in cycles), give each dimension a floor with `FreeBits` (start at 0.5 nats), lower beta, or weaken "
+        "the decoder. With a Gaussian likelihood, learn its variance: fixed too large it collapses the model, and no "
+        "schedule cures that."
+    ),
+    "offset": (
+        "Free bits guarantee KL, not information: a dimension reaches its floor by a shift or a width that is the same "
+        "for every x. Lower or drop the floor of `FreeBits`, take it over the whole KL instead of each dimension, or "
+        "use `KLAnnealing` instead; with fewer latent dimensions there are fewer to hold up."
+    ),
+    "uninformative": (
+        "The rate moves all posteriors away from the prior together instead of telling observations apart. Lower the "
+        "floor of `FreeBits`, lower beta or learn the decoder's variance so that information pays, or give the prior "
+        "that shape; `latent/marginal_kl` is what is wasted."
+    ),
+    "pruned": "Nothing: the data fill fewer dimensions than there are. As many as are active would do.",
+    "healthy": "Nothing.",
+}
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What state a posterior is in, why, and what to do about it.
+
+    Attributes:
+        state: ``"collapsed"``, ``"offset"`` or ``"uninformative"``, which are alarms; ``"pruned"`` or ``"healthy"``.
+        reason: What was measured, in words and numbers.
+        remedy: What to try next.
+    """
+
+    state: Literal["collapsed", "offset", "uninformative", "pruned", "healthy"]
+    reason: str
+
+    @property
+    def alarm(self) -> bool:
+        """Whether something is wrong."""
+        return self.state in ("collapsed", "offset", "uninformative")
+
+    @property
+    def remedy(self) -> str:
+        """What to try next."""
+        return _REMEDIES[self.state]
+
+
+def diagnose(
+    rate_per_dimension: Tensor | None,
+    variance_of_means: Tensor,
+    mutual_information: float | None,
+    observations: int,
+    min_rate: float = 0.5,
+    threshold: float = 0.01,
+) -> Diagnosis:
+    """Tell a collapsed posterior from one that is merely smaller than its space.
+
+    The first that holds:
+
+    - *collapsed*: no dimension is active, or the active ones' rate is below ``min_rate``;
+    - *offset*: the inactive dimensions carry more than 10 % of the rate, which is KL spent without information;
+    - *uninformative*: the rate R is below 0.7 log M and the mutual information below R / 2. Above that the estimate's
+      cap, log M, says nothing;
+    - *pruned*: some dimensions are active, not all;
+    - *healthy*: all are.
+
+    A dimension is active if the variance of its posterior mean over the data exceeds ``threshold`` (Burda et al.,
+    "Importance Weighted Autoencoders", 2015).
+
+    Args:
+        rate_per_dimension: Mean KL divergence of posterior and prior of each dimension, in nats, of shape ``(k,)``;
+            ``None`` where it has no closed form. What depends on it is then left out.
+        variance_of_means: Variance over the data of each dimension's posterior mean, of shape ``(k,)``.
+        mutual_information: Mutual information of data and latents in nats; ``None`` where it was not estimated.
+        observations: Number of observations M that estimate comes from.
+        min_rate: Rate in nats that the active dimensions need at least.
+        threshold: Variance that an active dimension exceeds.
+
+    Returns:
+        The state, with what was measured and what to try next.
+
+    Example::
+
+        >>> diagnose(torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.0]), 1.9, observations=2048).state
+        'pruned'
+    """
+    active = variance_of_means > threshold
+    number, total = int(active.sum()), active.numel()
+    units = (
+        f"{number} of {total} latent dimensions are active (variance of the posterior mean above {threshold:g}; "
+        f"the largest is {float(variance_of_means.max()):.3g})"
+    )
+    spread: Literal["pruned", "healthy"] = "healthy" if number == total else "pruned"
+    if rate_per_dimension is None:
+        return Diagnosis(spread if number else "collapsed", units + ".")
+
+    rate = float(rate_per_dimension.sum())
+    inactive_rate = float(rate_per_dimension[~active].sum())
+    rates = f"{units}, and of the rate of {rate:.3g} nats inactive ones carry {inactive_rate:.3g}"
+    if number == 0 or rate - inactive_rate < min_rate:
+        return Diagnosis("collapsed", f"{rates}; active ones need {min_rate:g}.")
+    if inactive_rate > 0.1 * rate:
+        return Diagnosis("offset", f"{rates}, more than 10 %.")
+    if mutual_information is None:
+        return Diagnosis(spread, f"{rates}.")
+
+    information = f"{rates}. The mutual information of {observations} observations is {mutual_information:.3g} nats"
+    if rate < 0.7 * math.log(max(observations, 1)) and mutual_information < 0.5 * rate:
+        return Diagnosis("uninformative", f"{information}, less than half the rate.")
+    return Diagnosis(spread, f"{information}.")

@@ -1,0 +1,402 @@
+"""Watching for posterior collapse while a model trains."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.distributions import Distribution, Normal, kl_divergence
+from typing_extensions import override
+
+from .active_units import ActiveUnits
+from .base import Callback
+from .collapse import Diagnosis, diagnose
+from .heat_map import heat_map
+from .mutual_information import MutualInformation, mutual_information
+from .posterior import PosteriorReader, read_prior
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class CollapseDetector(Callback):
+    """Tell when a VAE's posterior collapses, and what to do about it.
+
+    After each validation pass it knows, over all of the validation data and all processes, each latent dimension's rate
+    and the variance of its posterior mean, and the mutual information of data and latents. From these it tells a
+    collapsed posterior from one that only has dimensions to spare (see :func:`~.collapse.diagnose`). It reads the
+    posteriors that the module computes anyway and runs no forward pass of its own. Where the run has no validation, a
+    pass is a training epoch; its posteriors are then those of each step, as the model was at that step.
+
+    Logged are ``latent/active_units``, ``latent/active_fraction``, ``latent/mutual_information``,
+    ``latent/marginal_kl`` (rate minus mutual information) and ``collapse/alarm`` (1 while an alarm is on). TensorBoard
+    also gets the pictures ``latent/rate_per_dimension`` and ``latent/variance_per_dimension``, with a column for each
+    pass, and the alarm's text as ``collapse/message``. The mutual information can't exceed the logarithm of the number
+    of observations it comes from (7.6 nats for 2048): above 90 % of that read it as "at least". For a posterior that is
+    not a diagonal Gaussian there are only the active units; with a prior that is not one there is no rate.
+
+    In ``trainer.validate`` it measures and logs too, and reports an alarm at once.
+
+    Args:
+        posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
+            submodule that outputs it, a pair of paths for its two parameters, or a callable
+            ``(pl_module, batch) -> q(z|x)``. See :class:`~.posterior.PosteriorReader`.
+        second: What stands beside the mean where the posterior is a pair of tensors: ``"log_variance"``,
+            ``"variance"``, ``"scale"`` or ``"log_scale"``.
+        min_rate: Rate in nats below which the active dimensions together count as collapsed.
+        threshold: Variance of the posterior mean that an active dimension exceeds.
+        observations: Number of observations that the mutual information is estimated from: the first by ``"index"``
+            where the batch is a dict with that key, otherwise by position.
+        patience: Number of passes in a row that must look alarming before there is an alarm.
+        warmup: Number of passes at the start of training that never count. With an annealed KL weight, make it as many
+            as the schedule takes to reach its end.
+        on_alarm: What to do on an alarm, once for each state: ``"warn"``, ``"stop"`` (warn and stop training), or a
+            callable ``(trainer, pl_module, diagnosis)`` that takes over. It runs on every process.
+
+    Raises:
+        ValueError: If an option is out of its range, or the posterior is not found where it should be.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[CollapseDetector(posterior=("encoder.mean", "encoder.log_variance"))])
+    """
+
+    def __init__(
+        self,
+        posterior: str | tuple[str, str] | Callable[[LightningModule, Any], Any] | None = None,
+        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        min_rate: float = 0.5,
+        threshold: float = 0.01,
+        observations: int = 2048,
+        patience: int = 2,
+        warmup: int = 1,
+        on_alarm: Literal["warn", "stop"] | Callable[[Trainer, LightningModule, Diagnosis], Any] = "warn",
+    ) -> None:
+        for name, value, least in (
+            ("min_rate", min_rate, 0),
+            ("threshold", threshold, 0),
+            ("observations", observations, 2),
+            ("patience", patience, 1),
+            ("warmup", warmup, 0),
+        ):
+            if not value >= least:
+                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        if not (on_alarm in ("warn", "stop") or callable(on_alarm)):
+            raise ValueError(
+                f"`on_alarm` must be 'warn', 'stop' or a callable `(trainer, pl_module, diagnosis)`, got {on_alarm!r}."
+            )
+        self.posterior = posterior
+        self.min_rate = min_rate
+        self.threshold = threshold
+        self.observations = observations
+        self.patience = patience
+        self.warmup = warmup
+        self.on_alarm = on_alarm
+        self._reader = PosteriorReader(posterior, second)
+        self._pass: _Pass | None = None
+        self._watches_training = False
+        self._passes = 0
+        self._alarming_passes = 0
+        self._reported = ""
+        self._rates: list[Tensor] = []
+        self._variances: list[Tensor] = []
+
+    @property
+    @override
+    def state_key(self) -> str:
+        """Key of the saved state: detectors of different posteriors stand side by side."""
+        posterior = getattr(self.posterior, "__qualname__", self.posterior)
+        return self._generate_state_key(posterior=posterior)
+
+    @override
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        """Watch the training epochs where there is no validation."""
+        self._watches_training = not _validates(trainer)
+        if self._watches_training:
+            rank_zero_info("CollapseDetector: this run has no validation, so each training epoch is measured instead.")
+
+    @override
+    def on_train_epoch_start(self, _trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a pass where there is no validation."""
+        if self._watches_training:
+            self._begin(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, _outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Take the batch's posterior where there is no validation."""
+        if self._watches_training:
+            self._take(trainer, pl_module, batch)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the pass where there is no validation."""
+        if self._watches_training:
+            self._finish(trainer, pl_module)
+
+    @override
+    def on_validation_epoch_start(self, _trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin a pass."""
+        self._begin(pl_module)
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, _outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        """Take the batch's posterior; in the sanity check too, so that a wrong ``posterior`` shows at once."""
+        self._take(trainer, pl_module, batch)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Judge the pass, unless it was the sanity check."""
+        if trainer.sanity_checking:
+            self._discard()
+        else:
+            self._finish(trainer, pl_module)
+
+    @override
+    def on_exception(self, *_: Any) -> None:
+        """Leave no hook behind."""
+        self._discard()
+
+    @override
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Leave no hook behind."""
+        self._discard()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return the history: numbers, and one row of each picture's values per pass."""
+        return {
+            "passes": self._passes,
+            "alarming_passes": self._alarming_passes,
+            "reported": self._reported,
+            "rates": torch.stack(self._rates) if self._rates else torch.empty(0),
+            "variances": torch.stack(self._variances) if self._variances else torch.empty(0),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the history."""
+        self._passes = state_dict["passes"]
+        self._alarming_passes = state_dict["alarming_passes"]
+        self._reported = state_dict["reported"]
+        self._rates = list(state_dict["rates"])
+        self._variances = list(state_dict["variances"])
+
+    def _begin(self, pl_module: LightningModule) -> None:
+        self._reader.attach(pl_module)
+        self._pass = _Pass(self.observations)
+
+    @torch.no_grad()
+    def _take(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        assert self._pass is not None
+        posterior = self._reader.read(pl_module, batch)
+        self._pass.append(posterior, read_prior(pl_module), batch, trainer.global_rank, trainer.world_size)
+
+    def _discard(self) -> None:
+        self._reader.detach()
+        self._pass = None
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._pass is not None
+        measured = self._pass.measure(trainer, pl_module)
+        self._discard()
+        if measured is None:
+            return
+        diagnosis = diagnose(
+            measured.rate,
+            measured.variance,
+            measured.mutual_information,
+            measured.observations,
+            self.min_rate,
+            self.threshold,
+        )
+        fitting = trainer.state.fn == "fit"
+        alarm = self._count(diagnosis) if fitting else diagnosis.alarm
+        self._log(trainer, pl_module, measured, alarm)
+        if fitting:
+            self._draw(trainer, measured)
+        if trainer.strategy.reduce_boolean_decision(alarm and diagnosis.state != self._reported, all=False):
+            self._raise_alarm(trainer, pl_module, diagnosis)
+        if fitting:
+            self._reported = diagnosis.state if alarm else ""
+
+    def _count(self, diagnosis: Diagnosis) -> bool:
+        """Count one pass of training; return whether there is an alarm."""
+        self._passes += 1
+        counts = diagnosis.alarm and self._passes > self.warmup
+        self._alarming_passes = self._alarming_passes + 1 if counts else 0
+        return self._alarming_passes >= self.patience
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, measured: _Measured, alarm: bool) -> None:
+        units = int((measured.variance > self.threshold).sum())
+        values: dict[str, Tensor | float] = {
+            "latent/active_fraction": units / measured.variance.numel(),
+            "collapse/alarm": float(alarm),
+        }
+        if measured.mutual_information is not None:
+            values["latent/mutual_information"] = measured.mutual_information
+            if measured.rate is not None:
+                values["latent/marginal_kl"] = float(measured.rate.sum()) - measured.mutual_information
+        sync = trainer.world_size > 1
+        self.log_now(pl_module, {"latent/active_units": float(units)}, prog_bar=True, sync=sync)
+        self.log_now(pl_module, values, sync=sync)
+
+    def _draw(self, trainer: Trainer, measured: _Measured) -> None:
+        self._variances.append(measured.variance.float().cpu())
+        pictures = {"latent/variance_per_dimension": heat_map(torch.stack(self._variances))}
+        if measured.rate is not None:
+            self._rates.append(measured.rate.float().cpu())
+            pictures["latent/rate_per_dimension"] = heat_map(torch.stack(self._rates))
+        for experiment in _experiments(trainer, "add_image"):
+            for tag, picture in pictures.items():
+                experiment.add_image(tag, picture, self.step(trainer))
+
+    def _raise_alarm(self, trainer: Trainer, pl_module: LightningModule, diagnosis: Diagnosis) -> None:
+        message = _message(diagnosis)
+        for experiment in _experiments(trainer, "add_text"):
+            experiment.add_text("collapse/message", message, self.step(trainer))
+        if callable(self.on_alarm):
+            self.on_alarm(trainer, pl_module, diagnosis)
+            return
+        rank_zero_warn(message, category=UserWarning)
+        trainer.should_stop = trainer.should_stop or self.on_alarm == "stop"
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one pass over the data showed; ``None`` stands for what has no closed form."""
+
+    variance: Tensor
+    rate: Tensor | None
+    mutual_information: float | None
+    observations: int
+
+
+class _Pass:
+    """The posteriors of one pass over the data: kept by batch, and folded into moments every ``observations`` rows."""
+
+    def __init__(self, observations: int) -> None:
+        self._observations = observations
+        self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._rows = 0
+        self._dim = 0
+        self._units: ActiveUnits
+        self._information: MutualInformation
+        self._rate_sum: Tensor
+
+    def append(self, posterior: Distribution, prior: Distribution, batch: Any, rank: int, world_size: int) -> None:
+        """Keep what is needed of one batch; NaN stands for what has no closed form."""
+        mean = _by_row(posterior.mean)
+        variance = rate = torch.full_like(mean, math.nan)
+        if isinstance(posterior, Normal):
+            variance = _by_row(posterior.variance)
+            rate = _rate(posterior, prior) if isinstance(prior, Normal) else rate
+        index = _index(batch, len(mean))
+        if index is None:  # as DistributedSampler deals
+            index = rank + world_size * torch.arange(self._rows, self._rows + len(mean))
+        self._batches.append((index.to(mean.device), mean, variance, rate))
+        blocks = self._rows // self._observations
+        self._rows += len(mean)
+        if self._rows // self._observations > blocks:
+            self._fold()
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule) -> _Measured | None:
+        """Merge the moments of all processes; ``None`` if there was no observation at all."""
+        self._fold()
+        # A process without a batch doesn't know the number of dimensions, and must take part in the merging.
+        dim = int(trainer.strategy.reduce(torch.tensor(self._dim, device=pl_module.device), reduce_op="max"))
+        if dim == 0:
+            return None
+        self._open(dim, _exact_device(pl_module.device))
+        self._units.sync()
+        self._information.sync()
+        rate = trainer.strategy.reduce(self._rate_sum, reduce_op="sum") / self._units.count
+        if not self._units.count:
+            return None
+        mean, variance = self._information.posteriors
+        information = float(mutual_information(mean, variance))
+        return _Measured(
+            variance=self._units.variance,
+            rate=None if rate.isnan().all() else rate,
+            mutual_information=None if math.isnan(information) else information,
+            observations=len(mean),
+        )
+
+    def _fold(self) -> None:
+        if not self._batches:
+            return
+        index, mean, variance, rate = (torch.cat(column) for column in zip(*self._batches, strict=True))
+        self._batches = []
+        self._open(mean.shape[1], mean.device)
+        self._units.update(mean)
+        self._information.update(mean, variance, index)
+        self._rate_sum += rate.sum(dim=0)
+
+    def _open(self, dim: int, device: torch.device) -> None:
+        """Make the moments as soon as the number of dimensions is known."""
+        if self._dim == 0:
+            self._dim = dim
+            self._units = ActiveUnits(dim).to(device)
+            self._information = MutualInformation(dim, self._observations).to(device)
+            self._rate_sum = torch.zeros(dim, dtype=torch.float64, device=device)
+
+
+def _exact_device(device: torch.device) -> torch.device:
+    """Where float64 exists: on the device itself, but for Apple's."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.detach().to(_exact_device(values.device)).double()
+
+
+def _by_row(values: Tensor) -> Tensor:
+    """Give every observation one row of float64 values, whatever the shape of the latents."""
+    return _exact(values).reshape(len(values), math.prod(values.shape[1:]))
+
+
+def _rate(posterior: Normal, prior: Normal) -> Tensor:
+    """Compute the KL divergence of posterior and prior of each observation and dimension, in float64."""
+    posterior = Normal(_exact(posterior.loc), _exact(posterior.scale), validate_args=False)
+    prior = Normal(_exact(prior.loc).to(posterior.loc.device), _exact(prior.scale).to(posterior.loc.device))
+    return _by_row(kl_divergence(posterior, prior))
+
+
+def _index(batch: Any, rows: int) -> Tensor | None:
+    """Return what identifies the observations of a batch, if the batch says so."""
+    index = batch.get("index") if isinstance(batch, Mapping) else None
+    fits = isinstance(index, Tensor) and index.shape == (rows,) and not index.is_floating_point()
+    return index if fits else None
+
+
+def _validates(trainer: Trainer) -> bool:
+    """Whether the run has validation passes. Their loaders may not be known yet; if they are, are they empty?"""
+    return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
+
+
+def _experiments(trainer: Trainer, method: str) -> list[Any]:
+    """Return what writes for each logger that has this method, on the process that writes."""
+    if not trainer.is_global_zero:
+        return []
+    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [experiment for experiment in experiments if hasattr(experiment, method)]
+
+
+def _message(diagnosis: Diagnosis) -> str:
+    return "\n".join(
+        [
+            f"CollapseDetector: the posterior is {diagnosis.state}.",
+            textwrap.fill(diagnosis.reason, 110, initial_indent="  Measured: ", subsequent_indent="    "),
+            textwrap.fill(diagnosis.remedy, 110, initial_indent="  Try next: ", subsequent_indent="    "),
+        ]
+    )

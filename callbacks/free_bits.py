@@ -1,0 +1,168 @@
+"""Keep a floor under the rate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.distributions import kl_divergence
+from typing_extensions import override
+
+from .posterior import PosteriorReader, read_prior
+from .scheduled_knob import ScheduledKnob
+from .schedules import Constant, Schedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_LINE = "loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bits)"
+_NEAR = 1.05  # a rate within 5 % of its floor sits at it: nothing pulls it up, and noise moves it about
+
+
+class FreeBits(ScheduledKnob):
+    """Set the floor under the rate, in nats: less than it saves nothing, so no dimension is given up for its cost.
+
+    The module's loss has to read the floor. ``lightning_vae.VAE`` does; a loss of your own needs the one line
+
+        loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bits)
+
+    with ``lightning_vae.free_bits``. Logged on logging steps: ``knobs/free_bits``, and ``latent/at_floor``, how many of
+    the floored dimensions (or groups) sit at the floor, where the posterior can be read. Warns once, from half of the
+    run on, when the floors together exceed the measured rate or hold more than 90 % of the dimensions: the floor then
+    sets the model and not the data.
+
+    On the threshold: 0.1 to 2 nats per dimension, start at 0.5. Too much: all dimensions at the floor, a rate of about
+    threshold times dimensions, a mutual information well below it, a worse ELBO. Too little: as without it, inactive
+    dimensions. The floor guarantees a rate, not information: watch ``latent/mutual_information`` beside it.
+
+    Args:
+        threshold: The floor in nats: a number, or a schedule of the training step.
+        attribute: Where the module keeps the threshold: a dotted path, or several.
+        per: What each floor is under: ``"dimension"``, ``"whole"`` (the total rate), or a number of consecutive
+            dimensions; ``None`` leaves the module's own choice, ``free_bits_per``.
+        average: ``"batch"`` floors the batch's mean rate (Kingma et al.), ``"sample"`` each observation's; ``None``
+            leaves the module's own choice, ``free_bits_average``.
+        posterior: Where to read the posterior for ``latent/at_floor``, as in :class:`CollapseDetector`; ``None`` is the
+            module's own ``posterior``, if it has one.
+        second: What stands beside the mean where the posterior is a pair of tensors.
+        setter: Writes the threshold instead, ``(pl_module, value) -> None``.
+        name: Logged as ``knobs/<name>``; the path's last part if not given.
+
+    Raises:
+        ValueError: If the threshold is negative, or, when fitting starts, if a path leads nowhere.
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, as for
+            :class:`KLAnnealing`; or if ``per`` or ``average`` is given for a module that has no such choice.
+
+    References:
+        Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016, appendix C.8.
+    """
+
+    def __init__(
+        self,
+        threshold: float | Schedule | Callable[[int], float],
+        attribute: str | Sequence[str] = "free_bits",
+        per: Literal["dimension", "whole"] | int | None = None,
+        average: Literal["batch", "sample"] | None = None,
+        posterior: str | tuple[str, str] | Callable[[Any, Any], Any] | None = None,
+        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        setter: Callable[[Any, float], None] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if not callable(threshold) and not threshold >= 0:
+            raise ValueError(f"`threshold` must be at least 0 nats, or a schedule, got {threshold}. Start with 0.5.")
+        if not (per in (None, "dimension", "whole") or (isinstance(per, int) and per >= 1)):
+            raise ValueError(f"`per` must be 'dimension', 'whole' or a number of dimensions, got {per!r}.")
+        if average not in (None, "batch", "sample"):
+            raise ValueError(f"`average` must be 'batch' or 'sample', got {average!r}.")
+        super().__init__(threshold if callable(threshold) else Constant(threshold), attribute, setter, name)
+        self.per = per
+        self.average = average
+        self._reader = PosteriorReader(posterior, second)
+        self._reads = False
+        self._warned = False
+        self._latest: _AtFloor | None = None
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._choose_variant(pl_module)
+        super().on_fit_start(trainer, pl_module)
+        self._reads = self._reader.posterior is not None or hasattr(pl_module, "posterior")
+        self._reader.attach(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        if self._reads and self.logs_now(trainer):
+            posterior = self._reader.read(pl_module, batch)
+            rates = kl_divergence(posterior, read_prior(pl_module)).detach().float()
+            threshold = self._resolved(self.step(trainer))
+            per = getattr(pl_module, "free_bits_per", self.per or "dimension")
+            average = getattr(pl_module, "free_bits_average", self.average or "batch")
+            self._latest = count_at_floor(rates, threshold, per, average)
+            self.log_now(pl_module, {"latent/at_floor": self._latest.count})
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        latest, total = self._latest, self._run.get("total_steps")
+        if latest is None or self._warned or (total is not None and self.step(trainer) < total / 2):
+            return
+        if latest.floors > latest.rate or latest.count > 0.9 * latest.groups:
+            self._warned = True
+            rank_zero_warn(
+                f"FreeBits: {latest.count:.0f} of {latest.groups} floors hold their dimension; together they are "
+                f"{latest.floors:.2f} nats, the measured rate is {latest.rate:.2f}. The threshold sets the model now, "
+                "and its rate need not be information. Lower `threshold`, or use fewer latent dimensions."
+            )
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_end(trainer, pl_module)
+        self._reader.detach()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        super().on_exception(trainer, pl_module, exception)
+        self._reader.detach()
+
+    def _choose_variant(self, pl_module: LightningModule) -> None:
+        for option, value in (("per", self.per), ("average", self.average)):
+            if value is None:
+                continue
+            if not hasattr(pl_module, f"free_bits_{option}"):
+                raise MisconfigurationException(
+                    f"FreeBits: `{option}={value!r}` can't be set on {type(pl_module).__name__}, whose own loss decides. "
+                    f"Leave it out and choose in the loss: `{_LINE[:-1]}, {option}={value!r})`."
+                )
+            setattr(pl_module, f"free_bits_{option}", value)
+
+
+class _AtFloor(NamedTuple):
+    """How much of the rate the floors hold, in one batch."""
+
+    count: float
+    groups: int
+    floors: float
+    rate: float
+
+
+def count_at_floor(rates: Tensor, threshold: float, per: Literal["dimension", "whole"] | int, average: str) -> _AtFloor:
+    """Count the dimensions, or groups of them, whose rate sits at its floor.
+
+    Args:
+        rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
+        threshold: The floor in nats.
+        per: What each floor is under, as in :class:`FreeBits`.
+        average: ``"batch"`` counts groups by their mean rate; ``"sample"`` counts in each observation, and averages.
+    """
+    size = rates.shape[1] if per == "whole" else 1 if per == "dimension" else per
+    grouped = rates.unflatten(1, (-1, int(size))).sum(-1)
+    if average == "batch":
+        grouped = grouped.mean(0, keepdim=True)
+    at_floor = (grouped <= threshold * _NEAR).float().sum(-1).mean() if threshold > 0 else grouped.new_zeros(())
+    groups = grouped.shape[1]
+    return _AtFloor(float(at_floor), groups, threshold * groups, float(rates.sum(-1).mean()))

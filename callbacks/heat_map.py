@@ -1,0 +1,52 @@
+"""A picture of numbers over time, made of tensors alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
+
+# Ten equally spaced colours of matplotlib's viridis (Smith, van der Walt, Firing, 2015; CC0).
+_VIRIDIS = (
+    (68, 1, 84),
+    (72, 40, 120),
+    (62, 73, 137),
+    (49, 104, 142),
+    (38, 130, 142),
+    (31, 158, 137),
+    (53, 183, 121),
+    (110, 206, 88),
+    (181, 222, 43),
+    (253, 231, 37),
+)
+_SIZE = 512  # largest number of cells along a side, and about the size in pixels
+
+
+def heat_map(values: Tensor) -> Tensor:
+    """Draw a matrix of values over time as an image.
+
+    Time goes to the right and dimensions go down, in their own order, so that a dimension is the same row in every
+    picture. Dark violet is 0 or less, yellow the largest value in the matrix. Cells are enlarged to about 512 pixels a
+    side, time at most eightfold; where there are more than 512, neighbours are averaged.
+
+    Args:
+        values: Values of shape ``(time, dimensions)``.
+
+    Returns:
+        An image of shape ``(3, height, width)``, uint8.
+    """
+    cells = values.detach().float().cpu().nan_to_num().clamp(min=0).T
+    cells = cells / cells.max().clamp(min=torch.finfo(cells.dtype).tiny)
+    height, width = (min(size, _SIZE) for size in cells.shape)
+    cells = adaptive_avg_pool2d(cells[None], (height, width))[0]
+    image = _colour(cells).permute(2, 0, 1)
+    return image.repeat_interleave(_SIZE // height, dim=1).repeat_interleave(min(_SIZE // width, 8), dim=2)
+
+
+def _colour(fraction: Tensor) -> Tensor:
+    """Interpolate the colour map at fractions from 0 to 1; adds a last axis of red, green and blue."""
+    anchors = torch.tensor(_VIRIDIS, dtype=torch.float32)
+    position = fraction * (len(anchors) - 1)
+    left = position.long().clamp(max=len(anchors) - 2)
+    colour = torch.lerp(anchors[left], anchors[left + 1], (position - left).unsqueeze(-1))
+    return colour.round().to(torch.uint8)

@@ -1,0 +1,114 @@
+"""Cut a set into batches, in an order that a resumed run continues."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .seeding import seeded_generator
+
+Batch = dict[str, Tensor]
+
+
+class BatchLoader(ABC):
+    """Yields a set's batches, knows its place in them, and gives each process its share.
+
+    The order of epoch ``e`` is a permutation drawn from ``(seed, e)``, so it does not depend on the number of processes
+    or on what else draws random numbers. A shuffled loader is one endless stream cut into passes of ``len(loader)``
+    batches: a pass starts where the last one stopped, be that after a resume or because only part of the last pass was
+    wanted (``limit_train_batches``), and continues into the next epoch's order. An unshuffled loader starts every pass
+    at the first observation.
+
+    In a run of several processes each takes every n-th observation of the global batch of ``n * batch_size``; none is
+    repeated or left out, and all processes yield the same number of batches. A remainder smaller than the number of
+    processes joins the batch before it, so a share is empty only where a whole set is smaller than that number, which
+    is an error in a shuffled loader.
+
+    Lightning leaves loaders that are not a `DataLoader` alone (no sampler is injected) and saves and restores their
+    `state_dict`.
+
+    Args:
+        size: Number of observations.
+        batch_size: Observations in a batch of one process.
+        shuffle: Whether the order is drawn anew each epoch.
+        flip: Whether each image is mirrored with probability one half, decided by seed, epoch and index.
+        seed: Seed of the order and of the flips.
+
+    Raises:
+        ValueError: If `size` or `batch_size` is below 1.
+    """
+
+    def __init__(self, size: int, batch_size: int, shuffle: bool = False, flip: bool = False, seed: int = 0) -> None:
+        if size < 1:
+            raise ValueError(f"`size` must be at least 1, got {size}. Give the loader some observations.")
+        if batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        self.size = size
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.flip = flip
+        self.seed = seed
+        self._epoch = 0
+        self._position = 0
+
+    def __len__(self) -> int:
+        _, processes = rank_and_world_size()
+        full, rest = divmod(self.size, processes * self.batch_size)
+        return max(1, full + (rest >= processes))
+
+    def __iter__(self) -> Iterator[Batch]:
+        rank, processes = rank_and_world_size()
+        if self.shuffle and self.size < processes:
+            raise ValueError(
+                f"{self.size} observations can't be trained on by {processes} processes: each needs at least one in"
+                " every batch. Use fewer devices."
+            )
+        length = len(self)
+        global_batch = processes * self.batch_size
+        first = self._epoch * length + self._position // global_batch if self.shuffle else 0
+        places = [divmod(number, length) for number in range(first, first + length)]
+        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        shares = []
+        for epoch, number in places:
+            stop = (number + 1) * global_batch if number + 1 < length else self.size
+            shares.append(orders[epoch][number * global_batch : stop][rank::processes])
+        for (epoch, number), batch in zip(places, self._fetch(shares), strict=True):
+            # The state moves on before the batch is handed out: who saves while working on it has seen it.
+            last = number + 1 == length
+            self._epoch, self._position = (epoch + 1, 0) if last else (epoch, (number + 1) * global_batch)
+            yield self._flipped(batch, epoch) if self.flip else batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the epoch and the number of its observations that all processes together have taken."""
+        return {"epoch": self._epoch, "position": self._position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Continue at a saved place, in the same order.
+
+        Args:
+            state_dict: What `state_dict` returned, also with another batch size or number of processes.
+        """
+        self._epoch = state_dict["epoch"]
+        self._position = state_dict["position"]
+
+    @abstractmethod
+    def _fetch(self, shares: Sequence[Tensor]) -> Iterator[Batch]:
+        """Yield the batch of each share of indices, one after the other."""
+
+    def _order(self, epoch: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(self.size)
+        return torch.randperm(self.size, generator=seeded_generator(self.seed, epoch, "order"))
+
+    def _flipped(self, batch: Batch, epoch: int) -> Batch:
+        coins = torch.rand(self.size, generator=seeded_generator(self.seed, epoch, "flip")) < 0.5
+        mirrored = coins[batch["index"]].view(-1, 1, 1, 1)
+        return batch | {"x": torch.where(mirrored, batch["x"].flip(-1), batch["x"])}
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Return this process's rank and the number of processes, `(0, 1)` outside a distributed run."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

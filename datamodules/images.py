@@ -1,0 +1,180 @@
+"""A folder of one's own images."""
+
+import math
+from pathlib import Path
+
+import torch
+
+from .base import DataModule, Tensors, check_fraction, split_indices
+from .batch_loader import BatchLoader
+from .image_files import SUFFIXES, ImageFiles
+from .stream_loader import StreamLoader
+from .tensor_loader import TensorLoader
+
+
+class Images(DataModule):
+    """Loads a folder of images of any sizes, flat or with one sub-folder per class.
+
+    Images are resized until they just cover `size` and cropped in the centre. With sub-folders, every image below one
+    of them has its class as a label, numbered in the order of their names. Files are taken in the order of
+    their paths. Without `test_root` a part of the images is kept for the test, then a part of the rest for validation.
+
+    Sets that fit the memory budget are read once and live in memory as uint8; larger ones are read from the files as
+    training goes, in the same order and with the same flips.
+
+    Args:
+        root: Folder of images, or of class folders of images.
+        size: Height and width that every image gets, or one number for both.
+        channels: 1 for grey, 3 for colour.
+        flip: Whether training images are mirrored left to right with probability one half.
+        test_root: Folder of test images, laid out like `root`; without it they are a part of `root`.
+        val_fraction: Share of the images not used for the test that is kept for validation.
+        test_fraction: Share of the images that is kept for the test, where there is no `test_root`.
+        memory_budget: Memory in GiB that the images of all splits may take as tensors.
+        num_workers: Processes per loader that read ahead where the images don't fit in memory; 0 for none.
+        batch_size: Observations in a batch of one process.
+        seed: Seed of the splits, the training order and the flips.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    levels = 256
+
+    def __init__(
+        self,
+        root: str | Path,
+        size: int | tuple[int, int],
+        channels: int = 3,
+        flip: bool = False,
+        test_root: str | Path | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        memory_budget: float = 2.0,
+        num_workers: int = 2,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        height, width = (size, size) if isinstance(size, int) else size
+        if min(height, width) < 1:
+            raise ValueError(f"`size` must be at least 1, got {size}.")
+        if channels not in (1, 3):
+            raise ValueError(f"`channels` must be 1 (grey) or 3 (colour), got {channels}.")
+        if memory_budget < 0:
+            raise ValueError(f"`memory_budget` must be at least 0 GiB, got {memory_budget}.")
+        if num_workers < 0:
+            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+        check_fraction("val_fraction", val_fraction)
+        check_fraction("test_fraction", test_fraction)
+        self.root = Path(root)
+        self.test_root = Path(test_root) if test_root is not None else None
+        self.flip = flip
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.memory_budget = memory_budget
+        self.num_workers = num_workers
+        self.shape: tuple[int, int, int] = (channels, height, width)
+        self._files: dict[str, ImageFiles] = {}
+
+    def setup(self, stage: str) -> None:
+        """Find the images, and read those that a stage needs if all fit in memory.
+
+        Args:
+            stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
+
+        Raises:
+            FileNotFoundError: If a folder is missing or holds no images.
+            ValueError: If a folder's layout is not one of the two, or an image can't be read.
+        """
+        if not self._files:
+            self._files = self._find()
+        if self._fits_in_memory():
+            super().setup(stage)
+
+    def _read_train(self) -> dict[str, Tensors]:
+        return {split: self._files[split].tensors() for split in ("train", "val")}
+
+    def _read_test(self) -> dict[str, Tensors]:
+        return {"test": self._files["test"].tensors()}
+
+    def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
+        flip = self.flip and split == "train"
+        if self._fits_in_memory():
+            return TensorLoader(self._splits[split], self.batch_size, shuffle=shuffle, flip=flip, seed=self.seed)
+        return StreamLoader(
+            self._files[split],
+            self.batch_size,
+            shuffle=shuffle,
+            flip=flip,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
+
+    def _fits_in_memory(self) -> bool:
+        size = sum(len(files) for files in self._files.values()) * math.prod(self.shape)
+        return size <= self.memory_budget * 2**30
+
+    def _find(self) -> dict[str, ImageFiles]:
+        paths = find_images(self.root)
+        classes = sorted(_classes(self.root, paths))
+        if self.test_root is None:
+            rest, test = split_indices(len(paths), self.test_fraction, self.seed, name="test_fraction")
+            test_files = self._image_files(self.root, [paths[index] for index in test], classes)
+            paths = [paths[index] for index in rest]
+        else:
+            test_files = self._test_files(self.test_root, classes)
+        train, val = split_indices(len(paths), self.val_fraction, self.seed, name="val_fraction")
+        return {
+            "train": self._image_files(self.root, [paths[index] for index in train], classes),
+            "val": self._image_files(self.root, [paths[index] for index in val], classes),
+            "test": test_files,
+        }
+
+    def _test_files(self, root: Path, classes: list[str]) -> ImageFiles:
+        paths = find_images(root)
+        found = _classes(root, paths)
+        if not found.issubset(classes) or bool(found) != bool(classes):
+            raise ValueError(
+                f"`test_root` must be laid out like `root`, with the class folders {classes or 'none'}, got"
+                f" {sorted(found) or 'none'} in {root}. Move or rename the images."
+            )
+        return self._image_files(root, paths, classes)
+
+    def _image_files(self, root: Path, paths: list[Path], classes: list[str]) -> ImageFiles:
+        labels = torch.tensor([classes.index(_class(root, path)) for path in paths]) if classes else None
+        return ImageFiles(paths, labels, self.shape)
+
+
+def find_images(root: Path) -> list[Path]:
+    """Return the image files in a folder or in its class folders, in the order of their paths.
+
+    Args:
+        root: The folder. What is hidden (a name that starts with a dot) is passed over.
+
+    Raises:
+        FileNotFoundError: If the folder is missing or has no images.
+        ValueError: If some images lie in it and others in sub-folders.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root}. Name the one that holds the images.")
+    paths = sorted(
+        path
+        for path in root.rglob("*")
+        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(root).parts)
+    )
+    if not paths:
+        raise FileNotFoundError(f"{root} has no images. Put some there that end in one of {sorted(SUFFIXES)}.")
+    if len({path.parent == root for path in paths}) == 2:
+        raise ValueError(
+            f"{root} has images beside folders of images. Put all of them in class folders, or all in {root} itself."
+        )
+    return paths
+
+
+def _class(root: Path, path: Path) -> str:
+    return path.relative_to(root).parts[0]
+
+
+def _classes(root: Path, paths: list[Path]) -> set[str]:
+    return {_class(root, path) for path in paths if path.parent != root}

@@ -1,0 +1,43 @@
+"""Omniglot."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .image_files import read_image
+from .torchvision_sets import TorchVision
+
+
+class Omniglot(TorchVision):
+    """Loads Omniglot: handwritten characters of 50 alphabets, 20 drawings of each.
+
+    As in the literature on VAEs the drawings are white on black and made smaller, from 105 by 105 to 28 by 28 pixels,
+    here with an antialiasing filter. The 19,280 drawings of the *background* alphabets are for training and validation,
+    the 13,180 of the *evaluation* alphabets are the test split: these are the official parts, whose alphabets differ,
+    and not the 24,345 and 8,070 of Burda et al. (2015), so log-likelihoods don't compare with theirs. The label is the
+    character's position in its part.
+    """
+
+    shape = (1, 28, 28)
+
+    def _layout(self) -> str:
+        return "the folder omniglot-py with images_background and images_evaluation (unpacked from the .zip files)"
+
+    def _present(self) -> bool:
+        return all(self._folder(train).is_dir() for train in (True, False))
+
+    def _download(self) -> None:
+        for background in (True, False):
+            self._torchvision(self.root, background=background, download=True)
+
+    def _read(self, train: bool) -> dict[str, Tensor]:
+        paths = sorted(self._folder(train).glob("*/*/*.png"))
+        characters = {folder: label for label, folder in enumerate(sorted({path.parent for path in paths}))}
+        return {
+            "x": 255 - torch.stack([read_image(path, self.shape) for path in paths]),
+            "label": torch.tensor([characters[path.parent] for path in paths]),
+        }
+
+    def _folder(self, train: bool) -> Path:
+        return self.root / "omniglot-py" / ("images_background" if train else "images_evaluation")

@@ -1,0 +1,103 @@
+"""What the data sets known to torchvision have in common."""
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import DataModule, Tensors, check_fraction, split_tensors
+
+
+class TorchVision(DataModule):
+    """Reads a data set that torchvision knows, from where it lies on disk or after a download.
+
+    The sets fit in memory as uint8 (the largest takes 225 MB) and live there as tensors.
+
+    Args:
+        root: Folder that holds or will hold the data, in torchvision's layout.
+        download: Whether to download missing data (by one process).
+        batch_size: Observations in a batch of one process.
+        val_fraction: Share of the official training split that is kept for validation.
+        seed: Seed of the training order and of the validation split.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+
+    levels = 256
+
+    def __init__(
+        self,
+        root: str | Path = "data",
+        download: bool = True,
+        batch_size: int = 128,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        check_fraction("val_fraction", val_fraction)
+        self.root = Path(root)
+        self.download = download
+        self.val_fraction = val_fraction
+
+    def prepare_data(self) -> None:
+        """Download the data if they are missing.
+
+        Raises:
+            FileNotFoundError: If they are missing and there is no download or it fails.
+        """
+        if self._present():
+            return
+        name = type(self).__name__
+        remedy = f"Put {self._layout()} there by hand, or name the folder that has it in `root`."
+        if not self.download:
+            raise FileNotFoundError(
+                f"{name} was not found in `root` ({self.root}), and `download` is off. {remedy} Or set `download` to"
+                " true."
+            )
+        try:
+            self._download()
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{name} was not found in `root` ({self.root}), and its download failed ({error}). {remedy}"
+            ) from error
+
+    def _read_train(self) -> dict[str, Tensors]:
+        return split_tensors(self._read(train=True), self.val_fraction, self.seed)
+
+    def _read_test(self) -> dict[str, Tensors]:
+        return {"test": self._read(train=False)}
+
+    @property
+    def _torchvision(self) -> Any:
+        """The class of the same name in torchvision."""
+        import torchvision
+
+        return getattr(torchvision.datasets, type(self).__name__)
+
+    @abstractmethod
+    def _layout(self) -> str:
+        """Say in words which files belong in `root`."""
+
+    @abstractmethod
+    def _present(self) -> bool:
+        """Tell whether the files are there, without reading them."""
+
+    @abstractmethod
+    def _download(self) -> None:
+        """Download both splits into `root`."""
+
+    @abstractmethod
+    def _read(self, train: bool) -> dict[str, Tensor]:
+        """Read the official training or test split."""
+
+
+def as_uint8(images: Any) -> Tensor:
+    """Return images as a contiguous uint8 tensor.
+
+    Args:
+        images: Array `(N, C, H, W)` of numpy.
+    """
+    return torch.from_numpy(images).contiguous()

@@ -1,0 +1,48 @@
+"""Variational autoencoders in PyTorch Lightning that train well and show when they don't."""
+
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .likelihoods import Bernoulli as Bernoulli
+    from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
+    from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
+    from .likelihoods import Gaussian as Gaussian
+    from .likelihoods import Likelihood as Likelihood
+    from .networks import ConvDecoder as ConvDecoder
+    from .networks import ConvEncoder as ConvEncoder
+    from .networks import LinearDecoder as LinearDecoder
+    from .networks import LinearEncoder as LinearEncoder
+    from .networks import MLPDecoder as MLPDecoder
+    from .networks import MLPEncoder as MLPEncoder
+    from .objective import ELBOTerms as ELBOTerms
+    from .objective import elbo as elbo
+    from .objective import free_bits as free_bits
+    from .objective import group_rates as group_rates
+    from .objective import kl_per_dimension as kl_per_dimension
+    from .objective import weighted_loss as weighted_loss
+    from .vae import VAE as VAE
+
+try:
+    __version__ = _version("lightning-vae")
+except _PackageNotFoundError:  # a checkout that was never installed
+    __version__ = "0+unknown"
+
+_MODULES = {
+    "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
+    "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
+    "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
+    "vae": ("VAE",),
+}
+__all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> object:
+    # Importing `lightning_vae.callbacks` runs this file, and must stay light: the VAE comes when it is asked for.
+    from importlib import import_module
+
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

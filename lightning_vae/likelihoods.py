@@ -1,0 +1,244 @@
+"""Likelihoods p(x|z): what the decoder's output means.
+
+Each is a module that turns the decoder's output into a normalised ``torch.distributions.Distribution`` over the data in
+the network's scale (images in [0, 1]), constants included, so that its ``log_prob`` is in nats and methods compare.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch import distributions as td
+from torch.nn import functional as F  # noqa: N812
+
+from .networks import Shape
+from .noise import uniform_by_index
+from .precision import at_least_float32
+
+
+class Likelihood(nn.Module):
+    """Base of the likelihoods: from the decoder's output to a distribution over one observation.
+
+    Args:
+        shape: Shape of one observation.
+        levels: Number of integer levels of the raw data, ``None`` for real-valued data.
+    """
+
+    learns_scale = False
+    """Whether its scale adapts to the reconstruction error while training."""
+    unit_interval = False
+    """Whether data in the network's scale must lie in [0, 1]."""
+
+    def __init__(self, shape: Shape, levels: int | None = None) -> None:
+        super().__init__()
+        self.shape = tuple(shape)
+        self.levels = levels
+
+    def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """Return what is observed, given data in the network's scale.
+
+        Args:
+            x: Data in the network's scale, shape ``(B, *shape)``.
+            index: Which observations these are, to draw their noise by; ``None`` to draw fresh noise (training).
+        """
+        del index
+        return x
+
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
+        """Return p(x|z), with batch shape ``(B,)`` and event shape ``shape``.
+
+        Args:
+            output: The decoder's output, shape ``(B, *shape)``.
+            x: While training, the data it will be evaluated on, for a scale that is computed from the error.
+        """
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Under `bf16-true` a learned scale would round each optimizer step away.
+        return super()._apply(at_least_float32(fn), recurse)
+
+    def _independent(self, distribution: td.Distribution) -> td.Distribution:
+        return td.Independent(distribution, len(self.shape), validate_args=False)
+
+
+class Bernoulli(Likelihood):
+    """Bernoulli over dynamically binarised data; the decoder's output is the logit.
+
+    Grey data in [0, 1] are the probability of a pixel being on. In training each use draws it afresh (Burda et al.
+    2015, section 5); at evaluation the draw is fixed by seed and index. Cross-entropy on the grey levels themselves
+    would be no likelihood.
+
+    Args:
+        shape: Shape of one observation.
+        levels: Number of integer levels of the raw data, ``None`` for data in [0, 1].
+        seed: Seed of the binarisation at evaluation.
+    """
+
+    unit_interval = True
+
+    def __init__(self, shape: Shape, levels: int | None = None, seed: int = 0) -> None:
+        super().__init__(shape, levels)
+        self.seed = seed
+
+    def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
+        """Return ``x`` binarised: afresh, or by the observations' own noise where ``index`` is given."""
+        noise = torch.rand_like(x) if index is None else uniform_by_index(index, math.prod(self.shape), self.seed)
+        return (noise.view_as(x) < x).to(x.dtype)
+
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
+        """Return the Bernoulli distribution with these logits."""
+        return self._independent(td.Bernoulli(logits=output, validate_args=False))
+
+
+class ContinuousBernoulli(Likelihood):
+    """Continuous Bernoulli over data in [0, 1]; the decoder's output is the logit.
+
+    References:
+        Loaiza-Ganem and Cunningham, "The continuous Bernoulli: fixing a pervasive error in variational autoencoders",
+        NeurIPS 2019.
+    """
+
+    unit_interval = True
+
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
+        """Return the continuous Bernoulli distribution with these logits."""
+        return self._independent(td.ContinuousBernoulli(logits=output, validate_args=False))
+
+
+class Gaussian(Likelihood):
+    """Gaussian whose variance all pixels share; the decoder's output is the mean.
+
+    Args:
+        shape: Shape of one observation.
+        levels: Number of integer levels of the raw data, ``None`` for real-valued data.
+        variance: A positive number fixes it (1 on data in [0, 1] collapses the latents: the scale of the variance
+            decides what is worth encoding). ``"learned"`` makes its logarithm a parameter. ``"optimal"`` takes, while
+            training, the mean squared error over the global batch, and at evaluation a running mean of it
+            (sigma-VAE).
+
+    Raises:
+        ValueError: If the variance is neither.
+
+    References:
+        Rybkin, Daniilidis and Levine, "Simple and Effective VAE Training with Calibrated Decoders", ICML 2021; Lucas
+        et al., "Don't Blame the ELBO!", NeurIPS 2019, for what a variance that is too large does.
+    """
+
+    momentum = 0.99
+    """Of the running mean of the optimal variance."""
+    min_log_variance = -12.0
+    """Data that are reconstructed exactly would have an unbounded density; sigma-VAE's log-sigma of -6."""
+
+    def __init__(
+        self, shape: Shape, levels: int | None = None, variance: float | Literal["learned", "optimal"] = "learned"
+    ) -> None:
+        super().__init__(shape, levels)
+        number = isinstance(variance, int | float) and not isinstance(variance, bool)
+        if not (variance in ("learned", "optimal") or (number and 0 < float(variance) < math.inf)):
+            raise ValueError(f"`variance` must be a positive number, 'learned' or 'optimal', got {variance!r}.")
+        self.variance = variance
+        self.learns_scale = not number
+        self.log_variance: Tensor
+        if variance == "learned":
+            self.log_variance = nn.Parameter(torch.tensor(0.0))
+        elif variance == "optimal":
+            self.register_buffer("log_variance", torch.tensor(0.0))
+            # What is left of the start value's weight: dividing by the rest makes the first batches count in full.
+            self.register_buffer("start_weight", torch.tensor(1.0))
+        else:
+            self.register_buffer("log_variance", torch.tensor(math.log(float(variance))), persistent=False)
+
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
+        """Return the Gaussian with this mean."""
+        if self.variance == "optimal" and x is not None:
+            log_variance = self._update(output.detach(), x)
+        else:
+            log_variance = self.log_variance.clamp(min=self.min_log_variance)
+        scale = (0.5 * log_variance).exp()
+        return self._independent(td.Normal(output, scale.expand_as(output), validate_args=False))
+
+    def _update(self, output: Tensor, x: Tensor) -> Tensor:
+        """Compute the optimal log-variance and take it into the running mean.
+
+        Without a gradient: at its optimum the loss is flat in the variance, so the gradient of the rest is the same.
+        """
+        sums = torch.stack([(output - x).square().sum(), torch.tensor(float(x.numel()), device=x.device)])
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(sums)
+        optimal = (sums[0] / sums[1]).log().clamp(min=self.min_log_variance)
+        with torch.no_grad():
+            self.start_weight.mul_(self.momentum)
+            share = (1 - self.momentum) / (1 - self.start_weight)
+            running = (1 - share) * self.log_variance.exp() + share * optimal.exp()
+            self.log_variance.copy_(running.log())
+        return optimal
+
+
+class DiscretisedLogistic(Likelihood):
+    """Logistic integrated over each level's bin, so that integer data get probabilities; the decoder's output is the mean.
+
+    The scale is learned, one per channel. The outermost bins take the tails.
+
+    Args:
+        shape: Shape of one observation.
+        levels: Number of integer levels of the raw data; ``None`` takes 256 on data in [0, 1].
+
+    References:
+        Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016, appendix D.
+    """
+
+    learns_scale = True
+    unit_interval = True
+
+    def __init__(self, shape: Shape, levels: int | None = None) -> None:
+        super().__init__(shape, levels)
+        channels = (shape[0],) + (1,) * (len(shape) - 1) if len(shape) > 1 else (1,)
+        self.log_scale = nn.Parameter(torch.full(channels, math.log(0.1)))
+
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
+        """Return the discretised logistic distribution with this mean."""
+        return self._independent(_DiscretisedLogistic(output, self.log_scale.exp(), self.levels or 256))
+
+
+class _DiscretisedLogistic(td.Distribution):
+    """Logistic over [0, 1] in ``levels`` bins, whose centres are the values it gives probability to."""
+
+    def __init__(self, loc: Tensor, scale: Tensor, levels: int) -> None:
+        self.loc, self.scale = torch.broadcast_tensors(loc, scale)
+        self.levels = levels
+        super().__init__(self.loc.shape, validate_args=False)
+
+    @property
+    def mean(self) -> Tensor:
+        """Location, held inside the range of the data."""
+        return self.loc.clamp(0, 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of a bin, in nats, for values at the bins' centres."""
+        half = 0.5 / (self.levels - 1)
+        upper = (value - self.loc + half) / self.scale
+        lower = (value - self.loc - half) / self.scale
+        below, above = F.logsigmoid(upper), F.logsigmoid(-lower)
+        # log(s(u) - s(l)) = log s(u) + log s(-l) + log(1 - e^(l - u)): no difference of nearly equal numbers.
+        inside = below + above + torch.log(-torch.expm1(-2 * half / self.scale))
+        return torch.where(value < half, below, torch.where(value > 1 - half, above, inside))
+
+    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+        """Draw values at the bins' centres."""
+        uniform = torch.rand(self._extended_shape(torch.Size(sample_shape)), device=self.loc.device)
+        value = self.loc + self.scale * torch.logit(uniform, eps=1e-6)
+        return (value.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
+
+
+def default_likelihood(shape: Shape, levels: int | None = None) -> Likelihood:
+    """Choose by the data: grey images Bernoulli, colour images discretised logistic, vectors Gaussian, learned variance.
+
+    A variance fixed at 1 is never a default: on data in [0, 1] it collapses.
+    """
+    if len(shape) != 3:
+        return Gaussian(shape, levels)
+    return Bernoulli(shape, levels) if shape[0] == 1 else DiscretisedLogistic(shape, levels)

@@ -1,0 +1,195 @@
+"""Encoders and decoders. They know of shapes alone: no loss, no distribution, no Lightning.
+
+A network of one's own needs only the same constructor, ``Encoder(shape, latent_dim, ...)`` or
+``Decoder(latent_dim, shape, ...)``, and the same output: an encoder returns the pair (mean, log-variance), each
+``(B, latent_dim)``, or both in one tensor of ``2 * latent_dim`` columns; a decoder returns the likelihood's parameter,
+``(B, *shape)``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn, zeros
+
+Shape = tuple[int, ...]
+
+
+class LinearEncoder(nn.Module):
+    """Encode by a linear map, with one log-variance per dimension that all observations share.
+
+    With :class:`LinearDecoder` and a Gaussian likelihood this is the linear VAE, whose optimum is known in closed form
+    (Lucas et al., "Don't Blame the ELBO!", NeurIPS 2019).
+
+    Args:
+        shape: Shape of one observation.
+        latent_dim: Number of latent dimensions.
+    """
+
+    def __init__(self, shape: Shape, latent_dim: int) -> None:
+        super().__init__()
+        self.mean = nn.Linear(math.prod(shape), latent_dim)
+        self.log_variance = nn.Parameter(zeros(latent_dim))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``."""
+        mean: Tensor = self.mean(x.flatten(1))
+        return mean, self.log_variance.expand_as(mean)
+
+
+class LinearDecoder(nn.Module):
+    """Decode by a linear map.
+
+    Args:
+        latent_dim: Number of latent dimensions.
+        shape: Shape of one observation.
+    """
+
+    def __init__(self, latent_dim: int, shape: Shape) -> None:
+        super().__init__()
+        self.map = nn.Linear(latent_dim, math.prod(shape))
+        self.shape = tuple(shape)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
+        output: Tensor = self.map(z)
+        return output.unflatten(1, self.shape)
+
+
+class MLPEncoder(nn.Module):
+    """Encode by fully connected layers with ReLU.
+
+    Args:
+        shape: Shape of one observation.
+        latent_dim: Number of latent dimensions.
+        hidden: Widths of the hidden layers, in order.
+    """
+
+    def __init__(self, shape: Shape, latent_dim: int, hidden: Sequence[int] = (400,)) -> None:
+        super().__init__()
+        self.layers = _mlp([math.prod(shape), *hidden, 2 * latent_dim])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``."""
+        mean, log_variance = self.layers(x.flatten(1)).chunk(2, dim=1)
+        return mean, log_variance
+
+
+class MLPDecoder(nn.Module):
+    """Decode by fully connected layers with ReLU.
+
+    Args:
+        latent_dim: Number of latent dimensions.
+        shape: Shape of one observation.
+        hidden: Widths of the hidden layers, in order.
+    """
+
+    def __init__(self, latent_dim: int, shape: Shape, hidden: Sequence[int] = (400,)) -> None:
+        super().__init__()
+        self.layers = _mlp([latent_dim, *hidden, math.prod(shape)])
+        self.shape = tuple(shape)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
+        output: Tensor = self.layers(z)
+        return output.unflatten(1, self.shape)
+
+
+class ConvEncoder(nn.Module):
+    """Encode images of any size by convolutions of stride 2 and one fully connected layer.
+
+    Args:
+        shape: Channels, height and width of one image.
+        latent_dim: Number of latent dimensions.
+        channels: Channels of each convolution; each halves height and width, rounding up.
+        hidden: Width of the fully connected layer.
+
+    Raises:
+        ValueError: If the observations are no images.
+    """
+
+    def __init__(
+        self, shape: Shape, latent_dim: int, channels: Sequence[int] = (32, 64), hidden: int = 256
+    ) -> None:
+        super().__init__()
+        sizes = _conv_sizes(shape, channels)
+        layers: list[nn.Module] = []
+        for previous, current in zip([shape[0], *channels], channels, strict=False):
+            layers += [nn.Conv2d(previous, current, kernel_size=3, stride=2, padding=1), nn.ReLU()]
+        features = channels[-1] * math.prod(sizes[-1])
+        self.layers = nn.Sequential(
+            *layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent_dim)
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``."""
+        mean, log_variance = self.layers(x).chunk(2, dim=1)
+        return mean, log_variance
+
+
+class ConvDecoder(nn.Module):
+    """Decode to images of any size: :class:`ConvEncoder` backwards.
+
+    Args:
+        latent_dim: Number of latent dimensions.
+        shape: Channels, height and width of one image.
+        channels: Channels of each transposed convolution, in the order of :class:`ConvEncoder`: last used first.
+        hidden: Width of the fully connected layer.
+
+    Raises:
+        ValueError: If the observations are no images.
+    """
+
+    def __init__(
+        self, latent_dim: int, shape: Shape, channels: Sequence[int] = (32, 64), hidden: int = 256
+    ) -> None:
+        super().__init__()
+        sizes = _conv_sizes(shape, channels)
+        layers: list[nn.Module] = [
+            nn.Linear(latent_dim, hidden),
+            nn.ReLU(),
+            nn.Linear(hidden, channels[-1] * math.prod(sizes[-1])),
+            nn.ReLU(),
+            nn.Unflatten(1, (channels[-1], *sizes[-1])),
+        ]
+        widths = [shape[0], *channels]
+        for stage in range(len(channels), 0, -1):
+            (height, width), (small_height, small_width) = sizes[stage - 1], sizes[stage]
+            # A transposed convolution of stride 2 can end on an odd or an even size; this picks the encoder's.
+            padding = (height - 2 * small_height + 1, width - 2 * small_width + 1)
+            layers += [
+                nn.ConvTranspose2d(
+                    widths[stage], widths[stage - 1], kernel_size=3, stride=2, padding=1, output_padding=padding
+                ),
+                nn.ReLU(),
+            ]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, z: Tensor) -> Tensor:
+        """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
+        output: Tensor = self.layers(z)
+        return output
+
+
+def _mlp(widths: Sequence[int]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for previous, current in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(previous, current), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def _conv_sizes(shape: Shape, channels: Sequence[int]) -> list[tuple[int, int]]:
+    """List height and width before the first convolution and after each."""
+    if len(shape) != 3:
+        raise ValueError(
+            f"A convolutional network needs images of shape (channels, height, width), got {tuple(shape)}; "
+            "use MLPEncoder and MLPDecoder for vectors."
+        )
+    if not channels:
+        raise ValueError("`channels` must name at least one convolution's channels, got none.")
+    sizes = [(shape[1], shape[2])]
+    for _ in channels:
+        height, width = sizes[-1]
+        sizes.append(((height + 1) // 2, (width + 1) // 2))
+    return sizes

@@ -1,0 +1,38 @@
+"""Random numbers that belong to an observation rather than to a moment of the run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def uniform_by_index(index: Tensor, size: int, seed: int = 0) -> Tensor:
+    """Draw uniform numbers in (0, 1) that depend only on the seed, the observation's index and the position.
+
+    Evaluation uses them for binarisation and for the posterior's sample, so that an observation is evaluated with the
+    same noise by every method, in any order, with any batch size and number of processes, and so that a validation
+    pass leaves the training's random state alone.
+
+    Args:
+        index: Which observations, int64, shape ``(B,)``.
+        size: Number of draws for each.
+        seed: Another seed gives other, independent draws.
+
+    Returns:
+        float32, shape ``(B, size)``, on the device of ``index``; multiples of 2**-24, never 0 or 1.
+    """
+    rows = _mix(_mix(torch.full_like(index, seed)) + (index & _MASK) * _GOLDEN + (index >> 32))
+    columns = torch.arange(1, size + 1, device=index.device) * _GOLDEN
+    bits = _mix(rows[:, None] + columns[None, :])
+    return ((bits >> 9) + 0.5) / 2**23
+
+
+def _mix(key: Tensor) -> Tensor:
+    """Scramble 32-bit keys, held in int64, by the finaliser of MurmurHash3."""
+    key = key & _MASK
+    key = ((key ^ (key >> 16)) * 0x85EBCA6B) & _MASK
+    key = ((key ^ (key >> 13)) * 0xC2B2AE35) & _MASK
+    return key ^ (key >> 16)

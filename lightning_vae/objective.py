@@ -1,0 +1,170 @@
+"""The ELBO's terms and the loss made of them, as pure functions of tensors and distributions."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
+
+FreeBitsPer = Literal["dimension", "whole"] | int
+FreeBitsAverage = Literal["batch", "sample"]
+
+
+class ELBOTerms(NamedTuple):
+    """The unweighted terms of the ELBO, per observation and in nats.
+
+    Attributes:
+        distortion: ``-log p(x|z)`` of one posterior sample, shape ``(B,)``.
+        rate_per_dimension: ``KL(q(z_j|x) || p(z_j))``, shape ``(B, k)``.
+    """
+
+    distortion: Tensor
+    rate_per_dimension: Tensor
+
+    @property
+    def rate(self) -> Tensor:
+        """``KL(q(z|x) || p(z))`` in nats, shape ``(B,)``."""
+        return self.rate_per_dimension.sum(-1)
+
+    @property
+    def elbo(self) -> Tensor:
+        """The evidence lower bound in nats, shape ``(B,)``."""
+        return elbo(self.distortion, self.rate)
+
+
+def elbo(distortion: Tensor, rate: Tensor) -> Tensor:
+    """Compute the evidence lower bound ``-(distortion + rate)``: higher is better, and no knob is in it.
+
+    Args:
+        distortion: ``-E_q log p(x|z)`` in nats, any shape.
+        rate: ``KL(q(z|x) || p(z))`` in nats, same shape.
+
+    References:
+        Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, equation 3.
+    """
+    return -(distortion + rate)
+
+
+def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | None = None) -> Tensor:
+    """Compute the rate of each latent dimension, ``KL(q(z_j|x) || p(z_j))``.
+
+    Args:
+        posterior: ``q(z|x)``, factorised: batch shape ``(B, k)`` and no event dimension.
+        prior: ``p(z)``, broadcastable to it: batch shape ``(k,)`` or ``(B, k)``.
+        z: A sample of the posterior, shape ``(B, k)``. Used where this pair of distributions has no closed form: the
+            rate is then the estimate ``log q(z_j|x) - log p(z_j)`` on that same sample, which may be negative.
+
+    Returns:
+        Nats, shape ``(B, k)``.
+
+    Raises:
+        ValueError: If the posterior has event dimensions, or needs a sample and got none.
+    """
+    if posterior.event_shape:
+        raise ValueError(
+            f"`posterior` must have one batch entry per latent dimension and no event dimension, got event shape "
+            f"{tuple(posterior.event_shape)}; unwrap `Independent` with `.base_dist`."
+        )
+    try:
+        return kl_divergence(posterior, prior)
+    except NotImplementedError:
+        if z is None:
+            raise ValueError(
+                f"No closed form for KL({type(posterior).__name__} || {type(prior).__name__}) is known; "
+                "pass `z`, a sample of the posterior, for an estimate."
+            ) from None
+        return posterior.log_prob(z) - prior.log_prob(z)
+
+
+def free_bits(
+    kl_per_dimension: Tensor,
+    threshold: Tensor | float,
+    per: FreeBitsPer = "dimension",
+    average: FreeBitsAverage = "batch",
+) -> Tensor:
+    r"""Floor the rate: a group of latent dimensions costs at least ``threshold`` nats, so shrinking it further gains nothing.
+
+    .. math::
+        \sum_{j=1}^{G} \max\bigl(\lambda,\; \tfrac1B \sum_n \mathrm{KL}_{nj}\bigr)
+
+    is Kingma's form and the default. The floor acts on the raw rate, so weight the result:
+    ``loss = reconstruction + beta * free_bits(kl_per_dimension, 0.5)``. It guarantees a rate, not that the rate carries
+    information: an offset of the posterior that is the same for every observation satisfies it too.
+
+    Args:
+        kl_per_dimension: Raw rates in nats, shape ``(B, k)``.
+        threshold: The floor in nats, for each dimension, each group or the whole, as ``per`` says. 0 switches it off.
+        per: ``"dimension"``; ``"whole"``, one floor under the total rate; or an int, the number of consecutive
+            dimensions that share one floor.
+        average: ``"batch"`` floors the mean over the batch (Kingma et al. 2016); ``"sample"`` floors each observation's
+            rate and is never smaller (Jensen).
+
+    Returns:
+        The floored rate, mean over the batch, in nats; a scalar.
+
+    Raises:
+        ValueError: On an unknown ``per`` or ``average``, or a group size that does not divide ``k``.
+
+    References:
+        Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016, equation 15 of
+        appendix C.8.
+
+    Example::
+
+        >>> kl = torch.tensor([[0.1, 2.0], [0.3, 4.0]])
+        >>> free_bits(kl, 0.5)
+        tensor(3.5000)
+    """
+    if average not in ("batch", "sample"):
+        raise ValueError(f"`average` must be 'batch' or 'sample', got {average!r}.")
+    rates = group_rates(kl_per_dimension, per)
+    if average == "batch":
+        rates = rates.mean(0, keepdim=True)
+    threshold = torch.as_tensor(threshold, dtype=rates.dtype, device=rates.device)
+    # At 0 the floor is off, rather than max(0, rate): a Monte Carlo estimate of the rate may be negative.
+    floor = torch.where(threshold > 0, threshold, -torch.inf)
+    return rates.clamp(min=floor).sum(-1).mean()
+
+
+def group_rates(kl_per_dimension: Tensor, per: FreeBitsPer = "dimension") -> Tensor:
+    """Sum the rates of the dimensions that share one floor.
+
+    Args:
+        kl_per_dimension: Rates in nats, shape ``(B, k)``.
+        per: As in :func:`free_bits`.
+
+    Returns:
+        Nats, shape ``(B, G)``.
+
+    Raises:
+        ValueError: On an unknown ``per``, or a group size that does not divide ``k``.
+    """
+    if per == "dimension":
+        return kl_per_dimension
+    if per == "whole":
+        return kl_per_dimension.sum(-1, keepdim=True)
+    if isinstance(per, int) and per >= 1:
+        if kl_per_dimension.shape[-1] % per:
+            raise ValueError(
+                f"`per` as a group size must divide the number of latent dimensions, "
+                f"got {per} for {kl_per_dimension.shape[-1]} dimensions."
+            )
+        return kl_per_dimension.unflatten(-1, (-1, per)).sum(-1)
+    raise ValueError(f"`per` must be 'dimension', 'whole' or a group size of at least 1, got {per!r}.")
+
+
+def weighted_loss(distortion: Tensor, floored_rate: Tensor, beta: Tensor | float) -> Tensor:
+    """Compute what is minimised, ``distortion + beta * floored_rate``, in nats per observation.
+
+    Args:
+        distortion: Mean over the batch of ``-log p(x|z)``, a scalar.
+        floored_rate: Mean rate with its floor, from :func:`free_bits`; without free bits, the mean rate. A scalar.
+        beta: Weight of the rate; 1 gives the negative ELBO.
+
+    References:
+        Higgins et al., "beta-VAE", ICLR 2017, equation 4; Alemi et al., "Fixing a Broken ELBO", ICML 2018, for the
+        rate and distortion.
+    """
+    return distortion + beta * floored_rate

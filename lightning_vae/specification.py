@@ -1,0 +1,81 @@
+"""Parts of a model named in a form that a checkpoint can hold: ``{"class_path": ..., "init_args": {...}}``."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+
+def specification(part: Any) -> Any:
+    """Describe a part, so that :func:`build` can make it again from a checkpoint loaded with ``weights_only=True``.
+
+    Args:
+        part: A class, a ``functools.partial`` of one with plain keyword arguments, a description already, or ``None``;
+            anything else (an ``nn.Module``, a function) can't be described.
+
+    Returns:
+        ``{"class_path": ..., "init_args": {...}}``, or ``{"instance_of": ...}`` for what can't be described.
+    """
+    if part is None or isinstance(part, Mapping):
+        return part
+    constructor, arguments = (part.func, part.keywords) if isinstance(part, partial) and not part.args else (part, {})
+    if isinstance(constructor, type) and "<locals>" not in constructor.__qualname__ and _is_plain(arguments):
+        return {"class_path": _path(constructor), "init_args": dict(arguments)}
+    return {"instance_of": _path(type(part) if isinstance(part, nn.Module) else part)}
+
+
+def build(name: str, part: Any, *args: Any) -> nn.Module:
+    """Make a part of the model.
+
+    Args:
+        name: Name of the model's argument, for messages.
+        part: What was given for it: an ``nn.Module``, or a class, callable or description to call with ``args``.
+        args: What every such constructor takes.
+
+    Raises:
+        ValueError: If the part is the description of something that can't be made again.
+        TypeError: If it is something else altogether.
+    """
+    if isinstance(part, Mapping):
+        part = partial(_constructor(name, part), **part.get("init_args", {}))
+    built = part if isinstance(part, nn.Module) or not callable(part) else part(*args)
+    if not isinstance(built, nn.Module):
+        raise TypeError(
+            f"`{name}` must be an nn.Module, or a class or callable that makes one, got {type(built).__name__}."
+        )
+    return built
+
+
+def _constructor(name: str, description: Mapping[str, Any]) -> type[nn.Module]:
+    remedy = f"Pass one to load its weights into: `VAE.load_from_checkpoint(path, {name}=...)`."
+    if "instance_of" in description:
+        raise ValueError(
+            f"`{name}` was given as an instance of {description['instance_of']}, which a checkpoint can't make again. "
+            + remedy
+        )
+    path = str(description.get("class_path"))
+    module, _, attribute = path.rpartition(".")
+    try:
+        constructor = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`{name}` names the class {path!r}, which can't be imported: {error}. {remedy}") from error
+    # A checkpoint is data: what it names is called only if it is a network.
+    if not (isinstance(constructor, type) and issubclass(constructor, nn.Module)):
+        raise ValueError(f"`{name}` must name a subclass of torch.nn.Module, got {path!r}. {remedy}")
+    return constructor
+
+
+def _path(constructor: Any) -> str:
+    return f"{constructor.__module__}.{getattr(constructor, '__qualname__', type(constructor).__qualname__)}"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(_is_plain(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)

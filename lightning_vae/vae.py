@@ -1,0 +1,446 @@
+"""The LightningModule: it owns the knobs and the formula; callbacks turn the knobs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch import distributions as td
+
+from .likelihoods import Likelihood, default_likelihood
+from .networks import MLPDecoder, MLPEncoder, Shape
+from .noise import uniform_by_index
+from .objective import ELBOTerms, FreeBitsAverage, FreeBitsPer, free_bits, group_rates, kl_per_dimension, weighted_loss
+from .running_sums import RunningSums
+from .specification import build, specification
+
+_KNOBS = {"beta": 1.0, "free_bits": 0.0}
+_TERMS = ("distortion", "rate", "floored_rate", "loss")
+
+
+class VAE(LightningModule):
+    r"""Train a variational autoencoder on
+
+    .. math::
+        \text{loss} = \text{distortion} + \beta \cdot \text{floored rate}
+
+    in nats per observation, summed over the event and the latent dimensions, mean over the batch. The two knobs
+    ``beta`` and ``free_bits`` are 0-dim float32 buffers: assigning a number fills them in place. What the constructor
+    got is their target, which :attr:`knob_targets` holds while callbacks move them.
+
+    Logged, always unweighted and in nats per observation: ``train/``, ``val/`` and ``test/`` with ``elbo``, ``rate``,
+    ``distortion``, ``floored_rate`` and ``loss``. ``train/loss`` is what is minimised at the moment; ``val/loss`` and
+    ``test/loss`` are the loss at the knobs' targets, so that they can select models under any schedule.
+
+    A batch is a tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and maybe ``"index"``, the
+    observation's number in its data set.
+
+    Args:
+        shape: Shape of one observation: ``(channels, height, width)`` for images, ``(d,)`` for vectors. In a config the
+            data module gives it.
+        levels: Number of integer levels of the raw data, 256 for 8-bit images: the networks then see ``x / (levels -
+            1)``. ``None`` for data that are in the networks' scale already. In a config the data module gives it.
+        latent_dim: Number of latent dimensions k.
+        encoder: Constructor of the network of q(z|x), called with ``(shape, latent_dim)``: a class such as
+            ``ConvEncoder``, a ``functools.partial`` of one, or a finished ``nn.Module``. It returns the mean and the
+            log-variance, each ``(B, k)`` (a pair, or one tensor of ``2k`` columns), or a factorised
+            ``torch.distributions.Distribution`` of batch shape ``(B, k)``.
+        decoder: Constructor of the network of p(x|z), called with ``(latent_dim, shape)``.
+        likelihood: Constructor of the likelihood, called with ``(shape, levels)``. By default it goes by the data: grey
+            images Bernoulli, colour images discretised logistic, vectors Gaussian with learned variance.
+        beta: Weight of the rate; 1 trains on the negative ELBO.
+        free_bits: Floor of the rate in nats, 0 for none; see :func:`lightning_vae.free_bits`.
+        free_bits_per: What each floor is under: ``"dimension"``, ``"whole"``, or a number of consecutive dimensions.
+        free_bits_average: Whether the floor acts on the mean over the ``"batch"`` or on each ``"sample"``. The batch is
+            what one training step of one process sees: gradient accumulation and each process apply it to theirs.
+
+    Attributes:
+        posterior: q(z|x) of the batch processed last, which callbacks read.
+        prior: p(z), standard normal, batch shape ``(k,)``.
+        knob_targets: The value each knob is meant to end at.
+        configured_knobs: The knobs that the constructor got a value of its own for.
+
+    Raises:
+        ValueError: On an option out of its range.
+
+    References:
+        Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014; Higgins et al., "beta-VAE", ICLR 2017.
+    """
+
+    beta: Tensor
+    free_bits: Tensor
+    # The knobs are the same in every process because the callbacks that turn them are: nothing to broadcast.
+    _ddp_params_and_buffers_to_ignore = list(_KNOBS)
+
+    def __init__(
+        self,
+        shape: Shape,
+        levels: int | None = None,
+        latent_dim: int = 16,
+        encoder: Callable[[Shape, int], nn.Module] | None = None,
+        decoder: Callable[[int, Shape], nn.Module] | None = None,
+        likelihood: Callable[[Shape, int | None], Likelihood] | None = None,
+        beta: float = 1.0,
+        free_bits: float = 0.0,
+        free_bits_per: FreeBitsPer = "dimension",
+        free_bits_average: FreeBitsAverage = "batch",
+    ) -> None:
+        super().__init__()
+        shape = tuple(shape)
+        if not shape or any(size < 1 for size in shape):
+            raise ValueError(f"`shape` must be the shape of one observation, such as (1, 28, 28) or (6,), got {shape}.")
+        if levels is not None and levels < 2:
+            raise ValueError(f"`levels` must be at least 2, or None for real-valued data, got {levels}.")
+        if latent_dim < 1:
+            raise ValueError(f"`latent_dim` must be at least 1, got {latent_dim}.")
+        for name, value in (("beta", beta), ("free_bits", free_bits)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
+        group_rates(torch.zeros(1, latent_dim), free_bits_per)  # raises on a value that does not fit
+        if free_bits_average not in ("batch", "sample"):
+            raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
+
+        self._save_hyperparameters(encoder=encoder, decoder=decoder, likelihood=likelihood)
+        self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
+        self.encoder = build("encoder", encoder or MLPEncoder, shape, latent_dim)
+        self.decoder = build("decoder", decoder or MLPDecoder, latent_dim, shape)
+        self.likelihood = build("likelihood", likelihood or default_likelihood, shape, levels)
+        self.free_bits_per, self.free_bits_average = free_bits_per, free_bits_average
+
+        self.knob_targets = {"beta": float(beta), "free_bits": float(free_bits)}
+        self.configured_knobs = {name for name, target in self.knob_targets.items() if target != _KNOBS[name]}
+        for name, target in self.knob_targets.items():
+            self.register_buffer(name, torch.tensor(target, dtype=torch.float32), persistent=False)
+        self.register_buffer("_prior_parameters", torch.tensor([0.0, 1.0]), persistent=False)
+        self.posterior: td.Distribution | None = None
+        self._train_sums = RunningSums(len(_TERMS))
+        self._evaluation_sums = RunningSums(latent_dim + 2)
+        self._position = 0
+        self._warn_of_feedback(beta)
+
+    # ---- the model
+
+    @property
+    def prior(self) -> td.Normal:
+        """p(z), standard normal with batch shape ``(k,)``."""
+        loc, scale = self._prior_parameters
+        return td.Normal(loc.expand(self.latent_dim), scale.expand(self.latent_dim), validate_args=False)
+
+    def encode(self, x: Tensor) -> td.Distribution:
+        """Return the posterior q(z|x), with batch shape ``(B, k)``.
+
+        Args:
+            x: Observations in the data's own scale, shape ``(B, *shape)``. Grey data are not binarised here: the
+                encoder sees the mean of their binarisations.
+        """
+        return self._encode(self._to_network_scale(x))
+
+    def decode(self, z: Tensor) -> td.Distribution:
+        """Return the likelihood p(x|z), with batch shape ``(B,)`` and event shape ``shape``, in the networks' scale.
+
+        Args:
+            z: Latents, shape ``(B, k)``.
+        """
+        return self._decode(z)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return the mean of p(x|z) at the posterior's mean, in the data's own scale, shape ``(B, *shape)``.
+
+        Args:
+            x: Observations in the data's own scale, shape ``(B, *shape)``.
+        """
+        return self._to_data_scale(self.decode(self.encode(x).mean).mean)
+
+    def sample(self, n: int) -> Tensor:
+        """Draw ``n`` latents from the prior and return the means of p(x|z), in the data's own scale.
+
+        For noisy draws of x: ``vae.decode(vae.prior.sample((n,))).sample()``.
+        """
+        return self._to_data_scale(self.decode(self.prior.sample(torch.Size((n,)))).mean)
+
+    def elbo_terms(self, x: Tensor, index: Tensor | None = None) -> ELBOTerms:
+        """Compute the ELBO's terms with one posterior sample per observation.
+
+        Args:
+            x: Observations in the data's own scale, shape ``(B, *shape)``.
+            index: Each observation's number in its data set, int64, shape ``(B,)``: binarisation and sample are then
+                fixed by it, as at evaluation. ``None`` draws both afresh, as in training.
+        """
+        x = self.likelihood.observe(self._to_network_scale(x), index)
+        self.posterior = posterior = self._encode(x)
+        z = posterior.rsample() if index is None else _sample_by_index(posterior, index)
+        likelihood = self._decode(z, x if self.training else None)
+        return ELBOTerms(-likelihood.log_prob(x), kl_per_dimension(posterior, self.prior, z))
+
+    # ---- training
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Return the loss at the knobs as they are now."""
+        x = self._observations(batch, check=batch_idx == 0)
+        terms = self.elbo_terms(x)
+        floored = free_bits(terms.rate_per_dimension, self.free_bits, self.free_bits_per, self.free_bits_average)
+        distortion = terms.distortion.mean()
+        loss = weighted_loss(distortion, floored, self.beta)
+        values = torch.stack([distortion, terms.rate.mean(), floored, loss]).detach()
+        self._train_sums.add(values * len(x), len(x))
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Log the mean of the training terms since they were last logged, on logging steps alone."""
+        del outputs, batch, batch_idx
+        trainer = self.trainer
+        if trainer.fit_loop._should_accumulate():
+            return
+        if trainer._logger_connector.should_update_logs or trainer.fast_dev_run:
+            means = _named("train", _mean(self._train_sums.flush()))
+            shown = {name: means.pop(name) for name in ("train/elbo", "train/rate")}
+            self.log_dict(shown, prog_bar=True, batch_size=1)
+            self.log_dict(means, batch_size=1)
+
+    def on_train_epoch_end(self) -> None:
+        """Offer the epoch's means to callbacks that monitor them; the loggers have the curve already."""
+        means = self._mean_over_processes(self._train_sums.epoch())
+        self.log_dict(_named("train", means), logger=False, batch_size=1, sync_dist=self.trainer.world_size > 1)
+
+    def configure_optimizers(self) -> Any:
+        """Use Adam with a learning rate of 1e-3; a config's ``optimizer`` and ``lr_scheduler`` take its place."""
+        return torch.optim.Adam(self.parameters(), lr=1e-3)
+
+    # ---- evaluation
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the batch to the pass."""
+        self._evaluation_step(batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Add the batch to the pass."""
+        self._evaluation_step(batch, batch_idx)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Return the posterior means, ``(B, k)``, and what identifies the observations: their index, maybe a label."""
+        x = self._observations(batch, check=batch_idx == 0)
+        index = self._index(batch, len(x))
+        x = self.likelihood.observe(self._to_network_scale(x), index)
+        result = {"mean": self._encode(x).mean, "index": index}
+        if isinstance(batch, Mapping) and "label" in batch:
+            result["label"] = batch["label"]
+        return result
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a pass."""
+        self._start_pass()
+
+    def on_test_epoch_start(self) -> None:
+        """Start a pass."""
+        self._start_pass()
+
+    def on_predict_epoch_start(self) -> None:
+        """Start a pass."""
+        self._start_pass()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the pass."""
+        self._log_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the pass."""
+        self._log_evaluation("test")
+
+    def _start_pass(self) -> None:
+        self._evaluation_sums.reset()
+        self._position = 0
+
+    def _evaluation_step(self, batch: Any, batch_idx: int) -> None:
+        x = self._observations(batch, check=batch_idx == 0)
+        terms = self.elbo_terms(x, self._index(batch, len(x)))
+        # The floor on each sample is a sum over observations; the floor on a mean waits for the whole pass.
+        floored = self._target_floored_rate(terms.rate_per_dimension) * len(x) if len(x) else x.new_zeros(())
+        sums = torch.cat([terms.rate_per_dimension.sum(0), terms.distortion.sum()[None], floored[None]])
+        self._evaluation_sums.add(sums, len(x))
+
+    def _log_evaluation(self, prefix: str) -> None:
+        means = self._mean_over_processes(self._evaluation_sums.flush())
+        rate_per_dimension, distortion, floored = means[:-2], means[-2], means[-1]
+        if self.free_bits_average == "batch":
+            floored = self._target_floored_rate(rate_per_dimension[None])
+        loss = weighted_loss(distortion, floored, self.knob_targets["beta"])
+        values = _named(prefix, torch.stack([distortion, rate_per_dimension.sum(), floored, loss]))
+        self.log_dict(values, batch_size=1, sync_dist=self.trainer.world_size > 1)
+
+    def _target_floored_rate(self, rates: Tensor) -> Tensor:
+        return free_bits(rates, self.knob_targets["free_bits"], self.free_bits_per, self.free_bits_average)
+
+    def _mean_over_processes(self, sums: Tensor) -> Tensor:
+        """Divide sums, whose last entry is the count, by it, over all processes."""
+        if self.trainer.world_size > 1:
+            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        return _mean(sums)
+
+    # ---- one run and the next
+
+    def setup(self, stage: str) -> None:
+        """Start the training sums anew, before a checkpoint brings those of the run that goes on."""
+        if stage == "fit":
+            self._train_sums.reset()
+
+    def on_fit_start(self) -> None:
+        """Refuse monitors that would select a wrong model."""
+        for callback in self.trainer.callbacks:
+            monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+            if isinstance(monitor, str) and monitor.rpartition("/")[2] == "elbo" and mode == "min":
+                raise MisconfigurationException(
+                    f"{type(callback).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: the "
+                    "ELBO is higher when better. Use mode='max', or monitor 'val/loss'."
+                )
+        if self.knob_targets["beta"] != self.hparams["beta"]:
+            self._warn_of_feedback(self.knob_targets["beta"])
+
+    def on_fit_end(self) -> None:
+        """Leave the knobs at their targets, also where a callback averaged the buffers."""
+        for name, target in self.knob_targets.items():
+            setattr(self, name, target)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save where the knobs are meant to end: a callback may have said so, after the constructor."""
+        checkpoint["lightning_vae"] = {
+            "knob_targets": dict(self.knob_targets),
+            "free_bits_per": self.free_bits_per,
+            "free_bits_average": self.free_bits_average,
+            "train_sums": self._train_sums.state(),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore what callbacks set: knobs that the constructor left at their defaults, and the floor's variant."""
+        saved = checkpoint.get("lightning_vae", {})
+        for name, target in saved.get("knob_targets", {}).items():
+            if name not in self.configured_knobs:
+                self.knob_targets[name] = target
+                setattr(self, name, target)
+        self.free_bits_per = saved.get("free_bits_per", self.free_bits_per)
+        self.free_bits_average = saved.get("free_bits_average", self.free_bits_average)
+        if "train_sums" in saved:
+            self._train_sums.load(saved["train_sums"])
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Fill a knob that is given a number."""
+        if name in _KNOBS and name in self.__dict__.get("_buffers", {}) and not isinstance(value, Tensor):
+            with torch.no_grad():
+                self._buffers[name].fill_(value)  # type: ignore[union-attr]
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        knobs = {name: self._buffers[name] for name in _KNOBS if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, knob in knobs.items():
+            moved = self._buffers[name]
+            if knob is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = knob.to(moved.device)
+        self._buffers["_prior_parameters"] = self._buffers["_prior_parameters"].to(self._working_dtype)
+        return self
+
+    # ---- helpers
+
+    def _encode(self, x: Tensor) -> td.Distribution:
+        output = self.encoder(x.to(self.dtype))
+        if isinstance(output, td.Distribution):
+            return output
+        mean, log_variance = output if isinstance(output, tuple | list) else output.chunk(2, dim=-1)
+        mean, log_variance = _widen(mean), _widen(log_variance)
+        return td.Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
+
+    def _decode(self, z: Tensor, x: Tensor | None = None) -> td.Distribution:
+        distribution: td.Distribution = self.likelihood(_widen(self.decoder(z.to(self.dtype))), x)
+        return distribution
+
+    @property
+    def _working_dtype(self) -> torch.dtype:
+        """Of what is computed outside the networks: float32 where they are in half precision."""
+        dtype = self.dtype
+        return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+    def _to_network_scale(self, x: Tensor) -> Tensor:
+        x = x.to(self._working_dtype)
+        return x if self.levels is None else x / (self.levels - 1)
+
+    def _to_data_scale(self, x: Tensor) -> Tensor:
+        return x if self.levels is None else x * (self.levels - 1)
+
+    def _observations(self, batch: Any, check: bool) -> Tensor:
+        x = batch["x"] if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple | list) else batch
+        if not isinstance(x, Tensor) or x.shape[1:] != self.shape:
+            raise ValueError(
+                f"`shape` is {self.shape}, but a batch holds "
+                f"{tuple(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__} per observation. A batch must be "
+                "a tensor, a sequence that starts with one, or a mapping with the key 'x'."
+            )
+        if check and len(x):
+            self._check_scale(x)
+        return x
+
+    def _check_scale(self, x: Tensor) -> None:
+        low, high = x.min().item(), x.max().item()
+        if self.levels is not None and x.is_floating_point() and high <= 1 < self.levels - 1:
+            raise ValueError(
+                f"`levels` is {self.levels}, so the data should be integers from 0 to {self.levels - 1}, but a batch "
+                f"holds fractions from {low:g} to {high:g}, as if scaled already. Pass levels=None for data in [0, 1]."
+            )
+        top = 1 if self.levels is None else self.levels - 1
+        if getattr(self.likelihood, "unit_interval", False) and not 0 <= low <= high <= top:
+            raise ValueError(
+                f"`likelihood` {type(self.likelihood).__name__} needs data from 0 to {top}, but a batch holds values from "
+                f"{low:g} to {high:g}. Rescale the data, set `levels`, or use the Gaussian likelihood."
+            )
+
+    def _index(self, batch: Any, size: int) -> Tensor:
+        """Number the observations: as the batch says, else in the order they come, as DistributedSampler deals them."""
+        if isinstance(batch, Mapping) and "index" in batch:
+            index: Tensor = batch["index"]
+            return index
+        start, self._position = self._position, self._position + size
+        return (torch.arange(start, start + size, device=self.device)) * self.trainer.world_size + self.global_rank
+
+    def _save_hyperparameters(self, **parts: Any) -> None:
+        """Save the constructor's arguments, with the networks in a form that loads with ``weights_only=True``."""
+        self.save_hyperparameters(ignore=[name for name, part in parts.items() if isinstance(part, nn.Module)])
+        described = {name: specification(self.hparams.get(name, part)) for name, part in parts.items()}
+        self.save_hyperparameters({**self.hparams, **described})
+
+    def _warn_of_feedback(self, beta: float) -> None:
+        if beta != 1 and getattr(self.likelihood, "learns_scale", False):
+            rank_zero_warn(
+                f"`beta` is {beta:g} with a likelihood whose scale adapts: the two feed back. A larger beta worsens the "
+                "reconstruction, which widens the scale, which weakens the reconstruction again, until everything has "
+                "collapsed. Fix the variance (train once at beta 1 and take its variance), or keep beta at 1."
+            )
+
+
+def _mean(sums: Tensor) -> Tensor:
+    """Divide sums by the count that follows them."""
+    return sums[:-1] / sums[-1]
+
+
+def _named(prefix: str, means: Tensor) -> dict[str, Tensor]:
+    values = {f"{prefix}/{name}": mean for name, mean in zip(_TERMS, means, strict=True)}
+    values[f"{prefix}/elbo"] = -(values[f"{prefix}/distortion"] + values[f"{prefix}/rate"])
+    return values
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    """Leave half precision, for what a likelihood or a rate is computed from."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _sample_by_index(posterior: td.Distribution, index: Tensor) -> Tensor:
+    """Sample by inversion of noise that belongs to the observation; afresh where a posterior can't be inverted."""
+    uniform = uniform_by_index(index, posterior.batch_shape[-1], seed=1).to(posterior.mean.dtype)
+    try:
+        return posterior.icdf(uniform)
+    except NotImplementedError:
+        return posterior.rsample()

@@ -1,0 +1,6 @@
+"""Train, validate, test or predict: ``python train.py fit --config configs/digits.yaml``."""
+
+from lightning_vae.cli import main
+
+if __name__ == "__main__":
+    main()
