@@ -13,6 +13,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
+# What every module has, and nobody means.
+_OF_LIGHTNING = ("training", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
+
 
 class Attribute:
     """A number that lies at a dotted path of a module: ``"beta"``, ``"model.beta"``, ``"params.kld_weight"``.
@@ -26,7 +29,7 @@ class Attribute:
         path: The path.
 
     Raises:
-        ValueError: If the path leads nowhere, or to something that is no number.
+        ValueError: If the path leads nowhere, to something that is no number, or to a number that can't be set.
     """
 
     def __init__(self, pl_module: LightningModule, path: str) -> None:
@@ -39,15 +42,27 @@ class Attribute:
             owner = inner
         self._owner = owner
         value = _get(owner, self._name, path)
-        if not (isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)):
+        is_number = isinstance(value, Real) and not isinstance(value, bool)
+        if not (is_number or (isinstance(value, Tensor) and value.numel() == 1)):
+            within = f" Did you mean one of {_known(value, path + '.')}?" if _names(value) else ""
             raise ValueError(
-                f"`attribute={path!r}` must lead to a number or a tensor of one element, got {type(value).__name__}. "
-                f"Did you mean one of {_known(value, path + '.')}?"
+                f"`attribute={path!r}` must lead to a number or a tensor of one element, got {type(value).__name__}."
+                + within
             )
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            raise ValueError(
+                f"`attribute={path!r}` is a tensor of {value.dtype}, which would round what is written to it. Make it "
+                "a floating-point tensor."
+            )
+        # What can't be set says so before the first step.
+        self._set(value)
+        if isinstance(value, Tensor) and _get(owner, self._name, path).data_ptr() != value.data_ptr():
+            raise self._not_settable("it is computed anew each time")
 
     def read(self) -> float:
         """Return the number as it is now."""
-        return float(_get(self._owner, self._name, self.path))
+        value = _get(self._owner, self._name, self.path)
+        return float(value.detach() if isinstance(value, Tensor) else value)
 
     def write(self, value: float) -> None:
         """Set the number: a tensor is filled in place, anything else is replaced."""
@@ -55,18 +70,27 @@ class Attribute:
         if isinstance(current, Tensor):
             with torch.no_grad():
                 current.fill_(value)
-        elif isinstance(self._owner, MutableMapping):
-            self._owner[self._name] = value
-        elif isinstance(self._owner, MutableSequence):
-            self._owner[int(self._name)] = value
         else:
-            try:
+            self._set(value)
+
+    def _set(self, value: Any) -> None:
+        if isinstance(value, Tensor):
+            return
+        try:
+            if isinstance(self._owner, MutableMapping):
+                self._owner[self._name] = value
+            elif isinstance(self._owner, MutableSequence):
+                self._owner[int(self._name)] = value
+            else:
                 setattr(self._owner, self._name, value)
-            except AttributeError as error:
-                raise ValueError(
-                    f"`attribute={self.path!r}` can't be set ({error}). Name what it is computed from, or pass "
-                    "`setter=`, a callable `(pl_module, value) -> None`."
-                ) from error
+        except (AttributeError, TypeError) as error:
+            raise self._not_settable(error) from error
+
+    def _not_settable(self, reason: object) -> ValueError:
+        return ValueError(
+            f"`attribute={self.path!r}` can't be set ({reason}). Name what it is computed from, or pass `setter=`, a "
+            "callable `(pl_module, value) -> None`."
+        )
 
 
 def writer(
@@ -134,7 +158,7 @@ def _names(owner: Any) -> list[str]:
     names = dict.fromkeys(vars(owner)) if hasattr(owner, "__dict__") else {}
     if isinstance(owner, torch.nn.Module):
         names.update(dict.fromkeys((*owner._buffers, *owner._parameters, *owner._modules)))
-    return [name for name in names if not name.startswith("_") and name not in ("training", "prepare_data_per_node")]
+    return [name for name in names if not name.startswith("_") and name not in _OF_LIGHTNING]
 
 
 def _known(owner: Any, prefix: str) -> str:

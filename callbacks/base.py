@@ -47,7 +47,7 @@ class Callback(_Callback):
         """
         if trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization:
             return False
-        return bool(trainer._logger_connector.should_update_logs) or bool(trainer.fast_dev_run)
+        return bool(trainer._logger_connector.should_update_logs) or bool(getattr(trainer, "fast_dev_run", False))
 
     @staticmethod
     def log_now(

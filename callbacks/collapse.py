@@ -90,6 +90,7 @@ def diagnose(
 
     Example::
 
+        >>> import torch
         >>> diagnose(torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.0]), 1.9, observations=2048).state
         'pruned'
     """

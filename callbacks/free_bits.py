@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import Distribution, kl_divergence
 from typing_extensions import override
 
 from .posterior import PosteriorReader, read_prior
-from .scheduled_knob import ScheduledKnob
+from .scheduled_knob import MisconfigurationException, ScheduledKnob
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -89,6 +89,7 @@ class FreeBits(ScheduledKnob):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._choose_variant(pl_module)
         super().on_fit_start(trainer, pl_module)
+        self._warned, self._latest = False, None
         self._reads = self._reader.posterior is not None or hasattr(pl_module, "posterior")
         self._reader.attach(pl_module)
 
@@ -98,23 +99,22 @@ class FreeBits(ScheduledKnob):
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if self._reads and self.logs_now(trainer):
-            posterior = self._reader.read(pl_module, batch)
-            rates = kl_divergence(posterior, read_prior(pl_module)).detach().float()
+            rates = _rates(self._reader.read(pl_module, batch), read_prior(pl_module))
             threshold = self._resolved(self.step(trainer))
             per = getattr(pl_module, "free_bits_per", self.per or "dimension")
             average = getattr(pl_module, "free_bits_average", self.average or "batch")
             self._latest = count_at_floor(rates, threshold, per, average)
-            self.log_now(pl_module, {"latent/at_floor": self._latest.count})
+            self.log_now(pl_module, {"latent/at_floor": self._latest.at_floor})
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         latest, total = self._latest, self._run.get("total_steps")
         if latest is None or self._warned or (total is not None and self.step(trainer) < total / 2):
             return
-        if latest.floors > latest.rate or latest.count > 0.9 * latest.groups:
+        if latest.sets_the_model:
             self._warned = True
             rank_zero_warn(
-                f"FreeBits: {latest.count:.0f} of {latest.groups} floors hold their dimension; together they are "
+                f"FreeBits: {latest.at_floor:.0f} of {latest.groups} floors hold their dimension; together they are "
                 f"{latest.floors:.2f} nats, the measured rate is {latest.rate:.2f}. The threshold sets the model now, "
                 "and its rate need not be information. Lower `threshold`, or use fewer latent dimensions."
             )
@@ -129,25 +129,48 @@ class FreeBits(ScheduledKnob):
         super().on_exception(trainer, pl_module, exception)
         self._reader.detach()
 
+    @override
+    def _writer(self, pl_module: LightningModule) -> tuple[Callable[[float], None], float | None]:
+        try:
+            return super()._writer(pl_module)
+        except ValueError as error:
+            raise ValueError(f"FreeBits: {error} The module's own loss has to read the floor: `{_LINE}`.") from error
+
     def _choose_variant(self, pl_module: LightningModule) -> None:
         for option, value in (("per", self.per), ("average", self.average)):
             if value is None:
                 continue
             if not hasattr(pl_module, f"free_bits_{option}"):
                 raise MisconfigurationException(
-                    f"FreeBits: `{option}={value!r}` can't be set on {type(pl_module).__name__}, whose own loss decides. "
-                    f"Leave it out and choose in the loss: `{_LINE[:-1]}, {option}={value!r})`."
+                    f"FreeBits: `{option}={value!r}` can't be set on {type(pl_module).__name__}, whose own loss "
+                    f"decides. Leave it out and choose in the loss: `{_LINE[:-1]}, {option}={value!r})`."
                 )
             setattr(pl_module, f"free_bits_{option}", value)
+
+
+@torch.no_grad()
+def _rates(posterior: Distribution, prior: Distribution) -> Tensor:
+    """Compute the rate of each observation and dimension; without a closed form, by a sample of its own."""
+    try:
+        return kl_divergence(posterior, prior).float().flatten(1)
+    except NotImplementedError:
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices):  # training must not notice that it is watched
+            z = posterior.sample()
+        return (posterior.log_prob(z) - prior.log_prob(z)).float().flatten(1)
 
 
 class _AtFloor(NamedTuple):
     """How much of the rate the floors hold, in one batch."""
 
-    count: float
+    at_floor: float
     groups: int
     floors: float
     rate: float
+
+    @property
+    def sets_the_model(self) -> bool:
+        return self.floors > 0 and (self.floors > self.rate or self.at_floor > 0.9 * self.groups)
 
 
 def count_at_floor(rates: Tensor, threshold: float, per: Literal["dimension", "whole"] | int, average: str) -> _AtFloor:
@@ -160,7 +183,7 @@ def count_at_floor(rates: Tensor, threshold: float, per: Literal["dimension", "w
         average: ``"batch"`` counts groups by their mean rate; ``"sample"`` counts in each observation, and averages.
     """
     size = rates.shape[1] if per == "whole" else 1 if per == "dimension" else per
-    grouped = rates.unflatten(1, (-1, int(size))).sum(-1)
+    grouped = rates.reshape(len(rates), -1, int(size)).sum(-1)
     if average == "batch":
         grouped = grouped.mean(0, keepdim=True)
     at_floor = (grouped <= threshold * _NEAR).float().sum(-1).mean() if threshold > 0 else grouped.new_zeros(())

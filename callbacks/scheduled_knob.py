@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from .attribute import writer
 from .base import Callback
 from .schedules import Schedule
 
+try:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
+except ImportError:  # a copied folder, in a project that has pytorch_lightning alone
+    from lightning_fabric.utilities.exceptions import MisconfigurationException  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+_MOVING = re.compile(r"train(ing)?[/_]loss(_step|_epoch)?")
 
 
 class ScheduledKnob(Callback):
@@ -24,6 +31,9 @@ class ScheduledKnob(Callback):
     The value is a function of the step alone, so a resumed run goes on where it was. What is saved is what the step
     can't tell: the module's value before the schedule touched it, and how long the run was when lengths in epochs or
     fractions were turned into steps.
+
+    The number moves in training batches alone: validation and checkpoints see its target, so that a validation loss
+    selects models under any schedule, and a checkpoint that is loaded holds the value that was meant.
 
     Args:
         schedule: Value per step: one of this package's schedules, or any callable.
@@ -54,7 +64,7 @@ class ScheduledKnob(Callback):
         self.attribute = attribute
         self.setter = setter
         self.name = name or paths[-1].rpartition(".")[2]
-        self._knob = paths[-1]
+        self._paths = paths if setter is None else []
         self._resolved: Callable[[int], float] = schedule
         self._restored: dict[str, Any] = {}
         self._base: float | None = None
@@ -68,15 +78,20 @@ class ScheduledKnob(Callback):
         return self._generate_state_key(attribute=self.attribute, name=self.name)
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = {}  # a checkpoint that was only evaluated is not resumed
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._refuse_twins(trainer)
-        self._write, current = writer(pl_module, self.attribute, self.setter)
-        configured = getattr(pl_module, "knob_targets", {}).get(self._knob, current)
-        restored, self._restored = self._restored, {}
-        self._base = restored.get("base", configured)
+        write, current = self._writer(pl_module)
+        goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
+        restored = self._restored or (self.state_dict() if goes_on else {})
+        self._base = self._configured(pl_module, current, restored)
         self._resolve(trainer, restored)
         self._agree_on_target(pl_module)
         self._refuse_moving_monitor(trainer)
+        self._write = write
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -89,12 +104,27 @@ class ScheduledKnob(Callback):
             self.log_now(pl_module, {f"knobs/{self.name}": self._resolved(self.step(trainer))}, prog_bar=True)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_target()
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave_at_target()
+        self._write_target()
+        self._write = None
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave_at_target()
+        self._write_target()
+        self._write = None
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._write_target()  # the checkpoint refers to the module's tensors and objects; numbers it has copied
+        for path in self._paths:
+            root, _, rest = path.partition(".")
+            if root == "hparams" and "hyper_parameters" in checkpoint:
+                name = rest.partition(".")[0]
+                checkpoint["hyper_parameters"][name] = pl_module.hparams[name]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -104,18 +134,36 @@ class ScheduledKnob(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict)
 
-    def _leave_at_target(self) -> None:
-        """End a fit, also one that was interrupted, with the value that the knob is meant to have."""
+    def _writer(self, pl_module: LightningModule) -> tuple[Callable[[float], None], float | None]:
+        return writer(pl_module, self.attribute, self.setter)
+
+    def _write_target(self) -> None:
+        """Set the number to where it is meant to end, until the next training batch, if any."""
         if self._write is not None and self._target is not None:
             self._write(self._target)
-        self._write = None
+
+    def _configured(self, pl_module: LightningModule, current: float | None, restored: dict[str, Any]) -> float | None:
+        """Return the value that the module is configured with; where it doesn't tell, the one a run began with."""
+        targets = getattr(pl_module, "knob_targets", {})
+        for path in self._paths:
+            if path in getattr(pl_module, "configured_knobs", ()):
+                value: float = targets[path]
+                if restored.get("base") not in (None, value):
+                    rank_zero_warn(
+                        f"{type(self).__name__}({self.name}): the checkpoint was saved by a run to "
+                        f"{restored['base']:g}; the module is configured with {value:g}, and the run goes on to that."
+                    )
+                return value
+        if restored.get("base") is not None:
+            return float(restored["base"])
+        return next((targets[path] for path in self._paths if path in targets), current)
 
     def _resolve(self, trainer: Trainer, restored: dict[str, Any]) -> None:
         """Turn the schedule's lengths into steps, once: a resumed run keeps the ones it began with."""
+        now = _run_length(trainer)
+        self._run = {name: length if restored.get(name) is None else restored[name] for name, length in now.items()}
         if not isinstance(self.schedule, Schedule):
             return
-        now = _run_length(trainer)
-        self._run = {name: restored.get(name, length) for name, length in now.items()}
         self._resolved = resolved = self.schedule.resolve(self._base, **self._run)
         title = f"{type(self).__name__}({self.name})"
         if "schedule" in restored and restored["schedule"] != repr(self.schedule):
@@ -138,49 +186,57 @@ class ScheduledKnob(Callback):
 
     def _agree_on_target(self, pl_module: LightningModule) -> None:
         """Make the schedule's end the module's target, unless the module was configured with another."""
-        final = self._resolved.final if isinstance(self._resolved, Schedule) else self._base
-        self._target = final
+        self._target = final = self._resolved.final if isinstance(self._resolved, Schedule) else self._base
         targets = getattr(pl_module, "knob_targets", {})
-        if self._knob not in targets or final is None:
-            return
-        if self._knob in getattr(pl_module, "configured_knobs", ()) and final != self._base:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: the schedule ends at {final:g}, but the module is configured with "
-                f"`{self._knob}={self._base:g}`. Leave the schedule's end (`stop`) out to end at the configured value, "
-                f"or leave `{self._knob}` at its default."
-            )
-        targets[self._knob] = final
+        for path in self._paths:
+            if path not in targets or final is None:
+                continue
+            if path in getattr(pl_module, "configured_knobs", ()) and final != targets[path]:
+                self._target = None
+                raise MisconfigurationException(
+                    f"{type(self).__name__}: the schedule ends at {final:g}, but the module is configured with "
+                    f"`{path}={targets[path]:g}`. Leave the schedule's end (`stop`) out to end at the configured "
+                    f"value, or leave `{path}` at its default."
+                )
+            targets[path] = final
 
     def _refuse_twins(self, trainer: Trainer) -> None:
-        others = [each for each in trainer.callbacks if isinstance(each, ScheduledKnob) and each is not self]
-        if any(each.attribute == self.attribute and each.setter is self.setter for each in others):
-            raise MisconfigurationException(
-                f"Two callbacks move `{self.attribute}`. Remove one, or join their schedules with `Join`."
-            )
-        if any(each.name == self.name for each in others):
-            raise MisconfigurationException(
-                f"Two callbacks log `knobs/{self.name}`. Tell them apart with `name=`."
-            )
+        for each in _callbacks(trainer):
+            if not isinstance(each, ScheduledKnob) or each is self:
+                continue
+            if set(each._paths) & set(self._paths) or (self.setter is not None and each.setter is self.setter):
+                raise MisconfigurationException(
+                    f"Two callbacks move `{self.attribute}`. Remove one, or join their schedules with `Join`."
+                )
+            if each.name == self.name:
+                raise MisconfigurationException(f"Two callbacks log `knobs/{self.name}`. Tell them apart with `name=`.")
 
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
         if isinstance(self._resolved, Schedule) and self._resolved.length == 0:
             return
-        monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in trainer.callbacks]
+        monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in _callbacks(trainer)]
         monitors += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
         for owner, monitor in monitors:
-            if monitor == "train/loss":
+            if isinstance(monitor, str) and _MOVING.fullmatch(monitor):
                 raise MisconfigurationException(
-                    f"{owner} monitors 'train/loss', which moves with `{self.name}`: it would follow the schedule and "
+                    f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow the schedule and "
                     "not the model. Monitor 'val/loss' (the loss at the target) or 'train/elbo' with mode 'max'."
                 )
 
 
+def _callbacks(trainer: Trainer) -> list[Any]:
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks
+
+
 def _run_length(trainer: Trainer) -> dict[str, int | None]:
     """Return the steps in an epoch and in the run, ``None`` where the run has no end or none is known."""
-    try:
-        total = trainer.estimated_stepping_batches
-    except MisconfigurationException:  # accumulation that changes between epochs
-        total = math.inf
+    if any(getattr(each, "going_to_accumulate_grad_batches", bool)() for each in _callbacks(trainer)):
+        return {"steps_per_epoch": None, "total_steps": None}  # accumulation that changes between epochs
+    trainer.fit_loop.setup_data()
+    total = trainer.estimated_stepping_batches
+    if trainer.max_steps != -1 and len(trainer.optimizers) > 1:
+        total = math.inf  # `max_steps` counts every optimizer's steps; how many a batch takes is not known
     batches = trainer.num_training_batches / trainer.accumulate_grad_batches
     return {
         "steps_per_epoch": math.ceil(batches) if math.isfinite(batches) else None,
@@ -188,12 +244,9 @@ def _run_length(trainer: Trainer) -> dict[str, int | None]:
     }
 
 
-def _differs(
-    schedule: Schedule, base: float | None, saved: dict[str, int | None], now: dict[str, int | None]
-) -> bool:
+def _differs(schedule: Schedule, base: float | None, saved: dict[str, int | None], now: dict[str, int | None]) -> bool:
     """Whether the run's length as it is now would give another schedule than the one it began with."""
     try:
         return schedule.resolve(base, **saved) != schedule.resolve(base, **now)
     except ValueError:
         return True
-

@@ -52,11 +52,11 @@ def linear_vae_optimum(
     `free_bits` is the floor of each dimension's mean rate. A dimension at the floor carries a signal-to-noise ratio of
     :math:`e^{2 \cdot \text{free\_bits}} - 1` that costs nothing more, and nothing ties it to one direction: together
     the dimensions at the floor spread theirs over the directions left by water-filling,
-    :math:`1 + m_i \propto \sqrt{\lambda_i}`, which leaves :math:`\lambda_i / (1 + m_i)` of squared error. So the rates
-    are :math:`\max(\text{free\_bits}, KL_i)`, but where two or more dimensions sit at the floor the squared error is
-    smaller than one direction each would leave, and it may pay to lower the last dimension above the floor, which
-    then shares its direction with them. All these cases are closed forms, and the one with the smallest loss is
-    returned; it agrees with numerical minimisation over V and D.
+    :math:`1 + m_i \propto \sqrt{\lambda_i}`, which leaves :math:`\lambda_i / (1 + m_i)` of squared error. Where two or
+    more dimensions sit at the floor that is less than one direction each would leave. The rates are
+    :math:`\max(\text{free\_bits}, KL_i)`, unless it pays to lower the last of those above the floor, to the floor or to
+    where it shares directions with the others. Each case is a closed form, and the one with the smallest loss is
+    returned; numerical minimisation over V and D finds the same.
 
     Args:
         eigenvalues: Eigenvalues of the covariance, positive, in any order.

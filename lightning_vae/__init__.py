@@ -35,7 +35,7 @@ _MODULES = {
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
     "vae": ("VAE",),
 }
-__all__ = [name for names in _MODULES.values() for name in names]  # noqa: PLE0604
+__all__ = [name for names in _MODULES.values() for name in names]
 
 
 def __getattr__(name: str) -> object:

@@ -7,17 +7,22 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core import rank_zero
 from typing_extensions import override
 
 from . import callbacks as callbacks  # importing them gives them short names in configs
 from . import datamodules as datamodules
+from . import likelihoods as likelihoods
+from . import networks as networks
+from .messages import readable
 from .vae import VAE
 
 # What is wrong with the input, as opposed to with the program.
@@ -27,7 +32,18 @@ _INPUT_ERRORS = (ValueError, TypeError, OSError, MisconfigurationException)
 _NOT_FOR_USERS = (
     r".*LeafSpec.*is deprecated",  # Lightning's own use of a name that torch is giving up
     r".*configure_optimizers` will be overridden",  # a config's optimizer is meant to win
+    r"The dirpath has changed from .*",  # a resumed run keeps its checkpoints in its own folder
 )
+
+
+class Parser(LightningArgumentParser):
+    """A parser that says what is wrong, without the page of all options."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:  # an attempt of an outer parser, which goes on with another
+            super().error(message, ex)
+        _exit(message, f"\nAll options: {getattr(ex, 'subcommand_parser', self).prog.replace(' [options]', '')} --help")
 
 
 class VAECLI(LightningCLI):
@@ -48,18 +64,29 @@ class VAECLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": "lightning_vae.VAE"}})
 
     @override
+    def _parse_ckpt_path(self) -> None:
+        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        if path and path not in ("best", "last", "hpc", "registry"):
+            try:
+                torch.load(path, map_location="meta", mmap=True, weights_only=True)
+            except FileNotFoundError:
+                _exit(f"`--ckpt_path`: there is no file {path!r}.")
+            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+                _exit(f"`--ckpt_path`: {path!r} can't be read, it is damaged or no checkpoint ({error}).")
+        super()._parse_ckpt_path()
+
+    @override
     def before_instantiate_classes(self) -> None:
         for message in _NOT_FOR_USERS:
             warnings.filterwarnings("ignore", message=message)
-        logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertisement)
+        rank_zero.log.addFilter(_no_advertisement)
         config = self.config[self.subcommand]
         path = config.get("ckpt_path")
-        if path and path not in ("best", "last", "hpc", "registry") and not Path(path).is_file():
-            _exit(f"`--ckpt_path`: there is no file {path!r}.")
         if config.get("same_run"):
             if not path or not Path(path).is_file():
                 _exit("`--same_run` needs `--ckpt_path`, a checkpoint file in the run's folder.")
             config["trainer"]["logger"] = _logger_of_run(Path(path))
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
 
     @override
     def instantiate_classes(self) -> None:
@@ -74,7 +101,7 @@ class VAECLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except _INPUT_ERRORS as error:
             # Before the first step it is the input; later on it is a fault, whose traceback is worth having.
-            if subcommand == "fit" and self.trainer.fit_loop.epoch_loop.batch_progress.total.processed:
+            if subcommand == "fit" and self.trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
                 raise
             _exit(error)
 
@@ -142,8 +169,9 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip: For seamless" not in record.getMessage()
 
 
-def _exit(error: object) -> NoReturn:
-    print(f"error: {error}", file=sys.stderr)
+def _exit(error: object, hint: str = "") -> NoReturn:
+    names = [name for module in (callbacks, datamodules, likelihoods, networks) for name in vars(module)]
+    print(f"error: {readable(str(error), names)}{hint}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -158,6 +186,7 @@ def main(args: ArgsType = None) -> None:
         LightningDataModule,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
+        parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,
         args=args,

@@ -7,7 +7,7 @@ the network's scale (images in [0, 1]), constants included, so that its ``log_pr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import torch
@@ -59,7 +59,8 @@ class Likelihood(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Under `bf16-true` a learned scale would round each optimizer step away.
-        return super()._apply(at_least_float32(fn), recurse)
+        super()._apply(at_least_float32(fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def _independent(self, distribution: td.Distribution) -> td.Distribution:
         return td.Independent(distribution, len(self.shape), validate_args=False)
@@ -89,7 +90,7 @@ class Bernoulli(Likelihood):
         noise = torch.rand_like(x) if index is None else uniform_by_index(index, math.prod(self.shape), self.seed)
         return (noise.view_as(x) < x).to(x.dtype)
 
-    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:  # noqa: ARG002
         """Return the Bernoulli distribution with these logits."""
         return self._independent(td.Bernoulli(logits=output, validate_args=False))
 
@@ -104,7 +105,7 @@ class ContinuousBernoulli(Likelihood):
 
     unit_interval = True
 
-    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:  # noqa: ARG002
         """Return the continuous Bernoulli distribution with these logits."""
         return self._independent(td.ContinuousBernoulli(logits=output, validate_args=False))
 
@@ -128,6 +129,9 @@ class Gaussian(Likelihood):
         et al., "Don't Blame the ELBO!", NeurIPS 2019, for what a variance that is too large does.
     """
 
+    log_variance: Tensor
+    start_weight: Tensor
+
     momentum = 0.99
     """Of the running mean of the optimal variance."""
     min_log_variance = -12.0
@@ -142,7 +146,6 @@ class Gaussian(Likelihood):
             raise ValueError(f"`variance` must be a positive number, 'learned' or 'optimal', got {variance!r}.")
         self.variance = variance
         self.learns_scale = not number
-        self.log_variance: Tensor
         if variance == "learned":
             self.log_variance = nn.Parameter(torch.tensor(0.0))
         elif variance == "optimal":
@@ -179,9 +182,9 @@ class Gaussian(Likelihood):
 
 
 class DiscretisedLogistic(Likelihood):
-    """Logistic integrated over each level's bin, so that integer data get probabilities; the decoder's output is the mean.
+    """Logistic integrated over each level's bin, so that integer data get probabilities.
 
-    The scale is learned, one per channel. The outermost bins take the tails.
+    The decoder's output is the location. The scale is learned, one per channel. The outermost bins take the tails.
 
     Args:
         shape: Shape of one observation.
@@ -199,7 +202,7 @@ class DiscretisedLogistic(Likelihood):
         channels = (shape[0],) + (1,) * (len(shape) - 1) if len(shape) > 1 else (1,)
         self.log_scale = nn.Parameter(torch.full(channels, math.log(0.1)))
 
-    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:  # noqa: ARG002
         """Return the discretised logistic distribution with this mean."""
         return self._independent(_DiscretisedLogistic(output, self.log_scale.exp(), self.levels or 256))
 
@@ -215,29 +218,32 @@ class _DiscretisedLogistic(td.Distribution):
     @property
     def mean(self) -> Tensor:
         """Location, held inside the range of the data."""
-        return self.loc.clamp(0, 1)
+        inside: Tensor = self.loc.clamp(0, 1)
+        return inside
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of a bin, in nats, for values at the bins' centres."""
         half = 0.5 / (self.levels - 1)
         upper = (value - self.loc + half) / self.scale
         lower = (value - self.loc - half) / self.scale
-        below, above = F.logsigmoid(upper), F.logsigmoid(-lower)
+        below: Tensor = F.logsigmoid(upper)
+        above: Tensor = F.logsigmoid(-lower)
         # log(s(u) - s(l)) = log s(u) + log s(-l) + log(1 - e^(l - u)): no difference of nearly equal numbers.
         inside = below + above + torch.log(-torch.expm1(-2 * half / self.scale))
         return torch.where(value < half, below, torch.where(value > 1 - half, above, inside))
 
-    def sample(self, sample_shape: torch.Size | tuple[int, ...] = ()) -> Tensor:
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draw values at the bins' centres."""
         uniform = torch.rand(self._extended_shape(torch.Size(sample_shape)), device=self.loc.device)
         value = self.loc + self.scale * torch.logit(uniform, eps=1e-6)
-        return (value.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
+        bins: Tensor = (value.clamp(0, 1) * (self.levels - 1)).round()
+        return bins / (self.levels - 1)
 
 
 def default_likelihood(shape: Shape, levels: int | None = None) -> Likelihood:
-    """Choose by the data: grey images Bernoulli, colour images discretised logistic, vectors Gaussian, learned variance.
+    """Choose by the data: grey images Bernoulli, colour images discretised logistic, vectors Gaussian.
 
-    A variance fixed at 1 is never a default: on data in [0, 1] it collapses.
+    The Gaussian's variance is learned. A variance fixed at 1 is never a default: on data in [0, 1] it collapses.
     """
     if len(shape) != 3:
         return Gaussian(shape, levels)

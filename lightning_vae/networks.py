@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor, nn, zeros
 
@@ -53,8 +54,8 @@ class LinearDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
-        output: Tensor = self.map(z)
-        return output.unflatten(1, self.shape)
+        output: Tensor = self.map(z).view(-1, *self.shape)
+        return output
 
 
 class MLPEncoder(nn.Module):
@@ -92,8 +93,8 @@ class MLPDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
-        output: Tensor = self.layers(z)
-        return output.unflatten(1, self.shape)
+        output: Tensor = self.layers(z).view(-1, *self.shape)
+        return output
 
 
 class ConvEncoder(nn.Module):
@@ -109,13 +110,11 @@ class ConvEncoder(nn.Module):
         ValueError: If the observations are no images.
     """
 
-    def __init__(
-        self, shape: Shape, latent_dim: int, channels: Sequence[int] = (32, 64), hidden: int = 256
-    ) -> None:
+    def __init__(self, shape: Shape, latent_dim: int, channels: Sequence[int] = (32, 64), hidden: int = 256) -> None:
         super().__init__()
         sizes = _conv_sizes(shape, channels)
         layers: list[nn.Module] = []
-        for previous, current in zip([shape[0], *channels], channels, strict=False):
+        for previous, current in pairwise([shape[0], *channels]):
             layers += [nn.Conv2d(previous, current, kernel_size=3, stride=2, padding=1), nn.ReLU()]
         features = channels[-1] * math.prod(sizes[-1])
         self.layers = nn.Sequential(
@@ -141,9 +140,7 @@ class ConvDecoder(nn.Module):
         ValueError: If the observations are no images.
     """
 
-    def __init__(
-        self, latent_dim: int, shape: Shape, channels: Sequence[int] = (32, 64), hidden: int = 256
-    ) -> None:
+    def __init__(self, latent_dim: int, shape: Shape, channels: Sequence[int] = (32, 64), hidden: int = 256) -> None:
         super().__init__()
         sizes = _conv_sizes(shape, channels)
         layers: list[nn.Module] = [
@@ -174,7 +171,7 @@ class ConvDecoder(nn.Module):
 
 def _mlp(widths: Sequence[int]) -> nn.Sequential:
     layers: list[nn.Module] = []
-    for previous, current in zip(widths, widths[1:], strict=False):
+    for previous, current in pairwise(widths):
         layers += [nn.Linear(previous, current), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -84,7 +84,7 @@ def free_bits(
     per: FreeBitsPer = "dimension",
     average: FreeBitsAverage = "batch",
 ) -> Tensor:
-    r"""Floor the rate: a group of latent dimensions costs at least ``threshold`` nats, so shrinking it further gains nothing.
+    r"""Floor the rate: each dimension costs at least ``threshold`` nats, so shrinking it further gains nothing.
 
     .. math::
         \sum_{j=1}^{G} \max\bigl(\lambda,\; \tfrac1B \sum_n \mathrm{KL}_{nj}\bigr)

@@ -25,7 +25,7 @@ def specification(part: Any) -> Any:
     constructor, arguments = (part.func, part.keywords) if isinstance(part, partial) and not part.args else (part, {})
     if isinstance(constructor, type) and "<locals>" not in constructor.__qualname__ and _is_plain(arguments):
         return {"class_path": _path(constructor), "init_args": dict(arguments)}
-    return {"instance_of": _path(type(part) if isinstance(part, nn.Module) else part)}
+    return {"instance_of": _path(part if callable(part) and not isinstance(part, nn.Module | partial) else type(part))}
 
 
 def build(name: str, part: Any, *args: Any) -> nn.Module:
@@ -70,7 +70,7 @@ def _constructor(name: str, description: Mapping[str, Any]) -> type[nn.Module]:
 
 
 def _path(constructor: Any) -> str:
-    return f"{constructor.__module__}.{getattr(constructor, '__qualname__', type(constructor).__qualname__)}"
+    return f"{constructor.__module__}.{constructor.__qualname__}"
 
 
 def _is_plain(value: Any) -> bool:

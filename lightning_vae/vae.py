@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch import distributions as td
 
@@ -25,7 +25,7 @@ _TERMS = ("distortion", "rate", "floored_rate", "loss")
 
 
 class VAE(LightningModule):
-    r"""Train a variational autoencoder on
+    r"""Train a variational autoencoder on the ELBO, with a weight on its rate and a floor under it.
 
     .. math::
         \text{loss} = \text{distortion} + \beta \cdot \text{floored rate}
@@ -75,8 +75,10 @@ class VAE(LightningModule):
 
     beta: Tensor
     free_bits: Tensor
+    _prior_parameters: Tensor
+    likelihood: Likelihood
     # The knobs are the same in every process because the callbacks that turn them are: nothing to broadcast.
-    _ddp_params_and_buffers_to_ignore = list(_KNOBS)
+    _ddp_params_and_buffers_to_ignore = tuple(_KNOBS)
 
     def __init__(
         self,
@@ -110,7 +112,10 @@ class VAE(LightningModule):
         self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
         self.encoder = build("encoder", encoder or MLPEncoder, shape, latent_dim)
         self.decoder = build("decoder", decoder or MLPDecoder, latent_dim, shape)
-        self.likelihood = build("likelihood", likelihood or default_likelihood, shape, levels)
+        built = build("likelihood", likelihood or default_likelihood, shape, levels)
+        if not isinstance(built, Likelihood):
+            raise TypeError(f"`likelihood` must derive from lightning_vae.Likelihood, got {type(built).__name__}.")
+        self.likelihood = built
         self.free_bits_per, self.free_bits_average = free_bits_per, free_bits_average
 
         self.knob_targets = {"beta": float(beta), "free_bits": float(free_bits)}
@@ -129,7 +134,7 @@ class VAE(LightningModule):
     @property
     def prior(self) -> td.Normal:
         """p(z), standard normal with batch shape ``(k,)``."""
-        loc, scale = self._prior_parameters
+        loc, scale = self._prior_parameters.unbind()
         return td.Normal(loc.expand(self.latent_dim), scale.expand(self.latent_dim), validate_args=False)
 
     def encode(self, x: Tensor) -> td.Distribution:
@@ -194,7 +199,7 @@ class VAE(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the mean of the training terms since they were last logged, on logging steps alone."""
         del outputs, batch, batch_idx
-        trainer = self.trainer
+        trainer: Any = self.trainer
         if trainer.fit_loop._should_accumulate():
             return
         if trainer._logger_connector.should_update_logs or trainer.fast_dev_run:
@@ -291,12 +296,13 @@ class VAE(LightningModule):
 
     def on_fit_start(self) -> None:
         """Refuse monitors that would select a wrong model."""
-        for callback in self.trainer.callbacks:
+        trainer: Any = self.trainer
+        for callback in trainer.callbacks:
             monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
             if isinstance(monitor, str) and monitor.rpartition("/")[2] == "elbo" and mode == "min":
                 raise MisconfigurationException(
-                    f"{type(callback).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: the "
-                    "ELBO is higher when better. Use mode='max', or monitor 'val/loss'."
+                    f"{type(callback).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: "
+                    "the ELBO is higher when better. Use mode='max', or monitor 'val/loss'."
                 )
         if self.knob_targets["beta"] != self.hparams["beta"]:
             self._warn_of_feedback(self.knob_targets["beta"])
@@ -337,12 +343,12 @@ class VAE(LightningModule):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         knobs = {name: self._buffers[name] for name in _KNOBS if name in self._buffers}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, knob in knobs.items():
             moved = self._buffers[name]
             if knob is not None and moved is not None and moved.dtype != torch.float32:
                 self._buffers[name] = knob.to(moved.device)
-        self._buffers["_prior_parameters"] = self._buffers["_prior_parameters"].to(self._working_dtype)
+        self._prior_parameters = self._prior_parameters.to(self._working_dtype)
         return self
 
     # ---- helpers
@@ -362,8 +368,7 @@ class VAE(LightningModule):
     @property
     def _working_dtype(self) -> torch.dtype:
         """Of what is computed outside the networks: float32 where they are in half precision."""
-        dtype = self.dtype
-        return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     def _to_network_scale(self, x: Tensor) -> Tensor:
         x = x.to(self._working_dtype)
@@ -392,10 +397,10 @@ class VAE(LightningModule):
                 f"holds fractions from {low:g} to {high:g}, as if scaled already. Pass levels=None for data in [0, 1]."
             )
         top = 1 if self.levels is None else self.levels - 1
-        if getattr(self.likelihood, "unit_interval", False) and not 0 <= low <= high <= top:
+        if self.likelihood.unit_interval and not 0 <= low <= high <= top:
             raise ValueError(
-                f"`likelihood` {type(self.likelihood).__name__} needs data from 0 to {top}, but a batch holds values from "
-                f"{low:g} to {high:g}. Rescale the data, set `levels`, or use the Gaussian likelihood."
+                f"`likelihood` {type(self.likelihood).__name__} needs data from 0 to {top}, but a batch holds values "
+                f"from {low:g} to {high:g}. Rescale the data, set `levels`, or use the Gaussian likelihood."
             )
 
     def _index(self, batch: Any, size: int) -> Tensor:
@@ -413,11 +418,11 @@ class VAE(LightningModule):
         self.save_hyperparameters({**self.hparams, **described})
 
     def _warn_of_feedback(self, beta: float) -> None:
-        if beta != 1 and getattr(self.likelihood, "learns_scale", False):
+        if beta != 1 and self.likelihood.learns_scale:
             rank_zero_warn(
-                f"`beta` is {beta:g} with a likelihood whose scale adapts: the two feed back. A larger beta worsens the "
-                "reconstruction, which widens the scale, which weakens the reconstruction again, until everything has "
-                "collapsed. Fix the variance (train once at beta 1 and take its variance), or keep beta at 1."
+                f"`beta` is {beta:g} with a likelihood whose scale adapts: the two feed back. A larger beta worsens "
+                "the reconstruction, which widens the scale, which weakens the reconstruction again, until all "
+                "has collapsed. Fix the variance (train once at beta 1 and take its variance), or keep beta at 1."
             )
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import start_processes
 
 from lightning_vae.callbacks.active_units import (
     ActiveUnits,
@@ -28,7 +28,7 @@ def two_pass(means: torch.Tensor) -> torch.Tensor:
 def test_active_units_counts_variances_strictly_above_the_threshold():
     half = 2**-4  # its square, 2**-8, is exact
     means = torch.tensor([[-half, -2 * half, 7.0], [half, 2 * half, 7.0]])
-    assert active_units(means, threshold=2**-8) == 1
+    assert active_units(means, threshold=2**-8) == ActiveUnits(dim=3, threshold=2**-8)(means) == 1
     assert active_units(means, threshold=2**-9) == 2
 
 
@@ -95,7 +95,7 @@ def share(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path):
-    mp.start_processes(share, args=(tmp_path,), nprocs=2, start_method="spawn")
+    start_processes(share, args=(tmp_path,), nprocs=2, start_method="spawn")
     for rank in range(2):
         for variance in torch.load(tmp_path / f"{rank}.pt"):
             torch.testing.assert_close(variance, two_pass(hard_means()), rtol=1e-12, atol=0)

@@ -1,11 +1,12 @@
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from lightning_vae.callbacks.collapse import diagnose
 
-HEALTHY = {
+HEALTHY: dict[str, Any] = {
     "rate_per_dimension": torch.tensor([2.0, 2.0, 1.0]),
     "variance_of_means": torch.tensor([0.9, 0.8, 0.6]),
     "mutual_information": 4.9,

@@ -1,10 +1,7 @@
 import math
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributions import Independent, Normal
 
 from lightning_vae.callbacks.mutual_information import MutualInformation, first_rows, mutual_information
@@ -17,7 +14,7 @@ def linear_posteriors(number: int, seed: int = 1) -> tuple[torch.Tensor, torch.T
     return noise * (1 - s / eigenvalues).sqrt(), (s / eigenvalues).expand(number, 4)
 
 
-def direct(mean: torch.Tensor, variance: torch.Tensor, seed: int = 0) -> torch.Tensor:
+def direct(mean, variance, seed=0x5EED):
     """The estimate's definition, with torch.distributions and the full table of densities."""
     noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     posterior = Independent(Normal(mean, variance.sqrt()), 1)
@@ -27,8 +24,8 @@ def direct(mean: torch.Tensor, variance: torch.Tensor, seed: int = 0) -> torch.T
 
 
 def test_mutual_information_of_the_linear_vae():
-    estimates = [float(mutual_information(*linear_posteriors(2048, seed))) for seed in range(5)]
-    assert sum(estimates) / 5 == pytest.approx(3.255, abs=0.02)  # below the true 3.2778, as it should be
+    estimates = [float(mutual_information(*linear_posteriors(2048, seed), seed=100 + seed)) for seed in range(8)]
+    assert sum(estimates) / 8 == pytest.approx(3.255, abs=0.04)  # a single one has a standard deviation of 0.04
 
 
 @pytest.mark.parametrize(("shift", "scale"), [(0.0, 1.0), (100.0, 1.0), (0.0, 1e-3)])
@@ -83,24 +80,17 @@ def test_metric_merges_and_is_nan_before_the_first_observation():
     assert left.compute() == mutual_information(mean[:64], variance[:64])
 
 
-def share(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+def test_two_processes_equal_one():
     mean, variance = linear_posteriors(100)
-    rows = torch.arange(0, 31) if rank == 0 else torch.arange(30, 100)  # one row twice
-    metric = MutualInformation(dim=4, observations=64)
-    metric.update(mean[rows], variance[rows], rows)
-    torch.save(metric.compute(), folder / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path):
-    mp.start_processes(share, args=(tmp_path,), nprocs=2, start_method="spawn")
-    mean, variance = linear_posteriors(100)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == mutual_information(mean[:64], variance[:64])
+    metrics = [MutualInformation(dim=4, observations=64) for _ in range(2)]
+    for metric, rows in zip(metrics, (torch.arange(0, 31), torch.arange(30, 100)), strict=True):  # one row twice
+        metric.update(mean[rows], variance[rows], rows)
+    tables = [metric.rows for metric in metrics]
+    metrics[1].sync(dist_sync_fn=lambda *_, **__: tables, distributed_available=lambda: True)
+    assert mutual_information(*metrics[1].posteriors) == mutual_information(mean[:64], variance[:64])
 
 
 @pytest.mark.parametrize("options", [{"dim": 0}, {"dim": 1, "observations": 0}])
-def test_invalid_options(options):
+def test_invalid_options(options: dict[str, int]):
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         MutualInformation(**options)

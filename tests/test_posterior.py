@@ -1,4 +1,5 @@
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch.distributions import Independent, MultivariateNormal, Normal
 from lightning_vae.callbacks.posterior import PosteriorReader, as_distribution, read_prior
 
 MEAN, SECOND = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.25, 4.0]])
-FORMS = {
+FORMS: dict[str, Any] = {
     "pair": (MEAN, SECOND),
     "list": ["reconstruction", "input", MEAN, SECOND],
     "dict": {"embedding": MEAN, "log_covariance": SECOND},
@@ -28,6 +29,9 @@ class Says(nn.Module):
 
 
 class Model(LightningModule):
+    posterior: Any
+    prior: Any
+
     def __init__(self):
         super().__init__()
         self.net = nn.ModuleDict({name: Says(value) for name, value in FORMS.items()})
@@ -97,7 +101,8 @@ def test_a_posterior_that_is_not_a_diagonal_gaussian_stays_what_it_is():
 
 def test_the_prior_is_standard_normal_unless_the_module_says_otherwise():
     model = Model()
-    assert (read_prior(model).mean, read_prior(model).stddev) == (0.0, 1.0)
+    assert float(read_prior(model).mean) == 0.0
+    assert float(read_prior(model).stddev) == 1.0
     model.prior = Independent(Normal(torch.ones(2), 2 * torch.ones(2)), 1)
     prior = read_prior(model)
     assert isinstance(prior, Normal)
@@ -112,7 +117,7 @@ def test_the_last_posterior_is_read_once_and_hooks_are_removed():
     assert len(model.net["pair"]._forward_hooks) == 1
     model.step()
     reader.read(model, None)
-    with pytest.raises(ValueError, match="'net.pair' was not called in this step"):
+    with pytest.raises(ValueError, match=r"'net\.pair' was not called in this step"):
         reader.read(model, None)
     reader.detach()
     assert not model.net["pair"]._forward_hooks
@@ -156,5 +161,5 @@ def test_invalid_posterior(posterior):
 
 
 def test_invalid_second():
-    with pytest.raises(ValueError, match="`second` must be one of 'log_variance'.* got 'logvar'"):
+    with pytest.raises(ValueError, match=r"`second` must be one of 'log_variance'.* got 'logvar'"):
         PosteriorReader("encoder", second="logvar")

@@ -1,11 +1,13 @@
 import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import Dataset
 
 from lightning_vae.datamodules import BatchLoader, StreamLoader, TensorLoader
@@ -19,6 +21,10 @@ def numbers(size: int) -> dict[str, torch.Tensor]:
 
 def indices(loader) -> list[list[int]]:
     return [batch["index"].tolist() for batch in loader]
+
+
+def flat(lists) -> list[Any]:
+    return list(itertools.chain.from_iterable(lists))
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def test_batches_are_copies():
 
 def test_every_epoch_is_another_permutation_and_depends_on_the_seed():
     loader = TensorLoader(numbers(30), batch_size=7, shuffle=True, seed=3)
-    epochs = [sum(indices(loader), []) for _ in range(3)]
+    epochs = [flat(indices(loader)) for _ in range(3)]
     assert all(sorted(epoch) == list(range(30)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert indices(TensorLoader(numbers(30), batch_size=7, shuffle=True, seed=3)) != indices(
@@ -69,7 +75,7 @@ def test_the_order_ignores_the_global_generator_and_leaves_it_alone():
 
 
 def test_generators_look_at_every_part_of_the_key():
-    keys = [(0, 0), (0, 1), (1, 0), (2**32, 0), (0, "order"), (0, "flip")]
+    keys: list[tuple[int | str, ...]] = [(0, 0), (0, 1), (1, 0), (2**32, 0), (0, "order"), (0, "flip")]
     assert len({torch.rand((), generator=seeded_generator(*key)).item() for key in keys}) == len(keys)
 
 
@@ -105,7 +111,7 @@ def test_an_iterator_that_nobody_draws_from_changes_nothing():
 @pytest.mark.parametrize(("batch_size", "place"), [(4, 8), (8, 8), (2, 8)])
 def test_another_batch_size_continues_at_the_same_observation(batch_size, place):
     loader = TensorLoader(numbers(16), batch_size=4, shuffle=True)
-    order = sum(indices(TensorLoader(numbers(16), batch_size=16, shuffle=True)), [])
+    order = flat(indices(TensorLoader(numbers(16), batch_size=16, shuffle=True)))
     next(itertools.islice(loader, 1, None))
     other = TensorLoader(numbers(16), batch_size=batch_size, shuffle=True)
     other.load_state_dict(loader.state_dict())
@@ -115,7 +121,7 @@ def test_another_batch_size_continues_at_the_same_observation(batch_size, place)
 def test_partial_passes_walk_on_when_shuffled_and_start_anew_when_not():
     shuffled = TensorLoader(numbers(12), batch_size=3, shuffle=True)
     seen = [indices(itertools.islice(shuffled, 2)) for _ in range(2)]
-    assert sorted(sum(sum(seen, []), [])) == list(range(12))
+    assert sorted(flat(flat(seen))) == list(range(12))
     in_order = TensorLoader(numbers(12), batch_size=3)
     assert [indices(itertools.islice(in_order, 2)) for _ in range(2)] == [[[0, 1, 2], [3, 4, 5]]] * 2
 
@@ -131,12 +137,13 @@ def test_processes_share_every_global_batch(as_rank, size, processes):
         assert len(per_rank[-1]) == len(loader)
         assert loader.state_dict() == {"epoch": 1, "position": 0}
     assert len({len(batches) for batches in per_rank}) == 1
-    assert Counter(sum(sum(per_rank, []), [])) == Counter(range(size))
+    assert Counter(flat(flat(per_rank))) == Counter(range(size))
     sizes = [[len(batch) for batch in batches] for batches in per_rank]
     assert all(1 <= length <= 5 and max(row) - min(row) <= 1 for row in zip(*sizes, strict=True) for length in row)
     as_rank(0, 1)
-    alone = indices(TensorLoader(numbers(size), batch_size=4 * processes, shuffle=True, seed=2))
-    assert sorted(per_rank[0][0] + sum((batches[0] for batches in per_rank[1:]), []))[:3] == sorted(alone[0])[:3]
+    alone = flat(indices(TensorLoader(numbers(size), batch_size=4 * processes, shuffle=True, seed=2)))
+    first = flat(batches[0] for batches in per_rank)
+    assert sorted(first) == sorted(alone[: len(first)])
 
 
 def test_more_processes_than_observations(as_rank):
@@ -157,11 +164,11 @@ def _write_indices(rank: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's, about any fork
 def test_two_real_processes_split_the_set(tmp_path):
     # Forked, as spawned processes import torch and Lightning anew: 11 seconds instead of half a second.
-    torch.multiprocessing.start_processes(_write_indices, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    start_processes(_write_indices, args=(str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (eval((tmp_path / f"{rank}.txt").read_text()) for rank in (0, 1))
     assert [len(batch) for batch in first] == [3, 4]
     assert [len(batch) for batch in second] == [3, 3]
-    assert sorted(sum(first + second, [])) == list(range(13))
+    assert sorted(flat(first + second)) == list(range(13))
 
 
 @pytest.mark.parametrize(
@@ -255,7 +262,9 @@ def train(folder: Path, ckpt_path: Path | None = None, limit: float | int = 1.0,
     return recorder.seen
 
 
-@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # Lightning's own use of torch
+@pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory .* exists and is not empty",  # the run resumes into its own folder
+)
 @pytest.mark.parametrize(
     ("checkpoint", "step", "limit"),
     [
@@ -270,7 +279,7 @@ def train(folder: Path, ckpt_path: Path | None = None, limit: float | int = 1.0,
     ],
 )
 def test_a_resumed_fit_sees_the_batches_an_uninterrupted_one_sees(tmp_path, checkpoint, step, limit):
-    whole = train(tmp_path / "whole", limit=limit, **checkpoint)
+    whole = train(tmp_path, limit=limit, **checkpoint)
     assert len(whole) == 10
-    resumed = train(tmp_path / "rest", tmp_path / "whole" / f"step={step}.ckpt", limit=limit, **checkpoint)
+    resumed = train(tmp_path, tmp_path / f"step={step}.ckpt", limit=limit, **checkpoint)
     assert resumed == whole[step:]

@@ -1,0 +1,9 @@
+import os
+
+import torch
+
+# Lightning 2.6 calls names of jsonargparse that are being given up; it is not for our users to mend.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
+
+# The models of the tests are small: threads cost them more than they give.
+torch.set_num_threads(1)

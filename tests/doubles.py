@@ -1,0 +1,75 @@
+"""Tiny stand-ins that several test modules share."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_vae import VAE, Gaussian, LinearDecoder, LinearEncoder
+
+
+def loader(rows: int = 12, batch_size: int = 2, width: int = 2) -> DataLoader[Tensor]:
+    """Always the same rows, in the same order."""
+    data = torch.randn(rows, width, generator=torch.Generator().manual_seed(0))
+    # A generator of its own: the start of a pass draws a number, which must not come out of the training's.
+    return DataLoader(list(data), batch_size=batch_size, generator=torch.Generator())  # type: ignore[arg-type]
+
+
+def quiet_trainer(root: Path, **options: Any) -> Trainer:
+    """A Trainer on the CPU that prints and writes nothing unless asked to."""
+    quiet = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", "devices": 1}
+    return Trainer(default_root_dir=root, enable_progress_bar=False, enable_model_summary=False, **{**quiet, **options})
+
+
+class ForeignModule(LightningModule):
+    """Somebody else's module: it keeps a float that weights its loss, and records what it was at each batch."""
+
+    def __init__(self, beta: float = 1.0, optimizers: int = 1) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.layer = nn.Linear(2, 1)
+        self.beta = beta
+        self.count = optimizers
+        self.automatic_optimization = optimizers == 1
+        self.used: list[float] = []
+        self.validated: list[float] = []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self.used.append(float(self.beta))
+        loss: Tensor = self.layer(batch).square().mean() * float(self.beta)
+        if not self.automatic_optimization:
+            self.manual_backward(loss)
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.step()
+                optimizer.zero_grad()
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.validated.append(float(self.beta))
+        self.log("val_loss", self.layer(batch).square().mean() * float(self.beta), batch_size=len(batch))
+
+    def configure_optimizers(self) -> Any:
+        return [torch.optim.SGD(self.parameters(), 0.01) for _ in range(self.count)]
+
+
+class RecordingVAE(VAE):
+    """A linear VAE on vectors of two, which records the knobs at each training batch."""
+
+    def __init__(self, shape: tuple[int, ...] = (2,), **options: Any) -> None:
+        parts = {
+            "latent_dim": 2,
+            "encoder": LinearEncoder,
+            "decoder": LinearDecoder,
+            "likelihood": partial(Gaussian, variance=0.5),
+        }
+        super().__init__(shape, **{**parts, **options})
+        self.used: list[tuple[float, float]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.used.append((float(self.beta), float(self.free_bits)))
+        return super().training_step(batch, batch_idx)

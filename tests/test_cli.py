@@ -1,0 +1,233 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from lightning_vae import VAE, ConvEncoder
+from lightning_vae.cli import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+DIGITS = ["--config", str(ROOT / "configs" / "digits.yaml")]
+SHORT = ["--trainer.max_epochs=2", "--trainer.log_every_n_steps=5", "--trainer.enable_progress_bar=false",
+         "--trainer.enable_model_summary=false"]  # fmt: skip
+
+# Two epochs are too short for the latents to be used, which the callbacks rightly say.
+pytestmark = [pytest.mark.filterwarnings("ignore:FreeBits"), pytest.mark.filterwarnings("ignore:CollapseDetector")]
+
+
+class OwnEncoder(nn.Module):
+    def __init__(self, shape, latent_dim, width: int = 8):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(64, width), nn.ReLU(), nn.Linear(width, 2 * latent_dim))
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """One short run of the main job, which several tests look at."""
+    folder = tmp_path_factory.mktemp("run")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["train.py"])
+        main(["fit", *DIGITS, *SHORT, "--model.beta=0.5"])
+    return folder / "logs" / "digits" / "version_0"
+
+
+def scalars(run):
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_is_whole(config, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(config), "--print_config"])
+    assert exit_.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["class_path"] == "lightning_vae.VAE"
+    assert "shape" not in yaml.safe_load(config.read_text())["model"]["init_args"]
+
+
+def test_fit_leaves_logs_a_checkpoint_and_its_config(run):
+    curves = scalars(run)
+    assert {"train/elbo", "train/rate", "val/loss", "knobs/beta", "latent/active_units"} <= curves.keys()
+    assert (run / "checkpoints" / "best.ckpt").is_file()
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    assert saved["model"]["init_args"]["beta"] == 0.5
+
+
+def test_fit_ends_by_saying_where_everything_is(capsys):
+    main(["fit", *DIGITS, *SHORT])
+    printed = capsys.readouterr().out
+    assert "Run:        logs/digits/version_0" in printed
+    assert "Checkpoint: logs/digits/version_0/checkpoints/best.ckpt  (val/loss " in printed
+    assert "Look at it: tensorboard --logdir logs" in printed
+
+
+def test_a_run_of_the_command_line_loads_without_another_argument(run):
+    vae = VAE.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert (vae.shape, vae.levels, vae.beta.item()) == ((1, 8, 8), 17, 0.5)
+    assert vae.sample(2).shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize("encoder", ["ConvEncoder", f"{__name__}.OwnEncoder"])
+def test_networks_by_class_path_load_too(encoder):
+    main(["fit", *DIGITS, *SHORT, f"--model.encoder={encoder}"])
+    vae = VAE.load_from_checkpoint("logs/digits/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert type(vae.encoder).__name__ == encoder.rpartition(".")[2]
+    assert isinstance(vae.encoder, ConvEncoder | nn.Module)
+
+
+def test_the_data_tell_the_model_their_shape():
+    main(["fit", "--config", str(ROOT / "configs" / "linear.yaml"), *SHORT, "--data.eigenvalues=[3, 2, 1]",
+          "--data.size=512", "--model.latent_dim=2"])  # fmt: skip
+    vae = VAE.load_from_checkpoint("logs/linear/version_0/checkpoints/best.ckpt", weights_only=True)
+    assert (vae.shape, vae.levels) == ((3,), None)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 10.0])
+def test_each_beta_of_an_annealed_config_ends_at_its_own(beta):
+    main(["fit", *DIGITS, *SHORT, f"--model.beta={beta}", "--trainer.max_epochs=4"])
+    path = "logs/digits/version_0/checkpoints/last.ckpt"
+    assert VAE.load_from_checkpoint(path, weights_only=True).beta.item() == pytest.approx(beta)
+    curve = [value for _, value in scalars("logs/digits/version_0")["knobs/beta"]]
+    assert curve[0] < curve[1]
+    assert curve[-3:] == pytest.approx([beta] * 3)
+
+
+@pytest.mark.parametrize("command", ["validate", "test"])
+def test_evaluation_of_a_checkpoint(run, command, capsys):
+    main([command, *DIGITS, *SHORT, f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+    assert f"{'val' if command == 'validate' else 'test'}/loss" in capsys.readouterr().out
+
+
+def test_predict_runs(run):
+    main(["predict", *DIGITS, *SHORT, f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+
+
+def test_optimizer_and_scheduler_come_from_the_config():
+    main(["fit", *DIGITS, *SHORT, "--optimizer=SGD", "--optimizer.lr=0.5", "--lr_scheduler=StepLR",
+          "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.1"])  # fmt: skip
+    checkpoint = torch.load("logs/digits/version_0/checkpoints/last.ckpt", weights_only=True)
+    group = checkpoint["optimizer_states"][0]["param_groups"][0]
+    assert "momentum" in group
+    assert group["initial_lr"] == 0.5
+    assert group["lr"] < 0.5
+
+
+# ---- resuming
+
+
+def test_resuming_starts_a_new_run_or_goes_on_in_the_same_one():
+    options = ["fit", *DIGITS, "--trainer.log_every_n_steps=5", "--trainer.enable_progress_bar=false"]
+    main([*options, "--trainer.max_epochs=4"])
+    whole = scalars("logs/digits/version_0")
+    checkpoint = "--ckpt_path=logs/digits/version_1/checkpoints/last.ckpt"
+
+    main([*options, "--trainer.max_epochs=2"])
+    with pytest.warns(UserWarning, match="the run was 44 steps long when it began and is 88"):
+        main([*options, "--trainer.max_epochs=4", checkpoint])
+    assert {path.name for path in Path("logs/digits").iterdir()} == {"version_0", "version_1", "version_2"}
+    assert min(step for step, _ in scalars("logs/digits/version_2")["train/elbo"]) >= 44
+
+    with pytest.warns(UserWarning, match="the run was 44 steps long"):
+        main([*options, "--trainer.max_epochs=4", checkpoint, "--same_run=true"])
+    assert {path.name for path in Path("logs/digits").iterdir()} == {"version_0", "version_1", "version_2"}
+    resumed = scalars("logs/digits/version_1")
+    for tag in ("train/elbo", "val/loss", "knobs/beta", "latent/active_units"):
+        assert [step for step, _ in resumed[tag]] == [step for step, _ in whole[tag]], tag
+    configs = {path.name for path in Path("logs/digits/version_1").glob("*.yaml")}
+    assert {"config.yaml", "config-resumed-1.yaml"} <= configs
+
+
+# ---- what is wrong with the input
+
+
+BROKEN = {
+    "an unknown key": (["--model.betta=1"], "model: Option 'betta' is not accepted"),
+    "an unknown class": (["--data=Digitz"], "Did you mean Digits"),
+    "a wrong type": (["--trainer.max_epochs=many"], "trainer.max_epochs: Expected a <class 'int'>, got many"),
+    "a wrong type deep down": (["--model.encoder.hidden=x"], "model.encoder.hidden: Expected"),
+    "a range only the constructor knows": (["--model.beta=-1"], "`beta` must be a finite number of at least 0"),
+    "a likelihood's option": (
+        ["--model.likelihood=Gaussian", "--model.likelihood.variance=-1"],
+        "`variance` must be a positive number",
+    ),
+    "a layer of no images": (["--model.encoder=ConvEncoder", "--model.encoder.channels=[]"], "`channels` must name"),
+    "a missing config": (["--config=nowhere.yaml"], "nowhere.yaml"),
+    "a missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
+    "no run to go on with": (["--same_run=true"], "`--same_run` needs `--ckpt_path`"),
+    "a monitor that moves": (
+        ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=train/loss"],
+        "monitors 'train/loss', which moves",
+    ),
+    "a monitor the wrong way round": (
+        ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/elbo"],
+        "higher when better",
+    ),
+    "a path that leads nowhere": (
+        ["--trainer.callbacks+=KLAnnealing", "--trainer.callbacks.schedule=Linear",
+         "--trainer.callbacks.schedule.steps=5", "--trainer.callbacks.attribute=bta"],
+        "Did you mean 'beta'?",
+    ),
+    "a schedule without a length": (
+        ["--trainer.callbacks+=KLAnnealing", "--trainer.callbacks.schedule=Linear"],
+        "A length must be given as exactly one of `steps`",
+    ),
+    "data that are not there": (
+        ["--data=MNIST", "--data.root=nowhere", "--data.download=false"],
+        "nowhere",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_wrong_input_ends_in_one_message_and_exit_code_2(case, capsys):
+    arguments, message = BROKEN[case]
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *DIGITS, *SHORT, *arguments])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 2
+    assert message in error
+    assert "Traceback" not in error
+    assert len(error) < 500
+
+
+def test_a_broken_yaml_or_checkpoint_ends_likewise(run, capsys):
+    Path("broken.yaml").write_text("model: [")
+    whole = (run / "checkpoints" / "best.ckpt").read_bytes()
+    Path("truncated.ckpt").write_bytes(whole[: len(whole) // 2])
+    for arguments, message in (
+        (["--config=broken.yaml"], "parsing"),
+        ([*DIGITS, "--ckpt_path=truncated.ckpt"], "truncated.ckpt"),
+    ):
+        with pytest.raises(SystemExit) as exit_:
+            main(["fit", *arguments])
+        assert exit_.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [[str(ROOT / "train.py")], ["-m", "lightning_vae"]])
+def test_the_commands_themselves(command):
+    result = subprocess.run(
+        [sys.executable, *command, "fit", *DIGITS, *SHORT, "--model.beta=-1"],
+        capture_output=True, text=True, check=False, env={"PYTHONPATH": str(ROOT), "PATH": ""},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "`beta` must be" in result.stderr
+    assert "Traceback" not in result.stderr

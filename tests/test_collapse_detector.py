@@ -1,0 +1,384 @@
+import csv
+import json
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+from torch import nn
+from torch.distributions import MultivariateNormal, Normal
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_vae.callbacks.collapse_detector import CollapseDetector
+from lightning_vae.callbacks.mutual_information import mutual_information
+
+ROWS = 400
+STATES = ("collapsed", "offset", "uninformative", "pruned", "healthy")
+
+
+def posteriors(state: str, rows: int = ROWS) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means and variances of a four-dimensional posterior in the state of that name."""
+    mean = torch.randn(rows, 4, generator=torch.Generator().manual_seed(1))
+    mean = (mean - mean.mean(dim=0)) / mean.std(dim=0, correction=0)
+    spread, offset, variance = {
+        "healthy": ([0.9] * 4, [0.0] * 4, [0.1] * 4),
+        "pruned": ([0.95, 0.95, 0.0, 0.0], [0.0] * 4, [0.1, 0.1, 1.0, 1.0]),
+        "collapsed": ([0.0] * 4, [0.0] * 4, [1.0] * 4),
+        "offset": ([0.95, 0.0, 0.0, 0.0], [0.0, 0.8, 0.8, 0.8], [0.1, 1.0, 1.0, 1.0]),
+        "uninformative": ([0.15] * 4, [1.0] * 4, [1.0] * 4),
+    }[state]
+    return mean * torch.tensor(spread) + torch.tensor(offset), torch.tensor(variance).expand(rows, 4)
+
+
+def batches(state: str, rows: range, size: int) -> Any:
+    mean, variance = posteriors(state)
+    index = torch.arange(ROWS)[rows.start : rows.stop]
+    return [{"mean": mean[part], "variance": variance[part], "index": part} for part in index.split(size)]
+
+
+class Known(LightningModule):
+    """A module whose posterior on validation pass n is that of the nth state, and which learns nothing."""
+
+    def __init__(self, states=("healthy",), size=64, fails=False):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()))
+        self.encoder = nn.Identity()
+        self.states, self.size, self.fails = states, size, fails
+        self.posterior = None
+
+    @property
+    def state(self):
+        return self.states[min(self.current_epoch, len(self.states) - 1)]
+
+    def step(self, batch):
+        if self.fails and self.global_step:
+            raise RuntimeError("on purpose")
+        mean, variance = self.encoder((batch["mean"], batch["variance"]))
+        self.posterior = Normal(mean, variance.sqrt())
+
+    def training_step(self, batch, batch_idx):
+        self.step(batch)
+        return self.weight * 0 + self.weight.square()
+
+    def validation_step(self, batch, batch_idx):
+        self.step(batch)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def loader(self):
+        return DataLoader(batches(self.state, range(ROWS), self.size), batch_size=None)
+
+    train_dataloader = loader
+    val_dataloader = loader
+
+
+def fit(tmp_path, detector, model=None, *, epochs=3, ckpt_path=None, callbacks=(), **options):
+    trainer = Trainer(
+        **{
+            "default_root_dir": tmp_path,
+            "accelerator": "cpu",
+            "max_epochs": epochs,
+            "callbacks": [detector, *callbacks],
+            "logger": CSVLogger(tmp_path, version="run"),
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "num_sanity_val_steps": 0,
+            "reload_dataloaders_every_n_epochs": 1,
+            "log_every_n_steps": 1,
+            **options,
+        }
+    )
+    trainer.fit(model or Known(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def rows_of(trainer) -> list[dict[str, float]]:
+    with Path(trainer.logger.log_dir, "metrics.csv").open() as file:
+        rows = [
+            {key: float(value) for key, value in row.items() if value and key != "step"} for row in csv.DictReader(file)
+        ]
+    return [row for row in rows if "latent/active_units" in row]
+
+
+class Alarms(list[tuple[int, str]]):
+    def __call__(self, trainer, pl_module, diagnosis):
+        self.append((trainer.current_epoch, diagnosis.state))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_each_state_is_told_from_its_neighbours(tmp_path, state):
+    alarms = Alarms()
+    trainer = fit(tmp_path, CollapseDetector(on_alarm=alarms), Known([state]))
+    alarming = state in STATES[:3]
+    assert alarms == ([(2, state)] if alarming else [])
+    assert [row["collapse/alarm"] for row in rows_of(trainer)] == [0, 0, float(alarming)]
+    units = {"collapsed": 0, "offset": 1, "uninformative": 4, "pruned": 2, "healthy": 4}[state]
+    assert trainer.callback_metrics["latent/active_units"] == units
+    assert trainer.callback_metrics["latent/active_fraction"] == units / 4
+
+
+def test_what_is_logged_equals_the_formulas(tmp_path):
+    trainer = fit(tmp_path, CollapseDetector(observations=300), epochs=1)
+    mean, variance = (part.double() for part in posteriors("healthy"))
+    information = mutual_information(mean[:300], variance[:300])
+    rate = 0.5 * (mean**2 + variance - 1 - variance.log()).sum(dim=1).mean()
+    [row] = rows_of(trainer)
+    assert row["latent/mutual_information"] == pytest.approx(float(information), rel=1e-6)
+    assert row["latent/marginal_kl"] == pytest.approx(float(rate - information), abs=1e-5)
+    assert set(row) - {"epoch"} == {
+        "latent/active_units",
+        "latent/active_fraction",
+        "latent/mutual_information",
+        "latent/marginal_kl",
+        "collapse/alarm",
+    }
+    assert trainer.progress_bar_metrics == {"latent/active_units": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("patience", "warmup", "epoch"), [(1, 0, 0), (2, 0, 1), (1, 2, 2), (2, 1, 2), (3, 1, 3), (4, 2, None)]
+)
+def test_patience_starts_after_warmup(tmp_path, patience, warmup, epoch):
+    alarms = Alarms()
+    detector = CollapseDetector(patience=patience, warmup=warmup, on_alarm=alarms)
+    fit(tmp_path, detector, Known(["collapsed"]), epochs=5)
+    assert alarms == ([] if epoch is None else [(epoch, "collapsed")])
+
+
+def test_patience_needs_passes_in_a_row_and_each_state_is_reported_once(tmp_path):
+    alarms = Alarms()
+    states = ["offset", "healthy", "offset", "offset", "collapsed", "collapsed", "pruned", "collapsed", "collapsed"]
+    fit(tmp_path, CollapseDetector(patience=2, warmup=0, on_alarm=alarms), Known(states), epochs=len(states))
+    assert alarms == [(3, "offset"), (4, "collapsed"), (8, "collapsed")]
+
+
+def test_the_sanity_pass_never_counts(tmp_path):
+    detector = CollapseDetector(patience=1, warmup=0)
+    trainer = fit(tmp_path, detector, num_sanity_val_steps=-1, epochs=2)
+    assert len(rows_of(trainer)) == 2
+    assert detector.state_dict()["passes"] == 2
+
+
+def test_the_sanity_pass_shows_a_wrong_path(tmp_path):
+    with pytest.raises(ValueError, match="Did you mean 'encoder'"):
+        fit(tmp_path, CollapseDetector(posterior="encodr"), num_sanity_val_steps=2)
+
+
+def test_warning_says_what_was_measured_and_what_to_try(tmp_path):
+    with pytest.warns(
+        UserWarning, match="(?s)is collapsed.*Measured: 0 of 4 latent.*Try next: .*KLAnnealing"
+    ) as record:
+        fit(tmp_path, CollapseDetector(), Known(["collapsed"]), epochs=5)
+    assert [str(warning.message).count("CollapseDetector") for warning in record].count(1) == 1
+
+
+def test_stop(tmp_path):
+    with pytest.warns(UserWarning, match="is offset"):
+        trainer = fit(tmp_path, CollapseDetector(on_alarm="stop"), Known(["offset"]), epochs=10)
+    assert trainer.current_epoch == 3
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")  # asked for: a loader without batches
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {}])
+def test_without_validation_training_epochs_are_measured(tmp_path, options, caplog, monkeypatch):
+    model = Known(["healthy", "collapsed"])
+    if not options:
+        monkeypatch.setattr(model, "val_dataloader", lambda: [*()])
+    alarms = Alarms()
+    with caplog.at_level("INFO"):
+        trainer = fit(tmp_path, CollapseDetector(on_alarm=alarms), model, **options)
+    assert caplog.text.count("each training epoch is measured instead") == 1
+    assert [row["latent/active_units"] for row in rows_of(trainer)] == [4, 0, 0]
+    assert alarms == [(2, "collapsed")]
+
+
+def test_validate_reports_at_once_and_counts_nothing(tmp_path):
+    detector = CollapseDetector()
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", callbacks=[detector], logger=False, enable_progress_bar=False
+    )
+    with pytest.warns(UserWarning, match="is collapsed"):
+        [metrics] = trainer.validate(Known(["collapsed"]), verbose=False)
+    assert (metrics["latent/active_units"], metrics["collapse/alarm"]) == (0, 1)
+    assert detector.state_dict()["passes"] == 0
+
+
+@pytest.mark.parametrize("size", [1, 7, 400])
+def test_the_size_of_batches_does_not_matter(tmp_path, size):
+    trainer = fit(tmp_path, CollapseDetector(observations=100), Known(size=size), epochs=1)
+    mean, variance = posteriors("healthy")
+    expected = float(mutual_information(mean[:100], variance[:100]))
+    assert rows_of(trainer)[0]["latent/mutual_information"] == pytest.approx(expected, rel=1e-6)
+
+
+class Foreign(Known):
+    """A module that knows nothing of us: batches are tuples, latents have space axes, the encoder returns a pair."""
+
+    def step(self, batch):
+        mean, variance = batch
+        self.encoder((mean.reshape(-1, 1, 2, 2), variance.reshape(-1, 1, 2, 2)))
+
+    def loader(self):
+        pairs: Any = [(batch["mean"], batch["variance"]) for batch in batches("healthy", range(ROWS), 64)]
+        return DataLoader(pairs, batch_size=None)
+
+    train_dataloader = loader
+    val_dataloader = loader
+
+
+def test_a_foreign_module_with_batches_that_have_no_index(tmp_path):
+    detector = CollapseDetector(posterior="encoder", second="variance", observations=100)
+    model = Foreign()
+    trainer = fit(tmp_path, detector, model, epochs=1)
+    mean, variance = posteriors("healthy")
+    expected = float(mutual_information(mean[:100], variance[:100]))
+    assert rows_of(trainer)[0]["latent/mutual_information"] == pytest.approx(expected, rel=1e-5)
+    assert not model.encoder._forward_hooks
+
+
+def test_a_posterior_with_correlations_has_active_units_only(tmp_path):
+    detector = CollapseDetector(posterior=lambda _, batch: MultivariateNormal(batch["mean"], torch.eye(4)))
+    [row] = rows_of(fit(tmp_path, detector, epochs=1))
+    assert row["latent/active_units"] == 4
+    assert not {"latent/mutual_information", "latent/marginal_kl"} & set(row)
+
+
+def test_hooks_are_removed_after_an_exception(tmp_path):
+    model = Known(fails=True)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fit(tmp_path, CollapseDetector(posterior="encoder", second="variance"), model, limit_val_batches=0)
+    assert not model.encoder._forward_hooks
+
+
+def test_no_forward_pass_is_added(tmp_path):
+    calls = []
+    model = Known()
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    fit(tmp_path, CollapseDetector(posterior="encoder", second="variance"), model, epochs=2)
+    assert len(calls) == 2 * (7 + 7)
+
+
+def test_tensorboard_gets_pictures_and_the_message(tmp_path):
+    with pytest.warns(UserWarning, match="is offset"):
+        trainer = fit(tmp_path, CollapseDetector(), Known(["offset"]), logger=TensorBoardLogger(tmp_path))
+    events = EventAccumulator(trainer.logger.log_dir, size_guidance={"images": 0}).Reload()
+    for tag in ("latent/rate_per_dimension", "latent/variance_per_dimension"):
+        images = events.Images(tag)
+        assert [(image.step, image.width, image.height) for image in images] == [
+            (6, 8, 512),
+            (13, 16, 512),
+            (20, 24, 512),
+        ]
+    [message] = events.Tensors("collapse/message/text_summary")
+    assert b"the posterior is offset" in message.tensor_proto.string_val[0]
+    assert [event.value for event in events.Scalars("collapse/alarm")] == [0, 0, 1]
+
+
+class Remember(Callback):
+    """Keeps the detector's state as a run starts with it."""
+
+    def on_train_start(self, trainer, pl_module):
+        detector = next(callback for callback in trainer.callbacks if isinstance(callback, CollapseDetector))
+        self.state = detector.state_dict()
+
+
+def test_resume_goes_on_where_it_was(tmp_path):
+    states = ["healthy", "collapsed", "collapsed", "collapsed"]
+    detector = CollapseDetector(patience=3)
+    path = tmp_path / "last.ckpt"
+    fit(tmp_path, detector, Known(states), epochs=3, logger=False).save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)["callbacks"][detector.state_key]
+    assert (saved["passes"], saved["alarming_passes"], saved["reported"]) == (3, 2, "")
+    assert saved["rates"].shape == saved["variances"].shape == (3, 4)
+
+    remember, alarms = Remember(), Alarms()
+    resumed = CollapseDetector(patience=3, on_alarm=alarms)
+    fit(tmp_path, resumed, Known(states), epochs=4, ckpt_path=path, callbacks=[remember], logger=False)
+    assert repr(remember.state) == repr(saved)
+    assert alarms == [(3, "collapsed")]
+    assert resumed.state_dict()["rates"].shape == (4, 4)
+
+
+def test_state_before_the_first_pass():
+    fresh = CollapseDetector()
+    fresh.load_state_dict(CollapseDetector().state_dict())
+    assert fresh.state_dict()["passes"] == 0
+
+
+def test_state_key_and_pickle():
+    places: list[Any] = [None, "encoder", ("a", "b"), posteriors]
+    keys = [CollapseDetector(place).state_key for place in places]
+    assert keys[1] == "CollapseDetector{'posterior': 'encoder'}"
+    assert len(set(keys)) == 4
+    assert pickle.loads(pickle.dumps(CollapseDetector("encoder"))).state_key == keys[1]
+
+
+class Shared(Known):
+    """Deals its batches unevenly: rank 1 gets a quarter of the first pass and nothing at all of the later ones."""
+
+    def __init__(self, folder, **options):
+        super().__init__(**options)
+        self.folder = folder
+
+    def val_dataloader(self):
+        if self.trainer.world_size == 1:
+            return self.loader()
+        cut = 301 if self.current_epoch == 0 else ROWS
+        rows = range(cut) if self.trainer.global_rank == 0 else range(cut, ROWS)
+        return DataLoader(Stream(batches(self.state, rows, self.size)), batch_size=None)
+
+    def on_train_end(self):
+        metrics = {key: float(value) for key, value in self.trainer.callback_metrics.items()}
+        Path(self.folder, f"{self.global_rank}.json").write_text(json.dumps([self.current_epoch, metrics]))
+
+
+class Stream(IterableDataset[Any]):
+    def __init__(self, items):
+        self.items = [item for item in items if len(item["index"])]
+
+    def __iter__(self):
+        return iter(self.items)
+
+
+def test_two_processes_equal_one_and_stop_together(tmp_path):
+    states = ["healthy", "offset", "offset"]
+    runs = []
+    for name, options in (
+        ("one", {}),
+        ("two", {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            detector = CollapseDetector(observations=350, on_alarm="stop")
+            runs.append(rows_of(fit(folder, detector, Shared(folder, states=states), epochs=9, **options)))
+    assert [row["latent/active_units"] for row in runs[0]] == [4, 1, 1]
+    for one, two in zip(*runs, strict=True):
+        assert two == pytest.approx(one, rel=1e-6)
+    ends = [json.loads((tmp_path / "two" / f"{rank}.json").read_text()) for rank in range(2)]
+    assert ends[0] == ends[1]
+    assert ends[0][0] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patience": 0}, "`patience` must be at least 1, got 0"),
+        ({"warmup": -1}, "`warmup` must be at least 0, got -1"),
+        ({"min_rate": float("nan")}, "`min_rate` must be at least 0, got nan"),
+        ({"observations": 1}, "`observations` must be at least 2, got 1"),
+        ({"on_alarm": "raise"}, "`on_alarm` must be 'warn', 'stop' or a callable.*'raise'"),
+        ({"second": "std"}, "`second` must be one of"),
+    ],
+)
+def test_invalid_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        CollapseDetector(**options)

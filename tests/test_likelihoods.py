@@ -1,0 +1,146 @@
+import math
+
+import pytest
+import torch
+from torch import distributions as td
+
+from lightning_vae import Bernoulli, ContinuousBernoulli, DiscretisedLogistic, Gaussian, Likelihood
+from lightning_vae.likelihoods import default_likelihood
+
+
+def test_bernoulli_is_normalised():
+    likelihood = Bernoulli((3,))
+    output = torch.randn(2, 3)
+    states = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * 3)
+    total = sum(likelihood(output).log_prob(state.expand(2, 3)).exp() for state in states)
+    torch.testing.assert_close(total, torch.ones(2))
+
+
+@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("location", [-0.4, 0.0, 0.31, 1.0, 3.0])
+@pytest.mark.parametrize("log_scale", [-9.0, -3.0, 2.0])
+def test_discretised_logistic_is_normalised_over_its_levels(levels, location, log_scale):
+    likelihood = DiscretisedLogistic((1, 1, 1), levels)
+    torch.nn.init.constant_(likelihood.log_scale, log_scale)
+    values = (torch.arange(levels) / (levels - 1)).view(-1, 1, 1, 1)
+    log_prob = likelihood(torch.full((levels, 1, 1, 1), location)).log_prob(values)
+    assert log_prob.isfinite().all()
+    assert log_prob.double().exp().sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_discretised_logistic_equals_a_difference_of_cdfs():
+    likelihood = DiscretisedLogistic((1, 1, 1), 256).double()
+    location, value = torch.tensor(0.4).double(), torch.tensor(97 / 255).double()
+    scale = likelihood.log_scale.exp().squeeze()
+    expected = torch.sigmoid((value - location + 0.5 / 255) / scale) - torch.sigmoid(
+        (value - location - 0.5 / 255) / scale
+    )
+    actual = likelihood(location.view(1, 1, 1, 1)).log_prob(value.view(1, 1, 1, 1))
+    torch.testing.assert_close(actual.squeeze(), expected.log(), rtol=1e-9, atol=0)
+
+
+def test_discretised_logistic_samples_its_levels():
+    torch.manual_seed(0)
+    likelihood = DiscretisedLogistic((1, 1, 1), 5)
+    distribution = likelihood(torch.full((1, 1, 1, 1), 0.3))
+    draws = distribution.base_dist.sample((20_000,)).flatten()  # type: ignore[attr-defined]
+    for level in range(5):
+        value = torch.full((1, 1, 1, 1), level / 4)
+        expected = distribution.log_prob(value).exp().item()
+        assert (draws == level / 4).float().mean().item() == pytest.approx(expected, abs=0.01)
+
+
+def test_continuous_bernoulli_is_normalised():
+    grid = torch.linspace(0, 1, 10_001).view(-1, 1)
+    for logit in (-5.0, 0.0, 1e-4, 3.0):
+        density = ContinuousBernoulli((1,))(torch.full((10_001, 1), logit)).log_prob(grid).exp()
+        assert torch.trapezoid(density, grid.flatten()).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("variance", [0.25, "learned", "optimal"])
+def test_gaussian_has_its_constants(variance):
+    likelihood = Gaussian((2,), variance=variance)
+    with torch.no_grad():
+        likelihood.log_variance.fill_(math.log(0.25))
+    x, output = torch.randn(5, 2), torch.randn(5, 2)
+    expected = -math.log(2 * math.pi * 0.25) - (x - output).square().sum(1) / 0.5
+    torch.testing.assert_close(likelihood(output).log_prob(x), expected)
+
+
+def test_optimal_variance_is_the_batchs_in_training_and_a_saved_running_mean_at_evaluation():
+    torch.manual_seed(0)
+    likelihood = Gaussian((3,), variance="optimal")
+    errors = []
+    for _ in range(20):
+        x, output = torch.randn(8, 3), torch.randn(8, 3)
+        mse = (x - output).square().mean()
+        torch.testing.assert_close(likelihood(output, x).base_dist.variance.mean(), mse)
+        errors.append(mse.item())
+    weights = [0.99 ** (len(errors) - 1 - i) for i in range(len(errors))]
+    running = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
+    assert likelihood(output).base_dist.variance[0, 0].item() == pytest.approx(running, rel=1e-5)
+    assert likelihood.state_dict()["log_variance"].exp().item() == pytest.approx(running, rel=1e-5)
+
+
+def test_optimal_variance_gives_the_gradient_of_the_log_of_the_error():
+    x, output = torch.randn(4, 3), torch.randn(4, 3, requires_grad=True)
+    loss = -Gaussian((3,), variance="optimal")(output, x).log_prob(x).sum()
+    (gradient,) = torch.autograd.grad(loss, output)
+    expected = 12 / 2 * (math.log(2 * math.pi) + (x - output).square().mean().log() + 1)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, output)[0])
+
+
+def test_a_perfect_reconstruction_has_a_finite_density():
+    x = torch.randn(4, 3)
+    assert Gaussian((3,), variance="optimal")(x, x).log_prob(x).isfinite().all()
+
+
+@pytest.mark.parametrize("variance", [0.0, -1.0, math.inf, "best", True, None])
+def test_gaussian_refuses_other_variances(variance):
+    with pytest.raises(ValueError, match="`variance` must be a positive number, 'learned' or 'optimal'"):
+        Gaussian((2,), variance=variance)
+
+
+def test_binarisation_is_fresh_in_training_and_fixed_at_evaluation():
+    torch.manual_seed(0)
+    likelihood, x = Bernoulli((1, 4, 4)), torch.full((300, 1, 4, 4), 0.3)
+    index = torch.arange(300)
+    fixed = likelihood.observe(x, index)
+    assert torch.equal(likelihood.observe(x, index), fixed)
+    assert torch.equal(likelihood.observe(x[:7], index[:7]), fixed[:7])
+    assert not torch.equal(Bernoulli((1, 4, 4), seed=1).observe(x, index), fixed)
+    assert not torch.equal(likelihood.observe(x, None), likelihood.observe(x, None))
+    for draw in (fixed, likelihood.observe(x, None)):
+        assert set(draw.unique().tolist()) == {0.0, 1.0}
+        assert draw.mean().item() == pytest.approx(0.3, abs=0.03)
+    black_and_white = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).expand(300, 1, 4, 2).repeat(1, 1, 1, 2)
+    assert torch.equal(likelihood.observe(black_and_white, None), black_and_white)
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((1, 28, 28), Bernoulli), ((3, 32, 32), DiscretisedLogistic), ((6,), Gaussian)]
+)
+def test_default_goes_by_the_data(shape, expected):
+    likelihood = default_likelihood(shape)
+    assert type(likelihood) is expected
+    if isinstance(likelihood, Gaussian):
+        assert likelihood.variance == "learned"
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli, ContinuousBernoulli, DiscretisedLogistic, Gaussian])
+def test_every_likelihood_is_a_distribution_over_observations(likelihood):
+    module: Likelihood = likelihood((3, 4, 5), 256)
+    distribution = module(torch.randn(2, 3, 4, 5))
+    assert isinstance(distribution, td.Distribution)
+    assert (distribution.batch_shape, distribution.event_shape) == ((2,), (3, 4, 5))
+    assert distribution.mean.shape == (2, 3, 4, 5)
+    assert distribution.log_prob(torch.zeros(2, 3, 4, 5)).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Gaussian((2,)), lambda: DiscretisedLogistic((2,)), lambda: Gaussian((2,), variance="optimal")]
+)
+def test_scales_stay_in_float32_under_half_precision(make):
+    likelihood = make().to(torch.bfloat16)
+    assert {tensor.dtype for tensor in likelihood.state_dict().values()} == {torch.float32}

@@ -1,0 +1,483 @@
+import csv
+import functools
+import math
+from collections import defaultdict
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import distributions as td
+from torch import nn
+
+from lightning_vae import (
+    VAE,
+    Bernoulli,
+    ConvDecoder,
+    ConvEncoder,
+    DiscretisedLogistic,
+    Gaussian,
+    MLPDecoder,
+    MLPEncoder,
+)
+from lightning_vae.datamodules import TensorLoader
+
+SHAPE, LEVELS = (1, 4, 4), 17
+
+
+def images(n=70, shape=SHAPE, levels=LEVELS):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, levels, (n, *shape), generator=generator, dtype=torch.uint8)
+
+
+def loader(n=70, batch_size=16, **options):
+    return TensorLoader({"x": images(n), "label": torch.arange(n) % 3}, batch_size=batch_size, **options)
+
+
+def trainer(tmp_path, **options):
+    defaults = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
+                "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}  # fmt: skip
+    return pl.Trainer(**{**defaults, **options})
+
+
+def small(**options):
+    return VAE(**{"shape": SHAPE, "levels": LEVELS, "latent_dim": 3, **options})
+
+
+class OwnEncoder(nn.Module):
+    def __init__(self, shape, latent_dim, width=8):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(math.prod(shape), width), nn.Tanh(), nn.Linear(width, 2 * latent_dim)
+        )
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+class LaplaceEncoder(OwnEncoder):
+    def forward(self, x):
+        loc, log_scale = self.layers(x).chunk(2, 1)
+        return td.Laplace(loc, log_scale.exp())
+
+
+# ---- the formula
+
+
+def test_terms_are_the_elbos():
+    torch.manual_seed(0)
+    vae = VAE((6,), latent_dim=2, likelihood=functools.partial(Gaussian, variance=0.3)).eval()
+    x, index = torch.randn(9, 6), torch.arange(9)
+
+    terms = vae.elbo_terms(x, index)
+
+    posterior = vae.posterior
+    assert isinstance(posterior, td.Normal)
+    kl = 0.5 * (posterior.mean**2 + posterior.variance - 1 - posterior.variance.log())
+    torch.testing.assert_close(terms.rate_per_dimension, kl)
+    draws = torch.stack([posterior.sample() for _ in range(4000)])
+    squared = torch.stack([(x - vae.decoder(z)).square().sum(1) for z in draws]).mean(0)
+    expected = 3 * math.log(2 * math.pi * 0.3) + squared / 0.6
+    with torch.no_grad():
+        many = torch.stack([vae.elbo_terms(x).distortion for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(many, expected, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("encoder", [None, OwnEncoder, LaplaceEncoder, functools.partial(OwnEncoder, width=4)])
+def test_an_encoder_may_return_a_pair_a_tensor_or_a_distribution(encoder):
+    vae = small(encoder=encoder)
+    posterior = vae.encode(images(5))
+    assert posterior.batch_shape == (5, 3)
+    assert vae.elbo_terms(images(5)).rate_per_dimension.shape == (5, 3)
+    if isinstance(posterior, td.Laplace):  # no closed form: the same sample's estimate
+        terms = vae.elbo_terms(images(5), torch.arange(5))
+        assert terms.rate_per_dimension.isfinite().all()
+
+
+def test_encode_decode_reconstruct_and_sample_in_the_datas_scale():
+    vae = small()
+    x = images(5)
+    likelihood = vae.decode(vae.encode(x).mean)
+    assert (likelihood.batch_shape, likelihood.event_shape) == ((5,), SHAPE)
+    torch.testing.assert_close(vae.reconstruct(x), likelihood.mean * 16)
+    assert torch.equal(vae.reconstruct(x), vae.reconstruct(x))
+    assert vae.sample(7).shape == (7, *SHAPE)
+    assert 0 <= vae.sample(7).min() <= vae.sample(7).max() <= 16
+    torch.testing.assert_close(vae.encode(x).mean, small_like(vae)(x / 16.0))
+
+
+def small_like(vae):
+    """The same networks behind data that are scaled already."""
+    other = VAE(SHAPE, latent_dim=3)
+    other.load_state_dict(vae.state_dict())
+    return lambda x: other.encode(x).mean
+
+
+@pytest.mark.parametrize(
+    ("shape", "levels", "likelihood"),
+    [((1, 4, 4), 256, Bernoulli), ((3, 4, 4), 256, DiscretisedLogistic), ((5,), None, Gaussian)],
+)
+def test_likelihood_goes_by_the_data(shape, levels, likelihood):
+    assert type(VAE(shape, levels).likelihood) is likelihood
+
+
+# ---- knobs
+
+
+def test_knobs_are_float32_buffers_that_a_number_fills():
+    vae = small(beta=4, free_bits=0.5)
+    beta = vae.beta
+    vae.beta = 0.25
+    assert vae.beta is beta
+    assert (vae.beta.item(), vae.beta.dtype, vae.beta.ndim) == (0.25, torch.float32, 0)
+    assert {"beta", "free_bits"} <= dict(vae.named_buffers()).keys()
+    assert not {"beta", "free_bits"} & vae.state_dict().keys()
+    assert vae.knob_targets == {"beta": 4.0, "free_bits": 0.5}
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
+        vae.beta = 0.1
+        vae.to(dtype)
+        assert vae.beta.dtype == torch.float32
+        assert vae.beta.item() == pytest.approx(0.1, rel=1e-7)
+
+
+def test_loss_is_distortion_plus_beta_times_the_floored_rate(tmp_path):
+    losses = []
+
+    class Recorder(VAE):
+        def training_step(self, batch, batch_idx):
+            torch.manual_seed(batch_idx)
+            loss = super().training_step(batch, batch_idx)
+            torch.manual_seed(batch_idx)
+            terms = self.elbo_terms(batch["x"])
+            floored = terms.rate_per_dimension.mean(0).clamp(min=0.3).sum()
+            losses.append((loss.item(), (terms.distortion.mean() + 2.5 * floored).item()))
+            return loss
+
+    trainer(tmp_path).fit(Recorder(SHAPE, LEVELS, latent_dim=3, beta=2.5, free_bits=0.3), loader())
+    for loss, expected in losses:
+        assert loss == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("average", ["batch", "sample"])
+def test_validation_loss_is_at_the_target_knobs(tmp_path, average):
+    vae = small(beta=3.0, free_bits=0.4, free_bits_average=average)
+    run = trainer(tmp_path)
+
+    class Mover(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.beta = 0.01
+            pl_module.free_bits = 7.0
+
+    run.callbacks.append(Mover())
+    run.fit(vae, loader(), loader())
+    metrics = run.callback_metrics
+
+    with torch.no_grad():
+        terms = vae.eval().elbo_terms(images(), torch.arange(70))
+    rates = terms.rate_per_dimension
+    floored = (rates.mean(0) if average == "batch" else rates).clamp(min=0.4).sum(-1).mean()
+    assert metrics["val/rate"] == pytest.approx(terms.rate.mean().item(), rel=1e-5)
+    assert metrics["val/floored_rate"] == pytest.approx(floored.item(), rel=1e-5)
+    assert metrics["val/loss"] == pytest.approx((terms.distortion.mean() + 3 * floored).item(), rel=1e-5)
+    assert metrics["val/elbo"] == pytest.approx(terms.elbo.mean().item(), rel=1e-5)
+    assert (vae.beta.item(), vae.free_bits.item()) == pytest.approx((3.0, 0.4))  # after fit
+
+
+def test_at_beta_one_validation_loss_is_minus_the_elbo(tmp_path):
+    run = trainer(tmp_path)
+    run.fit(small(), loader(), loader())
+    assert run.callback_metrics["val/loss"] == pytest.approx(-run.callback_metrics["val/elbo"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": -1}, "`beta` must be a finite number of at least 0, got -1"),
+        ({"beta": math.nan}, "`beta`"),
+        ({"free_bits": -0.1}, "`free_bits`"),
+        ({"latent_dim": 0}, "`latent_dim`"),
+        ({"shape": ()}, "`shape`"),
+        ({"levels": 1}, "`levels`"),
+        ({"free_bits_per": 2}, "must divide"),
+        ({"free_bits_per": "unit"}, "`per` must be"),
+        ({"free_bits_average": "mean"}, "`free_bits_average`"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
+@pytest.mark.parametrize("variance", ["learned", "optimal"])
+def test_beta_with_an_adaptive_scale_warns(variance):
+    with pytest.warns(UserWarning, match="the two feed back"):
+        VAE((4,), beta=10, likelihood=functools.partial(Gaussian, variance=variance))
+    VAE((4,), beta=10, likelihood=functools.partial(Gaussian, variance=0.1))
+    VAE((4,), beta=1, likelihood=functools.partial(Gaussian, variance=variance))
+
+
+# ---- what is logged
+
+
+def rows(path):
+    with open(path / "metrics.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_training_terms_are_means_since_they_were_last_logged(tmp_path):
+    losses = defaultdict(list)
+
+    class Recorder(VAE):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            losses[self.current_epoch].append((loss.item(), len(batch["x"])))
+            return loss
+
+        def on_train_epoch_end(self):
+            super().on_train_epoch_end()
+            seen = losses[self.current_epoch]
+            expected = sum(value * count for value, count in seen) / sum(count for _, count in seen)
+            assert self.trainer.callback_metrics["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    trainer(tmp_path, max_epochs=3, logger=logger, log_every_n_steps=4).fit(
+        Recorder(SHAPE, LEVELS, latent_dim=3), loader()
+    )
+
+    flat = [entry for epoch in range(3) for entry in losses[epoch]]  # 15 batches of 16, 16, 16, 16, 6
+    logged = [(int(row["step"]), float(row["train/loss"])) for row in rows(tmp_path / "run" / "version_0")]
+    assert [step for step, _ in logged] == [3, 7, 11]
+    for start, (_, value) in zip((0, 4, 8), logged, strict=True):
+        window = flat[start : start + 4]
+        expected = sum(loss * count for loss, count in window) / sum(count for _, count in window)
+        assert value == pytest.approx(expected, rel=1e-5)
+
+
+def test_keys(tmp_path):
+    logger = CSVLogger(tmp_path, name="run", version=0)
+    run = trainer(tmp_path, logger=logger, log_every_n_steps=1)
+    vae = small()
+    run.fit(vae, loader(), loader())
+    run.test(vae, loader(), verbose=False)
+    terms = ("elbo", "rate", "distortion", "loss", "floored_rate")
+    keys = set(rows(tmp_path / "run" / "version_0")[0])
+    assert keys == {"epoch", "step"} | {f"{split}/{term}" for split in ("train", "val", "test") for term in terms}
+
+
+def test_nothing_is_logged_between_logging_steps(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(VAE, "log_dict", lambda self, *args, **kwargs: calls.append(self.trainer.global_step))
+    trainer(tmp_path, max_epochs=1, logger=True, log_every_n_steps=4).fit(small(), loader(160))  # 10 batches
+    assert calls == [4, 4, 8, 8, 10]
+
+
+def test_an_epoch_mean_can_be_monitored(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="train/elbo", mode="max", save_on_train_epoch_end=True)
+    trainer(tmp_path, callbacks=[checkpoint], enable_checkpointing=True, log_every_n_steps=1000).fit(small(), loader())
+    assert checkpoint.best_model_score is not None
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping("val/elbo"), ModelCheckpoint(monitor="train/elbo", mode="min")])
+def test_minimising_the_elbo_is_refused(tmp_path, callback):
+    with pytest.raises(MisconfigurationException, match="higher when better"):
+        trainer(tmp_path, callbacks=[callback], enable_checkpointing=True).fit(small(), loader(), loader())
+
+
+# ---- evaluation
+
+
+def evaluate(tmp_path, vae, **options):
+    run = trainer(tmp_path)
+    return run.validate(vae, loader(**options), verbose=False)[0]
+
+
+def test_validation_does_not_depend_on_the_batch_size_the_order_or_the_random_state(tmp_path):
+    vae = small(free_bits=0.2)
+    reference = evaluate(tmp_path, vae, batch_size=70)
+    torch.manual_seed(7)
+    for batch_size, shuffle in ((1, False), (16, False), (33, True)):
+        other = evaluate(tmp_path, vae, batch_size=batch_size, shuffle=shuffle)
+        assert other == pytest.approx(reference, rel=1e-5)
+    state = torch.get_rng_state()
+    evaluate(tmp_path, vae)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_foreign_batches_are_numbered_in_order(tmp_path):
+    vae = small()
+    reference = evaluate(tmp_path, vae)
+    data = torch.utils.data.TensorDataset(images(), torch.arange(70))
+    foreign = torch.utils.data.DataLoader(data, batch_size=9)
+    assert trainer(tmp_path).validate(vae, foreign, verbose=False)[0] == pytest.approx(reference, rel=1e-5)
+    tensors = torch.utils.data.DataLoader(images(), batch_size=9)  # type: ignore[arg-type]
+    assert trainer(tmp_path).validate(vae, tensors, verbose=False)[0] == pytest.approx(reference, rel=1e-5)
+
+
+def test_predict_returns_means_and_whose_they_are(tmp_path):
+    vae = small(likelihood=functools.partial(Gaussian, variance=0.1))
+    batches = trainer(tmp_path).predict(vae, loader(shuffle=False))
+    assert batches is not None
+    assert torch.equal(torch.cat([batch["index"] for batch in batches]), torch.arange(70))
+    assert torch.equal(torch.cat([batch["label"] for batch in batches]), torch.arange(70) % 3)
+    torch.testing.assert_close(torch.cat([batch["mean"] for batch in batches]), vae.encode(images()).mean)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options", "message"),
+    [
+        (torch.rand(8, 5, 5), {}, "`shape` is"),
+        ("text", {}, "A batch must be"),
+        (torch.rand(8, *SHAPE), {}, "as if scaled already"),
+        (images(8) * 2, {"levels": 3}, "needs data from 0 to 2"),
+        (torch.randn(8, *SHAPE), {"levels": None}, "needs data from 0 to 1"),
+    ],
+)
+def test_data_in_another_shape_or_scale_are_refused(tmp_path, batch, options, message):
+    data = torch.utils.data.DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path, num_sanity_val_steps=0).fit(small(**options), data)
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true", "64-true"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)])
+def test_training_in_half_precision_computes_the_terms_in_float32(tmp_path, precision, shape):
+    seen = []
+
+    class Recorder(VAE):
+        def elbo_terms(self, x, index=None):
+            terms = super().elbo_terms(x, index)
+            assert isinstance(self.posterior, td.Normal)
+            seen.append({terms.distortion.dtype, terms.rate_per_dimension.dtype, self.posterior.loc.dtype})
+            return terms
+
+    torch.manual_seed(0)
+    vae = Recorder(shape, 256, latent_dim=3, encoder=ConvEncoder, decoder=ConvDecoder, beta=1.0)
+    data = TensorLoader({"x": images(64, shape, 256)}, batch_size=16, shuffle=True, seed=0)
+    before = [parameter.detach().clone() for parameter in vae.parameters()]
+    run = trainer(tmp_path, precision=precision, max_epochs=1)
+    run.fit(vae, data, data)
+    expected = torch.float64 if precision == "64-true" else torch.float32
+    assert seen
+    assert all(dtypes == {expected} for dtypes in seen)
+    assert vae.beta.dtype == torch.float32
+    assert run.callback_metrics["val/loss"].isfinite()
+    assert all((a.float() != b.float()).any() for a, b in zip(before, vae.parameters(), strict=True))
+
+
+# ---- checkpoints
+
+
+def fitted(tmp_path, vae):
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(vae, loader())
+    run.save_checkpoint(tmp_path / "vae.ckpt")
+    return tmp_path / "vae.ckpt"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"encoder": OwnEncoder, "decoder": functools.partial(MLPDecoder, hidden=(5, 6))},
+        {"encoder": ConvEncoder, "decoder": ConvDecoder, "likelihood": functools.partial(Gaussian, variance="optimal")},
+        {"encoder": {"class_path": "lightning_vae.networks.MLPEncoder", "init_args": {"hidden": [9]}}},
+        {"free_bits_per": 3, "free_bits": 0.2, "beta": 0.3},
+    ],
+)
+def test_checkpoints_load_without_another_argument(tmp_path, options):
+    vae = small(**options)
+    path = fitted(tmp_path, vae)
+    loaded = VAE.load_from_checkpoint(path, weights_only=True)
+    assert loaded.knob_targets == vae.knob_targets
+    assert loaded.beta == vae.beta
+    torch.testing.assert_close(loaded.reconstruct(images(4)), vae.reconstruct(images(4)), rtol=0, atol=0)
+
+
+def test_an_instance_of_ones_own_must_be_passed_again(tmp_path):
+    path = fitted(tmp_path, small(encoder=OwnEncoder(SHAPE, 3)))
+    with pytest.raises(ValueError, match=r"`encoder` was given as an instance of .*OwnEncoder.*encoder=\.\.\."):
+        VAE.load_from_checkpoint(path, weights_only=True)
+    loaded = VAE.load_from_checkpoint(path, weights_only=True, encoder=OwnEncoder(SHAPE, 3))
+    assert loaded.sample(2).shape == (2, *SHAPE)
+
+
+def test_a_checkpoint_can_name_networks_only(tmp_path):
+    path = fitted(tmp_path, small())
+    checkpoint = torch.load(path, weights_only=True)
+    for name in ("os.system", "nowhere.Encoder", "lightning_vae.networks.Missing", "builtins.print"):
+        checkpoint["hyper_parameters"]["encoder"] = {"class_path": name, "init_args": {}}
+        torch.save(checkpoint, path)
+        with pytest.raises(ValueError, match="`encoder`"):
+            VAE.load_from_checkpoint(path, weights_only=True)
+
+
+def test_parts_that_are_no_network_are_refused():
+    with pytest.raises(TypeError, match=r"`encoder` must be an nn.Module, or a class or callable that makes one"):
+        small(encoder=lambda shape, latent_dim: 3)
+    with pytest.raises(TypeError, match="`decoder`"):
+        small(decoder="mlp")
+
+
+def test_a_subclass_with_arguments_of_its_own_loads(tmp_path):
+    path = fitted(tmp_path, Subclass(width=7))
+    assert Subclass.load_from_checkpoint(path, weights_only=True).hparams["width"] == 7
+
+
+class Subclass(VAE):
+    def __init__(self, width=5, shape=SHAPE, levels=LEVELS):
+        super().__init__(shape, levels, encoder=functools.partial(MLPEncoder, hidden=(width,)))
+
+
+def test_weight_averaging_leaves_the_knobs_alone(tmp_path):
+    vae = small(beta=2.0)
+    run = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
+    run.fit(vae, loader(), loader())
+    assert vae.beta.item() == 2.0
+
+
+# ---- several processes
+
+
+def _two_processes(rank, port, tmp_path, results):
+    import os
+
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+    }
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    vae = small(free_bits=0.2)
+    run = trainer(tmp_path, devices=2, strategy="ddp", logger=False, max_epochs=1, num_sanity_val_steps=0)
+    run.fit(vae, loader(64, batch_size=8), loader(71, batch_size=8))
+    if rank == 0:
+        results.update({name: float(value) for name, value in run.callback_metrics.items()})
+        results["weights"] = [parameter.detach().clone() for parameter in vae.parameters()]
+
+
+def test_two_processes_validate_as_one(tmp_path):
+    import socket
+
+    import torch.multiprocessing as mp
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_two_processes, args=(port, tmp_path, results), nprocs=2)
+        both = dict(results)
+    vae = small(free_bits=0.2)
+    for parameter, value in zip(vae.parameters(), both.pop("weights"), strict=True):
+        parameter.data.copy_(value)
+    alone = trainer(tmp_path).validate(vae, loader(71), verbose=False)[0]
+    for name, value in alone.items():
+        assert both[name] == pytest.approx(value, rel=1e-5), name
