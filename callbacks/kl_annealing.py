@@ -13,7 +13,8 @@ class KLAnnealing(ScheduledKnob):
     """Move the weight of the KL term along a schedule: the cure of a collapse that happens early in training.
 
     A schedule whose ``stop`` is left out ends at the value the module is configured with, so one config serves every
-    ``beta``. After fitting the module holds that value. Logged as ``knobs/beta``, or the path's last part.
+    ``beta``. Validation, checkpoints and the module after fitting have that value. Logged as ``knobs/beta``, or the
+    path's last part.
 
     Args:
         schedule: Weight per step: ``Linear``, ``Sigmoid``, ``Cosine``, ``Cyclical``, ``Staged``, ``Constant``, ``Join``

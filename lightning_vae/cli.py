@@ -100,8 +100,8 @@ class VAECLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except _INPUT_ERRORS as error:
-            # Before the first step it is the input; later on it is a fault, whose traceback is worth having.
-            if subcommand == "fit" and self.trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
+            # Until the first step is done it is the input; later on a fault, whose traceback is worth having.
+            if self.trainer.global_step > 0 and subcommand == "fit":
                 raise
             _exit(error)
 

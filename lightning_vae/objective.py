@@ -151,7 +151,8 @@ def group_rates(kl_per_dimension: Tensor, per: FreeBitsPer = "dimension") -> Ten
                 f"`per` as a group size must divide the number of latent dimensions, "
                 f"got {per} for {kl_per_dimension.shape[-1]} dimensions."
             )
-        return kl_per_dimension.unflatten(-1, (-1, per)).sum(-1)
+        grouped: Tensor = kl_per_dimension.unflatten(-1, (-1, per)).sum(-1)
+        return grouped
     raise ValueError(f"`per` must be 'dimension', 'whole' or a group size of at least 1, got {per!r}.")
 
 

@@ -95,7 +95,8 @@ def share(rank: int, folder: Path) -> None:
 
 
 def test_two_processes_equal_one(tmp_path):
-    start_processes(share, args=(tmp_path,), nprocs=2, start_method="spawn")
+    # Forked, as spawned processes import torch and Lightning anew.
+    start_processes(share, args=(tmp_path,), nprocs=2, start_method="fork")
     for rank in range(2):
         for variance in torch.load(tmp_path / f"{rank}.pt"):
             torch.testing.assert_close(variance, two_pass(hard_means()), rtol=1e-12, atol=0)

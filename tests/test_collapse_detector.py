@@ -352,7 +352,7 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
     runs = []
     for name, options in (
         ("one", {}),
-        ("two", {"strategy": "ddp_spawn", "devices": 2, "use_distributed_sampler": False}),
+        ("two", {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}),
     ):
         folder = tmp_path / name
         folder.mkdir()

@@ -340,6 +340,15 @@ def test_selection_on_the_annealed_loss(tmp_path: Path, module: str) -> None:
         trainer.fit(model, loader())
 
 
+def test_a_validation_loss_at_a_weight_that_was_moved_by_hand(tmp_path: Path) -> None:
+    """A validation loss that reads whatever the weight is at the moment, whoever moved it."""
+    model = blind(beta=10.0)
+    model.beta = 0.1  # type: ignore[assignment]
+    metrics = metrics_of(tmp_path, model)
+    expected = metrics["val/distortion"] + 10.0 * metrics["val/rate"]
+    assert metrics["val/loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_a_missing_attribute_in_silence(tmp_path: Path) -> None:
     """A callback that finds no weight to move, does nothing, and logs as if it did."""
     model = ForeignModule()

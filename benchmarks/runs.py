@@ -1,0 +1,95 @@
+"""What the benchmarks share: one run of the command line, and how a table is printed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import platform
+import shlex
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout need not be installed
+
+from lightning_vae import VAE, __version__  # noqa: E402
+from lightning_vae.callbacks import CollapseDetector  # noqa: E402
+from lightning_vae.callbacks.collapse import diagnose  # noqa: E402
+from lightning_vae.cli import VAECLI, SaveConfig  # noqa: E402
+
+SEEDS = (0, 1, 2)
+
+
+class Result(NamedTuple):
+    """Where a run ended, on the validation split, in nats per observation."""
+
+    negative_elbo: float
+    rate: float
+    distortion: float
+    mutual_information: float
+    active_units: float
+    state: str
+
+
+def fit(arguments: str, seed: int) -> Result:
+    """Run ``train.py fit`` with these arguments, in this process and in silence, and measure its last validation pass."""
+    quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        cli = VAECLI(
+            VAE,
+            LightningDataModule,
+            save_config_callback=SaveConfig,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            args=["fit", *shlex.split(f"{arguments} --seed_everything {seed} {quiet}")],
+        )
+    measured = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
+    detector = next(each for each in cli.trainer.callbacks if isinstance(each, CollapseDetector))
+    history, information = detector.state_dict(), measured["latent/mutual_information"]
+    observations = min(detector.observations, len(cli.datamodule._splits["val"]["x"]))
+    return Result(
+        negative_elbo=-measured["val/elbo"],
+        rate=measured["val/rate"],
+        distortion=measured["val/distortion"],
+        mutual_information=information,
+        active_units=measured["latent/active_units"],
+        state=diagnose(history["rates"][-1], history["variances"][-1], information, observations).state,
+    )
+
+
+def quiet_trainer(epochs: int) -> Trainer:
+    """Make a Trainer that trains on the CPU, and does nothing else."""
+    warnings.simplefilter("ignore")
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **off)
+
+
+def heading(text: str) -> None:
+    """Print what is compared, and with which versions."""
+    print(f"{text}\nlightning-vae {__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
+          f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads\n")  # fmt: skip
+
+
+def row(cells: Sequence[object], widths: Sequence[int]) -> None:
+    """Print one row as soon as it is known: text to the left, numbers with two decimals to the right."""
+    texts = (
+        f"{cell:>{w}.2f}" if isinstance(cell, float) else f"{cell!s:<{w}}"
+        for cell, w in zip(cells, widths, strict=True)
+    )
+    print("| " + " | ".join(texts) + " |")
+    sys.stdout.flush()
+
+
+def header(names: Sequence[str], widths: Sequence[int]) -> None:
+    """Print a table's first two rows."""
+    row(names, widths)
+    row(["-" * width for width in widths], widths)

@@ -1,0 +1,99 @@
+"""README and the pages: their commands are ones that exist, their Python runs, and their links lead somewhere."""
+
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_vae.cli import main
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = "\n".join(page.read_text() for page in PAGES)
+# One command a line; a backslash continues it, and `#` starts a remark.
+COMMANDS = sorted({line for line in re.sub(r"\\\n\s*", "", TEXT).splitlines() if line.startswith("python ")})
+
+
+def test_the_two_commands_of_the_first_screen():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    train = 'python -m pip install -e ".[train]" && python train.py fit --config configs/digits.yaml'
+    assert lines.count(train) == 1
+    assert lines.count('python -m pip install -e ".[test]" && python -m pytest') == 1
+    assert lines.index(train) < 40
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if "train.py" in line and " pip " not in line])
+def test_commands_of_the_command_line_parse(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.chdir(ROOT)
+    _, script, *arguments = shlex.split(command, comments=True)
+    assert (ROOT / script).exists()
+    # A checkpoint need not be there to see that the command is well formed.
+    arguments = [argument for argument in arguments if not argument.startswith(("--ckpt_path", "--same_run"))]
+    with pytest.raises(SystemExit) as exit_:
+        main([*arguments, "--print_config"])
+    assert exit_.value.code == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python benchmarks/")])
+def test_benchmarks_exist(command):
+    assert (ROOT / shlex.split(command, comments=True)[1]).is_file()
+
+
+def test_links_and_pictures_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", page.read_text()):
+            path = target[0] or target[1]
+            assert path.startswith("https://") or (page.parent / path).exists(), (page.name, path)
+
+
+class TheirModel(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.kl_weight, self.free_bits = 1.0, 0.0
+        self.fc_mu, self.fc_var, self.decoder = nn.Linear(6, 3), nn.Linear(6, 3), nn.Linear(3, 6)
+
+
+class TheirModule(pl.LightningModule):
+    """Somebody's own VAE, as README's example supposes it."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = TheirModel()
+
+    def training_step(self, batch, batch_idx):
+        from lightning_vae import free_bits
+
+        mean, log_variance = self.model.fc_mu(batch), self.model.fc_var(batch)
+        z = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance)
+        reconstruction = F.mse_loss(self.model.decoder(z), batch, reduction="sum") / len(batch)
+        return reconstruction + self.model.kl_weight * free_bits(kl, self.model.free_bits)
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:FreeBits", "ignore:CollapseDetector")
+def test_python_of_the_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loader = torch.utils.data.DataLoader(torch.randn(40, 6), batch_size=10)  # type: ignore[arg-type]
+    quiet = {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    namespace = {"module": TheirModule(), "loader": loader, "quiet": quiet}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        if "class " in block or "VAE(" in block or "..." in block:
+            continue
+        exec(block.replace("Trainer(", "Trainer(**quiet, "), namespace)
+    assert namespace["module"].model.kl_weight == 1.0
+    assert namespace["module"].model.free_bits == 0.5
