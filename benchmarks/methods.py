@@ -7,12 +7,13 @@ from statistics import median
 
 from runs import SEEDS, Result, fit, header, heading, row
 
-KL = "--trainer.callbacks+=KLAnnealing --trainer.callbacks.schedule"
+SCHEDULE = "--trainer.callbacks.schedule"
+KL = f"--trainer.callbacks+=KLAnnealing {SCHEDULE}"
 FLOOR = "--trainer.callbacks+=FreeBits --trainer.callbacks.threshold"
 METHODS = {
     "plain": "",
-    "annealed": f"{KL}=Linear --trainer.callbacks.schedule.fraction=0.3",
-    "cyclical": f"{KL}=Cyclical --trainer.callbacks.schedule.period_fraction=0.15 --trainer.callbacks.schedule.cycles=4",
+    "annealed": f"{KL}=Linear {SCHEDULE}.fraction=0.3",
+    "cyclical": f"{KL}=Cyclical {SCHEDULE}.period_fraction=0.15 {SCHEDULE}.cycles=4",
     "free bits 0.05": f"{FLOOR}=0.05",
     "free bits 0.1": f"{FLOOR}=0.1",
     "free bits 0.5": f"{FLOOR}=0.5",
@@ -28,10 +29,11 @@ WIDTHS = (14, 6, 6, 10, 6, 6, 9)
 
 def main() -> None:
     heading(
-        "Methods. Scikit-learn's digits (1350 to train, 150 to validate), Bernoulli, 16 latents, MLP 256-256, 120 epochs;\n"
-        "medians over seeds 0, 1, 2 of the validation split after the last epoch, in nats per image; MI is capped at\n"
-        f"log 150 = 5.01. Each run is `python train.py fit {BASE}`\nwith `--seed_everything SEED` and:\n"
-        + "\n".join(f"  {name:<14} {arguments}" for name, arguments in METHODS.items())
+        "Methods. Scikit-learn's digits (1350 to train, 150 to validate), Bernoulli, 16 latents, MLP 256-256, 120 "
+        "epochs; medians over seeds 0, 1, 2 of the validation split after the last epoch, in nats per image; `active` "
+        "counts units, MI is capped at log 150 = 5.01. The runs:",
+        f"python train.py fit {BASE} --seed_everything SEED, and",
+        *(f"  {name:<14} {arguments}" for name, arguments in METHODS.items()),
     )
     header(("method", "-ELBO", "rate", "distortion", "MI", "active", "state"), WIDTHS)
     for name, arguments in METHODS.items():

@@ -8,6 +8,7 @@ import logging
 import platform
 import shlex
 import sys
+import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +20,16 @@ from lightning.pytorch import LightningDataModule, Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout need not be installed
 
-from lightning_vae import VAE, __version__  # noqa: E402
-from lightning_vae.callbacks import CollapseDetector  # noqa: E402
-from lightning_vae.callbacks.collapse import diagnose  # noqa: E402
-from lightning_vae.cli import VAECLI, SaveConfig  # noqa: E402
+from lightning_vae import VAE, __version__
+from lightning_vae.callbacks import CollapseDetector
+from lightning_vae.callbacks.collapse import diagnose
+from lightning_vae.cli import VAECLI, SaveConfig
 
 SEEDS = (0, 1, 2)
+
+# A benchmark prints its table and nothing else.
+logging.disable(logging.WARNING)
+warnings.simplefilter("ignore")
 
 
 class Result(NamedTuple):
@@ -39,10 +44,9 @@ class Result(NamedTuple):
 
 
 def fit(arguments: str, seed: int) -> Result:
-    """Run ``train.py fit`` with these arguments, in this process and in silence, and measure its last validation pass."""
+    """Run ``train.py fit`` in this process and in silence, and measure its last validation pass."""
     quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
+    with contextlib.redirect_stdout(io.StringIO()):
         cli = VAECLI(
             VAE,
             LightningDataModule,
@@ -67,16 +71,17 @@ def fit(arguments: str, seed: int) -> Result:
 
 def quiet_trainer(epochs: int) -> Trainer:
     """Make a Trainer that trains on the CPU, and does nothing else."""
-    warnings.simplefilter("ignore")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **off)
 
 
-def heading(text: str) -> None:
+def heading(text: str, *lines: str) -> None:
     """Print what is compared, and with which versions."""
-    print(f"{text}\nlightning-vae {__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
-          f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads\n")  # fmt: skip
+    versions = (
+        f"lightning-vae {__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
+        f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads"
+    )
+    print("\n".join([textwrap.fill(text, 110), *lines, versions, ""]))
 
 
 def row(cells: Sequence[object], widths: Sequence[int]) -> None:

@@ -100,7 +100,9 @@ class ScheduledKnob(Callback):
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.logs_now(trainer):
+        if self.logs_now(trainer) and self.name not in getattr(
+            pl_module, "knob_targets", ()
+        ):  # else it logs them itself
             self.log_now(pl_module, {f"knobs/{self.name}": self._resolved(self.step(trainer))}, prog_bar=True)
 
     @override

@@ -197,7 +197,7 @@ class VAE(LightningModule):
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the mean of the training terms since they were last logged, on logging steps alone."""
+        """Log the knobs, and the mean of the training terms since they were last logged, on logging steps alone."""
         del outputs, batch, batch_idx
         trainer: Any = self.trainer
         if trainer.fit_loop._should_accumulate():
@@ -205,8 +205,8 @@ class VAE(LightningModule):
         if trainer._logger_connector.should_update_logs or trainer.fast_dev_run:
             means = _named("train", _mean(self._train_sums.flush()))
             shown = {name: means.pop(name) for name in ("train/elbo", "train/rate")}
-            self.log_dict(shown, prog_bar=True, batch_size=1)
-            self.log_dict(means, batch_size=1)
+            self.log_dict({**shown, "knobs/beta": self.beta}, prog_bar=True, batch_size=1)
+            self.log_dict({**means, "knobs/free_bits": self.free_bits}, batch_size=1)
 
     def on_train_epoch_end(self) -> None:
         """Offer the epoch's means to callbacks that monitor them; the loggers have the curve already."""

@@ -263,7 +263,10 @@ def test_keys(tmp_path):
     run.test(vae, loader(), verbose=False)
     terms = ("elbo", "rate", "distortion", "loss", "floored_rate")
     keys = set(rows(tmp_path / "run" / "version_0")[0])
-    assert keys == {"epoch", "step"} | {f"{split}/{term}" for split in ("train", "val", "test") for term in terms}
+    knobs = {"knobs/beta", "knobs/free_bits"}
+    assert keys == {"epoch", "step"} | knobs | {
+        f"{split}/{term}" for split in ("train", "val", "test") for term in terms
+    }
 
 
 def test_nothing_is_logged_between_logging_steps(tmp_path, monkeypatch):
