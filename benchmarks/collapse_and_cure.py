@@ -7,11 +7,11 @@ from statistics import median
 from runs import SEEDS, Result, fit, header, heading, row
 
 VARIANCE = "--config configs/collapse_variance.yaml"
-ANNEALED = "--config configs/collapse_annealed.yaml"
+ANNEALED = "--config configs/overlays/annealed.yaml"
 RUNS = {
     "plain": "--config configs/collapse.yaml",
     "annealed": f"--config configs/collapse.yaml {ANNEALED}",
-    "free_bits": "--config configs/collapse.yaml --config configs/collapse_free_bits.yaml",
+    "free_bits": "--config configs/collapse.yaml --config configs/overlays/free_bits.yaml",
     "variance_1": VARIANCE,
     "variance_1_annealed": f"{VARIANCE} {ANNEALED}",
     "learned_variance": f"{VARIANCE} --model.likelihood.variance learned",

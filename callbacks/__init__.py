@@ -21,3 +21,27 @@ from .schedules import Linear as Linear
 from .schedules import Schedule as Schedule
 from .schedules import Sigmoid as Sigmoid
 from .schedules import Staged as Staged
+
+__all__ = [
+    "ActiveUnits",
+    "Attribute",
+    "Callback",
+    "CollapseDetector",
+    "Constant",
+    "Cosine",
+    "Cyclical",
+    "Diagnosis",
+    "FreeBits",
+    "Join",
+    "KLAnnealing",
+    "Linear",
+    "MutualInformation",
+    "PosteriorReader",
+    "Schedule",
+    "ScheduledKnob",
+    "Sigmoid",
+    "Staged",
+    "active_units",
+    "diagnose",
+    "mutual_information",
+]

@@ -59,7 +59,9 @@ class Callback(_Callback):
         end of an epoch Lightning asks for ``sync`` where there are several processes.
         """
         tensors: dict[str, Any] = {
-            name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
+            name: value.detach().float()
+            if isinstance(value, Tensor)
+            else torch.tensor(float(value), device=pl_module.device)
             for name, value in values.items()
         }
         pl_module.log_dict(tensors, prog_bar=prog_bar, batch_size=1, rank_zero_only=False, sync_dist=sync)

@@ -199,6 +199,8 @@ class CollapseDetector(Callback):
     @torch.no_grad()
     def _take(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         assert self._pass is not None
+        if self.posterior is None and getattr(pl_module, "posterior", self) is None:
+            return  # this process's share of the batch was empty
         posterior = self._reader.read(pl_module, batch)
         self._pass.append(posterior, read_prior(pl_module), batch, trainer.global_rank, trainer.world_size)
 
@@ -211,6 +213,9 @@ class CollapseDetector(Callback):
         measured = self._pass.measure(trainer, pl_module)
         self._discard()
         if measured is None:
+            return
+        if not measured.variance.isfinite().all():
+            rank_zero_warn("CollapseDetector: the posterior's means are not finite, so nothing can be said of them.")
             return
         diagnosis = diagnose(
             measured.rate,
@@ -381,6 +386,9 @@ def _index(batch: Any, rows: int) -> Tensor | None:
 
 def _validates(trainer: Trainer) -> bool:
     """Whether the run has validation passes. Their loaders may not be known yet; if they are, are they empty?"""
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if every is not None and epochs is not None and 0 <= epochs < every:
+        return False
     return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
 
 

@@ -178,9 +178,14 @@ def _part(output: Any, path: str) -> Any:
     try:
         if isinstance(output, Mapping):
             return output[part]
+        if isinstance(output, Tensor):  # an index would pick an observation
+            raise TypeError
         return output[int(part)] if part.lstrip("-").isdigit() else getattr(output, part)
     except (AttributeError, LookupError, TypeError):
-        raise ValueError(f"`posterior={path!r}`: the output is {_describe(output)}, which has no {part!r}.") from None
+        hint = " Split it: `posterior=lambda pl_module, batch: ...`." if isinstance(output, Tensor) else ""
+        raise ValueError(
+            f"`posterior={path!r}`: the output is {_describe(output)}, which has no {part!r}.{hint}"
+        ) from None
 
 
 def _describe(value: Any) -> str:

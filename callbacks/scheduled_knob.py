@@ -197,8 +197,8 @@ class ScheduledKnob(Callback):
                 self._target = None
                 raise MisconfigurationException(
                     f"{type(self).__name__}: the schedule ends at {final:g}, but the module is configured with "
-                    f"`{path}={targets[path]:g}`. Leave the schedule's end (`stop`) out to end at the configured "
-                    f"value, or leave `{path}` at its default."
+                    f"`{path}={targets[path]:g}`. Say it in one place: leave `{path}` out of the module, or "
+                    "the schedule's end (`stop`) out of the callback, which then ends at the module's."
                 )
             targets[path] = final
 

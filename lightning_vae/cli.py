@@ -11,10 +11,12 @@ from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core import rank_zero
 from typing_extensions import override
 
@@ -32,7 +34,6 @@ _INPUT_ERRORS = (ValueError, TypeError, OSError, MisconfigurationException)
 _NOT_FOR_USERS = (
     r".*LeafSpec.*is deprecated",  # Lightning's own use of a name that torch is giving up
     r".*configure_optimizers` will be overridden",  # a config's optimizer is meant to win
-    r"The dirpath has changed from .*",  # a resumed run keeps its checkpoints in its own folder
 )
 
 
@@ -65,28 +66,31 @@ class VAECLI(LightningCLI):
 
     @override
     def _parse_ckpt_path(self) -> None:
-        path = self.config[self.config["subcommand"]].get("ckpt_path")
+        subcommand = self.config["subcommand"]
+        config = self.config[subcommand]
+        path, same_run = config.get("ckpt_path"), config.get("same_run")
+        self._resumed_step = 0
         if path and path not in ("best", "last", "hpc", "registry"):
-            try:
-                torch.load(path, map_location="meta", mmap=True, weights_only=True)
-            except FileNotFoundError:
-                _exit(f"`--ckpt_path`: there is no file {path!r}.")
-            except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
-                _exit(f"`--ckpt_path`: {path!r} can't be read, it is damaged or no checkpoint ({error}).")
-        super()._parse_ckpt_path()
+            checkpoint = _read_checkpoint(path, resumes=subcommand == "fit")
+            self._resumed_step = checkpoint["global_step"]
+            before = config["model"].as_dict()["init_args"]
+            super()._parse_ckpt_path()
+            _say_what_was_replaced(before, self.config[subcommand]["model"].as_dict().get("init_args", {}))
+            if same_run:
+                logger = self.config[subcommand]["trainer"]["logger"]
+                self.config[subcommand]["trainer"]["logger"] = _same_logger(logger, checkpoint, Path(path))
+        elif same_run:
+            _exit("`--same_run` needs `--ckpt_path`, a checkpoint file in the run's folder.")
 
     @override
     def before_instantiate_classes(self) -> None:
         for message in _NOT_FOR_USERS:
             warnings.filterwarnings("ignore", message=message)
         rank_zero.log.addFilter(_no_advertisement)
-        config = self.config[self.subcommand]
-        path = config.get("ckpt_path")
-        if config.get("same_run"):
-            if not path or not Path(path).is_file():
-                _exit("`--same_run` needs `--ckpt_path`, a checkpoint file in the run's folder.")
-            config["trainer"]["logger"] = _logger_of_run(Path(path))
+        if self.config[self.subcommand].get("same_run"):
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+        elif self._resumed_step:  # a run that goes on in a new folder keeps its checkpoints there
+            warnings.filterwarnings("ignore", message="The dirpath has changed from")
 
     @override
     def instantiate_classes(self) -> None:
@@ -101,35 +105,39 @@ class VAECLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except _INPUT_ERRORS as error:
             # Until the first step is done it is the input; later on a fault, whose traceback is worth having.
-            if self.trainer.global_step > 0 and subcommand == "fit":
+            if self.trainer.global_step > self._resumed_step and not isinstance(error, MisconfigurationException):
                 raise
+            print(file=sys.stderr)  # ends the progress bar's line
             _exit(error)
 
     def after_fit(self) -> None:
         """Say where everything is."""
+        folder = self.trainer.log_dir  # every process must ask
         if not self.trainer.is_global_zero:
             return
         lines = {}
-        if self.trainer.log_dir:
-            lines["Run"] = self.trainer.log_dir
+        if self.trainer.loggers and folder:
+            lines["Run"] = folder
         for checkpoint in self.trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
                 score = checkpoint.best_model_score
                 monitored = f"  ({checkpoint.monitor} {score:.4g})" if score is not None else ""
                 lines["Checkpoint"] = os.path.relpath(checkpoint.best_model_path) + monitored
-        if self.trainer.loggers:
-            lines["Look at it"] = f"tensorboard --logdir {self.trainer.loggers[0].save_dir}"
+        for logger in self.trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                lines["Look at it"] = f"tensorboard --logdir {logger.save_dir}"
         print("\n" + "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items()))
 
 
 class SaveConfig(SaveConfigCallback):
     """Save the resolved config beside the run; a run that is resumed in its own folder keeps each of them."""
 
+    filename = "config.yaml"
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self.already_saved and trainer.log_dir:
-            stem = self.config_filename.removesuffix(".yaml")
-            names = (self.config_filename, *(f"{stem}-resumed-{n}.yaml" for n in range(1, 1000)))
+            names = (self.filename, *(f"config-resumed-{n}.yaml" for n in range(1, 1000)))
             self.config_filename = next(name for name in names if not (Path(trainer.log_dir) / name).exists())
         super().setup(trainer, pl_module, stage)
 
@@ -149,19 +157,51 @@ class _Attribute:
         return getattr(data, self.name)
 
 
-def _logger_of_run(checkpoint: Path) -> dict[str, Any]:
-    """Describe the TensorBoard logger that goes on where a checkpoint's run stopped, without doubling its curve."""
-    run = checkpoint.resolve().parent.parent
-    loops = torch.load(checkpoint, map_location="cpu", weights_only=True)["loops"]
-    step = loops["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+def _read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
+    """Read a checkpoint, or say what is wrong with it."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        _exit(f"`--ckpt_path`: there is no file {path!r}.")
+    except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError):
+        _exit(f"`--ckpt_path`: {path!r} can't be read. It is damaged, or no checkpoint that holds data alone.")
+    if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+        _exit(f"`--ckpt_path`: {path!r} is no checkpoint of a Lightning Trainer.")
+    if resumes and not {"loops", "optimizer_states"} <= checkpoint.keys():
+        _exit(f"`--ckpt_path`: {path!r} holds weights alone, without the state that a run could be resumed from.")
+    return checkpoint
+
+
+def _say_what_was_replaced(given: dict[str, Any], used: dict[str, Any]) -> None:
+    """Say which of the model's options the checkpoint has replaced; Lightning does it without a word."""
+    changed = [
+        f"{name} {given[name]!r} -> {used[name]!r}"
+        for name in given
+        if name not in ("shape", "levels") and name in used and given[name] != used[name]  # those the data give
+    ]
+    if changed:
+        rank_zero.rank_zero_warn(
+            "`--ckpt_path`: the model is the checkpoint's, so these options of the config are not used: "
+            + ", ".join(changed)
+        )
+
+
+def _same_logger(logger: Any, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Describe the TensorBoard logger that goes on where a checkpoint's run stopped, without doubling its curves."""
+    # As the run itself named the folder, relative or not: ModelCheckpoint goes on only where it finds itself.
+    folders = [Path(state["dirpath"]) for state in checkpoint["callbacks"].values() if "dirpath" in state]
+    run = next((folder for folder in folders if folder.resolve() == path.resolve().parent), path.parent).parent
+    if not (run / SaveConfig.filename).is_file():
+        _exit(f"`--same_run`: {path} lies in no run's folder: there is no {SaveConfig.filename} in {run}.")
+    described = logger.as_dict() if isinstance(logger, Namespace) else {}
+    if not str(described.get("class_path", "TensorBoardLogger")).endswith("TensorBoardLogger"):
+        _exit(f"`--same_run` goes on with TensorBoardLogger alone, got {described['class_path']}.")
+    step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+    place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
     return {
         "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {
-            "save_dir": os.path.relpath(run.parent.parent),
-            "name": run.parent.name,
-            "version": run.name,
-        },
-        "dict_kwargs": {"purge_step": step},
+        "init_args": {**(described.get("init_args") or {}), **place},
+        "dict_kwargs": {**(described.get("dict_kwargs") or {}), "purge_step": step},
     }
 
 
@@ -181,6 +221,7 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments in place of the process's own, for use from Python.
     """
+    sys.path.insert(0, os.getcwd())  # a config may name classes that lie where the command is run
     VAECLI(
         VAE,
         LightningDataModule,

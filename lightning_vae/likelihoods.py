@@ -117,9 +117,10 @@ class Gaussian(Likelihood):
         shape: Shape of one observation.
         levels: Number of integer levels of the raw data, ``None`` for real-valued data.
         variance: A positive number fixes it (1 on data in [0, 1] collapses the latents: the scale of the variance
-            decides what is worth encoding). ``"learned"`` makes its logarithm a parameter. ``"optimal"`` takes, while
-            training, the mean squared error over the global batch, and at evaluation a running mean of it
-            (sigma-VAE).
+            decides what is worth encoding). ``"learned"`` makes its logarithm a parameter, which starts at a tenth of
+            the first training batch's mean squared error: an optimizer's steps are too small to cross scales.
+            ``"optimal"`` takes, while training, the mean squared error over the global batch, and at evaluation a
+            running mean of it (sigma-VAE).
 
     Raises:
         ValueError: If the variance is neither.
@@ -132,6 +133,8 @@ class Gaussian(Likelihood):
     log_variance: Tensor
     start_weight: Tensor
 
+    start_share = 0.1
+    """Of the first batch's mean squared error, where a learned variance starts: about what training leaves of it."""
     momentum = 0.99
     """Of the running mean of the optimal variance."""
     min_log_variance = -12.0
@@ -146,8 +149,10 @@ class Gaussian(Likelihood):
             raise ValueError(f"`variance` must be a positive number, 'learned' or 'optimal', got {variance!r}.")
         self.variance = variance
         self.learns_scale = not number
+        self._starts = variance == "learned"
         if variance == "learned":
             self.log_variance = nn.Parameter(torch.tensor(0.0))
+            self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
         elif variance == "optimal":
             self.register_buffer("log_variance", torch.tensor(0.0))
             # What is left of the start value's weight: dividing by the rest makes the first batches count in full.
@@ -157,28 +162,43 @@ class Gaussian(Likelihood):
 
     def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Gaussian with this mean."""
+        if self._starts and x is not None:
+            self._starts = False
+            with torch.no_grad():
+                self.log_variance.copy_(self._optimal(output, x) + math.log(self.start_share))
         if self.variance == "optimal" and x is not None:
-            log_variance = self._update(output.detach(), x)
+            log_variance = self._update(output, x)
         else:
             log_variance = self.log_variance.clamp(min=self.min_log_variance)
         scale = (0.5 * log_variance).exp()
         return self._independent(td.Normal(output, scale.expand_as(output), validate_args=False))
 
-    def _update(self, output: Tensor, x: Tensor) -> Tensor:
-        """Compute the optimal log-variance and take it into the running mean.
+    @torch.no_grad()
+    def _optimal(self, output: Tensor, x: Tensor) -> Tensor:
+        """Compute the global batch's optimal log-variance.
 
         Without a gradient: at its optimum the loss is flat in the variance, so the gradient of the rest is the same.
         """
-        sums = torch.stack([(output - x).square().sum(), torch.tensor(float(x.numel()), device=x.device)])
+        error = (output - x).square().sum()
+        sums = torch.stack([error, error.new_tensor(x.numel())])
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
-        optimal = (sums[0] / sums[1]).log().clamp(min=self.min_log_variance)
-        with torch.no_grad():
-            self.start_weight.mul_(self.momentum)
-            share = (1 - self.momentum) / (1 - self.start_weight)
-            running = (1 - share) * self.log_variance.exp() + share * optimal.exp()
-            self.log_variance.copy_(running.log())
+        return (sums[0] / sums[1]).log().clamp(min=self.min_log_variance)
+
+    @torch.no_grad()
+    def _update(self, output: Tensor, x: Tensor) -> Tensor:
+        """Compute the optimal log-variance and take it into the running mean."""
+        optimal = self._optimal(output, x)
+        self.start_weight.mul_(self.momentum)
+        share = (1 - self.momentum) / (1 - self.start_weight)
+        running = (1 - share) * self.log_variance.exp() + share * optimal.exp()
+        self.log_variance.copy_(running.log())
         return optimal
+
+
+def _has_started(module: nn.Module, _keys: object) -> None:
+    """Keep a learned variance that was loaded."""
+    module._starts = False  # type: ignore[assignment]
 
 
 class DiscretisedLogistic(Likelihood):

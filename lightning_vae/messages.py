@@ -31,7 +31,7 @@ def readable(message: str, known_names: Iterable[str] = ()) -> str:
     """
     keys, faults, given = [], [], ""
     for line in message.splitlines():
-        text = line.strip().removeprefix("- ")
+        text = re.sub(r"^Call to compute_fn of link .* failed: ", "", line.strip().removeprefix("- "))
         if key := re.search(r'Parser key "([^"]+)":?\s*(.*)', text):
             keys.append(key[1])
             text = key[2]

@@ -27,7 +27,8 @@ def uniform_by_index(index: Tensor, size: int, seed: int = 0) -> Tensor:
     rows = _mix(_mix(torch.full_like(index, seed)) + (index & _MASK) * _GOLDEN + (index >> 32))
     columns = torch.arange(1, size + 1, device=index.device) * _GOLDEN
     bits = _mix(rows[:, None] + columns[None, :])
-    return ((bits >> 9) + 0.5) / 2**23
+    # 23 bits and a half are exact in float32, which is named because half precision changes the default.
+    return ((bits >> 9).to(torch.float32) + 0.5) / 2**23
 
 
 def _mix(key: Tensor) -> Tensor:

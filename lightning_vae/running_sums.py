@@ -21,8 +21,8 @@ class RunningSums:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._window = torch.zeros(self.size + 1)
-        self._epoch = torch.zeros(self.size + 1)
+        self._window = torch.zeros(self.size + 1, dtype=torch.float32)
+        self._epoch = torch.zeros(self.size + 1, dtype=torch.float32)
 
     def add(self, values: Tensor, count: int) -> None:
         """Add one batch's sums, shape ``(size,)``, over ``count`` observations."""

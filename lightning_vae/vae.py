@@ -21,6 +21,7 @@ from .running_sums import RunningSums
 from .specification import build, specification
 
 _KNOBS = {"beta": 1.0, "free_bits": 0.0}
+_POSTERIOR_SEED = 0x9057E101  # far from what anybody would give a likelihood
 _TERMS = ("distortion", "rate", "floored_rate", "loss")
 
 
@@ -54,8 +55,8 @@ class VAE(LightningModule):
         decoder: Constructor of the network of p(x|z), called with ``(latent_dim, shape)``.
         likelihood: Constructor of the likelihood, called with ``(shape, levels)``. By default it goes by the data: grey
             images Bernoulli, colour images discretised logistic, vectors Gaussian with learned variance.
-        beta: Weight of the rate; 1 trains on the negative ELBO.
-        free_bits: Floor of the rate in nats, 0 for none; see :func:`lightning_vae.free_bits`.
+        beta: Weight of the rate; 1, the default, trains on the negative ELBO.
+        free_bits: Floor of the rate in nats, 0 for none, the default; see :func:`lightning_vae.free_bits`.
         free_bits_per: What each floor is under: ``"dimension"``, ``"whole"``, or a number of consecutive dimensions.
         free_bits_average: Whether the floor acts on the mean over the ``"batch"`` or on each ``"sample"``. The batch is
             what one training step of one process sees: gradient accumulation and each process apply it to theirs.
@@ -88,8 +89,8 @@ class VAE(LightningModule):
         encoder: Callable[[Shape, int], nn.Module] | None = None,
         decoder: Callable[[int, Shape], nn.Module] | None = None,
         likelihood: Callable[[Shape, int | None], Likelihood] | None = None,
-        beta: float = 1.0,
-        free_bits: float = 0.0,
+        beta: float | None = None,
+        free_bits: float | None = None,
         free_bits_per: FreeBitsPer = "dimension",
         free_bits_average: FreeBitsAverage = "batch",
     ) -> None:
@@ -101,8 +102,9 @@ class VAE(LightningModule):
             raise ValueError(f"`levels` must be at least 2, or None for real-valued data, got {levels}.")
         if latent_dim < 1:
             raise ValueError(f"`latent_dim` must be at least 1, got {latent_dim}.")
-        for name, value in (("beta", beta), ("free_bits", free_bits)):
-            if not 0 <= value < math.inf:
+        configured = {"beta": beta, "free_bits": free_bits}
+        for name, value in configured.items():
+            if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
         group_rates(torch.zeros(1, latent_dim), free_bits_per)  # raises on a value that does not fit
         if free_bits_average not in ("batch", "sample"):
@@ -118,16 +120,18 @@ class VAE(LightningModule):
         self.likelihood = built
         self.free_bits_per, self.free_bits_average = free_bits_per, free_bits_average
 
-        self.knob_targets = {"beta": float(beta), "free_bits": float(free_bits)}
-        self.configured_knobs = {name for name, target in self.knob_targets.items() if target != _KNOBS[name]}
+        self.configured_knobs = {name for name, value in configured.items() if value is not None}
+        self.knob_targets = {
+            name: float(_KNOBS[name] if value is None else value) for name, value in configured.items()
+        }
         for name, target in self.knob_targets.items():
             self.register_buffer(name, torch.tensor(target, dtype=torch.float32), persistent=False)
         self.register_buffer("_prior_parameters", torch.tensor([0.0, 1.0]), persistent=False)
         self.posterior: td.Distribution | None = None
         self._train_sums = RunningSums(len(_TERMS))
-        self._evaluation_sums = RunningSums(latent_dim + 2)
+        self._evaluation_sums: dict[int, RunningSums] = {}
         self._position = 0
-        self._warn_of_feedback(beta)
+        self._warn_of_feedback()
 
     # ---- the model
 
@@ -157,15 +161,23 @@ class VAE(LightningModule):
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return the mean of p(x|z) at the posterior's mean, in the data's own scale, shape ``(B, *shape)``.
 
+        Of the discretised logistic it is the location, held inside the range of the data.
+
         Args:
             x: Observations in the data's own scale, shape ``(B, *shape)``.
         """
         return self._to_data_scale(self.decode(self.encode(x).mean).mean)
 
     def sample(self, n: int) -> Tensor:
-        """Draw ``n`` latents from the prior and return the means of p(x|z), in the data's own scale.
+        """Draw ``n`` latents from the prior and return the means of p(x|z), as :meth:`reconstruct` does.
 
         For noisy draws of x: ``vae.decode(vae.prior.sample((n,))).sample()``.
+
+        Args:
+            n: How many.
+
+        Returns:
+            Images or vectors in the data's own scale, shape ``(n, *shape)``.
         """
         return self._to_data_scale(self.decode(self.prior.sample(torch.Size((n,)))).mean)
 
@@ -176,11 +188,17 @@ class VAE(LightningModule):
             x: Observations in the data's own scale, shape ``(B, *shape)``.
             index: Each observation's number in its data set, int64, shape ``(B,)``: binarisation and sample are then
                 fixed by it, as at evaluation. ``None`` draws both afresh, as in training.
+
+        Returns:
+            The terms in nats, one row per observation, float32 (float64 where the networks are).
+
+        Raises:
+            ValueError: If a network's output has another shape than it should.
         """
         x = self.likelihood.observe(self._to_network_scale(x), index)
         self.posterior = posterior = self._encode(x)
         z = posterior.rsample() if index is None else _sample_by_index(posterior, index)
-        likelihood = self._decode(z, x if self.training else None)
+        likelihood = self._decode(z, x if self.training and index is None else None)
         return ELBOTerms(-likelihood.log_prob(x), kl_per_dimension(posterior, self.prior, z))
 
     # ---- training
@@ -200,13 +218,13 @@ class VAE(LightningModule):
         """Log the knobs, and the mean of the training terms since they were last logged, on logging steps alone."""
         del outputs, batch, batch_idx
         trainer: Any = self.trainer
-        if trainer.fit_loop._should_accumulate():
-            return
-        if trainer._logger_connector.should_update_logs or trainer.fast_dev_run:
+        logs_now = trainer._logger_connector.should_update_logs or trainer.fast_dev_run
+        if logs_now and not trainer.fit_loop._should_accumulate():
             means = _named("train", _mean(self._train_sums.flush()))
             shown = {name: means.pop(name) for name in ("train/elbo", "train/rate")}
             self.log_dict({**shown, "knobs/beta": self.beta}, prog_bar=True, batch_size=1)
             self.log_dict({**means, "knobs/free_bits": self.free_bits}, batch_size=1)
+        self.posterior = None  # callbacks have read it; its graph need not live on
 
     def on_train_epoch_end(self) -> None:
         """Offer the epoch's means to callbacks that monitor them; the loggers have the curve already."""
@@ -219,20 +237,26 @@ class VAE(LightningModule):
 
     # ---- evaluation
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to the pass."""
-        self._evaluation_step(batch, batch_idx)
+        self._evaluation_step(batch, batch_idx, dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Add the batch to the pass."""
-        self._evaluation_step(batch, batch_idx)
+        self._evaluation_step(batch, batch_idx, dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Return the posterior means, ``(B, k)``, and what identifies the observations: their index, maybe a label."""
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """Return the posterior means and what identifies the observations.
+
+        Returns:
+            ``"mean"``, shape ``(B, k)``; ``"index"``, ``(B,)``, from the batch or counted; and ``"label"`` where the
+            batch is a mapping that has it.
+        """
+        del dataloader_idx
         x = self._observations(batch, check=batch_idx == 0)
-        index = self._index(batch, len(x))
+        index = self._index(batch, len(x), batch_idx)
         x = self.likelihood.observe(self._to_network_scale(x), index)
-        result = {"mean": self._encode(x).mean, "index": index}
+        result = {"mean": self._encode(x).mean if len(x) else x.new_empty(0, self.latent_dim), "index": index}
         if isinstance(batch, Mapping) and "label" in batch:
             result["label"] = batch["label"]
         return result
@@ -245,10 +269,6 @@ class VAE(LightningModule):
         """Start a pass."""
         self._start_pass()
 
-    def on_predict_epoch_start(self) -> None:
-        """Start a pass."""
-        self._start_pass()
-
     def on_validation_epoch_end(self) -> None:
         """Log the pass."""
         self._log_evaluation("val")
@@ -258,25 +278,32 @@ class VAE(LightningModule):
         self._log_evaluation("test")
 
     def _start_pass(self) -> None:
-        self._evaluation_sums.reset()
-        self._position = 0
+        loaders = len(self.trainer.num_test_batches if self.trainer.testing else self.trainer.num_val_batches)
+        self._evaluation_sums = {number: RunningSums(self.latent_dim + 2) for number in range(loaders)}
 
-    def _evaluation_step(self, batch: Any, batch_idx: int) -> None:
+    def _evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
         x = self._observations(batch, check=batch_idx == 0)
-        terms = self.elbo_terms(x, self._index(batch, len(x)))
+        index = self._index(batch, len(x), batch_idx)
+        if not len(x):  # this process's share of a last batch may be empty
+            self.posterior = None
+            return
+        terms = self.elbo_terms(x, index)
         # The floor on each sample is a sum over observations; the floor on a mean waits for the whole pass.
-        floored = self._target_floored_rate(terms.rate_per_dimension) * len(x) if len(x) else x.new_zeros(())
+        floored = self._target_floored_rate(terms.rate_per_dimension) * len(x)
         sums = torch.cat([terms.rate_per_dimension.sum(0), terms.distortion.sum()[None], floored[None]])
-        self._evaluation_sums.add(sums, len(x))
+        self._evaluation_sums[dataloader_idx].add(sums, len(x))
 
     def _log_evaluation(self, prefix: str) -> None:
-        means = self._mean_over_processes(self._evaluation_sums.flush())
-        rate_per_dimension, distortion, floored = means[:-2], means[-2], means[-1]
-        if self.free_bits_average == "batch":
-            floored = self._target_floored_rate(rate_per_dimension[None])
-        loss = weighted_loss(distortion, floored, self.knob_targets["beta"])
-        values = _named(prefix, torch.stack([distortion, rate_per_dimension.sum(), floored, loss]))
-        self.log_dict(values, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        for number, sums in self._evaluation_sums.items():
+            means = self._mean_over_processes(sums.flush())
+            rate_per_dimension, distortion, floored = means[:-2], means[-2], means[-1]
+            if self.free_bits_average == "batch":
+                floored = self._target_floored_rate(rate_per_dimension[None])
+            loss = weighted_loss(distortion, floored, self.knob_targets["beta"])
+            values = _named(prefix, torch.stack([distortion, rate_per_dimension.sum(), floored, loss]))
+            if len(self._evaluation_sums) > 1:  # named as Lightning does
+                values = {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
+            self.log_dict(values, batch_size=1, sync_dist=self.trainer.world_size > 1)
 
     def _target_floored_rate(self, rates: Tensor) -> Tensor:
         return free_bits(rates, self.knob_targets["free_bits"], self.free_bits_per, self.free_bits_average)
@@ -284,7 +311,7 @@ class VAE(LightningModule):
     def _mean_over_processes(self, sums: Tensor) -> Tensor:
         """Divide sums, whose last entry is the count, by it, over all processes."""
         if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
         return _mean(sums)
 
     # ---- one run and the next
@@ -297,27 +324,28 @@ class VAE(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse monitors that would select a wrong model."""
         trainer: Any = self.trainer
-        for callback in trainer.callbacks:
-            monitor, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
+        schedulers = [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs]
+        for callback, monitor in [(each, getattr(each, "monitor", None)) for each in trainer.callbacks] + schedulers:
+            mode = getattr(callback, "mode", None)
             if isinstance(monitor, str) and monitor.rpartition("/")[2] == "elbo" and mode == "min":
                 raise MisconfigurationException(
                     f"{type(callback).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: "
                     "the ELBO is higher when better. Use mode='max', or monitor 'val/loss'."
                 )
-        if self.knob_targets["beta"] != self.hparams["beta"]:
-            self._warn_of_feedback(self.knob_targets["beta"])
+        if "beta" not in self.configured_knobs:  # else the constructor has
+            self._warn_of_feedback()
 
     def on_fit_end(self) -> None:
         """Leave the knobs at their targets, also where a callback averaged the buffers."""
         for name, target in self.knob_targets.items():
-            setattr(self, name, target)
+            self._fill(name, target)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save where the knobs are meant to end: a callback may have said so, after the constructor."""
+        """Save what a callback may have chosen after the constructor: the knobs' targets and the floor's variant."""
+        variant = {name: getattr(self, name) for name in ("free_bits_per", "free_bits_average")}
         checkpoint["lightning_vae"] = {
             "knob_targets": dict(self.knob_targets),
-            "free_bits_per": self.free_bits_per,
-            "free_bits_average": self.free_bits_average,
+            "chosen": {name: value for name, value in variant.items() if value != self.hparams[name]},
             "train_sums": self._train_sums.state(),
         }
 
@@ -327,19 +355,25 @@ class VAE(LightningModule):
         for name, target in saved.get("knob_targets", {}).items():
             if name not in self.configured_knobs:
                 self.knob_targets[name] = target
-                setattr(self, name, target)
-        self.free_bits_per = saved.get("free_bits_per", self.free_bits_per)
-        self.free_bits_average = saved.get("free_bits_average", self.free_bits_average)
+                self._fill(name, target)
+        for name, value in saved.get("chosen", {}).items():
+            setattr(self, name, value)
         if "train_sums" in saved:
             self._train_sums.load(saved["train_sums"])
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Fill a knob that is given a number."""
-        if name in _KNOBS and name in self.__dict__.get("_buffers", {}) and not isinstance(value, Tensor):
-            with torch.no_grad():
-                self._buffers[name].fill_(value)  # type: ignore[union-attr]
+        """Fill a knob that is given a value; outside of a fit, that is to configure it."""
+        if name in _KNOBS and name in self.__dict__.get("_buffers", {}):
+            self._fill(name, value)
+            if self._trainer is None or not self._trainer.training:
+                self.knob_targets[name] = float(value)
+                self.configured_knobs.add(name)
         else:
             super().__setattr__(name, value)
+
+    @torch.no_grad()
+    def _fill(self, name: str, value: float | Tensor) -> None:
+        self._buffers[name].fill_(value)  # type: ignore[union-attr]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         knobs = {name: self._buffers[name] for name in _KNOBS if name in self._buffers}
@@ -354,21 +388,35 @@ class VAE(LightningModule):
     # ---- helpers
 
     def _encode(self, x: Tensor) -> td.Distribution:
-        output = self.encoder(x.to(self.dtype))
+        output = self.encoder(x.to(self._network_dtype))
         if isinstance(output, td.Distribution):
-            return output
-        mean, log_variance = output if isinstance(output, tuple | list) else output.chunk(2, dim=-1)
-        mean, log_variance = _widen(mean), _widen(log_variance)
-        return td.Normal(mean, (0.5 * log_variance).exp(), validate_args=False)
+            posterior = _widened(output)
+        else:
+            mean, log_variance = output if isinstance(output, tuple | list) else output.chunk(2, dim=-1)
+            posterior = td.Normal(_widen(mean), (0.5 * _widen(log_variance)).exp(), validate_args=False)
+        if posterior.batch_shape != (len(x), self.latent_dim) or posterior.event_shape:
+            raise ValueError(
+                f"`encoder` must give a mean and a log-variance of shape {(len(x), self.latent_dim)} each, or a "
+                f"distribution of that batch shape and no event shape, got {tuple(posterior.batch_shape)} and event "
+                f"shape {tuple(posterior.event_shape)}."
+            )
+        return posterior
 
     def _decode(self, z: Tensor, x: Tensor | None = None) -> td.Distribution:
-        distribution: td.Distribution = self.likelihood(_widen(self.decoder(z.to(self.dtype))), x)
+        output = _widen(self.decoder(z.to(self._network_dtype)))
+        if output.shape != (len(z), *self.shape):
+            raise ValueError(f"`decoder` must give shape {(len(z), *self.shape)}, got {tuple(output.shape)}.")
+        distribution: td.Distribution = self.likelihood(output, x)
         return distribution
+
+    @property
+    def _network_dtype(self) -> torch.dtype:
+        return next((parameter.dtype for parameter in self.encoder.parameters()), torch.float32)
 
     @property
     def _working_dtype(self) -> torch.dtype:
         """Of what is computed outside the networks: float32 where they are in half precision."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return torch.float64 if self._network_dtype == torch.float64 else torch.float32
 
     def _to_network_scale(self, x: Tensor) -> Tensor:
         x = x.to(self._working_dtype)
@@ -403,8 +451,10 @@ class VAE(LightningModule):
                 f"from {low:g} to {high:g}. Rescale the data, set `levels`, or use the Gaussian likelihood."
             )
 
-    def _index(self, batch: Any, size: int) -> Tensor:
+    def _index(self, batch: Any, size: int, batch_idx: int) -> Tensor:
         """Number the observations: as the batch says, else in the order they come, as DistributedSampler deals them."""
+        if batch_idx == 0:
+            self._position = 0
         if isinstance(batch, Mapping) and "index" in batch:
             index: Tensor = batch["index"]
             return index
@@ -417,7 +467,8 @@ class VAE(LightningModule):
         described = {name: specification(self.hparams.get(name, part)) for name, part in parts.items()}
         self.save_hyperparameters({**self.hparams, **described})
 
-    def _warn_of_feedback(self, beta: float) -> None:
+    def _warn_of_feedback(self) -> None:
+        beta = self.knob_targets["beta"]
         if beta != 1 and self.likelihood.learns_scale:
             rank_zero_warn(
                 f"`beta` is {beta:g} with a likelihood whose scale adapts: the two feed back. A larger beta worsens "
@@ -442,9 +493,21 @@ def _widen(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
+def _widened(distribution: td.Distribution) -> td.Distribution:
+    """Make a distribution again with parameters that are not in half precision."""
+    parameters: dict[str, Any] = {
+        name: value for name, value in vars(distribution).items() if name in distribution.arg_constraints
+    }
+    if all(_widen(value) is value for value in parameters.values()):
+        return distribution
+    make: Any = type(distribution)
+    widened: td.Distribution = make(**{name: _widen(value) for name, value in parameters.items()}, validate_args=False)
+    return widened
+
+
 def _sample_by_index(posterior: td.Distribution, index: Tensor) -> Tensor:
     """Sample by inversion of noise that belongs to the observation; afresh where a posterior can't be inverted."""
-    uniform = uniform_by_index(index, posterior.batch_shape[-1], seed=1).to(posterior.mean.dtype)
+    uniform = uniform_by_index(index, posterior.batch_shape[-1], seed=_POSTERIOR_SEED)
     try:
         return posterior.icdf(uniform)
     except NotImplementedError:

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,12 +113,12 @@ def test_each_beta_of_an_annealed_config_ends_at_its_own(beta):
 
 @pytest.mark.parametrize("command", ["validate", "test"])
 def test_evaluation_of_a_checkpoint(run, command, capsys):
-    main([command, *DIGITS, *SHORT, f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+    main([command, *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
     assert f"{'val' if command == 'validate' else 'test'}/loss" in capsys.readouterr().out
 
 
 def test_predict_runs(run):
-    main(["predict", *DIGITS, *SHORT, f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+    main(["predict", *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
 
 
 def test_optimizer_and_scheduler_come_from_the_config():
@@ -128,6 +129,17 @@ def test_optimizer_and_scheduler_come_from_the_config():
     assert "momentum" in group
     assert group["initial_lr"] == 0.5
     assert group["lr"] < 0.5
+
+
+@pytest.mark.parametrize("overlay", sorted((ROOT / "configs" / "overlays").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("base", ["collapse", "collapse_variance"])
+def test_every_overlay_adds_a_callback_to_a_config(base, overlay, capsys):
+    base = ROOT / "configs" / f"{base}.yaml"
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", str(base), "--config", str(overlay), "--print_config"])
+    assert exit_.value.code == 0
+    callbacks = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert len(callbacks) == len(yaml.safe_load(base.read_text())["trainer"]["callbacks"]) + 1
 
 
 # ---- resuming
@@ -153,6 +165,34 @@ def test_resuming_starts_a_new_run_or_goes_on_in_the_same_one():
         assert [step for step, _ in resumed[tag]] == [step for step, _ in whole[tag]], tag
     configs = {path.name for path in Path("logs/digits/version_1").glob("*.yaml")}
     assert {"config.yaml", "config-resumed-1.yaml"} <= configs
+
+
+def test_a_checkpoints_model_replaces_the_configs_and_says_so(run):
+    path = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    with pytest.warns(UserWarning, match=r"not used: latent_dim 4 -> 16, beta 3.0 -> 0.5"):
+        main(["validate", *DIGITS, *SHORT, path, "--model.beta=3", "--model.latent_dim=4"])
+
+
+def test_a_run_with_another_folder_goes_on_in_it(tmp_path):
+    options = ["fit", *DIGITS, *SHORT, f"--trainer.logger.save_dir={tmp_path / 'elsewhere'}"]
+    main(options)
+    run = tmp_path / "elsewhere" / "digits" / "version_0"
+    with pytest.warns(UserWarning, match="steps long when it began"):
+        main([*options, "--trainer.max_epochs=3", f"--ckpt_path={run}/checkpoints/last.ckpt", "--same_run=true"])
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
+    assert "hp_metric" not in scalars(run)
+
+
+def test_two_processes_from_the_command_line(tmp_path):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "fit", *DIGITS, *SHORT, "--trainer.devices=2",
+         "--trainer.strategy=ddp"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Look at it: tensorboard --logdir logs") == 1
+    assert VAE.load_from_checkpoint("logs/digits/version_0/checkpoints/best.ckpt", weights_only=True).latent_dim == 16
 
 
 # ---- what is wrong with the input
@@ -189,6 +229,10 @@ BROKEN = {
         ["--trainer.callbacks+=KLAnnealing", "--trainer.callbacks.schedule=Linear"],
         "A length must be given as exactly one of `steps`",
     ),
+    "a scheduler that minimises the elbo": (
+        ["--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val/elbo"],
+        "higher when better",
+    ),
     "data that are not there": (
         ["--data=MNIST", "--data.root=nowhere", "--data.download=false"],
         "nowhere",
@@ -212,8 +256,13 @@ def test_a_broken_yaml_or_checkpoint_ends_likewise(run, capsys):
     Path("broken.yaml").write_text("model: [")
     whole = (run / "checkpoints" / "best.ckpt").read_bytes()
     Path("truncated.ckpt").write_bytes(whole[: len(whole) // 2])
+    torch.save({"weights": 1}, "other.ckpt")
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    torch.save({key: value for key, value in saved.items() if key not in ("loops", "optimizer_states")}, "weights.ckpt")
     for arguments, message in (
         (["--config=broken.yaml"], "parsing"),
+        ([*DIGITS, "--ckpt_path=other.ckpt"], "is no checkpoint of a Lightning Trainer"),
+        ([*DIGITS, "--ckpt_path=weights.ckpt"], "holds weights alone"),
         ([*DIGITS, "--ckpt_path=truncated.ckpt"], "truncated.ckpt"),
     ):
         with pytest.raises(SystemExit) as exit_:

@@ -19,6 +19,7 @@ BASE_INSTALL = {
     "torch",
     "lightning",
     "pytorch_lightning",
+    "lightning_fabric",
     "torchmetrics",
     "typing_extensions",
     "lightning_utilities",

@@ -343,7 +343,7 @@ def test_selection_on_the_annealed_loss(tmp_path: Path, module: str) -> None:
 def test_a_validation_loss_at_a_weight_that_was_moved_by_hand(tmp_path: Path) -> None:
     """A validation loss that reads whatever the weight is at the moment, whoever moved it."""
     model = blind(beta=10.0)
-    model.beta = 0.1  # type: ignore[assignment]
+    model.beta.fill_(0.1)
     metrics = metrics_of(tmp_path, model)
     expected = metrics["val/distortion"] + 10.0 * metrics["val/rate"]
     assert metrics["val/loss"] == pytest.approx(expected, rel=1e-5)

@@ -129,12 +129,12 @@ def test_likelihood_goes_by_the_data(shape, levels, likelihood):
 def test_knobs_are_float32_buffers_that_a_number_fills():
     vae = small(beta=4, free_bits=0.5)
     beta = vae.beta
-    vae.beta = 0.25
+    vae.beta = torch.tensor(0.25, dtype=torch.bfloat16)
     assert vae.beta is beta
     assert (vae.beta.item(), vae.beta.dtype, vae.beta.ndim) == (0.25, torch.float32, 0)
     assert {"beta", "free_bits"} <= dict(vae.named_buffers()).keys()
     assert not {"beta", "free_bits"} & vae.state_dict().keys()
-    assert vae.knob_targets == {"beta": 4.0, "free_bits": 0.5}
+    assert vae.knob_targets == {"beta": 0.25, "free_bits": 0.5}  # outside of a fit it is configured
     for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
         vae.beta = 0.1
         vae.to(dtype)
