@@ -44,7 +44,7 @@ def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module
     size = images.shape[1]
     encoder = mlp(size, *case.hidden, 2 * case.latent_dim)
     decoder = mlp(case.latent_dim, *case.hidden, size)
-    log_variance_x = nn.Parameter(start_of_log_variance(case))
+    log_variance_x = nn.Parameter(torch.tensor(math.inf))
     parameters = [*encoder.parameters(), *decoder.parameters(), *([log_variance_x] if case.gaussian else [])]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
     for _ in range(case.epochs):
@@ -54,6 +54,8 @@ def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module
                 x = torch.bernoulli(x)
             mean, log_variance = encoder(x).chunk(2, dim=1)
             output = decoder(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
+            if log_variance_x.isinf():  # starts where ours does
+                log_variance_x.data = (0.1 * (x - output).square().mean()).log().detach()
             if case.gaussian:
                 error = (x - output).square() / log_variance_x.exp() + log_variance_x + math.log(2 * math.pi)
                 distortion = 0.5 * error.sum(1)
@@ -65,11 +67,6 @@ def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module
             loss.backward()
             optimizer.step()
     return encoder, decoder, log_variance_x
-
-
-def start_of_log_variance(case: Case) -> Tensor:
-    """Where ours starts, so that both do."""
-    return Gaussian(case.data.shape, case.data.levels).log_variance.detach().clone()
 
 
 def make(case: Case) -> VAE:

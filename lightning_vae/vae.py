@@ -303,7 +303,8 @@ class VAE(LightningModule):
             values = _named(prefix, torch.stack([distortion, rate_per_dimension.sum(), floored, loss]))
             if len(self._evaluation_sums) > 1:  # named as Lightning does
                 values = {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
-            self.log_dict(values, batch_size=1, sync_dist=self.trainer.world_size > 1)
+            sync = self.trainer.world_size > 1
+            self.log_dict(values, batch_size=1, sync_dist=sync, add_dataloader_idx=False)
 
     def _target_floored_rate(self, rates: Tensor) -> Tensor:
         return free_bits(rates, self.knob_targets["free_bits"], self.free_bits_per, self.free_bits_average)

@@ -1,4 +1,5 @@
 import math
+import pickle
 
 import pytest
 import torch
@@ -89,6 +90,25 @@ def test_optimal_variance_gives_the_gradient_of_the_log_of_the_error():
     expected = 12 / 2 * (math.log(2 * math.pi) + (x - output).square().mean().log() + 1)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected, output)[0])
+
+
+def test_a_learned_variance_starts_at_the_datas_scale_once():
+    torch.manual_seed(0)
+    likelihood = Gaussian((3,), variance="learned")
+    x, output = 100 * torch.randn(50, 3), torch.randn(50, 3, requires_grad=True)
+    start = math.log(0.1 * (x - output).square().mean().item())
+    likelihood(output)  # evaluation before training starts nothing
+    likelihood(output, x).log_prob(x).sum().backward()
+    assert likelihood.log_variance.item() == pytest.approx(start, rel=1e-5)
+    assert likelihood.log_variance.grad is not None
+    with torch.no_grad():
+        likelihood.log_variance.add_(1)
+    other = Gaussian((3,), variance="learned")
+    other.load_state_dict(likelihood.state_dict())
+    for module in (likelihood, other):
+        module(output, x)
+        assert module.log_variance.item() == pytest.approx(start + 1, rel=1e-5)
+    pickle.loads(pickle.dumps(other))
 
 
 def test_a_perfect_reconstruction_has_a_finite_density():

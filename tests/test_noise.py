@@ -22,6 +22,18 @@ def test_noise_is_uniform_and_independent():
         assert abs(stats.pearsonr(noise[:rows, :columns].ravel(), other.ravel()).statistic) < 0.015
 
 
+def test_noise_stays_inside_the_interval_where_half_precision_is_the_default():
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        noise = uniform_by_index(torch.arange(2000), 50)
+    finally:
+        torch.set_default_dtype(default)
+    assert noise.dtype == torch.float32
+    assert torch.equal(noise, uniform_by_index(torch.arange(2000), 50))
+    assert noise.max() < 1
+
+
 def test_noise_leaves_the_random_state_alone():
     state = torch.get_rng_state()
     uniform_by_index(torch.arange(3), 4)

@@ -1,3 +1,4 @@
+import copy
 import csv
 import functools
 import math
@@ -15,6 +16,7 @@ from torch import nn
 from lightning_vae import (
     VAE,
     Bernoulli,
+    ContinuousBernoulli,
     ConvDecoder,
     ConvEncoder,
     DiscretisedLogistic,
@@ -22,9 +24,13 @@ from lightning_vae import (
     MLPDecoder,
     MLPEncoder,
 )
+from lightning_vae.callbacks import CollapseDetector, KLAnnealing, Linear
 from lightning_vae.datamodules import TensorLoader
+from lightning_vae.noise import uniform_by_index
+from lightning_vae.vae import _POSTERIOR_SEED
 
 SHAPE, LEVELS = (1, 4, 4), 17
+OPTIMAL = functools.partial(Gaussian, variance="optimal")
 
 
 def images(n=70, shape=SHAPE, levels=LEVELS):
@@ -372,6 +378,99 @@ def test_training_in_half_precision_computes_the_terms_in_float32(tmp_path, prec
     assert all((a.float() != b.float()).any() for a, b in zip(before, vae.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("likelihood", [Bernoulli, ContinuousBernoulli, DiscretisedLogistic, Gaussian, OPTIMAL])
+def test_evaluation_in_half_precision_is_finite(tmp_path, precision, likelihood):
+    data = TensorLoader({"x": images(2000, (1, 8, 8), 256)}, batch_size=500)
+    run = trainer(tmp_path, precision=precision)
+    for encoder in (MLPEncoder, LaplaceEncoder):
+        vae = VAE((1, 8, 8), 256, latent_dim=32, encoder=encoder, likelihood=likelihood)
+        assert all(math.isfinite(value) for value in run.validate(vae, data, verbose=False)[0].values())
+        assert run.predict(vae, data)[0]["mean"].dtype == torch.float32  # type: ignore[index]
+
+
+def test_a_cast_outside_of_lightning_is_followed():
+    vae = small()
+    vae.bfloat16()
+    assert vae.encode(images(3)).mean.dtype == torch.float32
+    nn.Sequential(vae).to(torch.float64)
+    assert vae.elbo_terms(images(3)).distortion.dtype == torch.float64
+
+
+# ---- what a network of one's own may get wrong, and what a pass may hold
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decoder": lambda k, shape: nn.Linear(k, 16)}, r"`decoder` must give shape \(5, 1, 4, 4\), got \(5, 16\)"),
+        (
+            {"decoder": lambda k, shape: nn.Sequential(nn.Linear(k, 16), nn.Unflatten(1, (4, 4)))},
+            r"`decoder` must give shape \(5, 1, 4, 4\), got \(5, 4, 4\)",
+        ),
+        ({"encoder": lambda shape, k: OwnEncoder(shape, 1)}, r"`encoder` must give .* \(5, 3\) each.*got \(5, 1\)"),
+        ({"encoder": lambda shape, k: IndependentEncoder(shape, k)}, r"`encoder` must give .* no event shape.*\(3,\)"),
+    ],
+)
+def test_networks_of_another_shape_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options).elbo_terms(images(5))
+
+
+class IndependentEncoder(LaplaceEncoder):
+    def forward(self, x):
+        return td.Independent(super().forward(x), 1)
+
+
+@pytest.mark.filterwarnings("ignore:CollapseDetector")  # nothing was trained
+def test_an_empty_batch_counts_for_nothing(tmp_path):
+    vae = small()
+    batches = [{"x": images(9), "index": torch.arange(9)}, {"x": images(0), "index": torch.arange(0)}]
+    whole, empty = (torch.utils.data.DataLoader(part, batch_size=None) for part in (batches[:1], batches))  # type: ignore[arg-type]
+    runs = [
+        trainer(tmp_path, callbacks=[CollapseDetector()]).validate(vae, data, verbose=False) for data in (whole, empty)
+    ]
+    assert runs[0] == runs[1]
+    predicted = trainer(tmp_path).predict(vae, empty)
+    assert [tuple(batch["mean"].shape) for batch in predicted or []] == [(9, 3), (0, 3)]
+
+
+def test_several_loaders_are_measured_one_by_one(tmp_path):
+    vae = small()
+    one, two = loader(40), loader(70)
+    both = trainer(tmp_path).validate(vae, [one, two], verbose=False)
+    for number, data in enumerate((one, two)):
+        alone = trainer(tmp_path).validate(vae, data, verbose=False)[0]
+        measured = {name.removesuffix(f"/dataloader_idx_{number}"): value for name, value in both[number].items()}
+        assert measured == pytest.approx(alone, rel=1e-6)
+
+
+def test_looking_at_the_terms_does_not_move_an_optimal_variance():
+    vae = small(likelihood=OPTIMAL)
+    before = vae.likelihood.log_variance.clone()
+    vae.train().elbo_terms(images(5), torch.arange(5))
+    assert torch.equal(vae.likelihood.log_variance, before)
+    vae.elbo_terms(images(5))
+    assert not torch.equal(vae.likelihood.log_variance, before)
+
+
+def test_binarisation_and_posterior_have_noise_of_their_own():
+    for seed in range(4):
+        vae = small(likelihood=functools.partial(Bernoulli, seed=seed))
+        vae.elbo_terms(images(50), torch.arange(50))
+        posterior = vae.posterior
+        assert isinstance(posterior, td.Normal)
+        pixels = uniform_by_index(torch.arange(50), 3, seed)
+        latents = uniform_by_index(torch.arange(50), 3, _POSTERIOR_SEED)
+        assert not torch.isclose(pixels, latents).any()
+
+
+def test_a_module_can_be_copied_after_a_fit(tmp_path):
+    vae = small()
+    trainer(tmp_path).fit(vae, loader())
+    copy.deepcopy(vae)
+
+
 # ---- checkpoints
 
 
@@ -399,6 +498,18 @@ def test_checkpoints_load_without_another_argument(tmp_path, options):
     assert loaded.knob_targets == vae.knob_targets
     assert loaded.beta == vae.beta
     torch.testing.assert_close(loaded.reconstruct(images(4)), vae.reconstruct(images(4)), rtol=0, atol=0)
+
+
+def test_an_argument_replaces_the_checkpoints(tmp_path):
+    path = fitted(tmp_path, small(beta=4.0, free_bits_per="dimension"))
+    loaded = VAE.load_from_checkpoint(path, weights_only=True, beta=1.0, free_bits_per="whole")
+    assert (loaded.beta.item(), loaded.knob_targets["beta"], loaded.free_bits_per) == (1.0, 1.0, "whole")
+
+
+def test_a_default_that_is_written_out_is_configured(tmp_path):
+    for beta in (1.0, 0.5):
+        with pytest.raises(MisconfigurationException, match="Say it in one place"):
+            trainer(tmp_path, callbacks=[KLAnnealing(Linear(stop=4.0, steps=3))]).fit(small(beta=beta), loader())
 
 
 def test_an_instance_of_ones_own_must_be_passed_again(tmp_path):
