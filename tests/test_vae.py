@@ -438,10 +438,12 @@ def test_an_empty_batch_counts_for_nothing(tmp_path):
 def test_several_loaders_are_measured_one_by_one(tmp_path):
     vae = small()
     one, two = loader(40), loader(70)
-    both = trainer(tmp_path).validate(vae, [one, two], verbose=False)
+    run = trainer(tmp_path)
+    run.validate(vae, [one, two], verbose=False)
+    assert len(run.callback_metrics) == 10
     for number, data in enumerate((one, two)):
         alone = trainer(tmp_path).validate(vae, data, verbose=False)[0]
-        measured = {name.removesuffix(f"/dataloader_idx_{number}"): value for name, value in both[number].items()}
+        measured = {name: run.callback_metrics[f"{name}/dataloader_idx_{number}"].item() for name in alone}
         assert measured == pytest.approx(alone, rel=1e-6)
 
 
