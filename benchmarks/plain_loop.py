@@ -6,7 +6,7 @@ import argparse
 import math
 from itertools import pairwise
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from runs import SEEDS, header, heading, quiet_trainer, row
@@ -18,6 +18,7 @@ from lightning_vae.datamodules import Digits, FashionMNIST
 from lightning_vae.datamodules.base import DataModule
 
 WIDTHS = (28, 8, 8, 24, 24, 6)
+DRAWS = 30_000  # binarisations and posterior samples in one evaluation: its own noise stays below 0.05 nats
 
 
 class Case(NamedTuple):
@@ -47,6 +48,7 @@ def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module
     log_variance_x = nn.Parameter(torch.tensor(math.inf))
     parameters = [*encoder.parameters(), *decoder.parameters(), *([log_variance_x] if case.gaussian else [])]
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    decay = falling(optimizer, case, len(images))
     for _ in range(case.epochs):
         for batch in torch.randperm(len(images)).split(case.data.batch_size):
             x = images[batch]
@@ -66,11 +68,32 @@ def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            decay.step()
     return encoder, decoder, log_variance_x
 
 
-def make(case: Case) -> VAE:
-    return VAE(
+def falling(optimizer: torch.optim.Optimizer, case: Case, images: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """Let the learning rate fall to 0, so that the last steps' noise does not decide between the two."""
+    steps = case.epochs * math.ceil(images / case.data.batch_size)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+
+class Ours(VAE):
+    """The VAE with the loop's optimizer."""
+
+    case: Case
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
+        images = len(self.case.data.train_dataloader().tensors["x"])
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": falling(optimizer, self.case, images), "interval": "step"},
+        }
+
+
+def make(case: Case) -> Ours:
+    vae = Ours(
         case.data.shape,
         case.data.levels,
         case.latent_dim,
@@ -78,6 +101,8 @@ def make(case: Case) -> VAE:
         decoder=lambda k, shape: MLPDecoder(k, shape, case.hidden),
         likelihood=Gaussian if case.gaussian else None,
     )
+    vae.case = case
+    return vae
 
 
 def ours(case: Case, seed: int) -> VAE:
@@ -99,9 +124,15 @@ def filled(case: Case, encoder: nn.Module, decoder: nn.Module, log_variance: Ten
 
 @torch.no_grad()
 def negative_elbo(vae: VAE, data: DataModule) -> float:
-    """Mean over the validation split; its binarisation and samples are the same for every model."""
+    """Mean over the validation split, each image with many draws, which are the same for every model."""
     vae.eval()
-    losses = [-vae.elbo_terms(batch["x"], batch["index"]).elbo for batch in data.val_dataloader()]
+    batches = list(data.val_dataloader())
+    images = sum(len(batch["x"]) for batch in batches)
+    losses = [
+        -vae.elbo_terms(batch["x"], batch["index"] + draw * images).elbo
+        for draw in range(max(1, DRAWS // images))
+        for batch in batches
+    ]
     return float(torch.cat(losses).double().mean())
 
 
@@ -112,8 +143,9 @@ def main() -> None:
     heading(
         "Plain loop. -ELBO of the validation split in nats per image, trained by our stack (Trainer, VAE, data module) "
         "and by a loop written by hand. Both have the same networks, initial weights, number of steps, batch size and "
-        "Adam; order of the data, binarisation and samples are each's own. 60 epochs of digits, 5 of Fashion-MNIST; "
-        "seeds 0, 1, 2 and their median. `worse` is how far ours is above the loop's."
+        "Adam, with a learning rate that falls from 1e-3 to 0; order of the data, binarisation and samples are each's "
+        "own. 60 epochs of digits, 5 of Fashion-MNIST; seeds 0, 1, 2 and their median. `worse` is how far ours is "
+        "above the loop's."
     )
     header(("data, likelihood", "ours", "loop", "ours by seed", "loop by seed", "worse"), WIDTHS)
     for case in (

@@ -32,7 +32,7 @@ class FreeBits(ScheduledKnob):
     with ``lightning_vae.free_bits``. Logged on logging steps: ``knobs/free_bits``, and ``latent/at_floor``, how many of
     the floored dimensions (or groups) sit at the floor, where the posterior can be read. Warns once, from half of the
     run on, when the floors together exceed the measured rate or hold more than 90 % of the dimensions: the floor then
-    sets the model and not the data.
+    sets the model and not the data. A single floor under the whole rate is there to do so, and does not warn.
 
     On the threshold: 0.1 to 2 nats per dimension, start at 0.5. Too much: all dimensions at the floor, a rate of about
     threshold times dimensions, a mutual information well below it, a worse ELBO. Too little: as without it, inactive
@@ -109,9 +109,9 @@ class FreeBits(ScheduledKnob):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         latest, total = self._latest, self._run.get("total_steps")
-        if latest is None or self._warned or (total is not None and self.step(trainer) < total / 2):
+        if latest is None or self._warned or getattr(trainer, "fast_dev_run", False):
             return
-        if latest.sets_the_model:
+        if latest.sets_the_model and (total is None or self.step(trainer) >= total / 2):
             self._warned = True
             rank_zero_warn(
                 f"FreeBits: {latest.at_floor:.0f} of {latest.groups} floors hold their dimension; together they are "
@@ -170,7 +170,8 @@ class _AtFloor(NamedTuple):
 
     @property
     def sets_the_model(self) -> bool:
-        return self.floors > 0 and (self.floors > self.rate or self.at_floor > 0.9 * self.groups)
+        """Whether it is the floors that decide the rates; a single floor under all of them is there to do so."""
+        return self.floors > 0 and self.groups > 1 and (self.floors > self.rate or self.at_floor > 0.9 * self.groups)
 
 
 def count_at_floor(rates: Tensor, threshold: float, per: Literal["dimension", "whole"] | int, average: str) -> _AtFloor:

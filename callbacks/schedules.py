@@ -30,7 +30,11 @@ _T = TypeVar("_T")
 
 
 def cosine_ramp(ratio: float) -> float:
-    """Return the half wave ``(1 - cos(pi ratio)) / 2``, which goes from 0 to 1."""
+    """Return the half wave ``(1 - cos(pi ratio)) / 2``, which goes from 0 to 1.
+
+    Args:
+        ratio: How far along, from 0 to 1.
+    """
     return 0.5 * (1.0 - math.cos(math.pi * ratio))
 
 
@@ -39,12 +43,22 @@ def sigmoid_ramp(ratio: float, steepness: float = 12.0) -> float:
 
     With ``s`` the logistic function and ``k`` the steepness: ``(s(k (ratio - 1/2)) - s(-k/2)) / (s(k/2) - s(-k/2))``,
     written with ``tanh``, which can't overflow.
+
+    Args:
+        ratio: How far along, from 0 to 1.
+        steepness: Above 0; the larger, the more of a jump at the middle.
     """
     return 0.5 * (1.0 + math.tanh(steepness / 4 * (2 * ratio - 1)) / math.tanh(steepness / 4))
 
 
 def interpolate(start: float, stop: float, ratio: float) -> float:
-    """Return the value at ``ratio`` of the way from ``start`` to ``stop``, exact at both ends."""
+    """Return the value at ``ratio`` of the way from ``start`` to ``stop``, exact at both ends.
+
+    Args:
+        start: Value at ratio 0.
+        stop: Value at ratio 1 and beyond.
+        ratio: How far along, at least 0.
+    """
     return stop if ratio >= 1 else start + (stop - start) * ratio
 
 

@@ -109,6 +109,10 @@ class VAECLI(LightningCLI):
                 raise
             print(file=sys.stderr)  # ends the progress bar's line
             _exit(error)
+        except RuntimeError as error:
+            if "which is not available" not in str(error):
+                raise
+            _exit(error)  # what EarlyStopping says of a metric that does not exist
 
     def after_fit(self) -> None:
         """Say where everything is."""

@@ -211,7 +211,7 @@ class DiscretisedLogistic(Likelihood):
         levels: Number of integer levels of the raw data; ``None`` takes 256 on data in [0, 1].
 
     References:
-        Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016, appendix D.
+        Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016.
     """
 
     learns_scale = True

@@ -108,7 +108,7 @@ def free_bits(
         ValueError: On an unknown ``per`` or ``average``, or a group size that does not divide ``k``.
 
     References:
-        Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016, equation 15 of
+        Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016,
         appendix C.8.
 
     Example::

@@ -95,9 +95,9 @@ class VAE(LightningModule):
         free_bits_average: FreeBitsAverage = "batch",
     ) -> None:
         super().__init__()
-        shape = tuple(shape)
-        if not shape or any(size < 1 for size in shape):
-            raise ValueError(f"`shape` must be the shape of one observation, such as (1, 28, 28) or (6,), got {shape}.")
+        given, shape = shape, tuple(shape) if isinstance(shape, list | tuple) else ()
+        if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
+            raise ValueError(f"`shape` must be the shape of one observation, such as (1, 28, 28) or (6,), got {given}.")
         if levels is not None and levels < 2:
             raise ValueError(f"`levels` must be at least 2, or None for real-valued data, got {levels}.")
         if latent_dim < 1:
