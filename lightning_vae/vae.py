@@ -112,9 +112,9 @@ class VAE(LightningModule):
 
         self._save_hyperparameters(encoder=encoder, decoder=decoder, likelihood=likelihood)
         self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
-        self.encoder = build("encoder", encoder or MLPEncoder, shape, latent_dim)
-        self.decoder = build("decoder", decoder or MLPDecoder, latent_dim, shape)
-        built = build("likelihood", likelihood or default_likelihood, shape, levels)
+        self.encoder = build("encoder", MLPEncoder if encoder is None else encoder, shape, latent_dim)
+        self.decoder = build("decoder", MLPDecoder if decoder is None else decoder, latent_dim, shape)
+        built = build("likelihood", default_likelihood if likelihood is None else likelihood, shape, levels)
         if not isinstance(built, Likelihood):
             raise TypeError(f"`likelihood` must derive from lightning_vae.Likelihood, got {type(built).__name__}.")
         self.likelihood = built

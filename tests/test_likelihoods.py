@@ -1,9 +1,11 @@
+import ast
 import math
 import pickle
 
 import pytest
 import torch
 from torch import distributions as td
+from torch.multiprocessing.spawn import start_processes
 
 from lightning_vae import Bernoulli, ContinuousBernoulli, DiscretisedLogistic, Gaussian, Likelihood
 from lightning_vae.likelihoods import default_likelihood
@@ -81,6 +83,32 @@ def test_optimal_variance_is_the_batchs_in_training_and_a_saved_running_mean_at_
     running = sum(w * e for w, e in zip(weights, errors, strict=True)) / sum(weights)
     assert likelihood(output).base_dist.variance[0, 0].item() == pytest.approx(running, rel=1e-5)
     assert likelihood.state_dict()["log_variance"].exp().item() == pytest.approx(running, rel=1e-5)
+
+
+def _share(rank, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    x, output = errors()
+    part = slice(0, 30) if rank == 0 else slice(30, 37)
+    variances = [
+        Gaussian((3,), variance=variance)(output[part], x[part]).base_dist.variance[0, 0].item()  # type: ignore[attr-defined]
+        for variance in ("optimal", "learned")
+    ]
+    (folder / f"{rank}.txt").write_text(repr(variances))
+    torch.distributed.destroy_process_group()
+
+
+def errors():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(37, 3, generator=generator), torch.randn(37, 3, generator=generator)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_the_variance_is_the_global_batchs(tmp_path):
+    start_processes(_share, args=(tmp_path,), nprocs=2, start_method="fork")
+    x, output = errors()
+    mse = (x - output).square().mean().item()
+    for rank in range(2):
+        assert ast.literal_eval((tmp_path / f"{rank}.txt").read_text()) == pytest.approx([mse, 0.1 * mse], rel=1e-6)
 
 
 def test_optimal_variance_gives_the_gradient_of_the_log_of_the_error():
