@@ -191,6 +191,18 @@ def test_validation_loss_is_at_the_target_knobs(tmp_path, average):
     assert (vae.beta.item(), vae.free_bits.item()) == pytest.approx((3.0, 0.4))  # after fit
 
 
+def test_validation_floors_the_mean_over_the_whole_set(tmp_path):
+    vae = small().eval()
+    with torch.no_grad():
+        vae.encoder.layers[-1].weight.mul_(10)  # rates that differ from image to image
+        rates = vae.elbo_terms(images(), torch.arange(70)).rate_per_dimension
+    vae.free_bits = rates.mean(0).median()
+    measured = trainer(tmp_path).validate(vae, loader(batch_size=7), verbose=False)[0]["val/floored_rate"]
+    by_batch = torch.stack([part.mean(0).clamp(min=vae.free_bits).sum() for part in rates.split(7)]).mean()
+    assert measured == pytest.approx(rates.mean(0).clamp(min=vae.free_bits).sum().item(), rel=1e-5)
+    assert by_batch > measured * 1.01
+
+
 def test_at_beta_one_validation_loss_is_minus_the_elbo(tmp_path):
     run = trainer(tmp_path)
     run.fit(small(), loader(), loader())
