@@ -10,10 +10,10 @@ from torch import Tensor
 
 _REMEDIES = {
     "collapsed": (
-        "The pressure on the rate is too strong, or the decoder does without the latents. Let `KLAnnealing` raise beta "
-        "slowly (or in cycles), give each dimension a floor with `FreeBits` (start at 0.5 nats), lower beta, or weaken "
-        "the decoder. With a Gaussian likelihood, learn its variance: fixed too large it collapses the model, and no "
-        "schedule cures that."
+        "The pressure on the rate is too strong, or the decoder does without the latents. Let `KLAnnealing` hold beta "
+        "at 0 until the latents are used and then raise it slowly (or in cycles), put a floor of a few nats under the "
+        "whole rate with `FreeBits`, or 0.1 to 0.5 under each dimension, lower beta, or weaken the decoder. With a "
+        "Gaussian likelihood, learn its variance: fixed too large it collapses the model, and no schedule cures that."
     ),
     "offset": (
         "Free bits guarantee KL, not information: a dimension reaches its floor by a shift or a width that is the same "

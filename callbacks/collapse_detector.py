@@ -75,8 +75,8 @@ class CollapseDetector(Callback):
         min_rate: float = 0.5,
         threshold: float = 0.01,
         observations: int = 2048,
-        patience: int = 2,
-        warmup: int = 1,
+        patience: int = 3,
+        warmup: int = 10,
         on_alarm: Literal["warn", "stop"] | Callable[[Trainer, LightningModule, Diagnosis], Any] = "warn",
     ) -> None:
         for name, value, least in (
@@ -232,6 +232,8 @@ class CollapseDetector(Callback):
             self._draw(trainer, measured)
         if trainer.strategy.reduce_boolean_decision(alarm and diagnosis.state != self._reported, all=False):
             self._raise_alarm(trainer, pl_module, diagnosis)
+        if fitting and self._reported and not alarm:
+            rank_zero_info(f"CollapseDetector: the alarm has ended, the posterior is {diagnosis.state}.")
         if fitting:
             self._reported = diagnosis.state if alarm else ""
 

@@ -178,6 +178,11 @@ class ScheduledKnob(Callback):
                 f"{title}: the run was {self._run['total_steps']} steps long when it began and is {now['total_steps']} "
                 "now. The schedule keeps the steps it began with; give its length in steps to choose another."
             )
+        if resolved.length > 0 and {resolved(0), resolved(int(min(resolved.length, 1e9)) // 2)} == {resolved.final}:
+            rank_zero_warn(
+                f"{title}: the schedule starts and ends at {resolved.final:g}, so nothing moves. Configure the module "
+                "with the value to end at, or give the schedule a `stop`."
+            )
         total = now["total_steps"]
         if total is not None and math.isfinite(resolved.length) and resolved.length > total:
             rank_zero_warn(

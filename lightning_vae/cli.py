@@ -70,6 +70,8 @@ class VAECLI(LightningCLI):
         config = self.config[subcommand]
         path, same_run = config.get("ckpt_path"), config.get("same_run")
         self._resumed_step = 0
+        if not path and subcommand != "fit":
+            _exit(f"`{subcommand}` needs `--ckpt_path`: without a checkpoint it would look at random weights.")
         if path and path not in ("best", "last", "hpc", "registry"):
             checkpoint = _read_checkpoint(path, resumes=subcommand == "fit")
             self._resumed_step = checkpoint["global_step"]
@@ -122,6 +124,17 @@ class VAECLI(LightningCLI):
         lines = {}
         if self.trainer.loggers and folder:
             lines["Run"] = folder
+        shown = {"val/elbo": "ELBO", "val/rate": "rate", "val/distortion": "distortion"}
+        measured = {
+            name: self.trainer.callback_metrics[key]
+            for key, name in shown.items()
+            if key in self.trainer.callback_metrics
+        }
+        if measured:
+            lines["At the end"] = ", ".join(f"{name} {float(value):.4g}" for name, value in measured.items()) + " nats"
+        if "latent/active_units" in self.trainer.callback_metrics:
+            units = int(self.trainer.callback_metrics["latent/active_units"])
+            lines["At the end"] = f"{lines.get('At the end', '')}, {units} of {self.model.latent_dim} units active"
         for checkpoint in self.trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
                 score = checkpoint.best_model_score
@@ -225,6 +238,8 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments in place of the process's own, for use from Python.
     """
+    # Lightning redraws its bar at each step, which takes a small model longer than the step.
+    os.environ.setdefault("TQDM_MINITERS", "20")
     sys.path.insert(0, os.getcwd())  # a config may name classes that lie where the command is run
     VAECLI(
         VAE,

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,6 +77,7 @@ def test_fit_ends_by_saying_where_everything_is(capsys):
     main(["fit", *DIGITS, *SHORT])
     printed = capsys.readouterr().out
     assert "Run:        logs/digits/version_0" in printed
+    assert re.search(r"At the end: ELBO -\d+\.\d+, rate .*, distortion .* nats, \d+ of 16 units active", printed)
     assert "Checkpoint: logs/digits/version_0/checkpoints/best.ckpt  (val/loss " in printed
     assert "Look at it: tensorboard --logdir logs" in printed
 
@@ -115,6 +117,14 @@ def test_each_beta_of_an_annealed_config_ends_at_its_own(beta):
 def test_evaluation_of_a_checkpoint(run, command, capsys):
     main([command, *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
     assert f"{'val' if command == 'validate' else 'test'}/loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_random_weights_are_not_evaluated(command, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, *DIGITS, *SHORT])
+    assert exit_.value.code == 2
+    assert f"`{command}` needs `--ckpt_path`" in capsys.readouterr().err
 
 
 def test_predict_runs(run):

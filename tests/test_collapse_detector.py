@@ -17,6 +17,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_vae.callbacks.collapse_detector import CollapseDetector
 from lightning_vae.callbacks.mutual_information import mutual_information
 
+
+def detect(*args, **options):
+    """A detector that waits for two passes after one: the runs here are short."""
+    return CollapseDetector(*args, **{"patience": 2, "warmup": 1, **options})
+
+
 ROWS = 400
 STATES = ("collapsed", "offset", "uninformative", "pruned", "healthy")
 
@@ -115,7 +121,7 @@ class Alarms(list[tuple[int, str]]):
 @pytest.mark.parametrize("state", STATES)
 def test_each_state_is_told_from_its_neighbours(tmp_path, state):
     alarms = Alarms()
-    trainer = fit(tmp_path, CollapseDetector(on_alarm=alarms), Known([state]))
+    trainer = fit(tmp_path, detect(on_alarm=alarms), Known([state]))
     alarming = state in STATES[:3]
     assert alarms == ([(2, state)] if alarming else [])
     assert [row["collapse/alarm"] for row in rows_of(trainer)] == [0, 0, float(alarming)]
@@ -125,7 +131,7 @@ def test_each_state_is_told_from_its_neighbours(tmp_path, state):
 
 
 def test_what_is_logged_equals_the_formulas(tmp_path):
-    trainer = fit(tmp_path, CollapseDetector(observations=300), epochs=1)
+    trainer = fit(tmp_path, detect(observations=300), epochs=1)
     mean, variance = (part.double() for part in posteriors("healthy"))
     information = mutual_information(mean[:300], variance[:300])
     rate = 0.5 * (mean**2 + variance - 1 - variance.log()).sum(dim=1).mean()
@@ -147,7 +153,7 @@ def test_what_is_logged_equals_the_formulas(tmp_path):
 )
 def test_patience_starts_after_warmup(tmp_path, patience, warmup, epoch):
     alarms = Alarms()
-    detector = CollapseDetector(patience=patience, warmup=warmup, on_alarm=alarms)
+    detector = detect(patience=patience, warmup=warmup, on_alarm=alarms)
     fit(tmp_path, detector, Known(["collapsed"]), epochs=5)
     assert alarms == ([] if epoch is None else [(epoch, "collapsed")])
 
@@ -155,12 +161,12 @@ def test_patience_starts_after_warmup(tmp_path, patience, warmup, epoch):
 def test_patience_needs_passes_in_a_row_and_each_state_is_reported_once(tmp_path):
     alarms = Alarms()
     states = ["offset", "healthy", "offset", "offset", "collapsed", "collapsed", "pruned", "collapsed", "collapsed"]
-    fit(tmp_path, CollapseDetector(patience=2, warmup=0, on_alarm=alarms), Known(states), epochs=len(states))
+    fit(tmp_path, detect(patience=2, warmup=0, on_alarm=alarms), Known(states), epochs=len(states))
     assert alarms == [(3, "offset"), (4, "collapsed"), (8, "collapsed")]
 
 
 def test_the_sanity_pass_never_counts(tmp_path):
-    detector = CollapseDetector(patience=1, warmup=0)
+    detector = detect(patience=1, warmup=0)
     trainer = fit(tmp_path, detector, num_sanity_val_steps=-1, epochs=2)
     assert len(rows_of(trainer)) == 2
     assert detector.state_dict()["passes"] == 2
@@ -168,20 +174,26 @@ def test_the_sanity_pass_never_counts(tmp_path):
 
 def test_the_sanity_pass_shows_a_wrong_path(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'encoder'"):
-        fit(tmp_path, CollapseDetector(posterior="encodr"), num_sanity_val_steps=2)
+        fit(tmp_path, detect(posterior="encodr"), num_sanity_val_steps=2)
 
 
 def test_warning_says_what_was_measured_and_what_to_try(tmp_path):
     with pytest.warns(
         UserWarning, match="(?s)is collapsed.*Measured: 0 of 4 latent.*Try next: .*KLAnnealing"
     ) as record:
-        fit(tmp_path, CollapseDetector(), Known(["collapsed"]), epochs=5)
+        fit(tmp_path, detect(), Known(["collapsed"]), epochs=5)
     assert [str(warning.message).count("CollapseDetector") for warning in record].count(1) == 1
+
+
+def test_by_default_the_start_of_training_is_no_alarm(tmp_path):
+    alarms = Alarms()
+    fit(tmp_path, CollapseDetector(on_alarm=alarms), Known(["collapsed"]), epochs=14)
+    assert alarms == [(12, "collapsed")]  # ten passes never count, and then three must look so
 
 
 def test_stop(tmp_path):
     with pytest.warns(UserWarning, match="is offset"):
-        trainer = fit(tmp_path, CollapseDetector(on_alarm="stop"), Known(["offset"]), epochs=10)
+        trainer = fit(tmp_path, detect(on_alarm="stop"), Known(["offset"]), epochs=10)
     assert trainer.current_epoch == 3
 
 
@@ -193,14 +205,14 @@ def test_without_validation_training_epochs_are_measured(tmp_path, options, capl
         monkeypatch.setattr(model, "val_dataloader", lambda: [*()])
     alarms = Alarms()
     with caplog.at_level("INFO"):
-        trainer = fit(tmp_path, CollapseDetector(on_alarm=alarms), model, **options)
+        trainer = fit(tmp_path, detect(on_alarm=alarms), model, **options)
     assert caplog.text.count("each training epoch is measured instead") == 1
     assert [row["latent/active_units"] for row in rows_of(trainer)] == [4, 0, 0]
     assert alarms == [(2, "collapsed")]
 
 
 def test_validate_reports_at_once_and_counts_nothing(tmp_path):
-    detector = CollapseDetector()
+    detector = detect()
     trainer = Trainer(
         default_root_dir=tmp_path, accelerator="cpu", callbacks=[detector], logger=False, enable_progress_bar=False
     )
@@ -212,7 +224,7 @@ def test_validate_reports_at_once_and_counts_nothing(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 7, 400])
 def test_the_size_of_batches_does_not_matter(tmp_path, size):
-    trainer = fit(tmp_path, CollapseDetector(observations=100), Known(size=size), epochs=1)
+    trainer = fit(tmp_path, detect(observations=100), Known(size=size), epochs=1)
     mean, variance = posteriors("healthy")
     expected = float(mutual_information(mean[:100], variance[:100]))
     assert rows_of(trainer)[0]["latent/mutual_information"] == pytest.approx(expected, rel=1e-6)
@@ -234,7 +246,7 @@ class Foreign(Known):
 
 
 def test_a_foreign_module_with_batches_that_have_no_index(tmp_path):
-    detector = CollapseDetector(posterior="encoder", second="variance", observations=100)
+    detector = detect(posterior="encoder", second="variance", observations=100)
     model = Foreign()
     trainer = fit(tmp_path, detector, model, epochs=1)
     mean, variance = posteriors("healthy")
@@ -244,7 +256,7 @@ def test_a_foreign_module_with_batches_that_have_no_index(tmp_path):
 
 
 def test_a_posterior_with_correlations_has_active_units_only(tmp_path):
-    detector = CollapseDetector(posterior=lambda _, batch: MultivariateNormal(batch["mean"], torch.eye(4)))
+    detector = detect(posterior=lambda _, batch: MultivariateNormal(batch["mean"], torch.eye(4)))
     [row] = rows_of(fit(tmp_path, detector, epochs=1))
     assert row["latent/active_units"] == 4
     assert not {"latent/mutual_information", "latent/marginal_kl"} & set(row)
@@ -253,7 +265,7 @@ def test_a_posterior_with_correlations_has_active_units_only(tmp_path):
 def test_hooks_are_removed_after_an_exception(tmp_path):
     model = Known(fails=True)
     with pytest.raises(RuntimeError, match="on purpose"):
-        fit(tmp_path, CollapseDetector(posterior="encoder", second="variance"), model, limit_val_batches=0)
+        fit(tmp_path, detect(posterior="encoder", second="variance"), model, limit_val_batches=0)
     assert not model.encoder._forward_hooks
 
 
@@ -261,13 +273,13 @@ def test_no_forward_pass_is_added(tmp_path):
     calls = []
     model = Known()
     model.encoder.register_forward_hook(lambda *_: calls.append(1))
-    fit(tmp_path, CollapseDetector(posterior="encoder", second="variance"), model, epochs=2)
+    fit(tmp_path, detect(posterior="encoder", second="variance"), model, epochs=2)
     assert len(calls) == 2 * (7 + 7)
 
 
 def test_tensorboard_gets_pictures_and_the_message(tmp_path):
     with pytest.warns(UserWarning, match="is offset"):
-        trainer = fit(tmp_path, CollapseDetector(), Known(["offset"]), logger=TensorBoardLogger(tmp_path))
+        trainer = fit(tmp_path, detect(), Known(["offset"]), logger=TensorBoardLogger(tmp_path))
     events = EventAccumulator(trainer.logger.log_dir, size_guidance={"images": 0}).Reload()
     for tag in ("latent/rate_per_dimension", "latent/variance_per_dimension"):
         images = events.Images(tag)
@@ -291,7 +303,7 @@ class Remember(Callback):
 
 def test_resume_goes_on_where_it_was(tmp_path):
     states = ["healthy", "collapsed", "collapsed", "collapsed"]
-    detector = CollapseDetector(patience=3)
+    detector = detect(patience=3)
     path = tmp_path / "last.ckpt"
     fit(tmp_path, detector, Known(states), epochs=3, logger=False).save_checkpoint(path)
     saved = torch.load(path, weights_only=True)["callbacks"][detector.state_key]
@@ -299,7 +311,7 @@ def test_resume_goes_on_where_it_was(tmp_path):
     assert saved["rates"].shape == saved["variances"].shape == (3, 4)
 
     remember, alarms = Remember(), Alarms()
-    resumed = CollapseDetector(patience=3, on_alarm=alarms)
+    resumed = detect(patience=3, on_alarm=alarms)
     fit(tmp_path, resumed, Known(states), epochs=4, ckpt_path=path, callbacks=[remember], logger=False)
     assert repr(remember.state) == repr(saved)
     assert alarms == [(3, "collapsed")]
@@ -307,17 +319,17 @@ def test_resume_goes_on_where_it_was(tmp_path):
 
 
 def test_state_before_the_first_pass():
-    fresh = CollapseDetector()
-    fresh.load_state_dict(CollapseDetector().state_dict())
+    fresh = detect()
+    fresh.load_state_dict(detect().state_dict())
     assert fresh.state_dict()["passes"] == 0
 
 
 def test_state_key_and_pickle():
     places: list[Any] = [None, "encoder", ("a", "b"), posteriors]
-    keys = [CollapseDetector(place).state_key for place in places]
+    keys = [detect(place).state_key for place in places]
     assert keys[1] == "CollapseDetector{'posterior': 'encoder'}"
     assert len(set(keys)) == 4
-    assert pickle.loads(pickle.dumps(CollapseDetector("encoder"))).state_key == keys[1]
+    assert pickle.loads(pickle.dumps(detect("encoder"))).state_key == keys[1]
 
 
 class Shared(Known):
@@ -358,7 +370,7 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
         folder.mkdir()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            detector = CollapseDetector(observations=350, on_alarm="stop")
+            detector = detect(observations=350, on_alarm="stop")
             runs.append(rows_of(fit(folder, detector, Shared(folder, states=states), epochs=9, **options)))
     assert [row["latent/active_units"] for row in runs[0]] == [4, 1, 1]
     for one, two in zip(*runs, strict=True):

@@ -41,6 +41,7 @@ def test_nothing_is_dark(value):
 
 def test_the_colours_are_those_of_viridis():
     import matplotlib
+
     image = heat_map(torch.linspace(0, 1, 64)[:, None])
     expected = torch.tensor(matplotlib.colormaps["viridis"](torch.linspace(0, 1, 64).numpy()))[:, :3] * 255
     assert (image[:, 0, ::8].T - expected).abs().max() < 20

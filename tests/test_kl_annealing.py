@@ -149,6 +149,13 @@ def test_three_betas_give_three_models(tmp_path: Path) -> None:
     assert rates[0] > 1.5 * rates[1] > 1.5 * 1.5 * rates[2]
 
 
+def test_a_schedule_from_nothing_to_nothing_says_so(tmp_path: Path) -> None:
+    """Whoever annealed by hand has a weight that starts at 0."""
+    trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=3))], max_epochs=1)
+    with pytest.warns(UserWarning, match="starts and ends at 0, so nothing moves"):
+        trainer.fit(ForeignModule(beta=0.0), loader())
+
+
 def test_another_end_than_the_configured_one_is_an_error(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(stop=2.0, steps=3))], max_epochs=1)
     model = RecordingVAE(beta=4.0)
