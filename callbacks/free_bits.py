@@ -116,8 +116,8 @@ class FreeBits(ScheduledKnob):
             rank_zero_warn(
                 f"FreeBits: {latest.at_floor:.0f} of {latest.groups} floors hold their dimension; together they are "
                 f"{latest.floors:.2f} nats, the measured rate is {latest.rate:.2f}. The threshold sets the model, and "
-                "its rate need not be information: lower `threshold`, or use fewer latent dimensions. Or the run is too "
-                "short for the rates to rise above it, or the loss does not read it."
+                "its rate need not be information: lower `threshold`, or use fewer latent dimensions. Or the run is "
+                "too short for the rates to rise above it, or the loss does not read it."
             )
 
     @override
