@@ -75,7 +75,7 @@ class VAECLI(LightningCLI):
         if path and path not in ("best", "last", "hpc", "registry"):
             checkpoint = _read_checkpoint(path, resumes=subcommand == "fit")
             self._resumed_step = checkpoint["global_step"]
-            before = config["model"].as_dict()["init_args"]
+            before = config["model"].as_dict().get("init_args", {})
             super()._parse_ckpt_path()
             _say_what_was_replaced(before, self.config[subcommand]["model"].as_dict().get("init_args", {}))
             if same_run:
@@ -124,17 +124,13 @@ class VAECLI(LightningCLI):
         lines = {}
         if self.trainer.loggers and folder:
             lines["Run"] = folder
-        shown = {"val/elbo": "ELBO", "val/rate": "rate", "val/distortion": "distortion"}
-        measured = {
-            name: self.trainer.callback_metrics[key]
-            for key, name in shown.items()
-            if key in self.trainer.callback_metrics
-        }
-        if measured:
-            lines["At the end"] = ", ".join(f"{name} {float(value):.4g}" for name, value in measured.items()) + " nats"
-        if "latent/active_units" in self.trainer.callback_metrics:
-            units = int(self.trainer.callback_metrics["latent/active_units"])
-            lines["At the end"] = f"{lines.get('At the end', '')}, {units} of {self.model.latent_dim} units active"
+        metrics = self.trainer.callback_metrics
+        if "val/elbo" in metrics:
+            terms = (f"{name} {float(metrics[f'val/{name.lower()}']):.4g}" for name in ("ELBO", "rate", "distortion"))
+            lines["At the end"] = ", ".join(terms) + " nats"
+            if "latent/active_units" in metrics:
+                units = int(metrics["latent/active_units"])
+                lines["At the end"] += f", {units} of {self.model.latent_dim} units active"
         for checkpoint in self.trainer.checkpoint_callbacks:
             if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
                 score = checkpoint.best_model_score
