@@ -24,7 +24,7 @@ METHODS = {
 BASE = "--config configs/digits.yaml --trainer.callbacks=CollapseDetector"
 # What does not move the figures: one validation pass, at the end, and no logs.
 SHORT = "--trainer.check_val_every_n_epoch=120 --trainer.max_epochs=120 --trainer.logger=false"
-WIDTHS = (14, 6, 6, 10, 6, 6, 9)
+WIDTHS = (14, 6, 17, 6, 10, 6, 6, 9)
 
 
 def main() -> None:
@@ -35,14 +35,15 @@ def main() -> None:
         f"python train.py fit {BASE} --seed_everything SEED, and",
         *(f"  {name:<14} {arguments}" for name, arguments in METHODS.items()),
     )
-    header(("method", "-ELBO", "rate", "distortion", "MI", "active", "state"), WIDTHS)
+    header(("method", "-ELBO", "by seed", "rate", "distortion", "MI", "active", "state"), WIDTHS)
     for name, arguments in METHODS.items():
         with tempfile.TemporaryDirectory() as folder:
             short = f"{SHORT} --trainer.default_root_dir={folder}"
             results = [fit(f"{BASE} {arguments} {short}", seed) for seed in SEEDS]
         middle = Result(*(median(column) for column in list(zip(*results, strict=True))[:-1]), state="")
         states = "/".join(sorted({result.state for result in results}))
-        cells = (middle.negative_elbo, middle.rate, middle.distortion, middle.mutual_information)
+        seeds = " ".join(f"{result.negative_elbo:.2f}" for result in results)
+        cells = (middle.negative_elbo, seeds, middle.rate, middle.distortion, middle.mutual_information)
         row((name, *cells, int(middle.active_units), states), WIDTHS)
 
 

@@ -213,6 +213,10 @@ class CollapseDetector(Callback):
         measured = self._pass.measure(trainer, pl_module)
         self._discard()
         if measured is None:
+            rank_zero_warn(
+                "CollapseDetector: the module offered no posterior in this pass. Set `self.posterior` in each step, or "
+                "say where it is with `posterior=`."
+            )
             return
         if not measured.variance.isfinite().all():
             rank_zero_warn("CollapseDetector: the posterior's means are not finite, so nothing can be said of them.")

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch import distributions as td
@@ -366,7 +367,7 @@ class VAE(LightningModule):
         """Fill a knob that is given a value; outside of a fit, that is to configure it."""
         if name in _KNOBS and name in self.__dict__.get("_buffers", {}):
             self._fill(name, value)
-            if self._trainer is None or not self._trainer.training:
+            if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING or self._trainer.state.stopped:
                 self.knob_targets[name] = float(value)
                 self.configured_knobs.add(name)
         else:

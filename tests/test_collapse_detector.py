@@ -185,6 +185,16 @@ def test_warning_says_what_was_measured_and_what_to_try(tmp_path):
     assert [str(warning.message).count("CollapseDetector") for warning in record].count(1) == 1
 
 
+def test_a_module_that_never_offers_its_posterior_is_told(tmp_path):
+    class Silent(Known):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.posterior = None
+
+    with pytest.warns(UserWarning, match="offered no posterior in this pass"):
+        fit(tmp_path, detect(), Silent(), epochs=1)
+
+
 def test_by_default_the_start_of_training_is_no_alarm(tmp_path):
     alarms = Alarms()
     fit(tmp_path, CollapseDetector(on_alarm=alarms), Known(["collapsed"]), epochs=14)

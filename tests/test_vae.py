@@ -203,6 +203,24 @@ def test_validation_floors_the_mean_over_the_whole_set(tmp_path):
     assert by_batch > measured * 1.01
 
 
+def test_moving_a_knob_within_a_fit_does_not_configure_it(tmp_path):
+    class Mover(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            pl_module.beta = 0.2
+
+        def on_validation_start(self, trainer, pl_module):
+            pl_module.beta = 0.3
+
+        def on_train_end(self, trainer, pl_module):
+            pl_module.beta = 0.4
+
+    vae = small()
+    trainer(tmp_path, callbacks=[Mover()]).fit(vae, loader(), loader())
+    assert (vae.beta.item(), vae.knob_targets["beta"], vae.configured_knobs) == (1.0, 1.0, set())
+    vae.beta = 0.5
+    assert (vae.knob_targets["beta"], vae.configured_knobs) == (0.5, {"beta"})
+
+
 def test_at_beta_one_validation_loss_is_minus_the_elbo(tmp_path):
     run = trainer(tmp_path)
     run.fit(small(), loader(), loader())
