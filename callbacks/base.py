@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,8 +27,8 @@ else:
 class Callback(_Callback):
     """Base of this package's callbacks: a Lightning callback that the Trainers of both Lightning packages accept.
 
-    Besides, it holds the two things every callback here needs from a Trainer: on which step it is, and whether this
-    step's values will reach the loggers.
+    Besides, it holds what every callback here needs from a Trainer: on which step it is, whether this step's values
+    will reach the loggers, and a moment to clean up that always comes.
     """
 
     @staticmethod
@@ -65,3 +66,24 @@ class Callback(_Callback):
             for name, value in values.items()
         }
         pl_module.log_dict(tensors, prog_bar=prog_bar, batch_size=1, rank_zero_only=False, sync_dist=sync)
+
+    @staticmethod
+    def at_end(trainer: Trainer, clean_up: Callable[[], None]) -> None:
+        """Call a function when the Trainer's run ends, however it ends.
+
+        After an exception Lightning skips every ``teardown`` hook, and a project that empties ``trainer.callbacks`` on
+        its way out (disent does) skips ``on_exception`` too. The strategy is torn down in every case.
+        """
+        strategy, teardown = trainer.strategy, trainer.strategy.teardown
+        others = vars(strategy).get("teardown")  # of callbacks that asked before
+
+        def clean_up_and_tear_down() -> None:
+            del strategy.teardown
+            if others is not None:
+                strategy.teardown = others  # type: ignore[method-assign]
+            try:
+                clean_up()
+            finally:
+                teardown()
+
+        strategy.teardown = clean_up_and_tear_down  # type: ignore[method-assign]
