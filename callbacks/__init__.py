@@ -7,6 +7,7 @@ from .base import Callback as Callback
 from .collapse import Diagnosis as Diagnosis
 from .collapse import diagnose as diagnose
 from .collapse_detector import CollapseDetector as CollapseDetector
+from .enforced_free_bits import EnforcedFreeBits as EnforcedFreeBits
 from .free_bits import FreeBits as FreeBits
 from .kl_annealing import KLAnnealing as KLAnnealing
 from .mutual_information import MutualInformation as MutualInformation
@@ -31,6 +32,7 @@ __all__ = [
     "Cosine",
     "Cyclical",
     "Diagnosis",
+    "EnforcedFreeBits",
     "FreeBits",
     "Join",
     "KLAnnealing",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, MutableMapping, MutableSequence, Sequence
+import inspect
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -14,15 +16,20 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 # What every module has, and nobody means.
+_FOREIGN = ("builtins", "torch", "lightning", "lightning_fabric", "pytorch_lightning")
 _OF_LIGHTNING = ("training", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
 
 
 class Attribute:
     """A number that lies at a dotted path of a module: ``"beta"``, ``"model.beta"``, ``"params.kld_weight"``.
 
-    The path may pass through submodules, plain objects, dict keys and list indices. It must exist: an ``nn.Module``
-    takes any new name without a word, so a typing error would otherwise anneal nothing. Wrappers that keep the real
-    thing in ``_orig_mod`` or ``module`` (``torch.compile``, DDP) are looked through.
+    The path may pass through submodules, plain objects, dict keys, list indices and the elements of a tensor. It must
+    exist: an ``nn.Module`` takes any new name without a word, so a typing error would otherwise anneal nothing.
+    Wrappers that keep the real thing in ``_orig_mod`` or ``module`` (``torch.compile``, DDP) are looked through. It is
+    walked anew each time, because a project may replace what lies on the way.
+
+    A path may also lead to a method that returns the number. Writing then replaces it, on this one object, by a
+    function that returns what was written, whatever it is called with.
 
     Args:
         pl_module: Where the path starts.
@@ -34,111 +41,171 @@ class Attribute:
 
     def __init__(self, pl_module: LightningModule, path: str) -> None:
         self.path = path
-        *parents, self._name = path.split(".")
-        owner: Any = pl_module
-        for name in parents:
-            owner = _get(owner, name, path)
-        while not _has(owner, self._name) and (inner := _unwrapped(owner)) is not None:
-            owner = inner
-        self._owner = owner
-        value = _get(owner, self._name, path)
-        is_number = isinstance(value, Real) and not isinstance(value, bool)
-        if not (is_number or (isinstance(value, Tensor) and value.numel() == 1)):
-            within = f" Did you mean one of {_known(value, path + '.')}?" if _names(value) else ""
-            raise ValueError(
-                f"`attribute={path!r}` must lead to a number or a tensor of one element, got {type(value).__name__}."
-                + within
-            )
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            raise ValueError(
-                f"`attribute={path!r}` is a tensor of {value.dtype}, which would round what is written to it. Make it "
-                "a floating-point tensor."
-            )
-        # What can't be set says so before the first step.
-        self._set(value)
-        if isinstance(value, Tensor) and _get(owner, self._name, path).data_ptr() != value.data_ptr():
-            raise self._not_settable("it is computed anew each time")
+        self._root = pl_module
+        *self._parents, self._name = path.split(".")
+        self._written = math.nan
+        self._place: tuple[int, int] | None = None
+        try:
+            owner, value = self._find()
+        except _NowhereError as error:
+            raise ValueError(str(error)) from None
+        except Exception as error:
+            raise ValueError(f"`attribute={path!r}` can't be read: {error!r}.") from error
+        self._check(owner, value)
 
-    def read(self) -> float:
-        """Return the number as it is now."""
-        value = _get(self._owner, self._name, self.path)
-        return float(value.detach() if isinstance(value, Tensor) else value)
+    def read(self) -> float | None:
+        """Return the number as it is now; ``None`` for a method, which only its caller can ask."""
+        return _number(self._find()[1])
 
     def write(self, value: float) -> None:
-        """Set the number: a tensor is filled in place, anything else is replaced."""
-        current = _get(self._owner, self._name, self.path)
+        """Set the number: a tensor is filled in place, a method returns it from now on, anything else is replaced."""
+        owner, current = self._find()
         if isinstance(current, Tensor):
             with torch.no_grad():
                 current.fill_(value)
+            self._place = (current.data_ptr(), current._version)
+        elif isinstance(current, _Returns):
+            current.value = value
         else:
-            self._set(value)
+            _set(owner, self._name, _Returns(value) if callable(current) else value)
+        self._written = value
 
-    def _set(self, value: Any) -> None:
+    def holds(self) -> bool:
+        """Whether what was written is still there. As long as it is, no device is waited for."""
+        current = self._find()[1]
+        # Nobody has filled it; or it is a parameter, which its optimizer moves, but only after the loss.
+        if isinstance(current, Tensor) and (
+            current.requires_grad or (current.data_ptr(), current._version) == self._place
+        ):
+            return True
+        value = _number(current)
+        # Half precision keeps 8 bits, and a setter may round.
+        return value is not None and math.isclose(value, self._written, rel_tol=1e-2, abs_tol=1e-7)
+
+    def _find(self) -> tuple[Any, Any]:
+        """Return what keeps the number, and what it keeps."""
+        owner: Any = self._root
+        for name in self._parents:
+            owner = _look_up(owner, name, self.path)[1]
+        return _look_up(owner, self._name, self.path)
+
+    def _check(self, owner: Any, value: Any) -> None:
+        """Find out before the first step whether this is a number that can be set."""
+        if inspect.isroutine(value) or isinstance(value, _Returns):
+            return
+        if not _is_number(value):
+            within = f" Did you mean one of {_known(value, self.path + '.')}?" if _names(value) else ""
+            raise ValueError(
+                f"`attribute={self.path!r}` must lead to a number, a tensor of one element or a method that returns "
+                f"one, got {type(value).__name__}.{within}"
+            )
         if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                raise ValueError(
+                    f"`attribute={self.path!r}` is a tensor of {value.dtype}, which would round what is written to it. "
+                    "Make it a floating-point tensor."
+                )
+            if self._find()[1].data_ptr() != value.data_ptr():
+                raise self._not_settable(owner, "it is computed anew each time")
             return
         try:
-            if isinstance(self._owner, MutableMapping):
-                self._owner[self._name] = value
-            elif isinstance(self._owner, MutableSequence):
-                self._owner[int(self._name)] = value
-            else:
-                setattr(self._owner, self._name, value)
-        except (AttributeError, TypeError) as error:
-            raise self._not_settable(error) from error
+            _set(owner, self._name, value)
+        except Exception as error:
+            raise self._not_settable(owner, error) from error
 
-    def _not_settable(self, reason: object) -> ValueError:
+    def _not_settable(self, owner: Any, reason: object) -> ValueError:
+        sources = _computed_from(owner, self._name)
+        prefix = self.path[: -len(self._name)]
+        named = f", here {', '.join(repr(prefix + name) for name in sources)}" if sources else ""
         return ValueError(
-            f"`attribute={self.path!r}` can't be set ({reason}). Name what it is computed from, or pass `setter=`, a "
-            "callable `(pl_module, value) -> None`."
+            f"`attribute={self.path!r}` can't be set ({reason}). Name what it is computed from{named}, or pass "
+            "`setter=`, a callable `(pl_module, value) -> None`."
         )
 
 
-def writer(
-    pl_module: LightningModule,
-    attribute: str | Sequence[str],
-    setter: Callable[[LightningModule, float], None] | None,
-) -> tuple[Callable[[float], None], float | None]:
-    """Resolve where a knob is written to.
+class _Returns:
+    """What a method is replaced by. A class, so that a module that holds one can be copied and pickled."""
 
-    Args:
-        pl_module: The module that keeps it.
-        attribute: Its path, or several that get the same value.
-        setter: Writes it instead, if given.
+    def __init__(self, value: float) -> None:
+        self.value = value
 
-    Returns:
-        A function that writes a value, and the value there now; ``None`` where only a setter knows.
-    """
-    if setter is not None:
-        return lambda value: setter(pl_module, value), None
-    attributes = [Attribute(pl_module, path) for path in ([attribute] if isinstance(attribute, str) else attribute)]
-
-    def write(value: float) -> None:
-        for each in attributes:
-            each.write(value)
-
-    return write, attributes[-1].read()
+    def __call__(self, *_: Any, **__: Any) -> float:
+        return self.value
 
 
-def _has(owner: Any, name: str) -> bool:
-    if isinstance(owner, Mapping):
-        return name in owner
-    if isinstance(owner, Sequence):
-        return name.lstrip("-").isdigit() and -len(owner) <= int(name) < len(owner)
-    return hasattr(owner, name)
+class _NowhereError(ValueError):
+    """A path leads nowhere."""
 
 
-def _get(owner: Any, name: str, path: str) -> Any:
-    while not _has(owner, name):
-        inner = _unwrapped(owner)
-        if inner is None:
-            known = _known(owner, path[: -len(name)] if path.endswith(name) else "")
-            near = difflib.get_close_matches(name, _names(owner), n=3)
-            hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ValueError(f"`attribute={path!r}`: {type(owner).__name__} has no {name!r}. {hint}It has {known}.")
-        owner = inner
-    if isinstance(owner, Mapping):
-        return owner[name]
-    return owner[int(name)] if isinstance(owner, Sequence) else getattr(owner, name)
+def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, _Returns):
+        return value.value
+    if isinstance(value, Tensor):
+        return float(value.detach())
+    return None if callable(value) else float(value)
+
+
+def _is_indexed(owner: Any) -> bool:
+    return isinstance(owner, Sequence) or (hasattr(owner, "__getitem__") and bool(getattr(owner, "shape", ())))
+
+
+def _is_element(owner: Any, name: str) -> bool:
+    """Whether a name is a number that stands for an element: of a list, a tensor or an array."""
+    return name.lstrip("-").isdigit() and _is_indexed(owner)
+
+
+def _key(owner: Mapping[Any, Any], name: str) -> Any:
+    return int(name) if name not in owner and name.lstrip("-").isdigit() else name
+
+
+def _look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
+    """Return what has a name, which is what a wrapper wraps if the wrapper has not, and what it has there."""
+    tried = []
+    while owner is not None:
+        try:
+            if isinstance(owner, Mapping):
+                return owner, owner[_key(owner, name)]
+            return owner, owner[int(name)] if _is_element(owner, name) else getattr(owner, name)
+        except (AttributeError, LookupError):
+            tried.append(owner)
+            owner = _unwrapped(owner)
+    raise _nowhere(next((each for each in tried if _near(each, name)), tried[-1]), name, path)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, MutableMapping):
+        owner[_key(owner, name)] = value
+    elif _is_element(owner, name):
+        owner[int(name)] = value
+    else:
+        setattr(owner, name, value)
+
+
+def _nowhere(owner: Any, name: str, path: str) -> _NowhereError:
+    start = f"`attribute={path!r}`: {type(owner).__name__}"
+    if isinstance(getter := inspect.getattr_static(type(owner), name, None), property):
+        try:
+            getter.__get__(owner)
+        except Exception as error:
+            return _NowhereError(f"{start}.{name} can't be read when fitting starts: {error!r}.")
+    near = _near(owner, name)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    known = _known(owner, path[: -len(name)] if path.endswith(name) else "")
+    return _NowhereError(f"{start} has no {name!r}. {hint}It has {known}.")
+
+
+def _computed_from(owner: Any, name: str) -> list[str]:
+    """Return which numbers of an object its read-only property looks at."""
+    getter = getattr(inspect.getattr_static(type(owner), name, None), "fget", None)
+    looked_at = getattr(getattr(getter, "__code__", None), "co_names", ())
+    own = {*vars(owner), *_names(owner)} if hasattr(owner, "__dict__") else _names(owner)
+    return [name for name in looked_at if name in own and _is_number(getattr(owner, name, None))]
 
 
 def _unwrapped(owner: Any) -> Any:
@@ -151,14 +218,39 @@ def _unwrapped(owner: Any) -> Any:
 
 
 def _names(owner: Any) -> list[str]:
+    """Return the names that a path may go on with."""
     if isinstance(owner, Mapping):
         return [str(key) for key in owner]
-    if isinstance(owner, Sequence) and not isinstance(owner, str):
+    if isinstance(owner, str):
+        return []
+    if _is_indexed(owner):
         return [str(index) for index in range(len(owner))]
-    names = dict.fromkeys(vars(owner)) if hasattr(owner, "__dict__") else {}
+    names = dict.fromkeys(getattr(owner, "__dict__", ()))
     if isinstance(owner, torch.nn.Module):
         names.update(dict.fromkeys((*owner._buffers, *owner._parameters, *owner._modules)))
+    for of_project in type(owner).__mro__:
+        if of_project.__module__.partition(".")[0] not in _FOREIGN:
+            settable = (name for name, of in vars(of_project).items() if inspect.isdatadescriptor(of))
+            names.update(dict.fromkeys(settable))
     return [name for name in names if not name.startswith("_") and name not in _OF_LIGHTNING]
+
+
+def _near(owner: Any, name: str) -> list[str]:
+    """Return what may have been meant: where the very name exists further in, and names that are alike."""
+    return [*_elsewhere(owner, name), *difflib.get_close_matches(name, _names(owner), n=3)]
+
+
+def _elsewhere(owner: Any, name: str) -> list[str]:
+    """Return where in a module's submodules, and in the objects that these hold, a name exists."""
+    found = []
+    for prefix, module in owner.named_modules() if isinstance(owner, torch.nn.Module) else ():
+        start = [prefix] if prefix else []
+        if prefix and name in _names(module):
+            found.append(".".join([*start, name]))
+        for holder, value in vars(module).items():
+            if not holder.startswith("_") and not isinstance(value, Tensor | Sequence) and name in _names(value):
+                found.append(".".join([*start, holder, name]))
+    return found[:3]
 
 
 def _known(owner: Any, prefix: str) -> str:

@@ -19,7 +19,8 @@ from .base import Callback
 from .collapse import Diagnosis, diagnose
 from .heat_map import heat_map
 from .mutual_information import MutualInformation, mutual_information
-from .posterior import PosteriorReader, read_prior
+from .posterior import PosteriorReader, read_prior, same_shape
+from .scheduled_knob import MisconfigurationException
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -41,14 +42,20 @@ class CollapseDetector(Callback):
     of observations it comes from (7.6 nats for 2048): above 90 % of that read it as "at least". For a posterior that is
     not a diagonal Gaussian there are only the active units; with a prior that is not one there is no rate.
 
+    Latents with several axes, ``(N, k, H, W)``, have a dimension at each position. A step may have several posteriors,
+    one for each view, say: each counts as that of an observation of its own.
+
     In ``trainer.validate`` it measures and logs too, and reports an alarm at once.
 
     Args:
         posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
-            submodule that outputs it, a pair of paths for its two parameters, or a callable
-            ``(pl_module, batch) -> q(z|x)``. See :class:`~.posterior.PosteriorReader`.
+            submodule that outputs it (``"encoder"``) or of a part of its output (``"vae:latent_dist.mean"``), a pair of
+            paths for its two parameters, or a callable ``(pl_module, batch) -> q(z|x)``. See
+            :class:`~.posterior.PosteriorReader`.
         second: What stands beside the mean where the posterior is a pair of tensors: ``"log_variance"``,
             ``"variance"``, ``"scale"`` or ``"log_scale"``.
+        chunk: Where the posterior is one tensor: the axis along which it is split into halves, the mean and the second
+            parameter. 1 for ``(N, 2k)`` and ``(N, 2k, H, W)``, -1 for ``(N, T, 2k)`` and ``(N, k, 2)``.
         min_rate: Rate in nats below which the active dimensions together count as collapsed.
         threshold: Variance of the posterior mean that an active dimension exceeds.
         observations: Number of observations that the mutual information is estimated from: the first by ``"index"``
@@ -58,9 +65,14 @@ class CollapseDetector(Callback):
             as the schedule takes to reach its end.
         on_alarm: What to do on an alarm, once for each state: ``"warn"``, ``"stop"`` (warn and stop training), or a
             callable ``(trainer, pl_module, diagnosis)`` that takes over. It runs on every process.
+        name: Tells several detectors apart, of two encoders, say: its keys are ``latent_<name>/active_units``,
+            ``collapse_<name>/alarm`` and so on.
 
     Raises:
-        ValueError: If an option is out of its range, or the posterior is not found where it should be.
+        ValueError: If an option is out of its range, the posterior is not found where it should be, it has no mean, or
+            its shape changes from batch to batch.
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: When a run starts, if two detectors have the
+            same ``name``.
 
     Example::
 
@@ -72,14 +84,16 @@ class CollapseDetector(Callback):
         self,
         posterior: str | tuple[str, str] | Callable[[LightningModule, Any], Any] | None = None,
         second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        chunk: int | None = None,
         min_rate: float = 0.5,
         threshold: float = 0.01,
         observations: int = 2048,
         patience: int = 3,
         warmup: int = 10,
         on_alarm: Literal["warn", "stop"] | Callable[[Trainer, LightningModule, Diagnosis], Any] = "warn",
+        name: str | None = None,
     ) -> None:
-        for name, value, least in (
+        for option, value, least in (
             ("min_rate", min_rate, 0),
             ("threshold", threshold, 0),
             ("observations", observations, 2),
@@ -87,7 +101,7 @@ class CollapseDetector(Callback):
             ("warmup", warmup, 0),
         ):
             if not value >= least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+                raise ValueError(f"`{option}` must be at least {least}, got {value}.")
         if not (on_alarm in ("warn", "stop") or callable(on_alarm)):
             raise ValueError(
                 f"`on_alarm` must be 'warn', 'stop' or a callable `(trainer, pl_module, diagnosis)`, got {on_alarm!r}."
@@ -99,7 +113,9 @@ class CollapseDetector(Callback):
         self.patience = patience
         self.warmup = warmup
         self.on_alarm = on_alarm
-        self._reader = PosteriorReader(posterior, second)
+        self.name = name
+        self._title = f"CollapseDetector({name})" if name else "CollapseDetector"
+        self._reader = PosteriorReader(posterior, second, chunk)
         self._pass: _Pass | None = None
         self._watches_training = False
         self._passes = 0
@@ -113,20 +129,31 @@ class CollapseDetector(Callback):
     def state_key(self) -> str:
         """Key of the saved state: detectors of different posteriors stand side by side."""
         posterior = getattr(self.posterior, "__qualname__", self.posterior)
-        return self._generate_state_key(posterior=posterior)
+        return self._generate_state_key(posterior=posterior, name=self.name)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, *_: Any) -> None:
+        """See that no other detector is in the way, and that nothing of this run outlives it."""
+        self._start(trainer)
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
         """Watch the training epochs where there is no validation."""
         self._watches_training = not _validates(trainer)
         if self._watches_training:
-            rank_zero_info("CollapseDetector: this run has no validation, so each training epoch is measured instead.")
+            rank_zero_info(f"{self._title}: this run has no validation, so each training epoch is measured instead.")
 
     @override
-    def on_train_epoch_start(self, _trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_epoch_start(self, *_: Any) -> None:
         """Begin a pass where there is no validation."""
         if self._watches_training:
-            self._begin(pl_module)
+            self._pass = _Pass(self.observations)
+
+    @override
+    def on_train_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Begin a step where there is no validation."""
+        if self._watches_training:
+            self._reader.listen(pl_module)
 
     @override
     def on_train_batch_end(
@@ -143,9 +170,20 @@ class CollapseDetector(Callback):
             self._finish(trainer, pl_module)
 
     @override
-    def on_validation_epoch_start(self, _trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, *_: Any) -> None:
+        """See to the same where validating is all of the run."""
+        if trainer.state.fn != "fit":
+            self._start(trainer)
+
+    @override
+    def on_validation_epoch_start(self, *_: Any) -> None:
         """Begin a pass."""
-        self._begin(pl_module)
+        self._pass = _Pass(self.observations)
+
+    @override
+    def on_validation_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Begin a step."""
+        self._reader.listen(pl_module)
 
     @override
     def on_validation_batch_end(
@@ -157,20 +195,13 @@ class CollapseDetector(Callback):
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Judge the pass, unless it was the sanity check."""
-        if trainer.sanity_checking:
-            self._discard()
-        else:
+        if not trainer.sanity_checking:
             self._finish(trainer, pl_module)
 
     @override
-    def on_exception(self, *_: Any) -> None:
-        """Leave no hook behind."""
-        self._discard()
-
-    @override
-    def teardown(self, *_: Any, **__: Any) -> None:
-        """Leave no hook behind."""
-        self._discard()
+    def on_save_checkpoint(self, *_: Any) -> None:
+        """Leave no hook in what is saved."""
+        self._reader.unhook()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -192,34 +223,43 @@ class CollapseDetector(Callback):
         self._rates = list(state_dict["rates"])
         self._variances = list(state_dict["variances"])
 
-    def _begin(self, pl_module: LightningModule) -> None:
-        self._reader.attach(pl_module)
-        self._pass = _Pass(self.observations)
+    def _start(self, trainer: Trainer) -> None:
+        detectors = [each for each in trainer.callbacks if isinstance(each, CollapseDetector)]  # type: ignore[attr-defined]
+        if [each.name for each in detectors].count(self.name) > 1:
+            raise MisconfigurationException(
+                f"Two CollapseDetectors log `{self._key('latent/active_units')}`. Tell them apart with `name=`."
+            )
+        self.at_end(trainer, self._discard)
 
     @torch.no_grad()
     def _take(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         assert self._pass is not None
         if self.posterior is None and getattr(pl_module, "posterior", self) is None:
             return  # this process's share of the batch was empty
-        posterior = self._reader.read(pl_module, batch)
-        self._pass.append(posterior, read_prior(pl_module), batch, trainer.global_rank, trainer.world_size)
+        posteriors = self._reader.read(pl_module, batch)
+        self._pass.append(posteriors, read_prior(pl_module), batch, trainer.global_rank, trainer.world_size)
 
     def _discard(self) -> None:
+        """Leave no hook behind."""
         self._reader.detach()
         self._pass = None
 
+    def _key(self, key: str) -> str:
+        """Return the key to log under: ``latent/...``, or ``latent_<name>/...``."""
+        group, _, rest = key.partition("/")
+        return f"{group}_{self.name}/{rest}" if self.name else key
+
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._pass is not None
-        measured = self._pass.measure(trainer, pl_module)
-        self._discard()
+        measured, self._pass = self._pass.measure(trainer, pl_module), None
         if measured is None:
             rank_zero_warn(
-                "CollapseDetector: the module offered no posterior in this pass. Set `self.posterior` in each step, or "
+                f"{self._title}: the module offered no posterior in this pass. Set `self.posterior` in each step, or "
                 "say where it is with `posterior=`."
             )
             return
         if not measured.variance.isfinite().all():
-            rank_zero_warn("CollapseDetector: the posterior's means are not finite, so nothing can be said of them.")
+            rank_zero_warn(f"{self._title}: the posterior's means are not finite, so nothing can be said of them.")
             return
         diagnosis = diagnose(
             measured.rate,
@@ -237,7 +277,7 @@ class CollapseDetector(Callback):
         if trainer.strategy.reduce_boolean_decision(alarm and diagnosis.state != self._reported, all=False):
             self._raise_alarm(trainer, pl_module, diagnosis)
         if fitting and self._reported and not alarm:
-            rank_zero_info(f"CollapseDetector: the alarm has ended, the posterior is {diagnosis.state}.")
+            rank_zero_info(f"{self._title}: the alarm has ended, the posterior is {diagnosis.state}.")
         if fitting:
             self._reported = diagnosis.state if alarm else ""
 
@@ -259,8 +299,8 @@ class CollapseDetector(Callback):
             if measured.rate is not None:
                 values["latent/marginal_kl"] = float(measured.rate.sum()) - measured.mutual_information
         sync = trainer.world_size > 1
-        self.log_now(pl_module, {"latent/active_units": float(units)}, prog_bar=True, sync=sync)
-        self.log_now(pl_module, values, sync=sync)
+        self.log_now(pl_module, {self._key("latent/active_units"): float(units)}, prog_bar=True, sync=sync)
+        self.log_now(pl_module, {self._key(key): value for key, value in values.items()}, sync=sync)
 
     def _draw(self, trainer: Trainer, measured: _Measured) -> None:
         self._variances.append(measured.variance.float().cpu())
@@ -270,12 +310,12 @@ class CollapseDetector(Callback):
             pictures["latent/rate_per_dimension"] = heat_map(torch.stack(self._rates))
         for experiment in _experiments(trainer, "add_image"):
             for tag, picture in pictures.items():
-                experiment.add_image(tag, picture, self.step(trainer))
+                experiment.add_image(self._key(tag), picture, self.step(trainer))
 
     def _raise_alarm(self, trainer: Trainer, pl_module: LightningModule, diagnosis: Diagnosis) -> None:
-        message = _message(diagnosis)
+        message = _message(self._title, diagnosis)
         for experiment in _experiments(trainer, "add_text"):
-            experiment.add_text("collapse/message", message, self.step(trainer))
+            experiment.add_text(self._key("collapse/message"), message, self.step(trainer))
         if callable(self.on_alarm):
             self.on_alarm(trainer, pl_module, diagnosis)
             return
@@ -300,26 +340,32 @@ class _Pass:
         self._observations = observations
         self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._rows = 0
+        self._shape: tuple[int, ...] | None = None
         self._dim = 0
         self._units: ActiveUnits
         self._information: MutualInformation
         self._rate_sum: Tensor
 
-    def append(self, posterior: Distribution, prior: Distribution, batch: Any, rank: int, world_size: int) -> None:
+    def append(
+        self, posteriors: list[Distribution], prior: Distribution, batch: Any, rank: int, world_size: int
+    ) -> None:
         """Keep what is needed of one batch; NaN stands for what has no closed form."""
-        mean = _by_row(posterior.mean)
-        variance = rate = torch.full_like(mean, math.nan)
-        if isinstance(posterior, Normal):
-            variance = _by_row(posterior.variance)
-            rate = _rate(posterior, prior) if isinstance(prior, Normal) else rate
-        index = _index(batch, len(mean))
-        if index is None:  # as DistributedSampler deals
-            index = rank + world_size * torch.arange(self._rows, self._rows + len(mean))
-        self._batches.append((index.to(mean.device), mean, variance, rate))
-        blocks = self._rows // self._observations
-        self._rows += len(mean)
-        if self._rows // self._observations > blocks:
-            self._fold()
+        for view, posterior in enumerate(posteriors):
+            mean = _by_row(self._mean(posterior))
+            variance = rate = torch.full_like(mean, math.nan)
+            if isinstance(posterior, Normal):
+                variance = _by_row(posterior.variance)
+                rate = _rate(posterior, prior) if isinstance(prior, Normal) else rate
+            index = _index(batch, len(mean))
+            if index is None:  # as DistributedSampler deals
+                index = rank + world_size * torch.arange(self._rows, self._rows + len(mean))
+            else:  # two views of an observation are two observations
+                index = index * len(posteriors) + view
+            self._batches.append((index.to(mean.device), mean, variance, rate))
+            blocks = self._rows // self._observations
+            self._rows += len(mean)
+            if self._rows // self._observations > blocks:
+                self._fold()
 
     def measure(self, trainer: Trainer, pl_module: LightningModule) -> _Measured | None:
         """Merge the moments of all processes; ``None`` if there was no observation at all."""
@@ -342,6 +388,25 @@ class _Pass:
             mutual_information=None if math.isnan(information) else information,
             observations=len(mean),
         )
+
+    def _mean(self, posterior: Distribution) -> Tensor:
+        try:
+            mean = posterior.mean
+        except NotImplementedError:
+            raise ValueError(
+                f"CollapseDetector: the posterior, a {type(posterior).__name__}, has no `mean`, whose variance the "
+                "active units are. Pass a callable `posterior=lambda pl_module, batch: ...` that returns a Normal, or "
+                "another distribution with a mean."
+            ) from None
+        self._shape = self._shape or mean.shape[1:]
+        if mean.shape[1:] != self._shape:
+            raise ValueError(
+                f"CollapseDetector: the latents of an observation have the shape {tuple(self._shape)} in one step and "
+                f"{tuple(mean.shape[1:])} in another, so that their positions are no dimensions to measure. Average "
+                "over the axis that changes, in a callable `posterior=lambda pl_module, batch: ...`; give posteriors "
+                "of different sizes a detector each, told apart with `name=`."
+            )
+        return mean
 
     def _fold(self) -> None:
         if not self._batches:
@@ -380,7 +445,7 @@ def _rate(posterior: Normal, prior: Normal) -> Tensor:
     """Compute the KL divergence of posterior and prior of each observation and dimension, in float64."""
     posterior = Normal(_exact(posterior.loc), _exact(posterior.scale), validate_args=False)
     prior = Normal(_exact(prior.loc).to(posterior.loc.device), _exact(prior.scale).to(posterior.loc.device))
-    return _by_row(kl_divergence(posterior, prior))
+    return _by_row(same_shape(kl_divergence(posterior, prior), posterior, prior))
 
 
 def _index(batch: Any, rows: int) -> Tensor | None:
@@ -406,10 +471,10 @@ def _experiments(trainer: Trainer, method: str) -> list[Any]:
     return [experiment for experiment in experiments if hasattr(experiment, method)]
 
 
-def _message(diagnosis: Diagnosis) -> str:
+def _message(title: str, diagnosis: Diagnosis) -> str:
     return "\n".join(
         [
-            f"CollapseDetector: the posterior is {diagnosis.state}.",
+            f"{title}: the posterior is {diagnosis.state}.",
             textwrap.fill(diagnosis.reason, 110, initial_indent="  Measured: ", subsequent_indent="    "),
             textwrap.fill(diagnosis.remedy, 110, initial_indent="  Try next: ", subsequent_indent="    "),
         ]

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, Normal, kl_divergence
 from typing_extensions import override
 
-from .posterior import PosteriorReader, read_prior
+from .knob import Knob
+from .posterior import PosteriorReader, read_prior, same_shape
 from .scheduled_knob import MisconfigurationException, ScheduledKnob
 from .schedules import Constant, Schedule
 
@@ -30,9 +31,10 @@ class FreeBits(ScheduledKnob):
         loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bits)
 
     with ``lightning_vae.free_bits``. Logged on logging steps: ``knobs/free_bits``, and ``latent/at_floor``, how many of
-    the floored dimensions (or groups) sit at the floor, where the posterior can be read. Warns once, from half of the
-    run on, when the floors together exceed the measured rate or hold more than 90 % of the dimensions: the floor then
-    sets the model and not the data. A single floor under the whole rate is there to do so, and does not warn.
+    the floored dimensions (or groups) sit at the floor, where the posterior can be read and its dimensions have rates
+    of their own; where it is not Gaussian, they are measured against the module's own ``prior``. Warns once, from half
+    of the run on, when the floors together exceed the measured rate or hold more than 90 % of the dimensions: the floor
+    then sets the model and not the data. A single floor under the whole rate is there to do so, and does not warn.
 
     On the threshold: 0.1 to 2 nats per dimension, start at 0.5. Too much: all dimensions at the floor, a rate of about
     threshold times dimensions, a mutual information well below it, a worse ELBO. Too little: as without it, inactive
@@ -48,6 +50,7 @@ class FreeBits(ScheduledKnob):
         posterior: Where to read the posterior for ``latent/at_floor``, as in :class:`CollapseDetector`; ``None`` is the
             module's own ``posterior``, if it has one.
         second: What stands beside the mean where the posterior is a pair of tensors.
+        chunk: Axis along which it is split into halves where the posterior is one tensor.
         setter: Writes the threshold instead, ``(pl_module, value) -> None``.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
@@ -68,6 +71,7 @@ class FreeBits(ScheduledKnob):
         average: Literal["batch", "sample"] | None = None,
         posterior: str | tuple[str, str] | Callable[[Any, Any], Any] | None = None,
         second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        chunk: int | None = None,
         setter: Callable[[Any, float], None] | None = None,
         name: str | None = None,
     ) -> None:
@@ -80,8 +84,7 @@ class FreeBits(ScheduledKnob):
         super().__init__(threshold if callable(threshold) else Constant(threshold), attribute, setter, name)
         self.per = per
         self.average = average
-        self._reader = PosteriorReader(posterior, second)
-        self._reads = False
+        self._reader = PosteriorReader(posterior, second, chunk)
         self._warned = False
         self._latest: _AtFloor | None = None
 
@@ -90,16 +93,21 @@ class FreeBits(ScheduledKnob):
         self._choose_variant(pl_module)
         super().on_fit_start(trainer, pl_module)
         self._warned, self._latest = False, None
-        self._reads = self._reader.posterior is not None or hasattr(pl_module, "posterior")
-        self._reader.attach(pl_module)
+        self.at_end(trainer, self._reader.detach)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        super().on_train_batch_start(trainer, pl_module)
+        self._reader.listen(pl_module)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        if self._reads and self.logs_now(trainer):
-            rates = _rates(self._reader.read(pl_module, batch), read_prior(pl_module))
+        rates = self._rates(pl_module, batch) if self.logs_now(trainer) else None
+        self._reader.forget()
+        if rates is not None:
             threshold = self._resolved(self.step(trainer))
             per = getattr(pl_module, "free_bits_per", self.per or "dimension")
             average = getattr(pl_module, "free_bits_average", self.average or "batch")
@@ -121,21 +129,39 @@ class FreeBits(ScheduledKnob):
             )
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_fit_end(trainer, pl_module)
-        self._reader.detach()
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self._reader.unhook()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        super().on_exception(trainer, pl_module, exception)
-        self._reader.detach()
-
-    @override
-    def _writer(self, pl_module: LightningModule) -> tuple[Callable[[float], None], float | None]:
+    def _find(self, pl_module: LightningModule) -> Knob:
         try:
-            return super()._writer(pl_module)
+            return super()._find(pl_module)
         except ValueError as error:
-            raise ValueError(f"FreeBits: {error} The module's own loss has to read the floor: `{_LINE}`.") from error
+            raise ValueError(
+                f"FreeBits: {error} The module's own loss has to read the floor: `{_LINE}`. On "
+                "a module that can't be changed `EnforcedFreeBits` does it."
+            ) from error
+
+    def _rates(self, pl_module: LightningModule, batch: Any) -> Tensor | None:
+        """Compute the rate of each observation and dimension, of all posteriors; ``None`` where there is none."""
+        own = getattr(pl_module, "posterior", None)
+        if self._reader.posterior is None and (own is None or callable(own)):
+            return None  # the module offers none, or means a method or a submodule by that name
+        posteriors, prior = self._reader.read(pl_module, batch), read_prior(pl_module)
+        if any(each.event_shape for each in (prior, *posteriors)):
+            return None  # a distribution over whole vectors has no rate of a dimension
+        offers_prior = isinstance(getattr(pl_module, "prior", None), Distribution)
+        if not offers_prior and not all(isinstance(each, Normal) for each in posteriors):
+            return None  # N(0, I) would be an invention
+        sizes = {each.batch_shape[1:] for each in posteriors}
+        if len(sizes) > 1:
+            raise ValueError(
+                "FreeBits: the posteriors of a step have latents of different shapes, "
+                f"{' and '.join(str(tuple(size)) for size in sorted(sizes))}. Choose those that the floor is under, in "
+                "a callable `posterior=lambda pl_module, batch: ...`."
+            )
+        return torch.cat([_rate(each, prior) for each in posteriors])
 
     def _choose_variant(self, pl_module: LightningModule) -> None:
         for option, value in (("per", self.per), ("average", self.average)):
@@ -150,15 +176,16 @@ class FreeBits(ScheduledKnob):
 
 
 @torch.no_grad()
-def _rates(posterior: Distribution, prior: Distribution) -> Tensor:
+def _rate(posterior: Distribution, prior: Distribution) -> Tensor:
     """Compute the rate of each observation and dimension; without a closed form, by a sample of its own."""
     try:
-        return kl_divergence(posterior, prior).float().flatten(1)
+        rate = kl_divergence(posterior, prior)
     except NotImplementedError:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices):  # training must not notice that it is watched
             z = posterior.sample()
-        return (posterior.log_prob(z) - prior.log_prob(z)).float().flatten(1)
+        rate = posterior.log_prob(z) - prior.log_prob(z)
+    return same_shape(rate, posterior, prior).float().flatten(1)
 
 
 class _AtFloor(NamedTuple):

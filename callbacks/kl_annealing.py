@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import logging
+import textwrap
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .scheduled_knob import ScheduledKnob
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from .effective_beta import WeightEffect, weight_effect
+from .knob import Knob
+from .loss_probe import LossProbe
+from .scheduled_knob import ScheduledKnob, _callbacks
 from .schedules import Schedule
+from .witness import remedy
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+log = logging.getLogger(__name__)
 
 
 class KLAnnealing(ScheduledKnob):
@@ -16,6 +30,12 @@ class KLAnnealing(ScheduledKnob):
     ``beta``. Validation, checkpoints and the module after fitting have that value. Logged as ``knobs/beta``, or the
     path's last part.
 
+    At the first batch it reports what the weight does to the loss, in nats per observation where it recognises the
+    loss's terms: the *effective beta*, which is what the weight would be in an ELBO. A weight that the loss ignores, or
+    applies twice, shows there. For that the loss of this batch is evaluated on copies of the module with the same
+    random state, at weight 0 and at others. Where that isn't cheap and without side effects (a setter, several
+    processes, manual optimization, compiled or large modules), it is left out. ``lightning_vae.VAE`` needs no report.
+
     Args:
         schedule: Weight per step: ``Linear``, ``Sigmoid``, ``Cosine``, ``Cyclical``, ``Staged``, ``Constant``, ``Join``
             or any callable of the step.
@@ -23,6 +43,7 @@ class KLAnnealing(ScheduledKnob):
             indices (``"beta"``, ``"model.kld_weight"``, ``"params.beta"``), or several that get the same value.
         setter: Writes the weight instead, ``(pl_module, value) -> None``; the schedule then needs a ``stop``.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
+        probe: Whether to evaluate the first batch for the report.
 
     Raises:
         ValueError: If there is no path, or, when fitting starts, if it leads nowhere or a length can't be turned into
@@ -48,5 +69,71 @@ class KLAnnealing(ScheduledKnob):
         attribute: str | Sequence[str] = "beta",
         setter: Callable[[Any, float], None] | None = None,
         name: str | None = None,
+        probe: bool = True,
     ) -> None:
         super().__init__(schedule, attribute, setter, name)
+        self.probe = probe
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module)
+        if self.probe and self.step(trainer) == 0 and batch_idx == 0 and self._is_foreign(pl_module):
+            self._report(trainer, pl_module, batch, batch_idx)
+
+    def _is_foreign(self, pl_module: LightningModule) -> bool:
+        """Whether it is unknown what the number does; what a setter does besides is unknown too, so it isn't tried."""
+        return self.setter is None and not set(self._paths) & set(getattr(pl_module, "knob_targets", ()))
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        probe = LossProbe(trainer, pl_module, batch, batch_idx)
+        others = [each for each in _callbacks(trainer) if isinstance(each, KLAnnealing) and each is not self]
+
+        def write(copy: LightningModule, value: float) -> None:
+            for other in others:  # two weights may be multiplied, and now be 0
+                if other.setter is None and other._target is not None:
+                    Knob(copy, other._paths).write(other._target)
+            Knob(copy, self._paths).write(value)
+
+        try:
+            target = self._target or 1.0
+            effect = weight_effect(probe, write, batch, target)
+        except LossProbe.NotPossible as reason:
+            log.debug("%s(%s): the loss was not probed: %s.", type(self).__name__, self.name, reason)
+            return
+        say = rank_zero_warn if effect.is_ignored or effect.is_squared or effect.is_counted_twice else rank_zero_info
+        text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, target)}"
+        if effect.is_ignored:
+            text += " " + remedy(pl_module)
+        say(textwrap.fill(text.strip(), 110, subsequent_indent="  "))
+
+
+def describe(effect: WeightEffect, name: str, target: float) -> str:
+    """Say what a weight does to a loss.
+
+    Args:
+        effect: What was measured.
+        name: The weight's name.
+        target: The value it is meant to have.
+    """
+    zero, _, full = effect.losses
+    if effect.is_ignored:
+        return (
+            f"the loss of the first batch is {zero:.6g} whatever `{name}` is. It doesn't read the number that is "
+            "written, or sets it anew, or the KL is exactly 0."
+        )
+    if effect.is_squared:
+        return (
+            f"the loss of the first batch grows with the square of `{name}`: {zero:.6g} at 0, {effect.losses[1]:.6g} "
+            f"at {effect.weight / 2:g}, {full:.6g} at {effect.weight:g}. It is applied twice; take it out once."
+        )
+    found = [f"the loss of the first batch is {zero:.6g} + {effect.slope:.6g} * `{name}`"]
+    if effect.rate is not None:
+        found.append(f"its slope is the {effect.rate.what}")
+    if effect.distortion is not None:
+        found.append(f"at 0 it is the {effect.distortion.what}")
+    text = "; ".join(found) + "."
+    if effect.is_counted_twice:
+        return f"{text} The weight is applied twice, or the KL lacks its factor of 1/2."
+    if effect.effective_beta is not None:
+        return f"{text} `{name}` = {target:g} is an effective beta of {target * effect.effective_beta:.4g}."
+    return text

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,32 +23,46 @@ _TO_SCALE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def as_distribution(value: Any, second: str = "log_variance") -> Distribution:
+def as_distribution(value: Any, second: str = "log_variance", chunk: int | None = None) -> Distribution:
     """Turn what a module calls its posterior into a distribution over ``(N, ...)`` latents.
 
     Args:
-        value: A ``Distribution`` (``Independent`` is taken off) or a pair of tensors ``(mean, second)``.
+        value: A ``Distribution`` (``Independent`` is taken off), a tuple or list that holds exactly one, or a pair of
+            tensors ``(mean, second)``; with ``chunk``, one tensor.
         second: What the pair's second tensor is: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
+        chunk: Axis along which one tensor is split into halves, the mean and the second parameter.
 
     Returns:
-        The distribution; a ``Normal`` for a pair.
+        The distribution; a ``Normal`` for a pair and for a tensor that was split.
 
     Raises:
-        ValueError: If the value is neither.
+        ValueError: If the value is none of these.
 
     Example::
 
         >>> as_distribution((torch.zeros(1, 2), torch.zeros(1, 2))).scale
         tensor([[1., 1.]])
+        >>> as_distribution(torch.zeros(1, 4, 8, 8), chunk=1).mean.shape
+        torch.Size([1, 2, 8, 8])
     """
+    if chunk is not None:
+        value = _halves(value, second, chunk)
+    distributions = [item for item in value if isinstance(item, Distribution)] if _is_sequence(value) else []
+    if len(distributions) == 1:
+        [value] = distributions
     if isinstance(value, Distribution):
         return as_distribution(value.base_dist) if isinstance(value, Independent) else value
-    if isinstance(value, tuple | list) and len(value) == 2 and all(isinstance(item, Tensor) for item in value):
+    if _is_sequence(value) and len(value) == 2 and all(isinstance(item, Tensor) for item in value):
         return Normal(value[0], _TO_SCALE[second](value[1]), validate_args=False)
+    if isinstance(value, Tensor):
+        hint = f"If it holds the mean and then the {second} along an axis, split it there: `chunk=1`."
+    elif distributions:
+        hint = "Say which one is the posterior: `posterior='path:index'`."
+    else:
+        hint = f"Pick a part of it with `posterior='path:part'`, mean and {second} with `('path:part', 'path:part')`."
     raise ValueError(
         f"The posterior must be a torch.distributions.Distribution or a pair of tensors (mean, {second}), got "
-        f"{_describe(value)}. Pick a part of it with `posterior='path:part'`, mean and {second} with "
-        f"`posterior=('path:part', 'path:part')`, or compute it with `posterior=lambda pl_module, batch: ...`."
+        f"{_describe(value)}. {hint} Or compute it with `posterior=lambda pl_module, batch: ...`."
     )
 
 
@@ -58,19 +72,43 @@ def read_prior(pl_module: LightningModule) -> Distribution:
     return as_distribution(prior) if isinstance(prior, Distribution) else Normal(0.0, 1.0)
 
 
+def same_shape(rates: Tensor, posterior: Distribution, prior: Distribution) -> Tensor:
+    """Return rates that are one number for each latent of the posterior.
+
+    Raises:
+        ValueError: If they are not: the prior has broadcast them to another shape.
+    """
+    if rates.shape != posterior.batch_shape:
+        raise ValueError(
+            f"The module's `prior` of shape {tuple(prior.batch_shape)} does not fit its posterior of shape "
+            f"{tuple(posterior.batch_shape)}: it must broadcast to it, axis by axis from the last."
+        )
+    return rates
+
+
 class PosteriorReader:
-    """Reads the posterior of the batch that a LightningModule has just processed, without a forward pass of its own.
+    """Reads the posteriors of the batch that a LightningModule has just processed, without a forward pass of its own.
+
+    A forward hook keeps the outputs of the submodules that are named, from :meth:`listen` at a step's start to
+    :meth:`read` (or :meth:`forget`) at its end, so that nothing of other steps piles up. A submodule that is called
+    several times in a step (once for each view, say) gives as many posteriors. What activation checkpointing computes
+    again in the backward pass does not count, except under ``torch.compile``.
 
     Args:
         posterior: Where the posterior is.
 
             - ``None``: the module's own attribute ``posterior``.
-            - A path: the output of that submodule (``"encoder"``, ``"model.encoder"``), or a part of it after a
-              colon: an index (``"encoder:0"``), a field or a key (``"encoder:embedding"``).
+            - A path: the output of that submodule (``"encoder"``, ``"model.encoder"``), or a part of it after a colon:
+              indices, keys and fields with dots between them (``"encoder:0"``, ``"vae:latent_dist.mean"``).
             - A pair of paths: the mean and the second parameter (``("fc_mu", "fc_var")``, ``("model:2", "model:3")``).
             - A callable ``(pl_module, batch) -> q(z|x)``.
+
+            A path leads to one posterior a call. The attribute and the callable may also give a list or tuple of
+            several: all its entries are then distributions, or pairs of tensors.
         second: What stands beside the mean where the posterior is a pair of tensors: ``"log_variance"``,
             ``"variance"``, ``"scale"`` or ``"log_scale"``.
+        chunk: Where the posterior is one tensor: the axis along which it is split into halves, the mean and the second
+            parameter. 1 for ``(N, 2k)`` and ``(N, 2k, H, W)``, -1 for ``(N, T, 2k)`` and ``(N, k, 2)``.
 
     Raises:
         ValueError: If an option is none of these.
@@ -80,8 +118,9 @@ class PosteriorReader:
         self,
         posterior: str | tuple[str, str] | Callable[[LightningModule, Any], Any] | None = None,
         second: str = "log_variance",
+        chunk: int | None = None,
     ) -> None:
-        paths = [posterior] if isinstance(posterior, str) else posterior if isinstance(posterior, tuple | list) else []
+        paths = [posterior] if isinstance(posterior, str) else posterior if _is_sequence(posterior) else []
         is_paths = len(paths) in (1, 2) and all(isinstance(path, str) for path in paths)
         if not (posterior is None or callable(posterior) or is_paths):
             raise ValueError(
@@ -90,66 +129,128 @@ class PosteriorReader:
             )
         if second not in _TO_SCALE:
             raise ValueError(f"`second` must be one of {', '.join(map(repr, _TO_SCALE))}, got {second!r}.")
+        if chunk == 0 or not isinstance(chunk, int | None):
+            raise ValueError(
+                "`chunk` must be the axis that holds the mean and then the second parameter: 1, 2, ... or -1, -2, ... "
+                f"from the end (axis 0 is the observations), got {chunk!r}."
+            )
+        if chunk is not None and len(paths) == 2:
+            raise ValueError(f"`chunk` splits one tensor; with the pair `posterior={posterior!r}` leave it out.")
         self.posterior = posterior
         self.second = second
+        self.chunk = chunk
         self._paths = list(paths)
-        self._outputs: dict[str, Any] = {}
+        self._outputs: dict[str, list[Any]] | None = None  # of this step's calls by path; None between the steps
         self._handles: list[RemovableHandle] = []
 
-    def attach(self, pl_module: LightningModule) -> None:
-        """Watch the submodules that the paths name, until :meth:`detach`.
+    def listen(self, pl_module: LightningModule) -> None:
+        """Keep what the named submodules output from now on: a step begins.
+
+        The first time it puts hooks on them, which stay until :meth:`detach`.
 
         Raises:
             ValueError: If a path leads nowhere.
         """
-        self.detach()
-        modules = [_submodule(pl_module, path) for path in self._paths]
-        self._handles = [
-            module.register_forward_hook(partial(self._keep, path))
-            for path, module in zip(self._paths, modules, strict=True)
-        ]
+        if not self._handles:
+            modules = {path: _submodule(pl_module, path) for path in self._paths}
+            self._handles = [
+                module.register_forward_hook(partial(self._keep, path)) for path, module in modules.items()
+            ]
+        self._outputs = {path: [] for path in self._paths}
 
-    def read(self, pl_module: LightningModule, batch: Any) -> Distribution:
-        """Return the posterior of the batch just processed.
+    def forget(self) -> None:
+        """Keep nothing until the next :meth:`listen`: a step has ended."""
+        self._outputs = None
+
+    def read(self, pl_module: LightningModule, batch: Any) -> list[Distribution]:
+        """Return the posteriors of the batch just processed, in the order of the calls, and forget them.
 
         Raises:
             ValueError: If the module did not produce one, or produced something else.
         """
-        if callable(self.posterior):
-            return as_distribution(self.posterior(pl_module, batch), self.second)
-        if self.posterior is None:
-            return as_distribution(self._own_posterior(pl_module), self.second)
-        return as_distribution(self._watched_posterior(), self.second)
+        if self._paths:
+            values = self._watched(pl_module)
+        else:
+            find = self.posterior if callable(self.posterior) else _own_posterior
+            value = find(pl_module, batch)
+            values = list(value) if _is_several(value) else [value]
+        return [as_distribution(value, self.second, self.chunk) for value in values]
 
-    def detach(self) -> None:
-        """Remove every hook and forget what they kept."""
+    def unhook(self) -> None:
+        """Remove every hook until the next :meth:`listen`; a module that is saved as an object would take it along."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._outputs = {}
+
+    def detach(self) -> None:
+        """Remove every hook and forget what they kept."""
+        self.unhook()
+        self.forget()
 
     def _keep(self, path: str, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
-        self._outputs[path] = _part(output, path)
+        if self._outputs is not None and (torch.compiler.is_compiling() or not _in_backward()):
+            self._outputs[path].append(output)
 
-    def _own_posterior(self, pl_module: LightningModule) -> Any:
-        if not hasattr(pl_module, "posterior"):
+    def _watched(self, pl_module: LightningModule) -> list[Any]:
+        outputs, self._outputs = self._outputs or {}, None
+        for path in self._paths:
+            if not outputs.get(path):
+                raise ValueError(_silent(pl_module, path))
+        calls = [len(outputs[path]) for path in self._paths]
+        if len(set(calls)) > 1:
             raise ValueError(
-                f"`posterior=None` reads `{type(pl_module).__name__}.posterior`, which does not exist. Name the "
-                f"submodule that outputs the posterior, one of {_names(pl_module)}, or pass a callable "
-                "`(pl_module, batch) -> q(z|x)`."
+                f"`posterior`: {self._paths[0]!r} was called {calls[0]} times in this step and {self._paths[1]!r} "
+                f"{calls[1]} times, so that their outputs are no pairs. Pass a callable `(pl_module, batch) -> q(z|x)`."
             )
-        return pl_module.posterior
+        parts = [[_part(output, path) for output in outputs[path]] for path in self._paths]
+        return parts[0] if len(parts) == 1 else list(zip(*parts, strict=True))
 
-    def _watched_posterior(self) -> Any:
-        silent = [path for path in self._paths if path not in self._outputs]
-        if silent:
-            raise ValueError(
-                f"`posterior`: {silent[0]!r} was not called in this step, so that there is no output to read. Name a "
-                "submodule that is called as a whole (a step may call only a module's methods, the LightningModule's "
-                "too), or pass a callable `(pl_module, batch) -> q(z|x)`."
-            )
-        outputs = [self._outputs.pop(path) for path in self._paths]
-        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+def _own_posterior(pl_module: LightningModule, _batch: Any) -> Any:
+    own = getattr(pl_module, "posterior", None)
+    if not hasattr(pl_module, "posterior") or callable(own):
+        reason = f"is {_describe(own)}" if callable(own) else "does not exist"
+        raise ValueError(
+            f"`posterior=None` reads `{type(pl_module).__name__}.posterior`, which {reason}. Name the submodule that "
+            f"outputs the posterior, one of {_names(pl_module)}, or pass a callable `(pl_module, batch) -> q(z|x)`."
+        )
+    return own
+
+
+def _in_backward() -> bool:
+    """Whether this is the backward pass, where activation checkpointing calls modules a second time."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _is_sequence(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
+    return isinstance(value, tuple | list)
+
+
+def _is_several(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
+    """Whether a value is several posteriors: a distribution beside something else is one, and so is a pair."""
+    return (
+        _is_sequence(value) and len(value) > 0 and all(isinstance(item, Distribution | tuple | list) for item in value)
+    )
+
+
+def _halves(value: Any, second: str, axis: int) -> tuple[Tensor, ...]:
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"`chunk={axis}` splits one tensor into mean and {second}, got {_describe(value)}. Name the tensor with "
+            "`posterior='path:part'`, or leave `chunk` out."
+        )
+    if axis not in (*range(1, value.ndim), *range(1 - value.ndim, 0)):
+        raise ValueError(
+            f"`chunk={axis}` must be an axis behind the first, which is the observations, got {_describe(value)}."
+        )
+    size = value.shape[axis]
+    if size == 0 or size % 2:
+        raise ValueError(
+            f"`chunk={axis}` must be an axis of even size, to hold the mean and as much {second}, got "
+            f"{_describe(value)}."
+        )
+    # (N, k, 2) is (N, k) twice, not (N, k, 1).
+    return value.unbind(axis) if size == 2 and value.ndim > 2 else value.chunk(2, axis)
 
 
 def _submodule(pl_module: LightningModule, path: str) -> torch.nn.Module:
@@ -165,27 +266,56 @@ def _submodule(pl_module: LightningModule, path: str) -> torch.nn.Module:
         ) from None
 
 
+def _silent(pl_module: LightningModule, path: str) -> str:
+    """Say why a hook may not have fired, and what to do."""
+    if hasattr(_submodule(pl_module, path), "training_step"):
+        why = (
+            "It is a LightningModule: Lightning calls its `training_step` and `validation_step`, which often never "
+            "call a module's own `forward`, so that a hook on it never fires."
+        )
+    else:
+        why = "A hook fires where a module is called as a whole, `encoder(x)`; not at `encoder.forward(x)`."
+    if any(_is_compiled(module) for module in pl_module.modules()):
+        why += (
+            " And what was compiled before the hook was there runs without it: call `torch.compiler.reset()` before "
+            "you fit again."
+        )
+    return (
+        f"`posterior`: {path!r} was not called in this step, so that there is no output to read. {why} Name a "
+        f"submodule whose output is the posterior, one of {_names(pl_module)}, or pass a callable "
+        "`(pl_module, batch) -> q(z|x)`."
+    )
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    # The names are those of a LightningModule, of `torch.compile(module)` and of `module.compile()`.
+    return any(getattr(module, name, None) for name in ("_compiler_ctx", "_orig_mod", "_compiled_call_impl"))
+
+
 def _names(pl_module: LightningModule) -> str:
-    names = [name for name, _ in pl_module.named_modules() if name]
+    names = sorted((name for name, _ in pl_module.named_modules() if name), key=lambda name: name.count("."))
     return ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
 
 
 def _part(output: Any, path: str) -> Any:
     """Return the part of a submodule's output that a path names behind its colon; all of it without one."""
     part = path.partition(":")[2]
-    if not part:
-        return output
-    try:
-        if isinstance(output, Mapping):
-            return output[part]
-        if isinstance(output, Tensor):  # an index would pick an observation
-            raise TypeError
-        return output[int(part)] if part.lstrip("-").isdigit() else getattr(output, part)
-    except (AttributeError, LookupError, TypeError):
-        hint = " Split it: `posterior=lambda pl_module, batch: ...`." if isinstance(output, Tensor) else ""
-        raise ValueError(
-            f"`posterior={path!r}`: the output is {_describe(output)}, which has no {part!r}.{hint}"
-        ) from None
+    for name in part.split(".") if part else ():
+        try:
+            output = _item(output, name)
+        except (AttributeError, LookupError, TypeError):
+            hint = " Halves of a tensor are for `chunk=`." if isinstance(output, Tensor) else ""
+            raise ValueError(f"`posterior={path!r}`: {_describe(output)} has no {name!r}.{hint}") from None
+    return output
+
+
+def _item(value: Any, name: str) -> Any:
+    """Return what a name stands for in a value: a key, an index or a field."""
+    if isinstance(value, Tensor):  # an index would pick an observation, a field would be a method
+        raise TypeError
+    if isinstance(value, Mapping) and name in value:
+        return value[name]
+    return value[int(name)] if name.lstrip("-").isdigit() else getattr(value, name)
 
 
 def _describe(value: Any) -> str:
@@ -196,4 +326,7 @@ def _describe(value: Any) -> str:
         return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
     if isinstance(value, tuple | list):
         return f"a {type(value).__name__} of {len(value)} ({', '.join(map(_describe, value))})"
+    fields = [name for name in getattr(value, "__dict__", ()) if not name.startswith("_")]
+    if fields and not isinstance(value, Distribution | torch.nn.Module):
+        return f"a {type(value).__name__} with the fields {', '.join(map(repr, fields))}"
     return f"a {type(value).__name__}"

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from .attribute import writer
 from .base import Callback
+from .knob import Knob
 from .schedules import Schedule
+from .witness import Witness, remedy
 
 try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
@@ -35,10 +36,12 @@ class ScheduledKnob(Callback):
     The number moves in training batches alone: validation and checkpoints see its target, so that a validation loss
     selects models under any schedule, and a checkpoint that is loaded holds the value that was meant.
 
+    After a step the number is read back. If something else has moved it, that is said once, with the function that did.
+
     Args:
         schedule: Value per step: one of this package's schedules, or any callable.
         attribute: Where the module keeps the number: a dotted path through submodules, objects, dict keys and list
-            indices, or several such paths that get the same value.
+            indices, or several such paths that get the same value. A method at its end is replaced by the value.
         setter: Writes the number instead, ``(pl_module, value) -> None``; the schedule then needs an explicit end.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
@@ -70,7 +73,9 @@ class ScheduledKnob(Callback):
         self._base: float | None = None
         self._run: dict[str, int | None] = {}
         self._target: float | None = None
-        self._write: Callable[[float], None] | None = None
+        self._knob: Knob | None = None
+        self._witness: Witness | None = None
+        self._conflict_reported = False
 
     @property
     @override
@@ -84,22 +89,27 @@ class ScheduledKnob(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._refuse_twins(trainer)
-        write, current = self._writer(pl_module)
-        goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
-        restored = self._restored or (self.state_dict() if goes_on else {})
-        self._base = self._configured(pl_module, current, restored)
-        self._resolve(trainer, restored)
-        self._agree_on_target(pl_module)
-        self._refuse_moving_monitor(trainer)
-        self._write = write
+        self.at_end(trainer, self._let_go)
+        try:
+            self._begin(trainer, pl_module)
+        except ValueError:
+            # Some modules build themselves in hooks that come after this one.
+            if not _builds_itself_later(pl_module):
+                raise
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        assert self._write is not None
-        self._write(self._resolved(self.step(trainer)))
+        if self._knob is None:
+            self._begin(trainer, pl_module)
+        assert self._knob is not None
+        self._knob.write(self._resolved(self.step(trainer)))
+        if self._witness is not None:
+            self._witness.watch()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if not self._conflict_reported:
+            self._look_for_conflict(trainer, pl_module)
         if self.logs_now(trainer) and self.name not in getattr(
             pl_module, "knob_targets", ()
         ):  # else it logs them itself
@@ -112,12 +122,6 @@ class ScheduledKnob(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._write_target()
-        self._write = None
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._write_target()
-        self._write = None
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -136,13 +140,51 @@ class ScheduledKnob(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict)
 
-    def _writer(self, pl_module: LightningModule) -> tuple[Callable[[float], None], float | None]:
-        return writer(pl_module, self.attribute, self.setter)
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        knob = self._find(pl_module)
+        goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
+        restored = self._restored or (self.state_dict() if goes_on else {})
+        self._base = self._configured(pl_module, knob.read(), restored)
+        self._resolve(trainer, restored)
+        self._agree_on_target(pl_module)
+        self._refuse_moving_monitor(trainer)
+        self._knob = knob
+        self._conflict_reported = False
+
+    def _find(self, pl_module: LightningModule) -> Knob:
+        return Knob(pl_module, self._paths, self.setter)
+
+    def _let_go(self) -> None:
+        """Leave the number at its target, however the run ended."""
+        self._write_target()
+        if self._witness is not None:
+            self._witness.rest()
+        self._knob = self._witness = None
 
     def _write_target(self) -> None:
         """Set the number to where it is meant to end, until the next training batch, if any."""
-        if self._write is not None and self._target is not None:
-            self._write(self._target)
+        if self._knob is not None and self._target is not None:
+            self._knob.write(self._target)
+
+    def _look_for_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once that something else moves the number; who it is takes another batch to see."""
+        assert self._knob is not None
+        if self._witness is not None:
+            self._witness.rest()
+        place = self._knob.overwritten()
+        if place is None:
+            return
+        if self._witness is None:
+            self._witness = Witness(place.holds)
+            return
+        step = self.step(trainer)
+        rank_zero_warn(
+            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._resolved(step):g} for step {step}, "
+            f"and after it is {place.read()}: {self._witness.seen or 'something else'} sets it too, so that one of the "
+            f"two has no effect. {remedy(pl_module) or 'Take one out.'}"
+        )
+        self._witness = None
+        self._conflict_reported = True
 
     def _configured(self, pl_module: LightningModule, current: float | None, restored: dict[str, Any]) -> float | None:
         """Return the value that the module is configured with; where it doesn't tell, the one a run began with."""
@@ -229,6 +271,15 @@ class ScheduledKnob(Callback):
                     f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow the schedule and "
                     "not the model. Monitor 'val/loss' (the loss at the target) or 'train/elbo' with mode 'max'."
                 )
+
+
+def _builds_itself_later(pl_module: LightningModule) -> bool:
+    hooks = ("on_fit_start", "on_train_start", "on_train_epoch_start")
+    return any(hook in vars(of) for of in type(pl_module).__mro__ for hook in hooks if not _is_lightnings(of))
+
+
+def _is_lightnings(of: type) -> bool:
+    return of.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
 
 
 def _callbacks(trainer: Trainer) -> list[Any]:

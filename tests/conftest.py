@@ -5,5 +5,8 @@ import torch
 # Lightning 2.6 calls names of jsonargparse that are being given up; it is not for our users to mend.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
+# What is saved must load without its code being trusted. (Lightning's own `weights_only=` begins with 2.6.)
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
 # The models of the tests are small: threads cost them more than they give.
 torch.set_num_threads(1)

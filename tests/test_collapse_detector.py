@@ -11,11 +11,27 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from torch import nn
-from torch.distributions import MultivariateNormal, Normal
+from torch.distributions import (
+    Bernoulli,
+    Gamma,
+    Independent,
+    Laplace,
+    LogNormal,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    OneHotCategorical,
+    RelaxedBernoulli,
+    RelaxedOneHotCategorical,
+    TransformedDistribution,
+    VonMises,
+)
+from torch.distributions.transforms import TanhTransform
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vae.callbacks.collapse_detector import CollapseDetector
 from lightning_vae.callbacks.mutual_information import mutual_information
+from lightning_vae.callbacks.scheduled_knob import MisconfigurationException
 
 
 def detect(*args, **options):
@@ -50,11 +66,11 @@ def batches(state: str, rows: range, size: int) -> Any:
 class Known(LightningModule):
     """A module whose posterior on validation pass n is that of the nth state, and which learns nothing."""
 
-    def __init__(self, states=("healthy",), size=64, fails=False):
+    def __init__(self, states=("healthy",), size=64):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(()))
         self.encoder = nn.Identity()
-        self.states, self.size, self.fails = states, size, fails
+        self.states, self.size = states, size
         self.posterior = None
 
     @property
@@ -62,8 +78,6 @@ class Known(LightningModule):
         return self.states[min(self.current_epoch, len(self.states) - 1)]
 
     def step(self, batch):
-        if self.fails and self.global_step:
-            raise RuntimeError("on purpose")
         mean, variance = self.encoder((batch["mean"], batch["variance"]))
         self.posterior = Normal(mean, variance.sqrt())
 
@@ -265,18 +279,154 @@ def test_a_foreign_module_with_batches_that_have_no_index(tmp_path):
     assert not model.encoder._forward_hooks
 
 
-def test_a_posterior_with_correlations_has_active_units_only(tmp_path):
-    detector = detect(posterior=lambda _, batch: MultivariateNormal(batch["mean"], torch.eye(4)))
-    [row] = rows_of(fit(tmp_path, detector, epochs=1))
+OTHERS: dict[str, Any] = {
+    "MultivariateNormal": lambda mean: MultivariateNormal(mean, torch.eye(4)),
+    "LowRankMultivariateNormal": lambda mean: LowRankMultivariateNormal(mean, torch.ones(4, 1), torch.ones(4)),
+    "Gamma": lambda mean: Gamma(mean.exp(), 1.0),
+    "Laplace": lambda mean: Laplace(mean, 1.0),
+    "Independent Laplace": lambda mean: Independent(Laplace(mean, 1.0), 1),
+    "LogNormal": lambda mean: LogNormal(mean, 1.0),
+    "OneHotCategorical": lambda mean: OneHotCategorical(logits=9 * mean),
+    "Bernoulli": lambda mean: Bernoulli(logits=mean),
+    "VonMises": lambda mean: VonMises(mean, 1.0),
+}
+
+
+@pytest.mark.parametrize("prior", [None, MultivariateNormal(torch.zeros(4), torch.eye(4))])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_posterior_that_is_not_a_diagonal_gaussian_has_active_units_only(tmp_path, name, prior):
+    model = Known()
+    model.prior = prior
+    [row] = rows_of(fit(tmp_path, detect(posterior=lambda _, batch: OTHERS[name](batch["mean"])), model, epochs=1))
     assert row["latent/active_units"] == 4
     assert not {"latent/mutual_information", "latent/marginal_kl"} & set(row)
 
 
-def test_hooks_are_removed_after_an_exception(tmp_path):
-    model = Known(fails=True)
-    with pytest.raises(RuntimeError, match="on purpose"):
-        fit(tmp_path, detect(posterior="encoder", second="variance"), model, limit_val_batches=0)
-    assert not model.encoder._forward_hooks
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda mean: RelaxedBernoulli(torch.tensor(0.5), logits=mean),
+        lambda mean: RelaxedOneHotCategorical(torch.tensor(0.5), logits=mean),
+        lambda mean: TransformedDistribution(Normal(mean, 1.0), [TanhTransform()]),
+    ],
+)
+def test_a_posterior_without_a_mean(tmp_path, make):
+    name = type(make(torch.zeros(1, 4))).__name__
+    with pytest.raises(ValueError, match=f"a {name}, has no `mean`.*Pass a callable .* returns a Normal"):
+        fit(tmp_path, detect(posterior=lambda _, batch: make(batch["mean"])), epochs=1)
+
+
+def test_a_prior_of_another_shape(tmp_path):
+    model = Known()
+    model.prior = Normal(torch.zeros(5, 1, 1), 1.0)
+    with pytest.raises(ValueError, match=r"`prior` of shape \(5, 1, 1\) does not fit its posterior of shape \(64, 4\)"):
+        fit(tmp_path, detect(), model, epochs=1)
+
+
+# ---- the shape of the latents
+
+
+def test_each_position_of_latents_with_axes_is_a_dimension(tmp_path):
+    def grid(pl_module, batch):
+        return batch["mean"].reshape(-1, 2, 2, 1), batch["variance"].log().reshape(-1, 2, 2, 1)
+
+    [flat] = rows_of(fit(tmp_path / "flat", detect(), Known(["pruned"]), epochs=1))
+    [row] = rows_of(fit(tmp_path / "grid", detect(posterior=grid), Known(["pruned"]), epochs=1))
+    assert row == pytest.approx(flat, rel=1e-6)
+
+
+def test_latents_whose_shape_changes(tmp_path):
+    def padded(pl_module, batch):
+        length = int(batch["index"][0]) // 64 + 1
+        return Normal(batch["mean"].unsqueeze(1).expand(-1, length, -1), 1.0)
+
+    with pytest.raises(ValueError, match=r"shape \(1, 4\) in one step and \(2, 4\) in another.*Average.* callable"):
+        fit(tmp_path, detect(posterior=padded), epochs=1)
+
+
+def test_the_variance_is_exact_beside_a_large_mean(tmp_path):
+    means = 100 + 0.05 * torch.randn(ROWS, 4, generator=torch.Generator().manual_seed(3))
+    assert means.dtype == torch.float32
+    detector = detect(posterior=lambda _, batch: (means[batch["index"]], torch.zeros(len(batch["index"]), 4)))
+    measured = []
+    draw = detector._draw
+    detector._draw = lambda trainer, each: (measured.append(each), draw(trainer, each))
+    fit(tmp_path, detector, Known(size=7), epochs=1)
+    exact = means.double()
+    exact = (exact - exact.mean(0)).square().mean(0)
+    assert exact.tolist() == pytest.approx([0.0025] * 4, rel=0.2)
+    assert measured[0].variance.tolist() == pytest.approx(exact.tolist(), rel=1e-6)
+
+
+# ---- several posteriors
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_each_view_of_an_observation_counts(tmp_path, indexed):
+    mean, variance = posteriors("healthy")
+
+    class Views(Known):
+        def validation_step(self, batch, batch_idx):
+            part = batch if isinstance(batch, torch.Tensor) else batch["index"]
+            self.encoder((mean[part], variance[part]))
+            self.encoder((-mean[part] + 3, variance[part]))
+
+        def val_dataloader(self):
+            parts = torch.arange(ROWS).split(32)
+            return DataLoader([{"index": part} for part in parts] if indexed else parts, batch_size=None)
+
+    [row] = rows_of(fit(tmp_path, detect("encoder", "variance"), Views(), epochs=1))
+    both = torch.stack([mean, -mean + 3], dim=1).flatten(end_dim=1), variance.repeat(2, 1)
+    information = float(mutual_information(*both))
+    assert row["latent/mutual_information"] == pytest.approx(information, rel=1e-6 if indexed else 0.02)
+    rate = 0.5 * (both[0] ** 2 + both[1] - 1 - both[1].log()).sum(dim=1).mean()
+    assert row["latent/marginal_kl"] == pytest.approx(float(rate) - row["latent/mutual_information"], abs=1e-4)
+
+
+class Two(Known):
+    """A module with two encoders, of which one has collapsed."""
+
+    def __init__(self):
+        super().__init__(["collapsed"])
+        self.other = nn.Identity()
+
+    def step(self, batch):
+        super().step(batch)
+        self.other((posteriors("healthy")[0][batch["index"]], batch["variance"]))
+
+
+def test_two_detectors_side_by_side(tmp_path):
+    names = {"dead": "encoder", "alive": "other"}
+    detectors = [detect(path, "variance", name=name) for name, path in names.items()]
+    logger = TensorBoardLogger(tmp_path)
+    with pytest.warns(UserWarning, match=r"CollapseDetector\(dead\): the posterior is collapsed"):
+        trainer = fit(tmp_path, detectors[0], Two(), callbacks=detectors[1:], logger=logger)
+    metrics = trainer.callback_metrics
+    assert [metrics[f"latent_{name}/active_units"] for name in names] == [0, 4]
+    assert [metrics[f"collapse_{name}/alarm"] for name in names] == [1, 0]
+    assert not [key for key in metrics if key.startswith(("latent/", "collapse/"))]
+    events = EventAccumulator(logger.log_dir).Reload().Tags()
+    assert {f"latent_{name}/rate_per_dimension" for name in names} <= set(events["images"])
+    assert events["tensors"] == ["collapse_dead/message/text_summary"]
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    saved = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]
+    assert [saved[each.state_key]["alarming_passes"] for each in detectors] == [2, 0]
+
+
+@pytest.mark.parametrize(("name", "key"), [(None, "latent/active_units"), ("same", "latent_same/active_units")])
+def test_two_detectors_that_would_log_the_same(tmp_path, name, key):
+    detectors = [detect(path, "variance", name=name) for path in ("encoder", "other")]
+    message = f"Two CollapseDetectors log `{key}`. Tell them apart with `name=`"
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(tmp_path, detectors[0], Two(), callbacks=detectors[1:])
+    with pytest.raises(MisconfigurationException, match=message):
+        Trainer(
+            default_root_dir=tmp_path,
+            accelerator="cpu",
+            callbacks=list(detectors),
+            logger=False,
+            enable_progress_bar=False,
+        ).validate(Two(), verbose=False)
 
 
 def test_no_forward_pass_is_added(tmp_path):
@@ -337,8 +487,9 @@ def test_state_before_the_first_pass():
 def test_state_key_and_pickle():
     places: list[Any] = [None, "encoder", ("a", "b"), posteriors]
     keys = [detect(place).state_key for place in places]
-    assert keys[1] == "CollapseDetector{'posterior': 'encoder'}"
-    assert len(set(keys)) == 4
+    keys.append(detect("encoder", name="view").state_key)
+    assert keys[1] == "CollapseDetector{'posterior': 'encoder', 'name': None}"
+    assert len(set(keys)) == 5
     assert pickle.loads(pickle.dumps(detect("encoder"))).state_key == keys[1]
 
 
@@ -399,6 +550,7 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
         ({"observations": 1}, "`observations` must be at least 2, got 1"),
         ({"on_alarm": "raise"}, "`on_alarm` must be 'warn', 'stop' or a callable.*'raise'"),
         ({"second": "std"}, "`second` must be one of"),
+        ({"chunk": 0}, "`chunk` must be the axis"),
     ],
 )
 def test_invalid_options(options, message):

@@ -11,7 +11,19 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.distributions import Cauchy, Distribution, Normal, kl_divergence
+from torch.distributions import (
+    Cauchy,
+    Distribution,
+    Gamma,
+    Independent,
+    Laplace,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    OneHotCategorical,
+    RelaxedBernoulli,
+    kl_divergence,
+)
 
 from lightning_vae import free_bits
 from lightning_vae.callbacks import Constant, FreeBits, KLAnnealing, Linear
@@ -229,7 +241,7 @@ def test_a_loaded_checkpoint_has_floor_and_variant(tmp_path: Path) -> None:
     callbacks = [FreeBits(Linear(start=2.0, stop=0.5, steps=6), per="whole"), save]
     trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1, enable_checkpointing=True)
     trainer.fit(RecordingVAE(), loader())
-    model = RecordingVAE.load_from_checkpoint(tmp_path / "saved.ckpt", weights_only=True)
+    model = RecordingVAE.load_from_checkpoint(tmp_path / "saved.ckpt")
     assert (model.free_bits, model.knob_targets["free_bits"], model.free_bits_per) == (0.5, 0.5, "whole")
 
 
@@ -292,10 +304,11 @@ def test_a_module_without_a_floor_is_told_the_line(tmp_path: Path) -> None:
 def test_a_posterior_without_a_closed_form_is_sampled_without_a_trace(tmp_path: Path) -> None:
     class Heavy(Posed):
         draws: list[float]
+        prior = Cauchy(0.0, 2.0)
 
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             loss = super().training_step(batch, batch_idx)
-            self.posterior = Cauchy(self.mean.expand(len(batch), -1), 1.0)
+            self.posterior = Laplace(self.mean.expand(len(batch), -1), 1.0)
             self.draws.append(torch.rand(()).item())
             return loss
 
@@ -307,6 +320,91 @@ def test_a_posterior_without_a_closed_form_is_sampled_without_a_trace(tmp_path: 
         quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1, log_every_n_steps=1).fit(model, loader())
         draws.append(model.draws)
     assert draws[0] == draws[1]
+
+
+def posed(posterior: Any, prior: Any = None) -> Posed:
+    """Return a module that offers this posterior of each batch, and this prior."""
+
+    class Offers(Posed):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            self.posterior = posterior(self.mean.expand(len(batch), -1)) if callable(posterior) else posterior
+            return loss
+
+    model = Offers([2.0, 0.5, 0.1])
+    model.prior = prior
+    return model
+
+
+OTHERS: dict[str, Any] = {
+    "MultivariateNormal": lambda mean: MultivariateNormal(mean, torch.eye(3)),
+    "LowRankMultivariateNormal": lambda mean: LowRankMultivariateNormal(mean, torch.ones(3, 1), torch.ones(3)),
+    "OneHotCategorical": lambda mean: OneHotCategorical(logits=mean),
+    "Gamma": lambda mean: Gamma(mean.exp(), 1.0),
+    "RelaxedBernoulli": lambda mean: RelaxedBernoulli(torch.tensor(0.5), logits=mean),
+    "Laplace": lambda mean: Laplace(mean, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_rate_of_a_dimension_is_invented(tmp_path: Path, name: str) -> None:
+    curves = logged(tmp_path, posed(OTHERS[name]), FreeBits(0.5))
+    assert "latent/at_floor" not in curves
+
+
+def test_a_prior_over_vectors_gives_no_rate_of_a_dimension(tmp_path: Path) -> None:
+    prior = MultivariateNormal(torch.zeros(3), torch.eye(3))
+    curves = logged(tmp_path, posed(lambda mean: Normal(mean, 1.0), prior), FreeBits(0.5))
+    assert "latent/at_floor" not in curves
+
+
+def test_a_posterior_over_vectors_gives_no_rate_of_a_dimension(tmp_path: Path) -> None:
+    def posterior(mean: Tensor) -> Distribution:
+        return MultivariateNormal(mean[:1].expand(3, -1), torch.eye(3))  # (3,) and (3, 3) would broadcast
+
+    curves = logged(tmp_path, posed(posterior, Normal(torch.zeros(3, 3), 1.0)), FreeBits(0.5))
+    assert "latent/at_floor" not in curves
+
+
+@pytest.mark.parametrize("independent", [True, False])
+def test_a_factorised_posterior_is_measured_against_the_modules_prior(tmp_path: Path, independent: bool) -> None:
+    def posterior(mean: Tensor) -> Distribution:
+        laplace = Laplace(mean, 1.0)  # rates of 1.14, 0.37 and 0.09
+        return Independent(laplace, 1) if independent else laplace
+
+    curves = logged(tmp_path, posed(posterior, Laplace(torch.zeros(3), 1.0)), FreeBits(0.5))
+    assert curves["latent/at_floor"] == [2.0] * 6
+
+
+def test_what_is_called_posterior_and_is_none(tmp_path: Path) -> None:
+    class Names(ForeignModule):
+        free_bits = 0.0
+
+        def posterior(self, x: Tensor) -> Normal:
+            return Normal(x, 1.0)
+
+    assert "latent/at_floor" not in logged(tmp_path, Names(), FreeBits(0.5))
+    model = posed(None)
+    assert "latent/at_floor" not in logged(tmp_path, model, FreeBits(0.5))
+
+
+def test_the_rates_of_all_views_count(tmp_path: Path) -> None:
+    # Rates of 2, 0.5, 0.1 in one view and 0, 4, 0.5 in the other: 1, 2.25, 0.3 on average.
+    views = [lambda mean: mean, lambda mean: torch.tensor([0.0, 8**0.5, 1.0]).expand_as(mean)]
+    model = posed(lambda mean: [Normal(view(mean), 1.0) for view in views])
+    assert logged(tmp_path, model, FreeBits(0.9))["latent/at_floor"] == [1.0] * 6
+
+
+def test_views_of_different_sizes(tmp_path: Path) -> None:
+    model = posed(lambda mean: [Normal(mean, 1.0), Normal(mean[:, :2], 1.0)])
+    with pytest.raises(ValueError, match=r"latents of different shapes, \(2,\) and \(3,\)\. Choose"):
+        logged(tmp_path, model, FreeBits(0.9))
+
+
+def test_a_prior_of_another_shape(tmp_path: Path) -> None:
+    model = posed(lambda mean: Normal(mean.unsqueeze(-1), 1.0), Normal(torch.zeros(3), 1.0))
+    with pytest.raises(ValueError, match=r"`prior` of shape \(3,\) does not fit its posterior of shape \(2, 3, 1\)"):
+        logged(tmp_path, model, FreeBits(0.9))
 
 
 # ---- the warning
@@ -365,6 +463,7 @@ def test_a_threshold_that_leaves_the_model_alone_does_not_warn(
         ({"threshold": 0.5, "per": 0}, "`per` must be"),
         ({"threshold": 0.5, "average": "mean"}, "`average` must be 'batch' or 'sample', got 'mean'"),
         ({"threshold": 0.5, "second": "std"}, "`second` must be one of"),
+        ({"threshold": 0.5, "chunk": 0}, "`chunk` must be the axis"),
     ],
 )
 def test_an_option_out_of_its_range(options: dict[str, Any], message: str) -> None:

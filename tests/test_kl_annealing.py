@@ -261,7 +261,7 @@ def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path, module: type[Any], s
         checkpoint = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, **SAVES[save])
         callbacks = [KLAnnealing(Linear(fraction=0.75)), checkpoint]
         trainer = quiet_trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True, max_epochs=3)
-        trainer.fit(model, loader(), ckpt_path=path, weights_only=True if path else None)
+        trainer.fit(model, loader(), ckpt_path=path)
         return betas(model) if module is RecordingVAE else model.used
 
     whole = run()
@@ -287,7 +287,7 @@ def test_a_lengthened_run_keeps_the_steps_it_began_with(tmp_path: Path, schedule
     model = RecordingVAE()
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(schedule)], max_epochs=2)
     with pytest.warns(UserWarning, match="was 6 steps long when it began and is 12 now. The schedule keeps"):
-        trainer.fit(model, loader(), ckpt_path=path, weights_only=True)
+        trainer.fit(model, loader(), ckpt_path=path)
     begun = schedule.resolve(1.0, steps_per_epoch=6, total_steps=6)
     assert betas(model) == pytest.approx([begun(step) for step in range(3, 12)])
 
@@ -296,7 +296,7 @@ def test_lengths_in_steps_and_epochs_do_not_mind_a_lengthened_run(tmp_path: Path
     path = checkpoint_of(tmp_path, Linear(epochs=1), RecordingVAE())
     model = RecordingVAE()
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(epochs=1))], max_epochs=2)
-    trainer.fit(model, loader(), ckpt_path=path, weights_only=True)  # a warning would be an error
+    trainer.fit(model, loader(), ckpt_path=path)  # a warning would be an error
     assert betas(model) == pytest.approx([min(1.0, step / 6) for step in range(3, 12)])
 
 
@@ -305,7 +305,7 @@ def test_a_changed_schedule_is_said(tmp_path: Path) -> None:
     model = RecordingVAE()
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=5))], max_epochs=1)
     with pytest.warns(UserWarning, match=r"saved under Linear\(.*steps=6.*goes on under Linear\(.*steps=5"):
-        trainer.fit(model, loader(), ckpt_path=path, weights_only=True)
+        trainer.fit(model, loader(), ckpt_path=path)
     assert betas(model) == pytest.approx([0.6, 0.8, 1.0])
 
 
@@ -314,7 +314,7 @@ def test_a_changed_target_is_said(tmp_path: Path) -> None:
     model = RecordingVAE(beta=4.0)
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=6))], max_epochs=1)
     with pytest.warns(UserWarning, match="saved by a run to 2; the module is configured with 4"):
-        trainer.fit(model, loader(), ckpt_path=path, weights_only=True)
+        trainer.fit(model, loader(), ckpt_path=path)
     assert betas(model) == pytest.approx([2.0, 4 * 4 / 6, 4 * 5 / 6])
     assert model.beta == 4.0
 
@@ -327,7 +327,7 @@ def test_the_base_is_saved_and_comes_back(tmp_path: Path) -> None:
 
     left_behind = ForeignModule(beta=2.0)  # as a script might that read the value in the middle of the run
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=6))], max_epochs=1)
-    trainer.fit(left_behind, loader(), ckpt_path=path, weights_only=True)
+    trainer.fit(left_behind, loader(), ckpt_path=path)
     assert left_behind.used == pytest.approx([4.0 * step / 6 for step in (3, 4, 5)])
     assert left_behind.beta == 4.0
 
@@ -335,7 +335,7 @@ def test_the_base_is_saved_and_comes_back(tmp_path: Path) -> None:
 def test_a_checkpoint_that_was_only_validated_is_not_resumed(tmp_path: Path) -> None:
     path = checkpoint_of(tmp_path, Linear(fraction=0.5), ForeignModule(beta=4.0))
     annealing, model = KLAnnealing(Linear(fraction=0.5)), ForeignModule(beta=1.0)
-    quiet_trainer(tmp_path, callbacks=[annealing]).validate(model, loader(), path, verbose=False, weights_only=True)
+    quiet_trainer(tmp_path, callbacks=[annealing]).validate(model, loader(), path, verbose=False)
     quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=2).fit(model, loader())
     assert model.used == pytest.approx([min(1.0, step / 6) for step in range(12)])
 
@@ -345,7 +345,7 @@ def test_a_loaded_checkpoint_holds_the_target(tmp_path: Path) -> None:
     checkpoint = torch.load(path, weights_only=True)
     assert "beta" not in checkpoint["state_dict"]
     assert checkpoint["hyper_parameters"]["beta"] is None
-    model = RecordingVAE.load_from_checkpoint(path, weights_only=True)
+    model = RecordingVAE.load_from_checkpoint(path)
     assert (model.beta, model.knob_targets["beta"]) == (4.0, 4.0)
 
 
@@ -394,10 +394,10 @@ def test_two_of_different_attributes_run_side_by_side_and_resume(tmp_path: Path)
 
     def run(path: Path | None = None) -> list[float]:
         model = Both()
-        callbacks = [KLAnnealing(Linear(steps=6)), KLAnnealing(Linear(steps=3), "gamma")]
+        callbacks = [KLAnnealing(Linear(steps=6)), KLAnnealing(Linear(steps=3), "gamma", probe=False)]
         save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
         trainer = quiet_trainer(tmp_path, callbacks=[*callbacks, save], enable_checkpointing=True, max_epochs=1)
-        trainer.fit(model, loader(), ckpt_path=path, weights_only=True if path else None)
+        trainer.fit(model, loader(), ckpt_path=path)
         assert (model.beta, model.gamma) == (1.0, 3.0)
         return model.used
 
@@ -602,7 +602,7 @@ def test_nothing_is_logged_between_logging_steps(tmp_path: Path, every: int, exp
     model = Counts()
     trainer = quiet_trainer(
         tmp_path,
-        callbacks=[KLAnnealing(Linear(steps=3))],
+        callbacks=[KLAnnealing(Linear(steps=3), probe=False)],
         max_epochs=1,
         logger=CSVLogger(tmp_path),
         log_every_n_steps=every,
@@ -636,7 +636,7 @@ def test_name_changes_the_key(tmp_path: Path) -> None:
     for name, key in ((None, "knobs/kld_weight"), ("kl", "knobs/kl")):
         trainer = quiet_trainer(
             tmp_path,
-            callbacks=[KLAnnealing(Linear(steps=3), "params.kld_weight", name=name)],
+            callbacks=[KLAnnealing(Linear(steps=3), "params.kld_weight", name=name, probe=False)],
             max_epochs=1,
             log_every_n_steps=1,
         )
@@ -685,3 +685,69 @@ def test_a_missing_path_stops_the_fit_and_creates_nothing(tmp_path: Path) -> Non
         quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=2), "bta")], max_epochs=1).fit(model, loader())
     assert not hasattr(model, "bta")
     assert not model.used
+
+
+@pytest.mark.parametrize("hook", ["setup", "configure_model", "on_fit_start", "on_train_start", "on_train_epoch_start"])
+def test_a_module_may_build_itself_in_any_hook_of_the_start(tmp_path: Path, hook: str) -> None:
+    class Late(ForeignModule):
+        @property
+        def weight(self) -> float:
+            return self.loss["weight"]  # type: ignore[no-any-return, index, operator, union-attr]
+
+        def build(self, stage: str = "") -> None:
+            self.loss = {"weight": 1.0}
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.used.append(self.weight)
+            return self.layer(batch).square().mean() * self.weight
+
+    setattr(Late, hook, Late.build)
+    model, annealing = Late(), KLAnnealing(Linear(steps=4), "loss.weight")
+    quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(model, loader())
+    assert model.used == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert model.loss == {"weight": 1.0}
+
+
+def test_a_wrong_path_is_an_error_in_a_module_that_builds_itself_late_too(tmp_path: Path) -> None:
+    class Late(ForeignModule):
+        def on_train_start(self) -> None:
+            pass
+
+    model = Late()
+    with pytest.raises(ValueError, match="Did you mean 'beta'"):
+        quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=4), "betta")], max_epochs=1).fit(model, loader())
+    assert model.used == []
+
+
+def test_a_method_that_returns_the_weight_is_replaced(tmp_path: Path) -> None:
+    class Computes(ForeignModule):
+        def kl_weight(self, step: int) -> float:
+            return 1.0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.used.append(self.kl_weight(batch_idx))
+            return self.layer(batch).square().mean() * self.kl_weight(step=batch_idx)
+
+    model = Computes()
+    trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(stop=2.0, steps=4), "kl_weight")], max_epochs=1)
+    trainer.fit(model, loader())
+    assert model.used == [0, 0.5, 1, 1.5, 2, 2]
+    assert model.kl_weight(0) == 2.0
+    with pytest.raises(ValueError, match="Give it a `stop`"):
+        quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=4), "kl_weight")], max_epochs=1).fit(
+            Computes(), loader()
+        )
+
+
+def test_after_an_exception_that_skips_every_hook_the_number_is_at_its_target(tmp_path: Path) -> None:
+    class Fails(ForeignModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 2:
+                self.trainer.callbacks.clear()  # type: ignore[attr-defined]
+                raise KeyError("disent does this")
+            return super().training_step(batch, batch_idx)
+
+    model = Fails(beta=4.0)
+    with pytest.raises(KeyError):
+        quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=4))], max_epochs=1).fit(model, loader())
+    assert model.beta == 4.0

@@ -1,4 +1,5 @@
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -32,19 +33,36 @@ def python(*arguments, cwd):
     return result.stdout
 
 
+def build(kind, target, cwd):
+    """Build as pip does, but for the environment of its own."""
+    python("-W", "ignore", "-c", f"import setuptools.build_meta as b; b.build_{kind}({str(target)!r})", cwd=cwd)
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """A wheel, built from a copy so that the checkout stays clean."""
     copy, dist = tmp_path_factory.mktemp("copy") / "checkout", tmp_path_factory.mktemp("dist")
     ignore = shutil.ignore_patterns(".git", "logs", "data", "build", "*.egg-info", "__pycache__", ".*_cache", ".venv")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=ignore)
-    build = f"import setuptools.build_meta as b; b.build_sdist({str(dist)!r}); b.build_wheel({str(dist)!r})"
-    python("-W", "ignore", "-c", build, cwd=copy)
+    build("sdist", dist, cwd=copy)
+    build("wheel", dist, cwd=copy)
     return next(dist.glob("*.whl")), next(dist.glob("*.tar.gz"))
 
 
+def contents(wheel):
+    archive = zipfile.ZipFile(wheel)
+    return {name: archive.read(name) for name in archive.namelist()}
+
+
+def test_the_wheel_has_one_name_at_its_top(wheel):
+    assert {re.sub("-.*[.]", ".", name.partition("/")[0]) for name in contents(wheel[0])} == {
+        "lightning_vae",
+        "lightning_vae.dist-info",
+    }
+
+
 def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel):
-    names = {name for name in zipfile.ZipFile(wheel[0]).namelist() if ".dist-info/" not in name}
+    names = {name for name in contents(wheel[0]) if ".dist-info/" not in name}
     expected = {f"{target}/{path.name}" for target, folder in FOLDERS.items() for path in (ROOT / folder).glob("*.py")}
     assert names == expected | {"lightning_vae/py.typed"}
 
@@ -56,14 +74,25 @@ def test_the_sdist_has_what_a_wheel_is_built_from(wheel):
             "train.py", "configs/digits.yaml"} <= names  # fmt: skip
 
 
-def test_the_wheel_works_beside_a_project_with_callbacks_of_its_own(wheel, tmp_path):
+def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
+    with tarfile.open(wheel[1]) as sdist:
+        sdist.extractall(tmp_path, filter="data")
+    (unpacked,) = tmp_path.iterdir()
+    build("wheel", tmp_path, cwd=unpacked)
+    (again,) = tmp_path.glob("*.whl")
+    assert again.name == wheel[0].name
+    assert contents(again) == contents(wheel[0])
+
+
+def test_the_wheel_works_beside_folders_of_the_same_names(wheel, tmp_path):
     zipfile.ZipFile(wheel[0]).extractall(tmp_path / "site")
     project = tmp_path / "project"
-    (project / "callbacks").mkdir(parents=True)
-    (project / "callbacks" / "__init__.py").write_text("OWN = True\n")
+    for folder in ("callbacks", "datamodules"):
+        (project / folder).mkdir(parents=True)
+        (project / folder / "__init__.py").write_text("OWN = True\n")
     script = (
-        "import sys; sys.path.append(sys.argv[1]); import callbacks, lightning_vae.callbacks as ours;"
-        "assert callbacks.OWN; print(ours.__file__, ours.KLAnnealing.__name__)"
+        "import sys; sys.path.insert(1, sys.argv[1]); import callbacks, datamodules, lightning_vae.callbacks as ours;"
+        "from lightning_vae.datamodules import Digits; assert callbacks.OWN and datamodules.OWN; print(ours.__file__)"
     )
     assert str(tmp_path / "site") in python("-c", script, str(tmp_path / "site"), cwd=project)
 
@@ -77,15 +106,69 @@ def test_importing_the_callbacks_is_light():
     assert python("-c", script, cwd=ROOT).strip() == "set()"
 
 
-def test_a_copied_callbacks_folder_works_under_another_name(tmp_path):
+# A project that has copied the folder: its arguments are the package it trains with and those it can't import.
+PROJECT = """
+import sys
+from importlib import import_module
+
+package, *missing = sys.argv[1:]
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in missing:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing())
+pl = import_module(package)
+
+import torch
+from torch.distributions import Normal, kl_divergence
+from mine.vae_tools import CollapseDetector, FreeBits, KLAnnealing, Linear
+
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = torch.nn.Linear(2, 4), torch.nn.Linear(2, 2)
+        self.beta, self.free_bits, self.posterior, self.used = 1.0, 0.0, None, []
+
+    def training_step(self, batch, batch_idx):
+        self.used.append((self.beta, self.free_bits))
+        mean, log_variance = self.encoder(batch).chunk(2, -1)
+        self.posterior = Normal(mean, log_variance.exp().sqrt())
+        rates = kl_divergence(self.posterior, Normal(0.0, 1.0)).mean(0).clamp(min=self.free_bits)
+        return (self.decoder(mean) - batch).square().sum(-1).mean() + self.beta * rates.sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+model = Model()
+trainer = pl.Trainer(
+    callbacks=[KLAnnealing(Linear(steps=4)), FreeBits(0.25), CollapseDetector()],
+    accelerator="cpu", max_epochs=2, log_every_n_steps=1,
+    logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+)
+trainer.fit(model, torch.utils.data.DataLoader(torch.randn(12, 2), 4))
+assert not set(missing) & set(sys.modules), missing
+print(model.used, sorted(trainer.callback_metrics))
+"""
+
+
+@pytest.mark.parametrize(
+    ("package", "missing"),
+    [("lightning.pytorch", ["pytorch_lightning"]), ("pytorch_lightning", ["lightning"]), ("pytorch_lightning", [])],
+    ids=["lightning alone", "pytorch_lightning alone", "both"],
+)
+def test_a_copied_callbacks_folder_trains_under_another_name(package, missing, tmp_path):
     shutil.copytree(ROOT / "callbacks", tmp_path / "mine" / "vae_tools", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "mine" / "__init__.py").touch()
-    script = (
-        "import sys; from mine.vae_tools import KLAnnealing, Linear;"
-        "print(KLAnnealing(Linear(steps=3, stop=1)).state_key);"
-        "assert not any(name.startswith('lightning_vae') for name in sys.modules)"
-    )
-    assert "KLAnnealing" in python("-c", script, cwd=tmp_path)
+    used = [(step / 4, 0.25) for step in range(4)] + [(1.0, 0.25)] * 2
+    keys = ["collapse/alarm", "knobs/beta", "knobs/free_bits", "latent/active_fraction", "latent/active_units",
+            "latent/at_floor", "latent/marginal_kl", "latent/mutual_information"]  # fmt: skip
+    assert python("-c", PROJECT, package, "lightning_vae", *missing, cwd=tmp_path).strip() == f"{used} {keys}"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").glob("*.py")), ids=lambda path: path.stem)

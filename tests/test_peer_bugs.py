@@ -303,7 +303,7 @@ def test_a_counter_lost_at_resume(tmp_path: Path) -> None:
     trainer.fit(model, loader())
     resumed = ForeignModule()
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(schedule)], max_epochs=2)
-    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "saved.ckpt", weights_only=True)
+    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "saved.ckpt")
     assert model.used + resumed.used == pytest.approx([step / 12 for step in range(12)])
 
 
@@ -386,7 +386,7 @@ def test_a_scheduled_value_saved_as_the_configured_one(tmp_path: Path) -> None:
     trainer.fit(RecordingVAE(beta=4.0), loader())
     path = tmp_path / "step=2.ckpt"
     assert torch.load(path, weights_only=True)["hyper_parameters"]["beta"] == 4.0
-    model = RecordingVAE.load_from_checkpoint(path, weights_only=True)
+    model = RecordingVAE.load_from_checkpoint(path)
     assert model.beta == 4.0
     used = [4.0 * step / 12 for step in range(12)]
     assert used_in(tmp_path, Linear(steps=12), None)[1:] == pytest.approx([value / 4 for value in used[1:]])

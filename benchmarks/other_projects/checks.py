@@ -1,0 +1,196 @@
+"""The checks, the same for every project; a project's own script says what is particular to it."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from torch import Tensor, nn
+from torch.distributions import Normal, kl_divergence
+
+from lightning_vae.callbacks import Callback, CollapseDetector, Constant, KLAnnealing, Linear, PosteriorReader
+
+PAGE = Path(__file__).parents[2] / "docs" / "drop_in.md"
+WEIGHT, EPOCHS, RAMP = 0.5, 6, 0.75
+QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET |= {"enable_checkpointing": False, "logger": False, "num_sanity_val_steps": 0}
+
+
+@dataclass(frozen=True)
+class Project:
+    """What the checks have to know of a project.
+
+    Args:
+        name: The heading of its example in docs/drop_in.md.
+        fit: Trains a new module in the project's own way, given callbacks and options of the Trainer.
+        spy: Makes a module's loss report the weight that it received, each time it is computed.
+        mean_head: The layer whose first outputs are the posterior's means.
+        reduce: The project's own reduction of KL terms of shape ``(N, k)`` to the number in its loss.
+        target: The weight that a new module is configured with.
+    """
+
+    name: str
+    fit: Callable[..., Any]
+    spy: Callable[[Any, Callable[[Any], None]], None]
+    mean_head: Callable[[Any], nn.Linear]
+    reduce: Callable[[Tensor], Tensor]
+    target: float
+
+
+@dataclass(eq=False)
+class Recorder(Callback):
+    """Records what happens in a fit, without the callbacks that are checked."""
+
+    project: Project
+    posterior: Any
+    checkpoint: str = ""
+    loss: float = 0.0
+    rates: Tensor | None = None
+    trained: list[float] = field(default_factory=list)
+    validated: list[float] = field(default_factory=list)
+    outputs: list[list[Tensor]] = field(default_factory=list)
+
+    def on_fit_start(self, _trainer: Trainer, pl_module: LightningModule) -> None:
+        self.project.spy(pl_module, lambda weight: self._used.append(float(weight)))
+        self._reader = PosteriorReader(self.posterior)
+
+    def on_train_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._used = []
+        if self.rates is None:
+            self._reader.listen(pl_module)
+
+    def on_train_batch_end(
+        self, _trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
+        [weight] = self._used
+        self.trained.append(weight)
+        if self.rates is None:
+            [posterior] = self._reader.read(pl_module, batch)
+            self._reader.detach()
+            exact = Normal(posterior.mean.double(), posterior.stddev.double())
+            self.rates = kl_divergence(exact, Normal(0.0, 1.0)).detach()
+            self.loss = float(outputs["loss"])
+
+    @torch.no_grad()
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to the mean head. The last pass sees the model of the one before again, with the head rescaled."""
+        head = self.project.mean_head(pl_module)
+        if trainer.current_epoch < EPOCHS - 1:
+            self._state = copy.deepcopy(pl_module.state_dict())
+        else:
+            pl_module.load_state_dict(self._state)
+            means = self._means(-1)
+            scale, k = 0.05 / means.std(0, correction=0), means.shape[1]
+            head.weight[:k] *= scale[:, None]
+            head.bias[:k] = 100 + (head.bias[:k] - means.mean(0)) * scale
+        self.outputs.append([])
+        self._hook = head.register_forward_hook(lambda _head, _inputs, output: self.outputs[-1].append(output.double()))
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._used = []
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        [weight] = self._used
+        self.validated.append(weight)
+
+    def on_validation_end(self, *_: Any) -> None:
+        self._hook.remove()
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        if self.checkpoint and trainer.current_epoch == EPOCHS // 2 - 1:
+            trainer.save_checkpoint(self.checkpoint)
+
+    def variance(self, validation: int) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the means in a validation pass, by two passes over them in float64."""
+        means = self._means(validation)
+        return means.mean(0), (means - means.mean(0)).square().mean(0)
+
+    def _means(self, validation: int) -> Tensor:
+        return torch.cat(self.outputs[validation])[:, : self.rates.shape[1]]
+
+
+def identity(project: Project, attribute: Any, posterior: Any, precision: str) -> tuple[float, float]:
+    """Return the relative error of ``loss(w) - loss(0) = w KL`` in the first step, and the bound on rounding."""
+    runs = []
+    for weight in (WEIGHT, 0.0):
+        seed_everything(0, verbose=False)
+        runs.append(recorder := Recorder(project, posterior))
+        annealing = KLAnnealing(Constant(weight), attribute=attribute)
+        project.fit([annealing, recorder], max_epochs=1, max_steps=1, precision=precision, **QUIET)
+        assert recorder.trained == [weight], recorder.trained
+    with_kl, without = runs
+    assert torch.equal(with_kl.rates, without.rates)  # the same random state
+    rate = float(project.reduce(with_kl.rates))
+    terms = float(project.reduce(torch.ones_like(with_kl.rates)))
+    epsilon = torch.finfo(torch.float64 if precision == "64-true" else torch.float32).eps
+    error = (with_kl.loss - without.loss) / (WEIGHT * rate) - 1
+    return abs(error), 4 * epsilon * (abs(with_kl.loss) + WEIGHT * terms) / (WEIGHT * rate)
+
+
+def ramp(project: Project, total: int) -> list[float]:
+    """Compute the weights of a run by the formula of a linear ramp over the first part of it."""
+    return [project.target * min(1.0, step / int(RAMP * total)) for step in range(total)]
+
+
+def main(project: Project) -> None:
+    """Run a project's example from the page and then the checks; print what they measured as one line of JSON."""
+    with contextlib.redirect_stdout(sys.stderr):
+        measured = measure(project)
+    print(json.dumps(measured))
+
+
+def measure(project: Project) -> dict[str, Any]:
+    example = re.search(rf"^### {project.name}\n.*?```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL | re.M)
+    namespace: dict[str, Any] = {}
+    seed_everything(0, verbose=False)
+    exec(compile(example[1], project.name, "exec"), namespace)
+    callbacks = namespace["trainer"].callbacks
+    attribute = next(each.attribute for each in callbacks if isinstance(each, KLAnnealing))
+    posterior = next(each.posterior for each in callbacks if isinstance(each, CollapseDetector))
+
+    exact, exact_noise = identity(project, attribute, posterior, "64-true")
+    single, single_noise = identity(project, attribute, posterior, "32-true")
+
+    runs = []
+    for ckpt_path in (None, "half.ckpt"):
+        seed_everything(0, verbose=False)
+        runs.append(recorder := Recorder(project, posterior, checkpoint="" if ckpt_path else "half.ckpt"))
+        annealing = KLAnnealing(Linear(fraction=RAMP), attribute=attribute)
+        detector = CollapseDetector(posterior=posterior)
+        # Ours come first, so that what they leave is what is recorded.
+        project.fit([annealing, detector, recorder], max_epochs=EPOCHS, ckpt_path=ckpt_path, **QUIET)
+    whole, resumed = runs
+    weights = ramp(project, len(whole.trained))
+    assert len(resumed.trained) == len(weights) // 2
+    deviations = [
+        abs(used - meant) / project.target
+        for used, meant in zip(whole.trained + resumed.trained, weights + weights[len(weights) // 2 :], strict=True)
+    ]
+    validated = whole.validated + resumed.validated
+    at_target = sum(abs(weight - project.target) <= 1e-6 * project.target for weight in validated)
+
+    ours = detector.state_dict()["variances"].double()  # of the resumed fit, a row for each pass
+    errors = [float((ours[row] / resumed.variance(row)[1] - 1).abs().max()) for row in (-2, -1)]
+    mean, variance = resumed.variance(-1)
+    ok = exact <= 1e-5 + exact_noise and single <= 1e-5 + single_noise
+    ok = ok and max(deviations) <= 1e-6 and at_target == len(validated) and max(errors) <= 1e-6
+    return {
+        "ok": ok,
+        "cells": [
+            f"{exact:.0e}",
+            f"{single:.0e} ({single_noise:.0e})",
+            f"{len(whole.trained)} + {len(resumed.trained)} steps, {max(deviations):.0e}",
+            f"{at_target} of {len(validated)} batches",
+            f"{errors[0]:.0e}",
+            f"{errors[1]:.0e} ({float(mean.mean()):.1f}, {float(variance.mean()):.4f})",
+        ],
+    }

@@ -1,0 +1,48 @@
+"""disent: the weight is a field of a dataclass, and the encoder puts out one tensor that it splits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from checks import Project, main
+from disent.dataset import DisentDataset
+from disent.dataset.data import XYObjectData
+from disent.dataset.sampling import SingleSampler
+from disent.dataset.transform import ToImgTensorF32
+from disent.frameworks.vae import BetaVae
+from disent.model import AutoEncoder
+from disent.model.ae import DecoderFC, EncoderFC
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
+
+
+def fit(callbacks: list[Any], ckpt_path: str | None = None, **options: Any) -> None:
+    data = XYObjectData(grid_size=16, min_square_size=3, max_square_size=7, rgb=False, palette="greys_1")
+    dataset = DisentDataset(data, SingleSampler(), transform=ToImgTensorF32())
+    model = AutoEncoder(EncoderFC(data.x_shape, z_size=6, z_multiplier=2), DecoderFC(data.x_shape, z_size=6))
+    loaders = DataLoader(dataset, batch_size=15, shuffle=True), DataLoader(dataset, batch_size=15)
+    # Its checkpoints hold the model and the config as objects.
+    Trainer(callbacks=callbacks, **options).fit(BetaVae(model), *loaders, ckpt_path=ckpt_path, weights_only=False)
+
+
+def spy(module: Any, record: Callable[[Any], None]) -> None:
+    compute = module.compute_ave_reg_loss
+
+    def spied(*args: Any) -> Any:
+        record(module.cfg.beta)
+        return compute(*args)
+
+    module.compute_ave_reg_loss = spied
+
+
+main(
+    Project(
+        "disent",
+        fit,
+        spy,
+        mean_head=lambda module: module._model._encoder.model[-1],
+        reduce=lambda kl: kl.mean(),  # the default, `loss_reduction="mean"`
+        target=0.003,
+    )
+)

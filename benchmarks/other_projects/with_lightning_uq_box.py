@@ -1,0 +1,32 @@
+"""lightning-uq-box: the weight lies in the loss function, and the two heads are made anew when a fit starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from checks import Project, main
+from lightning.pytorch import Trainer
+from lightning_uq_box.uq_methods import VAE
+from torch.utils.data import DataLoader
+from torchseg.encoders import get_encoder
+
+
+def fit(callbacks: list[Any], ckpt_path: str | None = None, **options: Any) -> None:
+    images = [{"input": image, "target": image} for image in torch.rand(64, 3, 32, 32)]
+    encoder = get_encoder("resnet18", in_channels=3, depth=5, weights=None)
+    module = VAE(encoder, latent_size=8, num_samples=2, out_channels=3, img_size=32)
+    loaders = DataLoader(images, batch_size=16, shuffle=True), DataLoader(images, batch_size=16)
+    Trainer(callbacks=callbacks, **options).fit(module, *loaders, ckpt_path=ckpt_path)
+
+
+main(
+    Project(
+        "lightning-uq-box",
+        fit,
+        spy=lambda module, record: module.loss_fn.register_forward_pre_hook(lambda loss, _: record(loss.kl_scale)),
+        mean_head=lambda module: module.latent_mu[-1],
+        reduce=lambda kl: kl.sum(1).mean(),
+        target=1e-4,
+    )
+)

@@ -1,0 +1,39 @@
+"""scvi-tools: its training plan computes the weight in a read-only property, from two numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import scvi
+from checks import Project, main
+
+
+def fit(callbacks: list[Any], **options: Any) -> None:
+    scvi.settings.seed = 0  # of the split
+    adata = scvi.data.synthetic_iid()
+    scvi.model.SCVI.setup_anndata(adata, batch_key="batch")
+    model = scvi.model.SCVI(adata)
+    model.train(callbacks=callbacks, check_val_every_n_epoch=1, **options)
+
+
+def spy(plan: Any, record: Callable[[Any], None]) -> None:
+    loss = plan.module.loss
+
+    def spied(*args: Any, kl_weight: Any, **kwargs: Any) -> Any:
+        record(kl_weight)
+        return loss(*args, kl_weight=kl_weight, **kwargs)
+
+    plan.module.loss = spied
+
+
+main(
+    Project(
+        "scvi-tools",
+        fit,
+        spy,
+        mean_head=lambda plan: plan.module.z_encoder.mean_encoder,
+        reduce=lambda kl: kl.sum(1).mean(),
+        target=1.0,
+    )
+)

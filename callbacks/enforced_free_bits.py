@@ -1,0 +1,320 @@
+"""Keep a floor under the rate of a module whose loss knows of none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal
+from typing_extensions import override
+
+from .attribute import Attribute, _is_number, _look_up
+from .free_bits import count_at_floor
+from .loss_probe import LossProbe
+from .posterior import PosteriorReader, _is_compiled, read_prior, same_shape
+from .scheduled_knob import MisconfigurationException, ScheduledKnob, _callbacks
+from .schedules import Constant, Schedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_LINE = "loss = reconstruction + w * free_bits(kl_per_dimension, self.free_bits)"
+_REDUCTIONS: dict[str, Callable[[Tensor], float]] = {
+    "sum": lambda _: 1.0,
+    "mean": lambda rates: 1 / rates.shape[1],
+    "batch_sum": lambda rates: float(rates.shape[0]),
+}
+
+
+class EnforcedFreeBits(ScheduledKnob):
+    r"""Enforce a floor under the rate, in nats, on a module that can't be changed.
+
+    :class:`FreeBits` is the better choice for a module that can: it sets the floor that the module's loss reads. This
+    one needs a loss of the form
+
+    .. math:: \text{reconstruction} + w \, c \, \sum_j \tfrac1B \sum_n \mathrm{KL}_{nj}
+
+    and adds what each rate is short of its floor, :math:`\max(\lambda, \mathrm{KL}) = \mathrm{KL} + \max(0, \lambda -
+    \mathrm{KL})`, with the same :math:`w c`, right before the backward pass. All gradients are then those of
+    ``loss = reconstruction + w * c * free_bits(kl_per_dimension, threshold)``, up to rounding, under any optimizer,
+    accumulation and clipping; what the module logs as its loss is still without the floor. As in that line, each
+    process and each accumulated batch floors its own mean.
+
+    The KL has to be that of the very output that ``posterior`` names, which nothing clamps or changes on the way,
+    against N(0, I) or a ``Normal`` that the module offers as ``prior``; it has to enter with the weight and the
+    reduction given here, and linearly. At the first batch that is tried on copies of the module, where it can be (see
+    :class:`KLAnnealing`): what the loss rises by for a weight of 1 has to be that KL. Otherwise it is taken on trust,
+    as is a clamp that acts later on. The weight is read when the loss is complete.
+
+    Logged on logging steps: ``knobs/free_bits`` and ``latent/at_floor``, as by :class:`FreeBits`.
+
+    Args:
+        threshold: The floor in nats: a number, or a schedule of the training step with an explicit ``stop``.
+        posterior: The path of the submodule that outputs the posterior, or a pair of paths for its two parameters, as
+            in :class:`~.posterior.PosteriorReader`.
+        weight: Where the module keeps the weight of the KL term, a dotted path as in :class:`KLAnnealing`; or a number,
+            where the loss has one.
+        reduction: What the weight multiplies. ``"sum"``: the KL summed over the latent dimensions, mean over the batch;
+            ``"mean"``: mean over both; ``"batch_sum"``: summed over both; or the number of times it is ``"sum"``.
+        second: What stands beside the mean where the posterior is a pair of tensors.
+        chunk: Axis along which the posterior is split, where it is one tensor.
+        per: What each floor is under: ``"dimension"``, ``"whole"`` (the total rate), or a number of consecutive
+            dimensions.
+        average: ``"batch"`` floors the batch's mean rate (Kingma et al.), ``"sample"`` each observation's.
+        name: Logged as ``knobs/<name>``.
+
+    Raises:
+        ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere.
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: Where the gradients could not be exact. When
+            fitting starts: under manual optimization, a precision other than 32-true and 64-true, a strategy other than
+            a single device or DDP, ``torch.compile``, and for a module with ``free_bits`` of its own. In the first
+            step: if the posterior is not a diagonal ``Normal``, has no gradient, or is not the only one of the step, or
+            if the loss does not rise with the weight as declared.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> floor = EnforcedFreeBits(0.5, posterior=("fc_mu", "fc_var"), weight="kld_weight")
+        >>> trainer = Trainer(callbacks=[floor], logger=False, enable_checkpointing=False)
+    """
+
+    def __init__(
+        self,
+        threshold: float | Schedule | Callable[[int], float],
+        posterior: str | tuple[str, str],
+        weight: str | float,
+        reduction: Literal["sum", "mean", "batch_sum"] | float = "sum",
+        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        chunk: int | None = None,
+        per: Literal["dimension", "whole"] | int = "dimension",
+        average: Literal["batch", "sample"] = "batch",
+        name: str | None = None,
+    ) -> None:
+        if not callable(threshold) and not threshold >= 0:
+            raise ValueError(f"`threshold` must be at least 0 nats, or a schedule, got {threshold}. Start with 0.5.")
+        if posterior is None or callable(posterior):
+            raise ValueError(
+                "`posterior` must be a submodule's path or a pair of them, whose outputs the loss is known to use, "
+                f"got {posterior!r}. If there is none: `{_LINE}` and `FreeBits`."
+            )
+        if isinstance(reduction, str) and reduction not in _REDUCTIONS:
+            raise ValueError(
+                f"`reduction` must be 'sum', 'mean', 'batch_sum' or a number of times 'sum', got {reduction!r}."
+            )
+        if not (per in ("dimension", "whole") or (isinstance(per, int) and per >= 1)):
+            raise ValueError(f"`per` must be 'dimension', 'whole' or a number of dimensions, got {per!r}.")
+        if average not in ("batch", "sample"):
+            raise ValueError(f"`average` must be 'batch' or 'sample', got {average!r}.")
+        schedule = threshold if callable(threshold) else Constant(threshold)
+        super().__init__(schedule, "free_bits", setter=self._hold, name=name)
+        self.posterior = posterior
+        self.weight = weight
+        self.reduction = reduction
+        self.per = per
+        self.average = average
+        self._reader = PosteriorReader(posterior, second, chunk)
+        self._threshold = 0.0
+        self._rates: Tensor | None = None
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._refuse_what_is_not_exact(trainer, pl_module)
+        self.at_end(trainer, self._reader.detach)
+        super().on_fit_start(trainer, pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module)
+        if self.step(trainer) == 0 and batch_idx == 0 and isinstance(self.weight, str):
+            self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx), self.weight)
+        self._reader.listen(pl_module)
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        rates = self._read_rates(pl_module)
+        if self._threshold > 0:  # a floor of 0 is none, also where a rate rounds to 0
+            missing = self.factor(rates) * shortfall(rates, self._threshold, self.per, self.average)
+            # Lightning has divided the loss already, into a tensor that it keeps to itself.
+            loss.add_((self._read_weight(pl_module) * missing / trainer.accumulate_grad_batches).reshape(loss.shape))
+        self._rates = rates.detach()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._reader.forget()
+        rates, self._rates = self._rates, None
+        if rates is not None and self.logs_now(trainer):
+            at_floor = count_at_floor(rates.float(), self._threshold, self.per, self.average).at_floor
+            self.log_now(pl_module, {"latent/at_floor": at_floor})
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self._reader.unhook()
+
+    def factor(self, rates: Tensor) -> float:
+        """Return what the module's reduction makes of the rate, as :attr:`reduction` says.
+
+        Args:
+            rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
+
+        Returns:
+            The ``c`` in a loss of ``reconstruction + w * c * rates.sum(1).mean()``.
+        """
+        return _REDUCTIONS[self.reduction](rates) if isinstance(self.reduction, str) else self.reduction
+
+    @override
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._read_weight(pl_module)
+        self._reader.listen(pl_module)  # both raise where a path leads nowhere
+        self._reader.forget()
+        super()._begin(trainer, pl_module)
+
+    def _hold(self, _pl_module: LightningModule, threshold: float) -> None:
+        self._threshold = threshold
+
+    def _read_weight(self, pl_module: LightningModule) -> Any:
+        """Return the weight as the module has it: a tensor stays one, on its device and with its gradient."""
+        if not isinstance(self.weight, str):
+            return self.weight
+        value: Any = pl_module
+        try:
+            for name in self.weight.split("."):
+                value = _look_up(value, name, self.weight)[1]
+        except ValueError as error:
+            raise ValueError(f"EnforcedFreeBits: the weight's path leads nowhere. {error}") from error
+        if not _is_number(value):
+            raise ValueError(
+                f"EnforcedFreeBits: `weight={self.weight!r}` must lead to a number or a tensor of one element, got "
+                f"{type(value).__name__}."
+            )
+        return value
+
+    def _read_rates(self, pl_module: LightningModule) -> Tensor:
+        """Compute the rates of the posterior that the loss was made of, shape ``(B, k)``."""
+        posteriors, prior = self._reader.read(pl_module, None), read_prior(pl_module)
+        self._reader.listen(pl_module)  # some optimizers compute the loss several times in a step
+        normals = [each for each in posteriors if isinstance(each, Normal)]
+        if len(normals) < len(posteriors):
+            raise _refusal(f"The posterior must be a diagonal Normal, got {type(posteriors[0]).__name__}.")
+        if not isinstance(prior, Normal) or callable(getattr(pl_module, "prior", None)):
+            kind = type(getattr(pl_module, "prior", None)).__name__
+            raise _refusal(
+                f"The module's `prior` must be a diagonal Normal, or N(0, I) that it does not offer, got {kind}."
+            )
+        # Calls without a gradient, to log or show something, have no part in the loss.
+        normals = [each for each in normals if each.loc.requires_grad or each.scale.requires_grad]
+        if len(normals) != 1:
+            raise _refusal(
+                f"`posterior={self.posterior!r}` must be called once in a step with a gradient, got {len(normals)}."
+            )
+        [posterior] = normals
+        if not (posterior.loc.requires_grad and posterior.scale.requires_grad):
+            raise _refusal(
+                f"`posterior={self.posterior!r}` must have a gradient for its mean and for its second parameter, and "
+                "has it for one. (Within activation checkpointing, `use_reentrant=True` hides it.)"
+            )
+        rates = same_shape(normal_rates(posterior, prior), posterior, prior).flatten(1)
+        if isinstance(self.per, int) and rates.shape[1] % self.per:
+            raise ValueError(
+                f"`per` as a number of dimensions must divide the number of latent dimensions, got {self.per} for "
+                f"{rates.shape[1]}."
+            )
+        return rates
+
+    def _try_declaration(self, probe: LossProbe, weight: str) -> None:
+        """Refuse a loss that does not rise with the weight as declared, where that can be found out."""
+        reader, copies = PosteriorReader(self.posterior, self._reader.second, self._reader.chunk), []
+
+        def at(value: float) -> float:
+            def prepare(copy: LightningModule) -> None:
+                (attribute := Attribute(copy, weight)).write(value)
+                if not attribute.holds():
+                    raise LossProbe.NotPossible("the weight can't be set")
+                reader.detach()
+                reader.listen(copy)
+                copies.append(copy)
+
+            return probe(prepare)
+
+        try:
+            losses = at(0.0), at(1.0)
+        except LossProbe.NotPossible:
+            return
+        posteriors, prior = reader.read(copies[-1], None), read_prior(copies[-1])
+        normals = [each for each in posteriors if isinstance(each, Normal) and each.loc.requires_grad]
+        if len(normals) != 1 or not isinstance(prior, Normal):
+            return  # the step itself refuses
+        rates = normal_rates(normals[0], prior).detach().flatten(1)
+        declared = self.factor(rates) * float(rates.sum(1).mean())
+        noise = 16 * torch.finfo(torch.float32).eps * max(map(abs, losses))
+        if not abs(losses[1] - losses[0] - declared) <= 1e-3 * abs(declared) + noise:
+            raise _refusal(
+                f"The loss of the first batch rises by {losses[1] - losses[0]:.6g} for a weight of 1, and the KL of "
+                f"`posterior={self.posterior!r}` with `reduction={self.reduction!r}` is {declared:.6g}. Correct "
+                "`weight`, `reduction`, `second` or `posterior`."
+            )
+
+    def _refuse_what_is_not_exact(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
+        if hasattr(pl_module, "free_bits"):
+            raise MisconfigurationException(
+                f"EnforcedFreeBits: {name} has a `free_bits` of its own, so that two floors would add up. Use "
+                "`FreeBits`, which sets it."
+            )
+        if not pl_module.automatic_optimization:
+            raise _refusal(
+                f"{name} optimizes manually: which of its losses the KL is in, and scaled how, is not known."
+            )
+        if trainer.precision not in ("32-true", "64-true"):
+            raise _refusal(
+                f"`precision` must be '32-true' or '64-true', got {trainer.precision!r}, which rounds the KL."
+            )
+        if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
+            raise _refusal(f"`strategy` must be a single device or DDP, got {strategy}, which may shard the posterior.")
+        if any(_is_compiled(module) for module in pl_module.modules()):
+            raise _refusal("Code that `torch.compile` made may run without the hooks that read the posterior.")
+        for other in _callbacks(trainer):
+            if isinstance(other, EnforcedFreeBits) and other is not self and other.posterior == self.posterior:
+                raise MisconfigurationException(
+                    f"Two callbacks floor the rate of `posterior={self.posterior!r}`, and would add up. Remove one."
+                )
+
+
+def normal_rates(posterior: Normal, prior: Normal) -> Tensor:
+    """Compute the KL of two diagonal Gaussians in nats, in the shape of the posterior."""
+    ratio = posterior.scale / prior.scale
+    # Of the ratio itself: torch's `kl_divergence` takes the logarithm of its square, which underflows sooner.
+    return 0.5 * (ratio.square() + ((posterior.loc - prior.loc) / prior.scale).square() - 1) - ratio.log()
+
+
+def shortfall(rates: Tensor, threshold: float, per: Literal["dimension", "whole"] | int, average: str) -> Tensor:
+    """Compute what the rates are short of their floors.
+
+    Args:
+        rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
+        threshold: The floor in nats, above 0.
+        per: What each floor is under, as in :class:`EnforcedFreeBits`.
+        average: Whether the floors are under the ``"batch"``'s mean or under each ``"sample"``.
+
+    Returns:
+        Nats per observation, a scalar.
+    """
+    size = rates.shape[1] if per == "whole" else 1 if per == "dimension" else per
+    grouped = rates.unflatten(1, (-1, size)).sum(-1)
+    if average == "batch":
+        grouped = grouped.mean(0, keepdim=True)
+    # The clamp that floors the rate, so that a rate right at its floor has the same gradient too.
+    missing: Tensor = grouped.clamp(min=grouped.new_tensor(threshold)) - grouped
+    return missing.sum(-1).mean()
+
+
+def _refusal(reason: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"EnforcedFreeBits can't be exact here. {reason} Put the floor into the loss, and set it with `FreeBits`: "
+        f"`{_LINE}`."
+    )

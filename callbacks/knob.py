@@ -1,0 +1,71 @@
+"""What a callback writes to: several attributes that are one number, or a function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .attribute import Attribute
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+class Knob:
+    """A number of a LightningModule, which may be kept in several places.
+
+    Places that check each other, as a lower and an upper bound do, are written in whichever order is accepted.
+
+    Args:
+        pl_module: The module that keeps it.
+        paths: Where, see :class:`~.attribute.Attribute`.
+        setter: Writes it instead, if given.
+
+    Raises:
+        ValueError: As :class:`~.attribute.Attribute`.
+    """
+
+    def __init__(
+        self,
+        pl_module: LightningModule,
+        paths: Sequence[str],
+        setter: Callable[[Any, float], None] | None = None,
+    ) -> None:
+        self._attributes = [] if setter else [Attribute(pl_module, path) for path in paths]
+        self._setter = setter
+        self._pl_module = pl_module
+
+    def read(self) -> float | None:
+        """Return the number as it is now: where places differ the largest, at which a range ends.
+
+        ``None`` where only a setter knows, or a method.
+        """
+        return max((value for each in self._attributes if (value := each.read()) is not None), default=None)
+
+    def write(self, value: float) -> None:
+        """Set the number.
+
+        Raises:
+            ValueError: If a place does not take this value.
+        """
+        if self._setter is not None:
+            self._setter(self._pl_module, value)
+        waiting = self._attributes
+        while waiting:
+            refused = [(each, error) for each in waiting if (error := _refusal(each, value)) is not None]
+            if len(refused) == len(waiting):
+                attribute, error = refused[0]
+                raise ValueError(f"`attribute={attribute.path!r}` can't be set to {value:g}: {error}") from error
+            waiting = [each for each, _ in refused]
+
+    def overwritten(self) -> Attribute | None:
+        """Return the place that no longer holds what was written to it, if there is one."""
+        return next((each for each in self._attributes if not each.holds()), None)
+
+
+def _refusal(attribute: Attribute, value: float) -> Exception | None:
+    try:
+        attribute.write(value)
+    except Exception as error:
+        return error
+    return None

@@ -1,0 +1,644 @@
+import copy
+import csv
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.distributions import Independent, Laplace, Normal, kl_divergence
+from torch.utils.checkpoint import checkpoint
+
+from lightning_vae import free_bits
+from lightning_vae.callbacks import EnforcedFreeBits, FreeBits, KLAnnealing, Linear
+from lightning_vae.callbacks.enforced_free_bits import normal_rates, shortfall
+from tests.doubles import RecordingVAE, loader, quiet_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:FreeBits. .* floors hold their dimension")
+
+TO_SCALE = {
+    "log_variance": lambda second: (second / 2).exp(),
+    "variance": lambda second: second.sqrt(),
+    "scale": lambda second: second,
+    "log_scale": lambda second: second.exp(),
+}
+LATENTS = 4
+THRESHOLD = 0.4  # some of the four latents of `Encoder` sit below it, and some above
+
+
+class Encoder(nn.Module):
+    """Outputs mean and second parameter in one of the ways that projects do it."""
+
+    def __init__(self, form: str = "pair", second: str = "log_variance") -> None:
+        super().__init__()
+        self.form, self.second = form, second
+        self.map = nn.Linear(2, 2 * LATENTS)
+        with torch.no_grad():  # rates that differ
+            self.map.weight[:LATENTS] *= torch.tensor([0.1, 0.5, 1.0, 4.0])[:, None]
+
+    def forward(self, x: Tensor) -> Any:
+        mean, second = self.map(x).chunk(2, dim=-1)
+        second = second if self.second.startswith("log") else nn.functional.softplus(second)
+        if self.form == "normal":
+            return Independent(Normal(mean, TO_SCALE[self.second](second)), 1), x
+        if self.form == "map":  # (B, 2k, H, W), two latents at each of two places
+            shape = (len(x), LATENTS // 2, 2, 1)
+            return torch.cat([mean.reshape(shape), second.reshape(shape)], dim=1)
+        return mean, second
+
+
+class Foreign(LightningModule):
+    """Somebody else's VAE. With ``own_floor`` its loss has the one line, and else it has never heard of free bits."""
+
+    def __init__(
+        self,
+        form: str = "pair",
+        second: str = "log_variance",
+        weight: Any = 0.7,
+        reduction: str | float = "sum",
+        own_floor: dict[str, Any] | None = None,
+        skip: bool = False,
+    ) -> None:
+        super().__init__()
+        self.form, self.second, self.reduction, self.own_floor, self.skip = form, second, reduction, own_floor, skip
+        self.encoder = Encoder("pair" if form == "heads" else form, second)
+        if form == "heads":
+            self.encoder_mean, self.encoder_second = nn.Linear(2, LATENTS), nn.Linear(2, LATENTS)
+        self.decoder = nn.Sequential(nn.Linear(LATENTS, 8), nn.Tanh(), nn.Linear(8, 2))
+        self.weight = copy.deepcopy(weight)
+        if own_floor is not None:
+            self.free_bits = 0.0
+        self.gradients: list[list[Tensor]] = []
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if self.form == "heads":
+            mean, second = self.encoder_mean(x), self.encoder_second(x)
+        elif self.form == "normal":
+            posterior = self.encoder(x)[0].base_dist
+            return posterior.loc, posterior.scale
+        elif self.form == "map":
+            mean, second = self.encoder(x).chunk(2, dim=1)
+        else:
+            mean, second = self.encoder(x)
+        return mean, TO_SCALE[self.second](second)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        mean, scale = self.encode(batch)
+        z = mean + scale * torch.randn_like(scale)
+        reconstruction = (self.decoder(z.flatten(1)) - batch).square().sum(1).mean()
+        if self.skip:
+            reconstruction = reconstruction + (mean.flatten(1).sum(1) - batch.sum(1)).square().mean()
+        kl = (0.5 * (scale**2 + mean**2 - 1) - scale.log()).flatten(1)
+        rate = kl.sum(1).mean() if self.own_floor is None else free_bits(kl, self.free_bits, **self.own_floor)
+        factors = {"sum": 1.0, "mean": 1 / LATENTS, "batch_sum": len(batch)}
+        factor = factors[self.reduction] if isinstance(self.reduction, str) else self.reduction
+        loss: Tensor = (reconstruction + self.weight * factor * rate).sum()
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        with torch.enable_grad():
+            self.encode(batch)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.gradients.append([torch.zeros(()) if p.grad is None else p.grad.clone() for p in self.parameters()])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.02)
+
+
+PLACES: dict[str, dict[str, Any]] = {
+    "pair": {"posterior": "encoder"},
+    "normal": {"posterior": "encoder:0"},
+    "map": {"posterior": "encoder", "chunk": 1},
+    "heads": {"posterior": ("encoder_mean", "encoder_second")},
+}
+
+
+def fit(root: Path, model: Any, *callbacks: Any, rows: int = 20, validate: bool = False, **options: Any) -> Any:
+    """Fit in two epochs of five batches, the same each time."""
+    double = options.get("precision") == "64-true"
+    data = loader(rows, batch_size=4)
+    torch.manual_seed(1)
+    trainer = quiet_trainer(root, callbacks=list(callbacks), **{"max_epochs": 2, **options})
+    trainer.fit(model.double() if double else model, data, data if validate else None)
+    return model
+
+
+def assert_twins(root: Path, floor: EnforcedFreeBits, options: dict[str, Any], *others: Any, **run: Any) -> Foreign:
+    """Compare the gradients of each batch with those of a module whose loss has the one line."""
+    torch.manual_seed(0)
+    model = Foreign(**options)
+    twin = Foreign(**options, own_floor={"per": floor.per, "average": floor.average})
+    twin.load_state_dict(model.state_dict())
+    bare = copy.deepcopy(model)
+    theirs = [FreeBits(floor.schedule), *copy.deepcopy(others)]
+    bares = copy.deepcopy(others)
+    fit(root, twin, *theirs, **run)
+    fit(root, bare, *bares, **run)
+    fit(root, model, *others, floor, **run)
+    tolerance = 1e-12 if run.get("precision") == "64-true" else 1e-5
+    assert relative_error(model.gradients, twin.gradients) <= tolerance
+    assert relative_error([list(model.parameters())], [list(twin.parameters())]) <= tolerance
+    assert relative_error(bare.gradients, twin.gradients) > 1e-2, "there was no floor to enforce"
+    return model
+
+
+def relative_error(actual: list[list[Tensor]], expected: list[list[Tensor]]) -> float:
+    """The largest over all tensors, each as a whole."""
+    assert len(actual) == len(expected)
+    pairs = [pair for ours, theirs in zip(actual, expected, strict=True) for pair in zip(ours, theirs, strict=True)]
+    return max(float(((one - other).norm() / other.norm().clamp(min=1e-30)).detach()) for one, other in pairs)
+
+
+# ---- equal gradients
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true"])
+@pytest.mark.parametrize(
+    ("form", "second"),  # linear heads output logarithms
+    [(form, second) for form in PLACES for second in TO_SCALE if form != "heads" or second.startswith("log")],
+)
+def test_any_form_of_the_posterior(tmp_path: Path, form: str, second: Any, precision: Any) -> None:
+    floor = EnforcedFreeBits(THRESHOLD, weight="weight", second=second, **PLACES[form])
+    assert_twins(tmp_path, floor, {"form": form, "second": second}, precision=precision)
+
+
+@pytest.mark.parametrize("form", ["pair", "map"])
+@pytest.mark.parametrize("average", ["batch", "sample"])
+@pytest.mark.parametrize(("per", "threshold"), [("dimension", 0.4), (2, 0.6), ("whole", 40.0)])
+def test_each_variant(tmp_path: Path, per: Any, threshold: float, average: Any, form: str) -> None:
+    floor = EnforcedFreeBits(threshold, weight="weight", per=per, average=average, **PLACES[form])
+    assert_twins(tmp_path, floor, {"form": form})
+
+
+@pytest.mark.parametrize("weight", ["weight", 0.7])
+@pytest.mark.parametrize("reduction", ["sum", "mean", "batch_sum", 1 / 28])
+def test_each_reduction(tmp_path: Path, reduction: Any, weight: Any) -> None:
+    floor = EnforcedFreeBits(THRESHOLD, weight=weight, reduction=reduction, **PLACES["pair"])
+    # An untouched weight of 20 / 28 or so makes a difference too, and a batch of 3 rows the last of each epoch.
+    assert_twins(tmp_path, floor, {"reduction": reduction}, rows=19, precision="64-true")
+
+
+@pytest.mark.parametrize("weight", [torch.tensor(0.7), torch.tensor([0.7]), nn.Parameter(torch.tensor(0.7))])
+def test_a_weight_that_is_a_tensor(tmp_path: Path, weight: Tensor) -> None:
+    model = assert_twins(tmp_path, EnforcedFreeBits(THRESHOLD, "encoder", "weight"), {"weight": weight})
+    assert (model.weight != 0.7).all() == isinstance(weight, nn.Parameter), "a learned one is learned"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_annealed_weight_and_a_scheduled_threshold_in_either_order(tmp_path: Path, first: bool) -> None:
+    model, twin = Foreign(), Foreign(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    schedule = Linear(start=0.2, stop=0.8, steps=6)
+    callbacks = [KLAnnealing(Linear(steps=7), "weight"), EnforcedFreeBits(schedule, "encoder", "weight")]
+    fit(tmp_path, model, *(callbacks if first else callbacks[::-1]))
+    fit(tmp_path, twin, KLAnnealing(Linear(steps=7), "weight"), FreeBits(schedule))
+    assert relative_error(model.gradients, twin.gradients) < 1e-5
+
+
+def test_a_weight_that_the_module_computes(tmp_path: Path) -> None:
+    class Computing(Foreign):
+        weight = property(lambda self: 0.1 * (1 + self.global_step), lambda self, value: None)
+
+    torch.manual_seed(0)
+    model, twin = Computing(), Computing(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+    fit(tmp_path, twin, FreeBits(THRESHOLD))
+    assert relative_error(model.gradients, twin.gradients) < 1e-5
+
+
+@pytest.mark.parametrize("clip", [{}, {"gradient_clip_val": 0.5}, {"gradient_clip_val": 0.02}])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_accumulation_with_a_ragged_end_and_clipping(tmp_path: Path, clip: dict[str, Any], algorithm: str) -> None:
+    floor = EnforcedFreeBits(THRESHOLD, "encoder", "weight")
+    clip = {**clip, "gradient_clip_algorithm": algorithm} if clip else {}
+    assert_twins(tmp_path, floor, {}, accumulate_grad_batches=4, **clip)
+
+
+def test_accumulation_that_changes_between_epochs(tmp_path: Path) -> None:
+    floor = EnforcedFreeBits(THRESHOLD, "encoder", "weight")
+    assert_twins(tmp_path, floor, {}, GradientAccumulationScheduler({0: 1, 1: 3}))
+
+
+def test_a_mean_that_the_reconstruction_uses_too_keeps_that_gradient(tmp_path: Path) -> None:
+    assert_twins(tmp_path, EnforcedFreeBits(THRESHOLD, "encoder", "weight"), {"skip": True})
+
+
+def test_a_module_with_a_backward_and_a_prior_of_its_own(tmp_path: Path) -> None:
+    class Own(Foreign):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.prior_mean = nn.Parameter(torch.tensor([0.3, -0.2, 0.1, 0.0]))
+
+        @property
+        def prior(self) -> Any:
+            return Independent(Normal(self.prior_mean, torch.full_like(self.prior_mean, 1.5)), 1)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            mean, scale = self.encode(batch)
+            reconstruction = (self.decoder(mean + scale * torch.randn_like(scale)) - batch).square().sum(1).mean()
+            kl = kl_divergence(Normal(mean, scale), self.prior.base_dist)
+            floored = self.own_floor is not None
+            loss: Tensor = reconstruction + (free_bits(kl, self.free_bits) if floored else kl.sum(1).mean())
+            return loss
+
+        def backward(self, loss: Tensor) -> None:
+            (3 * loss).backward()
+
+    torch.manual_seed(0)
+    model, twin = Own(), Own(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", 1.0))
+    fit(tmp_path, twin, FreeBits(THRESHOLD))
+    assert relative_error(model.gradients, twin.gradients) < 1e-5
+
+
+def test_an_optimizer_that_computes_the_loss_several_times_in_a_step(tmp_path: Path) -> None:
+    class Quasi(Foreign):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.LBFGS(self.parameters(), 0.01, max_iter=3)
+
+    torch.manual_seed(0)
+    model, twin = Quasi(), Quasi(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"), precision="64-true")
+    fit(tmp_path, twin, FreeBits(THRESHOLD), precision="64-true")
+    assert relative_error(model.gradients, twin.gradients) < 1e-9
+
+
+class Checkpointed(Foreign):
+    """Runs its encoder again in the backward pass, alone or with more that hides part of its output."""
+
+    reentrant = False
+    more = False
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.clone().requires_grad_()
+        if self.more:
+            return checkpoint(super().encode, x, use_reentrant=self.reentrant)
+        mean, second = checkpoint(self.encoder, x, use_reentrant=self.reentrant)
+        return mean, (second / 2).exp()
+
+
+@pytest.mark.parametrize(("reentrant", "more"), [(False, False), (False, True), (True, False)])
+def test_activation_checkpointing_is_exact(tmp_path: Path, reentrant: bool, more: bool) -> None:
+    torch.manual_seed(0)
+    model, twin = Checkpointed(), Foreign(own_floor={})
+    model.reentrant, model.more = reentrant, more
+    twin.load_state_dict(model.state_dict())
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+    fit(tmp_path, twin, FreeBits(THRESHOLD))
+    assert relative_error(model.gradients, twin.gradients) < 1e-5
+
+
+def test_a_threshold_of_zero_changes_no_bit(tmp_path: Path) -> None:
+    model = Foreign()
+    for parameter in model.encoder.parameters():  # rates that round to 0, and are at a floor of 0
+        parameter.data[:LATENTS] *= 1e-4
+        parameter.data[LATENTS:] = 0.0
+    bare = copy.deepcopy(model)
+    fit(tmp_path, bare)
+    fit(tmp_path, model, EnforcedFreeBits(0.0, "encoder", "weight"))
+    assert relative_error(model.gradients, bare.gradients) == 0
+
+
+def test_calls_without_a_gradient_and_validation_have_no_part(tmp_path: Path) -> None:
+    class Showing(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self.encoder(batch)
+            loss = super().training_step(batch, batch_idx)
+            self.encoder(batch)
+            return loss
+
+    class Twice(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self.encoder(batch)
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    model, twin = Twice(), Foreign(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"), validate=True, val_check_interval=2)
+    fit(tmp_path, twin, FreeBits(THRESHOLD), validate=True, val_check_interval=2)
+    assert relative_error(model.gradients, twin.gradients) < 1e-5
+    with pytest.raises(MisconfigurationException, match="called once in a step with a gradient, got 2"):
+        fit(tmp_path, Showing(), EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_a_step_that_is_skipped(tmp_path: Path) -> None:
+    class Skipping(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 1 else loss
+
+    torch.manual_seed(0)
+    model, twin = Skipping(), Skipping(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+    fit(tmp_path, twin, FreeBits(THRESHOLD))
+    assert relative_error(model.gradients, twin.gradients) < 1e-5
+
+
+def test_a_resumed_run_goes_on_under_the_same_floor(tmp_path: Path) -> None:
+    """The second half of a run, resumed from the end of the first, has the gradients of the whole run."""
+
+    class Seeded(Foreign):
+        def on_train_epoch_start(self) -> None:
+            torch.manual_seed(self.current_epoch)
+
+    torch.manual_seed(0)
+    model = Seeded()
+    half = copy.deepcopy(model)
+
+    def floor() -> EnforcedFreeBits:
+        return EnforcedFreeBits(Linear(start=0.1, stop=0.6, steps=5), "encoder", "weight")
+
+    fit(tmp_path, model, floor())
+    fit(tmp_path, half, floor(), max_epochs=1).trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed = Seeded()
+    trainer = quiet_trainer(tmp_path, callbacks=[floor()], max_epochs=2)
+    trainer.fit(resumed, loader(20, batch_size=4), ckpt_path=tmp_path / "half.ckpt")
+    assert relative_error(resumed.gradients, model.gradients[5:]) == 0
+
+
+class Sharing(Foreign):
+    """Leaves its weights behind for the process that started it."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        super().__init__(**options)
+        self.folder = folder
+
+    def on_train_end(self) -> None:
+        torch.save(self.gradients, self.folder / f"{self.own_floor is None}{self.global_rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_two_processes_floor_their_own_batches_as_the_one_line_does(tmp_path: Path) -> None:
+    model = Sharing(tmp_path)
+    twin = Sharing(tmp_path, own_floor={})
+    twin.load_state_dict(model.state_dict())
+    # Forked, as spawned processes import torch and Lightning anew.
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"), devices=2, strategy="ddp_fork")
+    fit(tmp_path, twin, FreeBits(THRESHOLD), devices=2, strategy="ddp_fork")
+    for rank in range(2):
+        ours, theirs = (torch.load(tmp_path / f"{enforced}{rank}.pt") for enforced in (True, False))
+        assert relative_error(ours, theirs) < 1e-5
+
+
+def test_the_rates_of_a_posterior_that_is_all_but_a_point() -> None:
+    """As a loss that is written in log-variances has them; torch's own formula gives an infinite KL there."""
+    log_variance = torch.tensor([-120.0, -1.0, 0.0, 1.0], requires_grad=True)
+    rates = normal_rates(Normal(torch.full((4,), 2.0), (log_variance / 2).exp()), Normal(0.0, 1.0))
+    expected = 0.5 * (log_variance.exp() + 4 - 1 - log_variance)
+    torch.testing.assert_close(rates, expected)
+    gradients = [torch.autograd.grad(each.sum(), log_variance)[0] for each in (rates, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("per", "average"), [("dimension", "batch"), ("whole", "sample"), (2, "sample")])
+def test_rate_plus_shortfall_is_the_floored_rate_also_at_the_floor(per: Any, average: Any) -> None:
+    kl = torch.tensor([[0.1, 0.5, 0.0, 0.25], [0.9, 0.5, 0.0, 0.75], [0.5, 0.5, 0.5, 0.5]], requires_grad=True)
+    for threshold in (0.5, 1.0, 1.5, 2.0):
+        ours = kl.sum(1).mean() + shortfall(kl, threshold, per, average)
+        theirs = free_bits(kl, threshold, per, average)
+        torch.testing.assert_close(ours, theirs)
+        gradients = [torch.autograd.grad(each, kl)[0] for each in (ours, theirs)]
+        torch.testing.assert_close(*gradients)
+
+
+# ---- what it logs, and leaves behind
+
+
+def test_it_logs_what_free_bits_logs(tmp_path: Path) -> None:
+    curves = []
+    torch.manual_seed(0)
+    model, twin = Foreign(), Foreign(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    schedule = Linear(start=0.2, stop=0.8, steps=6)
+    for each, floor in (
+        (model, EnforcedFreeBits(schedule, "encoder", "weight")),
+        (twin, FreeBits(schedule, posterior="encoder")),
+    ):
+        logger = CSVLogger(tmp_path)
+        fit(tmp_path, each, floor, logger=logger, log_every_n_steps=1)
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            curves.append([{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)])
+    assert curves[0] == curves[1]
+    assert {"knobs/free_bits", "latent/at_floor"} < set(curves[0][0])
+    assert len({row["latent/at_floor"] for row in curves[0]}) > 1
+
+
+def test_nothing_is_left_behind(tmp_path: Path) -> None:
+    floor = EnforcedFreeBits(Linear(start=0.1, stop=0.6, steps=5), "encoder", "weight")
+    model = fit(tmp_path, Foreign(), floor)
+    assert not model.encoder._forward_hooks
+    assert floor._reader._outputs is None
+    assert floor._rates is None
+    assert pickle.loads(pickle.dumps(floor)).state_dict() == floor.state_dict()
+    assert floor.state_key == "EnforcedFreeBits{'attribute': 'free_bits', 'name': 'free_bits'}"
+    # The same callback and Trainer again.
+    trainer = quiet_trainer(tmp_path, callbacks=[floor], max_epochs=1)
+    trainer.fit(model, loader())
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model, loader())
+    assert not model.encoder._forward_hooks
+
+
+@pytest.mark.parametrize("clears", [True, False])
+def test_the_hooks_are_removed_after_an_exception(tmp_path: Path, clears: bool) -> None:
+    class Failing(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 2:
+                assert self.encoder._forward_hooks
+                if clears:
+                    self.trainer.callbacks.clear()  # type: ignore[attr-defined]
+                raise RuntimeError("diverged")
+            return loss
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="diverged"):
+        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+    assert not model.encoder._forward_hooks
+
+
+def test_no_graph_outlives_its_step(tmp_path: Path) -> None:
+    class Watching(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            assert floor._reader._outputs is None
+            assert floor._rates is None
+
+        def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+            assert floor._reader._outputs is None
+
+    floor = EnforcedFreeBits(THRESHOLD, "encoder", "weight")
+    fit(tmp_path, Foreign(), floor, Watching(), validate=True)
+
+
+# ---- what it refuses
+
+LINE = r"Put the floor into the loss.*`loss = reconstruction \+ w \* free_bits\(kl_per_dimension, self.free_bits\)`"
+
+
+def refused(root: Path, model: Any, message: str, **options: Any) -> None:
+    given = {"posterior": "encoder", "weight": "weight", **options.pop("floor", {})}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Lightning's, about what the run was to be
+        with pytest.raises(
+            MisconfigurationException, match=rf"EnforcedFreeBits can't be exact here. {message}.*{LINE}"
+        ):
+            fit(root, model, EnforcedFreeBits(THRESHOLD, **given), **options)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_manual_optimization_is_refused(tmp_path: Path) -> None:
+    model = Foreign()
+    model.automatic_optimization = False
+    refused(tmp_path, model, "Foreign optimizes manually")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
+def test_a_lower_precision_is_refused(tmp_path: Path, precision: Any) -> None:
+    refused(tmp_path, Foreign(), rf"`precision` must be '32-true' or '64-true', got '{precision}'", precision=precision)
+
+
+def test_a_sharded_strategy_is_refused(tmp_path: Path) -> None:
+    class Sharded(type(quiet_trainer(tmp_path).strategy)):  # type: ignore[misc]
+        pass
+
+    strategy = Sharded(device=torch.device("cpu"))
+    options = {"strategy": strategy, "accelerator": "auto", "devices": "auto"}
+    refused(tmp_path, Foreign(), "`strategy` must be a single device or DDP, got Sharded", **options)
+
+
+@pytest.mark.parametrize("way", ["model", "part", "in place"])
+def test_compiled_code_is_refused(tmp_path: Path, way: str) -> None:
+    model: Any = Foreign()
+    if way == "model":
+        model = torch.compile(model, backend="eager")
+    elif way == "part":
+        model.encoder = torch.compile(model.encoder, backend="eager")
+    else:
+        model.encoder.compile(backend="eager")
+    refused(tmp_path, model, "Code that `torch.compile` made")
+
+
+def test_a_second_call_is_refused(tmp_path: Path) -> None:
+    class Views(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + super().training_step(-batch, batch_idx)
+
+    refused(tmp_path, Views(), "`posterior='encoder'` must be called once in a step with a gradient, got 2")
+
+
+def test_checkpointing_that_hides_the_posterior_is_refused(tmp_path: Path) -> None:
+    model = Checkpointed()
+    model.reentrant = model.more = True
+    refused(tmp_path, model, "`posterior='encoder'` must have a gradient for its mean and for its second parameter")
+
+
+def test_a_posterior_that_is_detached_is_refused(tmp_path: Path) -> None:
+    model = Foreign()
+    model.encoder.requires_grad_(False)
+    refused(tmp_path, model, "`posterior='encoder'` must be called once in a step with a gradient, got 0")
+
+
+def test_a_posterior_that_is_no_normal_is_refused(tmp_path: Path) -> None:
+    class Heavy(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = Head()
+
+        def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            posterior = self.head(*super().encode(x))
+            return posterior.loc, posterior.scale
+
+    class Head(nn.Module):
+        def forward(self, mean: Tensor, scale: Tensor) -> Laplace:
+            return Laplace(mean, scale)
+
+    refused(tmp_path, Heavy(), "The posterior must be a diagonal Normal, got Laplace", floor={"posterior": "head"})
+
+
+@pytest.mark.parametrize(("prior", "kind"), [(Laplace(0.0, 1.0), "Laplace"), (nn.Linear(1, 1), "Linear")])
+def test_a_prior_that_is_no_normal_is_refused(tmp_path: Path, prior: Any, kind: str) -> None:
+    model = Foreign()
+    model.prior = prior
+    refused(tmp_path, model, f"The module's `prior` must be a diagonal Normal, .* got {kind}")
+
+
+def test_a_module_with_a_floor_of_its_own_is_sent_to_free_bits(tmp_path: Path) -> None:
+    floor = EnforcedFreeBits(0.5, "encoder", "beta")
+    with pytest.raises(MisconfigurationException, match=r"RecordingVAE has a `free_bits` of its own.*Use `FreeBits`"):
+        fit(tmp_path, RecordingVAE(), floor)
+
+
+def test_two_floors_under_one_posterior_are_refused(tmp_path: Path) -> None:
+    floors = [EnforcedFreeBits(0.5, "encoder", "weight", name=name) for name in ("one", "other")]
+    with pytest.raises(MisconfigurationException, match=r"Two callbacks floor the rate of `posterior='encoder'`"):
+        fit(tmp_path, Foreign(), *floors)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"weight": "wieght"}, r"the weight's path leads nowhere.*has no 'wieght'. Did you mean 'weight'"),
+        ({"weight": "decoder"}, "`weight='decoder'` must lead to a number or a tensor of one element, got Sequential"),
+        ({"posterior": "encodr"}, "has no submodule 'encodr'. Did you mean 'encoder'"),
+        ({"posterior": "decoder"}, "must be a torch.distributions.Distribution or a pair of tensors"),
+        ({"per": 3}, "`per` as a number of dimensions must divide the number of latent dimensions, got 3 for 4"),
+        ({"threshold": Linear(steps=3)}, "Give it a `stop`"),
+    ],
+)
+def test_what_shows_when_fitting_starts(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    model = Foreign()
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, model, EnforcedFreeBits(**{"threshold": 0.5, "posterior": "encoder", "weight": 1.0, **options}))
+    assert not model.encoder._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threshold": -0.1}, "`threshold` must be at least 0 nats, or a schedule, got -0.1"),
+        ({"posterior": lambda pl_module, batch: None}, "`posterior` must be a submodule's path or a pair of them"),
+        ({"posterior": None}, "`posterior` must be a submodule's path or a pair of them"),
+        ({"reduction": "batchmean"}, "`reduction` must be 'sum', 'mean', 'batch_sum' or a number .*, got 'batchmean'"),
+        ({"per": 0}, "`per` must be 'dimension', 'whole' or a number of dimensions, got 0"),
+        ({"average": "mean"}, "`average` must be 'batch' or 'sample', got 'mean'"),
+        ({"second": "std"}, "`second` must be one of"),
+        ({"chunk": 0}, "`chunk` must be the axis"),
+    ],
+)
+def test_an_option_out_of_its_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EnforcedFreeBits(**{"threshold": 0.5, "posterior": "encoder", "weight": 1.0, **options})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"reduction": "mean"},
+        {"reduction": 2.0},
+        {"second": "scale"},
+        {"weight": "unused"},
+    ],
+)
+def test_a_wrong_declaration_is_refused_at_the_first_batch(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    model = Foreign(reduction=1.5)
+    model.unused = 1.0  # type: ignore[assignment]
+    before = copy.deepcopy(model.state_dict())
+    right: dict[str, Any] = {"posterior": "encoder", "weight": "weight", "reduction": 1.5}
+    with pytest.raises(MisconfigurationException, match=r"rises by .* for a weight of 1"):
+        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, **{**right, **wrong}))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

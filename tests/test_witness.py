@@ -1,0 +1,178 @@
+import sys
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import nn
+
+from lightning_vae.callbacks import KLAnnealing, Linear
+from tests.doubles import ForeignModule, loader, quiet_trainer
+
+
+@dataclass
+class Config:
+    beta: float = 1.0
+    weights: dict[str, float] = field(default_factory=lambda: {"kl": 1.0})
+
+
+class Warmed(ForeignModule):
+    """Has a warm-up of its own, in one of several places."""
+
+    def __init__(self, how: str = "") -> None:
+        super().__init__()
+        self.how = how
+        self.cfg = Config()
+        self.register_buffer("buffer", torch.tensor(1.0))
+        self.sub = nn.Module()
+        self.sub.beta = 1.0  # type: ignore[assignment]
+        self.read = lambda: self.beta
+
+    def set_beta(self) -> None:
+        setattr(self.cfg, "beta", 0.75)  # noqa: B010
+
+    def set_weights(self) -> None:
+        self.cfg.weights.update(kl=0.75)
+
+    def set_module(self) -> None:
+        self.sub.beta = 0.75  # type: ignore[assignment]
+
+    def set_buffer(self) -> None:
+        self.buffer.fill_(0.75)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self.how == "hook":
+            self.beta = 0.75
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        if self.how.startswith("set"):
+            getattr(self, self.how)()
+        return self.layer(batch).square().mean() * self.beta * self.cfg.beta * self.sub.beta * self.buffer  # type: ignore[no-any-return]
+
+
+class Other(Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.beta = 0.75
+
+
+def fit(path: Path, model: Any, attribute: str, *others: Any, **options: Any) -> list[str]:
+    annealing = KLAnnealing(Linear(stop=2.0, steps=10), attribute, probe=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(path, callbacks=[annealing, *others], max_epochs=2, **options).fit(model, loader(), loader())
+    assert sys.getprofile() is None
+    return [str(each.message) for each in caught if "sets it too" in str(each.message)]
+
+
+@pytest.mark.parametrize(
+    ("how", "attribute", "who"),
+    [
+        ("set_beta", "cfg.beta", "`Warmed.set_beta` (tests/test_witness.py)"),
+        ("set_weights", "cfg.weights.kl", "`Warmed.set_weights` (tests/test_witness.py)"),
+        ("set_module", "sub.beta", "`Warmed.set_module` (tests/test_witness.py)"),
+        ("set_buffer", "buffer", "`Warmed.set_buffer` (tests/test_witness.py)"),
+        ("hook", "beta", "`Warmed.on_train_batch_start` (tests/test_witness.py)"),
+    ],
+)
+def test_who_overwrites_the_number_is_named_once_with_both_values(
+    tmp_path: Path, how: str, attribute: str, who: str
+) -> None:
+    messages = fit(tmp_path, Warmed(how), attribute)
+    assert len(messages) == 1
+    assert messages[0].startswith(
+        f"KLAnnealing({attribute.split('.')[-1]}): `{attribute}` was set to 0.2 for step 1, and after it is 0.75: {who}"
+    )
+    assert "Take one out." in messages[0]
+
+
+def test_another_callback_is_named(tmp_path: Path) -> None:
+    (message,) = fit(tmp_path, ForeignModule(), "beta", Other())
+    assert "`Other.on_train_batch_start`" in message
+
+
+def test_a_profiler_that_is_there_is_left_alone(tmp_path: Path) -> None:
+    class Profiles(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            assert sys.getprofile() is profiler
+
+    def profiler(*_: Any) -> None:
+        pass
+
+    annealing = KLAnnealing(Linear(stop=2.0, steps=5), "sub.beta", probe=False)
+    sys.setprofile(profiler)
+    try:
+        with pytest.warns(UserWarning, match="0.75: something else sets it too"):
+            quiet_trainer(tmp_path, callbacks=[annealing, Profiles()], max_epochs=1).fit(Warmed("set_module"), loader())
+    finally:
+        sys.setprofile(None)
+
+
+def test_looking_on_ends_with_the_run(tmp_path: Path) -> None:
+    class Fails(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                assert sys.getprofile() is not None
+                trainer.callbacks.clear()
+                raise KeyError
+
+    annealing = KLAnnealing(Linear(stop=2.0, steps=5), "cfg.beta", probe=False)
+    model = Warmed("set_weights")
+    model.set_weights = model.set_beta  # type: ignore[method-assign]
+    with pytest.raises(KeyError):
+        quiet_trainer(tmp_path, callbacks=[annealing, Fails()], max_epochs=1).fit(model, loader())
+    assert sys.getprofile() is None
+    assert model.cfg.beta == 2.0, "and the number is left at its target"
+
+
+@pytest.mark.parametrize(
+    ("own", "line"),
+    [
+        (
+            {"min_kl_weight": 0.0, "max_kl_weight": 1.0, "n_epochs_kl_warmup": 400, "n_steps_kl_warmup": None},
+            'plan_kwargs={"n_epochs_kl_warmup": None, "n_steps_kl_warmup": None}',
+        ),
+        ({"register_schedule": max, "remove_schedule": max}, "framework.remove_schedule("),
+        (
+            {"warmup_epochs": 10, "warmed_up": None},
+            "Switch off what the module does itself, which `warmup_epochs=10` may",
+        ),
+    ],
+)
+def test_the_line_that_ends_the_conflict(tmp_path: Path, own: dict[str, Any], line: str) -> None:
+    model = Warmed("set_beta")
+    vars(model).update(own)
+    (message,) = fit(tmp_path, model, "cfg.beta")
+    assert line in message
+
+
+def test_an_undisturbed_number_is_no_conflict(tmp_path: Path) -> None:
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")  # which sets the number to its target
+
+    model = ForeignModule()
+    for place in ([], [Saves()]):
+        assert fit(tmp_path, model, "beta", *place, accumulate_grad_batches=2, val_check_interval=0.5) == []
+    annealing = KLAnnealing(Linear(stop=2.0, steps=5), probe=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[Saves(), annealing], max_epochs=1)
+    trainer.fit(ForeignModule(), loader())
+
+
+def test_two_numbers_in_one_tensor_are_no_conflict(tmp_path: Path) -> None:
+    class Weighted(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("weights", torch.ones(2))
+            self.seen: list[list[float]] = []
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            self.seen.append(self.weights.tolist())  # type: ignore[operator, union-attr]
+            return self.layer(batch).square().mean() + self.weights.sum()  # type: ignore[no-any-return, operator, union-attr]
+
+    model = Weighted()
+    callbacks = [KLAnnealing(Linear(steps=4), f"weights.{index}", name=f"w{index}") for index in (0, 1)]
+    quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(model, loader())
+    assert model.seen == [[min(step / 4, 1)] * 2 for step in range(6)]
