@@ -11,10 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Literal
 
 from torch import Tensor, nn, zeros
 
 Shape = tuple[int, ...]
+Activation = Literal["relu", "tanh"]
+_ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class LinearEncoder(nn.Module):
@@ -59,17 +62,23 @@ class LinearDecoder(nn.Module):
 
 
 class MLPEncoder(nn.Module):
-    """Encode by fully connected layers with ReLU.
+    """Encode by fully connected layers.
 
     Args:
         shape: Shape of one observation.
         latent_dim: Number of latent dimensions.
         hidden: Widths of the hidden layers, in order.
+        activation: What follows each hidden layer, ``"relu"`` or ``"tanh"``.
+
+    Raises:
+        ValueError: On another activation.
     """
 
-    def __init__(self, shape: Shape, latent_dim: int, hidden: Sequence[int] = (400,)) -> None:
+    def __init__(
+        self, shape: Shape, latent_dim: int, hidden: Sequence[int] = (400,), activation: Activation = "relu"
+    ) -> None:
         super().__init__()
-        self.layers = _mlp([math.prod(shape), *hidden, 2 * latent_dim])
+        self.layers = _mlp([math.prod(shape), *hidden, 2 * latent_dim], activation)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``."""
@@ -78,17 +87,23 @@ class MLPEncoder(nn.Module):
 
 
 class MLPDecoder(nn.Module):
-    """Decode by fully connected layers with ReLU.
+    """Decode by fully connected layers.
 
     Args:
         latent_dim: Number of latent dimensions.
         shape: Shape of one observation.
         hidden: Widths of the hidden layers, in order.
+        activation: What follows each hidden layer, ``"relu"`` or ``"tanh"``.
+
+    Raises:
+        ValueError: On another activation.
     """
 
-    def __init__(self, latent_dim: int, shape: Shape, hidden: Sequence[int] = (400,)) -> None:
+    def __init__(
+        self, latent_dim: int, shape: Shape, hidden: Sequence[int] = (400,), activation: Activation = "relu"
+    ) -> None:
         super().__init__()
-        self.layers = _mlp([latent_dim, *hidden, math.prod(shape)])
+        self.layers = _mlp([latent_dim, *hidden, math.prod(shape)], activation)
         self.shape = tuple(shape)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -169,10 +184,12 @@ class ConvDecoder(nn.Module):
         return output
 
 
-def _mlp(widths: Sequence[int]) -> nn.Sequential:
+def _mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
+    if activation not in _ACTIVATIONS:
+        raise ValueError(f"`activation` must be 'relu' or 'tanh', got {activation!r}.")
     layers: list[nn.Module] = []
     for previous, current in pairwise(widths):
-        layers += [nn.Linear(previous, current), nn.ReLU()]
+        layers += [nn.Linear(previous, current), _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
