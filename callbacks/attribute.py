@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import math
@@ -28,8 +29,8 @@ class Attribute:
     Wrappers that keep the real thing in ``_orig_mod`` or ``module`` (``torch.compile``, DDP) are looked through. It is
     walked anew each time, because a project may replace what lies on the way.
 
-    A path may also lead to a method that returns the number. Writing then replaces it, on this one object, by a
-    function that returns what was written, whatever it is called with.
+    A path may also lead to a method that returns the number. Writing then replaces it, on this one object and for good,
+    by a function that returns what was written, whatever it is called with.
 
     Args:
         pl_module: Where the path starts.
@@ -86,14 +87,18 @@ class Attribute:
         """Return what keeps the number, and what it keeps."""
         owner: Any = self._root
         for name in self._parents:
-            owner = _look_up(owner, name, self.path)[1]
-        return _look_up(owner, self._name, self.path)
+            owner = look_up(owner, name, self.path)[1]
+        return look_up(owner, self._name, self.path)
 
     def _check(self, owner: Any, value: Any) -> None:
         """Find out before the first step whether this is a number that can be set."""
-        if inspect.isroutine(value) or isinstance(value, _Returns):
+        if isinstance(value, _Returns):
             return
-        if not _is_number(value):
+        if inspect.isroutine(value):
+            if self._name == "forward" or self._name.endswith("_step") or _is_lightnings(value):
+                raise ValueError(f"`attribute={self.path!r}` is a method that does more than return a number.")
+            return
+        if not is_number(value):
             within = f" Did you mean one of {_known(value, self.path + '.')}?" if _names(value) else ""
             raise ValueError(
                 f"`attribute={self.path!r}` must lead to a number, a tensor of one element or a method that returns "
@@ -114,6 +119,11 @@ class Attribute:
             raise self._not_settable(owner, error) from error
 
     def _not_settable(self, owner: Any, reason: object) -> ValueError:
+        if dataclasses.is_dataclass(owner):
+            return ValueError(
+                f"`attribute={self.path!r}` can't be set ({reason}). Replace the frozen dataclass as a whole with "
+                "`setter=`, a callable `(pl_module, value) -> None` that uses `dataclasses.replace`."
+            )
         sources = _computed_from(owner, self._name)
         prefix = self.path[: -len(self._name)]
         named = f", here {', '.join(repr(prefix + name) for name in sources)}" if sources else ""
@@ -121,6 +131,10 @@ class Attribute:
             f"`attribute={self.path!r}` can't be set ({reason}). Name what it is computed from{named}, or pass "
             "`setter=`, a callable `(pl_module, value) -> None`."
         )
+
+
+def _is_lightnings(value: Any) -> bool:
+    return (getattr(value, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
 
 
 class _Returns:
@@ -137,7 +151,8 @@ class _NowhereError(ValueError):
     """A path leads nowhere."""
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, or a tensor of one."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -164,8 +179,10 @@ def _key(owner: Mapping[Any, Any], name: str) -> Any:
     return int(name) if name not in owner and name.lstrip("-").isdigit() else name
 
 
-def _look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
+def look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
     """Return what has a name, which is what a wrapper wraps if the wrapper has not, and what it has there."""
+    if owner is None:
+        raise _NowhereError(f"`attribute={path!r}`: what should have {name!r} is None when fitting starts.")
     tried = []
     while owner is not None:
         try:
@@ -205,7 +222,7 @@ def _computed_from(owner: Any, name: str) -> list[str]:
     getter = getattr(inspect.getattr_static(type(owner), name, None), "fget", None)
     looked_at = getattr(getattr(getter, "__code__", None), "co_names", ())
     own = {*vars(owner), *_names(owner)} if hasattr(owner, "__dict__") else _names(owner)
-    return [name for name in looked_at if name in own and _is_number(getattr(owner, name, None))]
+    return [name for name in looked_at if name in own and is_number(getattr(owner, name, None))]
 
 
 def _unwrapped(owner: Any) -> Any:
@@ -229,7 +246,7 @@ def _names(owner: Any) -> list[str]:
     if isinstance(owner, torch.nn.Module):
         names.update(dict.fromkeys((*owner._buffers, *owner._parameters, *owner._modules)))
     for of_project in type(owner).__mro__:
-        if of_project.__module__.partition(".")[0] not in _FOREIGN:
+        if not _is_lightnings(of_project):
             settable = (name for name, of in vars(of_project).items() if inspect.isdatadescriptor(of))
             names.update(dict.fromkeys(settable))
     return [name for name in names if not name.startswith("_") and name not in _OF_LIGHTNING]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -74,16 +75,31 @@ class Callback(_Callback):
         After an exception Lightning skips every ``teardown`` hook, and a project that empties ``trainer.callbacks`` on
         its way out (disent does) skips ``on_exception`` too. The strategy is torn down in every case.
         """
-        strategy, teardown = trainer.strategy, trainer.strategy.teardown
-        others = vars(strategy).get("teardown")  # of callbacks that asked before
+        strategy = trainer.strategy
+        before = vars(strategy).get("teardown")  # of callbacks that asked already
+        strategy.teardown = _CleanUp(strategy, before, clean_up)  # type: ignore[method-assign]
 
-        def clean_up_and_tear_down() -> None:
-            del strategy.teardown
-            if others is not None:
-                strategy.teardown = others  # type: ignore[method-assign]
-            try:
-                clean_up()
-            finally:
-                teardown()
 
-        strategy.teardown = clean_up_and_tear_down  # type: ignore[method-assign]
+class _CleanUp:
+    """Takes the place of a strategy's ``teardown``, once. A class, so that a Trainer can be pickled with it."""
+
+    def __init__(self, strategy: Any, before: Any, clean_up: Callable[[], None]) -> None:
+        self._strategy = strategy
+        self._before = before
+        self._clean_up = clean_up
+
+    def __call__(self) -> None:
+        vars(self._strategy).pop("teardown", None)
+        if self._before is not None:
+            self._strategy.teardown = self._before
+        try:
+            self._clean_up()
+        except Exception as error:  # which must not hide the one that ended the run
+            rank_zero_warn(f"Cleaning up after the run failed: {error}")
+        self._strategy.teardown()
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    """Return a Trainer's callbacks."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    return callbacks

@@ -108,7 +108,14 @@ def diagnose(
     inactive_rate = float(rate_per_dimension[~active].sum())
     rates = f"{units}, and of the rate of {rate:.3g} nats inactive ones carry {inactive_rate:.3g}"
     if number == 0 or rate - inactive_rate < min_rate:
-        return Diagnosis("collapsed", f"{rates}; active ones need {min_rate:g}.")
+        small = ""
+        enough = min(0.5 * rate, 0.9 * math.log(max(observations, 1)))
+        if mutual_information is not None and mutual_information > max(min_rate, enough):
+            small = (
+                f" Yet the mutual information is {mutual_information:.3g} nats: the latents tell observations apart, "
+                "at a scale below the threshold. If that is meant, lower `threshold`."
+            )
+        return Diagnosis("collapsed", f"{rates}; active ones need {min_rate:g}.{small}")
     if inactive_rate > 0.1 * rate:
         return Diagnosis("offset", f"{rates}, more than 10 %.")
     if mutual_information is None:

@@ -258,6 +258,9 @@ class CollapseDetector(Callback):
                 "say where it is with `posterior=`."
             )
             return
+        if measured.observations < 2:
+            rank_zero_warn(f"{self._title}: a variance over the data needs two observations, and this pass had one.")
+            return
         if not measured.variance.isfinite().all():
             rank_zero_warn(f"{self._title}: the posterior's means are not finite, so nothing can be said of them.")
             return

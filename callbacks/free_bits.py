@@ -149,8 +149,8 @@ class FreeBits(ScheduledKnob):
         if self._reader.posterior is None and (own is None or callable(own)):
             return None  # the module offers none, or means a method or a submodule by that name
         posteriors, prior = self._reader.read(pl_module, batch), read_prior(pl_module)
-        if any(each.event_shape for each in (prior, *posteriors)):
-            return None  # a distribution over whole vectors has no rate of a dimension
+        if not posteriors or any(each.event_shape for each in (prior, *posteriors)):
+            return None  # a step without one, or a distribution over whole vectors has no rate of a dimension
         offers_prior = isinstance(getattr(pl_module, "prior", None), Distribution)
         if not offers_prior and not all(isinstance(each, Normal) for each in posteriors):
             return None  # N(0, I) would be an invention

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
+from .base import callbacks_of
 from .effective_beta import WeightEffect, weight_effect
-from .knob import Knob
 from .loss_probe import LossProbe
-from .scheduled_knob import ScheduledKnob, _callbacks
+from .scheduled_knob import ScheduledKnob
 from .schedules import Schedule
 from .witness import remedy
 
@@ -34,7 +34,8 @@ class KLAnnealing(ScheduledKnob):
     loss's terms: the *effective beta*, which is what the weight would be in an ELBO. A weight that the loss ignores, or
     applies twice, shows there. For that the loss of this batch is evaluated on copies of the module with the same
     random state, at weight 0 and at others. Where that isn't cheap and without side effects (a setter, several
-    processes, manual optimization, compiled or large modules), it is left out. ``lightning_vae.VAE`` needs no report.
+    processes, manual optimization, compiled or large modules, hooks), it is left out. What it can't know of is a step
+    that acts on the world, past Lightning: ``probe=False`` is for that. ``lightning_vae.VAE`` needs no report.
 
     Args:
         schedule: Weight per step: ``Linear``, ``Sigmoid``, ``Cosine``, ``Cyclical``, ``Staged``, ``Constant``, ``Join``
@@ -85,55 +86,53 @@ class KLAnnealing(ScheduledKnob):
         return self.setter is None and not set(self._paths) & set(getattr(pl_module, "knob_targets", ()))
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        others = [each for each in callbacks_of(trainer) if isinstance(each, KLAnnealing) and each is not self]
+        # Two weights may be multiplied, and the other be 0 now.
+        held = {tuple(each._paths): each._target for each in others if each._paths and each._target is not None}
         probe = LossProbe(trainer, pl_module, batch, batch_idx)
-        others = [each for each in _callbacks(trainer) if isinstance(each, KLAnnealing) and each is not self]
-
-        def write(copy: LightningModule, value: float) -> None:
-            for other in others:  # two weights may be multiplied, and now be 0
-                if other.setter is None and other._target is not None:
-                    Knob(copy, other._paths).write(other._target)
-            Knob(copy, self._paths).write(value)
-
         try:
-            target = self._target or 1.0
-            effect = weight_effect(probe, write, batch, target)
-        except LossProbe.NotPossible as reason:
-            log.debug("%s(%s): the loss was not probed: %s.", type(self).__name__, self.name, reason)
+            effect = weight_effect(probe, tuple(self._paths), held, batch, self._target or 1.0)
+        except Exception as reason:  # a report that fails must not end somebody's training
+            log.debug("%s(%s): the loss was not probed: %r.", type(self).__name__, self.name, reason)
             return
         say = rank_zero_warn if effect.is_ignored or effect.is_squared or effect.is_counted_twice else rank_zero_info
-        text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, target)}"
+        text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, self._target)}"
         if effect.is_ignored:
             text += " " + remedy(pl_module)
         say(textwrap.fill(text.strip(), 110, subsequent_indent="  "))
 
 
-def describe(effect: WeightEffect, name: str, target: float) -> str:
+def describe(effect: WeightEffect, name: str, target: float | None) -> str:
     """Say what a weight does to a loss.
 
     Args:
         effect: What was measured.
         name: The weight's name.
-        target: The value it is meant to have.
+        target: The value it is meant to have, if that is known.
     """
-    zero, _, full = effect.losses
+    zero, half, full = effect.losses
     if effect.is_ignored:
         return (
-            f"the loss of the first batch is {zero:.6g} whatever `{name}` is. It doesn't read the number that is "
-            "written, or sets it anew, or the KL is exactly 0."
+            f"the loss of the first batch is {zero:.6g} whatever `{name}` is. In this batch it doesn't read the number "
+            "that is written, or sets it anew, or multiplies it by something that is 0, or the KL is exactly 0."
         )
-    if effect.is_squared:
-        return (
-            f"the loss of the first batch grows with the square of `{name}`: {zero:.6g} at 0, {effect.losses[1]:.6g} "
-            f"at {effect.weight / 2:g}, {full:.6g} at {effect.weight:g}. It is applied twice; take it out once."
+    if not effect.is_linear:
+        text = (
+            f"the loss of the first batch is {zero:.6g} at `{name}` = 0, {half:.6g} at {effect.weight / 2:g} and "
+            f"{full:.6g} at {effect.weight:g}"
         )
-    found = [f"the loss of the first batch is {zero:.6g} + {effect.slope:.6g} * `{name}`"]
+        if effect.is_squared:
+            return f"{text}: it grows with the square of `{name}`, which is applied twice. Take it out once."
+        return f"{text}: it is not linear in it."
+    found = [f"the loss of the first batch is {zero:.6g} {effect.slope:+.6g} * `{name}`".replace(" +", " + ", 1)]
     if effect.rate is not None:
-        found.append(f"its slope is the {effect.rate.what}")
+        found.append(f"its slope is {effect.rate.what}")
     if effect.distortion is not None:
-        found.append(f"at 0 it is the {effect.distortion.what}")
+        found.append(f"at 0 it is {effect.distortion.what}")
     text = "; ".join(found) + "."
     if effect.is_counted_twice:
-        return f"{text} The weight is applied twice, or the KL lacks its factor of 1/2."
+        text += " Is the weight applied twice, or does the KL lack its factor of 1/2?"
     if effect.effective_beta is not None:
-        return f"{text} `{name}` = {target:g} is an effective beta of {target * effect.effective_beta:.4g}."
+        would_be = f"{target:g} is" if target else "1 would be"
+        text += f" `{name}` = {would_be} an effective beta of {(target or 1.0) * effect.effective_beta:.4g}."
     return text

@@ -55,7 +55,8 @@ class Knob:
             refused = [(each, error) for each in waiting if (error := _refusal(each, value)) is not None]
             if len(refused) == len(waiting):
                 attribute, error = refused[0]
-                raise ValueError(f"`attribute={attribute.path!r}` can't be set to {value:g}: {error}") from error
+                reason = str(error).removeprefix(f"`attribute={attribute.path!r}`: ")
+                raise ValueError(f"`attribute={attribute.path!r}` can't be set to {value:g}: {reason}") from error
             waiting = [each for each, _ in refused]
 
     def overwritten(self) -> Attribute | None:

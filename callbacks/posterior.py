@@ -52,7 +52,9 @@ def as_distribution(value: Any, second: str = "log_variance", chunk: int | None 
         [value] = distributions
     if isinstance(value, Distribution):
         return as_distribution(value.base_dist) if isinstance(value, Independent) else value
-    if _is_sequence(value) and len(value) == 2 and all(isinstance(item, Tensor) for item in value):
+    if _is_pair(value):
+        if not _fits(value[1], value[0]):
+            raise _no_pair(value, second)
         return Normal(value[0], _TO_SCALE[second](value[1]), validate_args=False)
     if isinstance(value, Tensor):
         hint = f"If it holds the mean and then the {second} along an axis, split it there: `chunk=1`."
@@ -101,7 +103,8 @@ class PosteriorReader:
             - A path: the output of that submodule (``"encoder"``, ``"model.encoder"``), or a part of it after a colon:
               indices, keys and fields with dots between them (``"encoder:0"``, ``"vae:latent_dist.mean"``).
             - A pair of paths: the mean and the second parameter (``("fc_mu", "fc_var")``, ``("model:2", "model:3")``).
-            - A callable ``(pl_module, batch) -> q(z|x)``.
+            - A callable ``(pl_module, batch) -> q(z|x)``. It runs the module in the mode that it is in: in training,
+              what counts its batches, such as batch normalisation, counts these too.
 
             A path leads to one posterior a call. The attribute and the callable may also give a list or tuple of
             several: all its entries are then distributions, or pairs of tensors.
@@ -142,6 +145,7 @@ class PosteriorReader:
         self._paths = list(paths)
         self._outputs: dict[str, list[Any]] | None = None  # of this step's calls by path; None between the steps
         self._handles: list[RemovableHandle] = []
+        self._has_heard = False
 
     def listen(self, pl_module: LightningModule) -> None:
         """Keep what the named submodules output from now on: a step begins.
@@ -165,37 +169,52 @@ class PosteriorReader:
     def read(self, pl_module: LightningModule, batch: Any) -> list[Distribution]:
         """Return the posteriors of the batch just processed, in the order of the calls, and forget them.
 
+        A step that skips its batch, once others have not, has none.
+
         Raises:
             ValueError: If the module did not produce one, or produced something else.
         """
         if self._paths:
             values = self._watched(pl_module)
         else:
-            find = self.posterior if callable(self.posterior) else _own_posterior
-            value = find(pl_module, batch)
+            value = self._call(pl_module, batch) if callable(self.posterior) else _own_posterior(pl_module)
             values = list(value) if _is_several(value) else [value]
         return [as_distribution(value, self.second, self.chunk) for value in values]
 
     def unhook(self) -> None:
-        """Remove every hook until the next :meth:`listen`; a module that is saved as an object would take it along."""
+        """Remove every hook until the next :meth:`listen`; a module that is saved as an object would take it along.
+
+        A step that has begun, and has not called yet, keeps its hooks.
+        """
+        if self._outputs is not None and not all(self._outputs.values()):
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
 
     def detach(self) -> None:
         """Remove every hook and forget what they kept."""
-        self.unhook()
         self.forget()
+        self.unhook()
+
+    def _call(self, pl_module: LightningModule, batch: Any) -> Any:
+        assert callable(self.posterior)
+        # Training must not notice that it is watched.
+        with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
+            return self.posterior(pl_module, batch)
 
     def _keep(self, path: str, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         if self._outputs is not None and (torch.compiler.is_compiling() or not _in_backward()):
             self._outputs[path].append(output)
 
     def _watched(self, pl_module: LightningModule) -> list[Any]:
+        if self._has_heard and self._outputs is not None and not any(self._outputs.values()):
+            return []
         outputs, self._outputs = self._outputs or {}, None
         for path in self._paths:
             if not outputs.get(path):
                 raise ValueError(_silent(pl_module, path))
+        self._has_heard = True
         calls = [len(outputs[path]) for path in self._paths]
         if len(set(calls)) > 1:
             raise ValueError(
@@ -203,10 +222,15 @@ class PosteriorReader:
                 f"{calls[1]} times, so that their outputs are no pairs. Pass a callable `(pl_module, batch) -> q(z|x)`."
             )
         parts = [[_part(output, path) for output in outputs[path]] for path in self._paths]
-        return parts[0] if len(parts) == 1 else list(zip(*parts, strict=True))
+        if len(parts) == 2:
+            return list(zip(*parts, strict=True))
+        for value in parts[0]:
+            if _is_pair(value) and value[0].shape != value[1].shape:  # `(z, kl)`, or a recurrent network's state
+                raise _no_pair(value, self.second)
+        return parts[0]
 
 
-def _own_posterior(pl_module: LightningModule, _batch: Any) -> Any:
+def _own_posterior(pl_module: LightningModule) -> Any:
     own = getattr(pl_module, "posterior", None)
     if not hasattr(pl_module, "posterior") or callable(own):
         reason = f"is {_describe(own)}" if callable(own) else "does not exist"
@@ -215,6 +239,23 @@ def _own_posterior(pl_module: LightningModule, _batch: Any) -> Any:
             f"outputs the posterior, one of {_names(pl_module)}, or pass a callable `(pl_module, batch) -> q(z|x)`."
         )
     return own
+
+
+def _is_pair(value: Any) -> TypeGuard[tuple[Tensor, Tensor] | list[Tensor]]:
+    return _is_sequence(value) and len(value) == 2 and all(isinstance(item, Tensor) for item in value)
+
+
+def _no_pair(value: Any, second: str) -> ValueError:
+    return ValueError(
+        f"The posterior's mean and {second} must have one shape, got {_describe(value)}, which may be something else. "
+        "Name the right parts with `posterior=('path:part', 'path:part')`."
+    )
+
+
+def _fits(second: Tensor, mean: Tensor) -> bool:
+    """Whether a second parameter is one number for each of the means; all observations may share one."""
+    shared = second.shape == mean.shape[1:] or (second.shape[1:] == mean.shape[1:] and len(second) == 1)
+    return mean.ndim > 0 and (second.shape == mean.shape or shared or second.ndim == 0)
 
 
 def _in_backward() -> bool:
@@ -275,7 +316,7 @@ def _silent(pl_module: LightningModule, path: str) -> str:
         )
     else:
         why = "A hook fires where a module is called as a whole, `encoder(x)`; not at `encoder.forward(x)`."
-    if any(_is_compiled(module) for module in pl_module.modules()):
+    if any(is_compiled(module) for module in pl_module.modules()):
         why += (
             " And what was compiled before the hook was there runs without it: call `torch.compiler.reset()` before "
             "you fit again."
@@ -287,7 +328,8 @@ def _silent(pl_module: LightningModule, path: str) -> str:
     )
 
 
-def _is_compiled(module: torch.nn.Module) -> bool:
+def is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module, or one of its methods, runs as ``torch.compile`` made it."""
     # The names are those of a LightningModule, of `torch.compile(module)` and of `module.compile()`.
     return any(getattr(module, name, None) for name in ("_compiler_ctx", "_orig_mod", "_compiled_call_impl"))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
-from .base import Callback
+from .base import Callback, callbacks_of
 from .knob import Knob
 from .schedules import Schedule
 from .witness import Witness, remedy
@@ -23,6 +23,7 @@ except ImportError:  # a copied folder, in a project that has pytorch_lightning 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+_MOST_CONFLICTS = 3  # batches in which the number was moved, before that is said without knowing by whom
 _MOVING = re.compile(r"train(ing)?[/_]loss(_step|_epoch)?")
 
 
@@ -66,7 +67,7 @@ class ScheduledKnob(Callback):
         self.schedule = schedule
         self.attribute = attribute
         self.setter = setter
-        self.name = name or paths[-1].rpartition(".")[2]
+        self.name = name or _last_part(paths[-1])
         self._paths = paths if setter is None else []
         self._resolved: Callable[[int], float] = schedule
         self._restored: dict[str, Any] = {}
@@ -75,7 +76,7 @@ class ScheduledKnob(Callback):
         self._target: float | None = None
         self._knob: Knob | None = None
         self._witness: Witness | None = None
-        self._conflict_reported = False
+        self._conflicts = 0
 
     @property
     @override
@@ -102,17 +103,23 @@ class ScheduledKnob(Callback):
         if self._knob is None:
             self._begin(trainer, pl_module)
         assert self._knob is not None
-        self._knob.write(self._resolved(self.step(trainer)))
+        value = self._resolved(self.step(trainer))
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{type(self).__name__}({self.name}): the schedule must give finite numbers, got {value} at step "
+                f"{self.step(trainer)}."
+            )
+        self._knob.write(value)
         if self._witness is not None:
             self._witness.watch()
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if not self._conflict_reported:
+        logs_now = self.logs_now(trainer)
+        # Where a tensor has other elements that move too, looking waits for the device.
+        if logs_now or self._witness is not None or self.step(trainer) < 10:
             self._look_for_conflict(trainer, pl_module)
-        if self.logs_now(trainer) and self.name not in getattr(
-            pl_module, "knob_targets", ()
-        ):  # else it logs them itself
+        if logs_now and self.name not in getattr(pl_module, "knob_targets", ()):  # else it logs them itself
             self.log_now(pl_module, {f"knobs/{self.name}": self._resolved(self.step(trainer))}, prog_bar=True)
 
     @override
@@ -120,8 +127,16 @@ class ScheduledKnob(Callback):
         self._write_target()
 
     @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._write_target()
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        place = self._knob.overwritten() if self._knob is not None and batch_idx == 0 else None
+        if place is not None and self._target is not None and self._conflicts < _MOST_CONFLICTS:
+            self._conflicts = _MOST_CONFLICTS
+            rank_zero_warn(
+                f"{type(self).__name__}({self.name}): validation should see `{place.path}` at its target, "
+                f"{self._target:g}, and sees {place.read()}: something else sets it too. {_take_out(pl_module)}"
+            )
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -149,17 +164,18 @@ class ScheduledKnob(Callback):
         self._agree_on_target(pl_module)
         self._refuse_moving_monitor(trainer)
         self._knob = knob
-        self._conflict_reported = False
+        self._conflicts = 0
 
     def _find(self, pl_module: LightningModule) -> Knob:
         return Knob(pl_module, self._paths, self.setter)
 
     def _let_go(self) -> None:
         """Leave the number at its target, however the run ended."""
-        self._write_target()
-        if self._witness is not None:
-            self._witness.rest()
-        self._knob = self._witness = None
+        knob, witness, self._knob, self._witness = self._knob, self._witness, None, None
+        if witness is not None:
+            witness.rest()
+        if knob is not None and self._target is not None:
+            knob.write(self._target)
 
     def _write_target(self) -> None:
         """Set the number to where it is meant to end, until the next training batch, if any."""
@@ -169,22 +185,23 @@ class ScheduledKnob(Callback):
     def _look_for_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once that something else moves the number; who it is takes another batch to see."""
         assert self._knob is not None
-        if self._witness is not None:
-            self._witness.rest()
-        place = self._knob.overwritten()
+        witness, self._witness = self._witness, None
+        if witness is not None:
+            witness.rest()
+        place = self._knob.overwritten() if self._conflicts < _MOST_CONFLICTS else None
         if place is None:
             return
-        if self._witness is None:
+        self._conflicts += 1
+        if self._conflicts < _MOST_CONFLICTS and (witness is None or witness.seen is None):
             self._witness = Witness(place.holds)
             return
-        step = self.step(trainer)
+        self._conflicts = _MOST_CONFLICTS
+        step, who = self.step(trainer), (witness and witness.seen) or "something else"
         rank_zero_warn(
             f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._resolved(step):g} for step {step}, "
-            f"and after it is {place.read()}: {self._witness.seen or 'something else'} sets it too, so that one of the "
-            f"two has no effect. {remedy(pl_module) or 'Take one out.'}"
+            f"and after it is {place.read()}: {who} sets it too, so that one of the two has no effect. "
+            f"{_take_out(pl_module)}"
         )
-        self._witness = None
-        self._conflict_reported = True
 
     def _configured(self, pl_module: LightningModule, current: float | None, restored: dict[str, Any]) -> float | None:
         """Return the value that the module is configured with; where it doesn't tell, the one a run began with."""
@@ -250,7 +267,7 @@ class ScheduledKnob(Callback):
             targets[path] = final
 
     def _refuse_twins(self, trainer: Trainer) -> None:
-        for each in _callbacks(trainer):
+        for each in callbacks_of(trainer):
             if not isinstance(each, ScheduledKnob) or each is self:
                 continue
             if set(each._paths) & set(self._paths) or (self.setter is not None and each.setter is self.setter):
@@ -263,7 +280,7 @@ class ScheduledKnob(Callback):
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
         if isinstance(self._resolved, Schedule) and self._resolved.length == 0:
             return
-        monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in _callbacks(trainer)]
+        monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in callbacks_of(trainer)]
         monitors += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
         for owner, monitor in monitors:
             if isinstance(monitor, str) and _MOVING.fullmatch(monitor):
@@ -271,6 +288,16 @@ class ScheduledKnob(Callback):
                     f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow the schedule and "
                     "not the model. Monitor 'val/loss' (the loss at the target) or 'train/elbo' with mode 'max'."
                 )
+
+
+def _take_out(pl_module: LightningModule) -> str:
+    return remedy(pl_module) or "Take one out."
+
+
+def _last_part(path: str) -> str:
+    """Return a path's last part, and the one before where that is a number."""
+    *before, last = path.split(".")
+    return ".".join([*before[-1:], last]) if last.lstrip("-").isdigit() else last
 
 
 def _builds_itself_later(pl_module: LightningModule) -> bool:
@@ -282,14 +309,9 @@ def _is_lightnings(of: type) -> bool:
     return of.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
 
 
-def _callbacks(trainer: Trainer) -> list[Any]:
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return callbacks
-
-
 def _run_length(trainer: Trainer) -> dict[str, int | None]:
     """Return the steps in an epoch and in the run, ``None`` where the run has no end or none is known."""
-    if any(getattr(each, "going_to_accumulate_grad_batches", bool)() for each in _callbacks(trainer)):
+    if any(getattr(each, "going_to_accumulate_grad_batches", bool)() for each in callbacks_of(trainer)):
         return {"steps_per_epoch": None, "total_steps": None}  # accumulation that changes between epochs
     trainer.fit_loop.setup_data()
     total = trainer.estimated_stepping_batches

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _ASSIGNS = ("__setattr__", "__setitem__", "__set__", "fill_", "update")
 _OF_A_SCHEDULE = re.compile("warm_?up|anneal|schedule")
+_OF_THE_LEARNING_RATE = re.compile("lr|learning_rate|scheduler")
 # What ends the conflict in projects that have a schedule of their own, told by what their modules have.
 _REMEDIES = {
     ("min_kl_weight", "max_kl_weight", "n_epochs_kl_warmup", "n_steps_kl_warmup"): (
@@ -54,7 +55,10 @@ class Witness:
             sys.setprofile(None)
 
     def _look(self, frame: FrameType, event: str, _: Any) -> None:
-        if self.seen is not None or self._holds():
+        try:
+            if self.seen is not None or self._holds():
+                return
+        except Exception:  # amid a change there may be nothing to read
             return
         sys.setprofile(None)
         # A call is seen before its first line has run, so whoever called it did it.
@@ -71,9 +75,16 @@ def remedy(pl_module: LightningModule) -> str:
     for names, line in _REMEDIES.items():
         if all(hasattr(pl_module, name) for name in names):
             return line
-    own = [
-        f"`{name}={value!r}`"
-        for name, value in vars(pl_module).items()
-        if _OF_A_SCHEDULE.search(name) and isinstance(value, int | float | str) and value
-    ]
+    places = [vars(module) for module in pl_module.modules()] + [dict(getattr(pl_module, "hparams", {}))]
+    own = [f"`{name}={value!r}`" for place in places for name, value in place.items() if _is_own_schedule(name, value)]
+    own = list(dict.fromkeys(own))
     return f"Switch off what the module does itself, which {' and '.join(own)} may stand for." if own else ""
+
+
+def _is_own_schedule(name: str, value: Any) -> bool:
+    return (
+        bool(_OF_A_SCHEDULE.search(name))
+        and not _OF_THE_LEARNING_RATE.search(name)
+        and isinstance(value, int | float | str)
+        and bool(value)
+    )

@@ -59,6 +59,7 @@ class Model(LightningModule):
         self.weight = 1.0
         self.whole = 1
         self.flag = True
+        self.nothing = None
         self.text = "1.0"
         self.register_buffer("beta", torch.tensor(1.0))
         self.register_buffer("integers", torch.tensor(1))
@@ -196,6 +197,7 @@ def test_filling_a_compiled_buffer_changes_what_is_computed() -> None:
             r"Model has no 'kld_weight'. Did you mean 'params.kld_weight' or 'loss.kld_weight' or 'compiled",
         ),
         ("unready", r"Model.unready can't be read when fitting starts: AttributeError.*built_later"),
+        ("nothing.beta", r"what should have 'beta' is None when fitting starts"),
         ("refusing", r"can't be read: RuntimeError\('call configure\(\) first'\)"),
     ],
 )
@@ -229,9 +231,20 @@ def test_a_path_to_something_that_is_no_number(path: str, message: str) -> None:
         Attribute(Model(), path)
 
 
-@pytest.mark.parametrize("path", ["read_only", "computed", "frozen.beta"])
+@pytest.mark.parametrize("path", ["read_only", "computed"])
 def test_a_number_that_cannot_be_set_says_what_to_do_at_once(path: str) -> None:
     with pytest.raises(ValueError, match=r"can't be set .*Name what it is computed from.*, or pass `setter=`"):
+        Attribute(Model(), path)
+
+
+def test_a_field_of_a_frozen_dataclass_is_replaced_with_it() -> None:
+    with pytest.raises(ValueError, match=r"can't be set .* `setter=`.* that uses `dataclasses.replace`"):
+        Attribute(Model(), "frozen.beta")
+
+
+@pytest.mark.parametrize("path", ["training_step", "forward", "float", "loss.forward", "loss.half"])
+def test_a_method_that_does_more_than_return_a_number_is_left_alone(path: str) -> None:
+    with pytest.raises(ValueError, match="does more than return a number"):
         Attribute(Model(), path)
 
 

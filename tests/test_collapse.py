@@ -110,3 +110,10 @@ def test_the_reason_has_the_numbers():
     reason = diagnose(**{**HEALTHY, "mutual_information": 1.0}).reason
     for number in ("3 of 3", "0.01", "0.9", "5 nats", "2048", "1 nats"):
         assert number in reason
+
+
+@pytest.mark.parametrize("information", [3.8, 0.1])
+def test_latents_that_are_used_at_a_small_scale_are_said_to_be(information: float) -> None:
+    diagnosis = diagnose(torch.full((3,), 6.0), torch.full((3,), 2e-4), information, observations=48)
+    assert diagnosis.state == "collapsed"
+    assert ("at a scale below the threshold" in diagnosis.reason) == (information > 1)

@@ -256,12 +256,13 @@ def bernoulli(x: Tensor, y: Tensor, **options: Any) -> Tensor:
             lambda x, y: bernoulli(x, y, reduction="none").sum(1).mean(),
             lambda x, y: bernoulli(x, y, reduction="none"),
         ),
-        (5, lambda x, y: F.mse_loss(y, x), lambda x, y: -Normal(y, 1.0).log_prob(x)),
+        (5, lambda x, y: F.l1_loss(y, x), lambda x, y: -Laplace(y, 1.0).log_prob(x)),
+        (6, lambda x, y: F.mse_loss(y, x), lambda x, y: -Normal(y, 1.0).log_prob(x)),
     ],
 )
 def test_what_a_weight_means(row, loss, nats):
     rows = [line.split("|") for line in section("What your weight means").splitlines() if line.startswith("| ")][1:]
-    assert len(rows) == 6
+    assert len(rows) == 7
     formula = rows[row][3].strip(" `")
     x, y, z = torch.randn(3, 7, 12, dtype=torch.float64)
     d_loss = loss(x, y) - loss(x, z)

@@ -160,9 +160,9 @@ def test_what_weights_of_other_projects_come_to(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reads": "not"}, "whatever `kl_weight` is. It doesn't read the number"),
+        ({"reads": "not"}, "whatever `kl_weight` is. In this batch it doesn't read the number"),
         ({"reads": "squared"}, "grows with the square of `kl_weight`"),
-        ({"rate": "twice"}, "The weight is applied twice, or the KL lacks its factor of 1/2"),
+        ({"rate": "twice"}, "Is the weight applied twice, or does the KL lack its factor of 1/2?"),
     ],
 )
 def test_a_weight_that_is_ignored_or_applied_twice(
@@ -245,3 +245,109 @@ def test_a_wrong_number_is_recognised_as_nothing() -> None:
         slope = 5 * float(torch.rand((), generator=generator))
         found += recognise_rate(outputs, slope, rows=16) is not None
     assert found <= 4
+
+
+class Tiny(Foreign):
+    """A loss beside which the KL drowns in rounding."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 1e6
+
+
+class LateKL(Foreign):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weight, self.kl_weight = self.kl_weight, self.kl_weight * min(1.0, self.trainer.global_step)
+        loss = super().training_step(batch, batch_idx)
+        self.kl_weight = weight
+        return loss
+
+
+class Twice(Foreign):
+    """Minus twice the ELBO, a common way to write it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return 2 * super().training_step(batch, batch_idx)
+
+
+class Capacity(Foreign):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + (self.kl_weight - 0.3) ** 4
+
+
+def test_a_weight_whose_effect_drowns_is_not_called_ignored(tmp_path: Path, say: list[str]) -> None:
+    fit(tmp_path, Tiny(weight=1e-3, distortion="half"))
+    assert "1e+06" in told(say)
+    assert "beta of" not in told(say)
+
+
+def test_a_weight_that_is_0_at_first_is_said_to_be_so_in_this_batch(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"In this batch it") as caught:
+        fit(tmp_path, LateKL())
+    text = " ".join(" ".join(str(each.message) for each in caught).split())
+    assert "or multiplies it by something that is 0" in text
+
+
+@pytest.mark.parametrize("distortion", ["half", "bce"])
+def test_twice_the_whole_elbo_is_no_mistake(tmp_path: Path, say: list[str], distortion: str) -> None:
+    fit(tmp_path, Twice(distortion=distortion))
+    assert "an effective beta of 0.5" in told(say)
+    assert "applied twice" not in told(say)
+
+
+def test_a_loss_that_is_not_linear_gets_no_formula(tmp_path: Path, say: list[str]) -> None:
+    fit(tmp_path, Capacity(weight=2.0))
+    assert "it is not linear in it" in told(say)
+    assert " + " not in told(say)
+
+
+class Lazy(Foreign):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lazy = nn.LazyLinear(1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0 * self.lazy(batch[0]).sum()
+
+
+class Says(nn.Module):
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, _x: Tensor) -> Any:
+        return self.value
+
+
+class LearnedPrior(Foreign):
+    """Has a submodule with a Gaussian that is not one of each observation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        cycle: list[Any] = []
+        cycle.append(cycle)
+        self.learned_prior, self.cycle = Says(Normal(torch.zeros(4), torch.ones(4))), Says(cycle)
+        self.sparse = Says(torch.eye(10).to_sparse())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        for each in (self.learned_prior, self.cycle, self.sparse):
+            each(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("model", [Lazy, LearnedPrior])
+def test_a_report_never_ends_a_fit(tmp_path: Path, say: list[str], model: Any) -> None:
+    fit(tmp_path, model())
+    assert len(say) == (model is LearnedPrior)
+
+
+def test_whatever_goes_wrong_in_a_report_is_no_error(
+    tmp_path: Path, say: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_vae.callbacks.effective_beta.recognise_rate", lambda *_: 1 / 0)
+    fit(tmp_path, Foreign())
+    assert not say
+
+
+def test_an_element_of_a_list_is_named_with_it(tmp_path: Path) -> None:
+    assert KLAnnealing(Linear(steps=2), "kl_weights.0").name == "kl_weights.0"
+    assert KLAnnealing(Linear(steps=2), "model.beta").name == "beta"

@@ -1,3 +1,4 @@
+import copy
 import random
 import re
 from pathlib import Path
@@ -48,7 +49,7 @@ class Stateful(pl.LightningModule):
         assert isinstance(self.trainer, pl.Trainer)
         assert isinstance(self.trainer.strategy, SingleDeviceStrategy)  # scvi-tools looks at it in each step
         if self.logger is not None:
-            self.logger.log_metrics({"mine": float(value)})
+            self.logger.log_metrics({"mine": float(value.detach())})
             assert self.loggers
         loss = value * self.beta + self.trainer.global_step
         return {"loss": loss} if self.dict_output else loss
@@ -60,8 +61,8 @@ class Stateful(pl.LightningModule):
 class Probes(Callback):
     """Evaluates the loss of every batch several times, and keeps what it was."""
 
-    def __init__(self, prepare: Any = lambda copy: None) -> None:
-        self.prepare = prepare
+    def __init__(self, values: Any = {}) -> None:  # noqa: B006
+        self.values = values
         self.losses: list[list[float]] = []
         self.reasons: list[str] = []
         self.real: list[float] = []
@@ -69,7 +70,7 @@ class Probes(Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         probe = LossProbe(trainer, pl_module, batch, batch_idx)
         try:
-            self.losses.append([probe(self.prepare) for _ in range(2)])
+            self.losses.append([probe(self.values) for _ in range(2)])
         except LossProbe.NotPossible as reason:
             self.reasons.append(str(reason))
 
@@ -94,7 +95,7 @@ def test_it_is_the_loss_that_the_batch_then_has(tmp_path: Path, dict_output: boo
 
 
 def test_a_copy_is_prepared(tmp_path: Path) -> None:
-    probes = Probes(lambda copy: setattr(copy, "beta", 0.0))
+    probes = Probes({("beta",): 0.0})
     model = Stateful()
     fit(tmp_path, model, probes)
     assert [losses[0] for losses in probes.losses] == list(range(12))
@@ -180,7 +181,7 @@ def test_what_can_not_be_probed_is_left_alone(tmp_path: Path, model: Any, reason
     before = {name: value.clone() for name, value in kept.state_dict().items() if name != "table"}
     probe = LossProbe(trainer, kept, torch.ones(3, 2), 0)
     with pytest.raises(LossProbe.NotPossible, match=re.escape(reason)):
-        probe(lambda copy: setattr(copy, "beta", 0.0))
+        probe({("beta",): 0.0})
     assert callback in trainer.callbacks  # type: ignore[attr-defined]
     assert kept.beta == 1.0
     assert all(torch.equal(value, before[name]) for name, value in kept.state_dict().items() if name != "table")
@@ -188,4 +189,114 @@ def test_what_can_not_be_probed_is_left_alone(tmp_path: Path, model: Any, reason
 
 def test_several_processes_are_not_probed() -> None:
     with pytest.raises(LossProbe.NotPossible, match="processes"):
-        LossProbe(SimpleNamespace(world_size=2), Stateful(), torch.zeros(2, 2), 0)(lambda copy: None)  # type: ignore[arg-type]
+        LossProbe(SimpleNamespace(world_size=2), Stateful(), torch.zeros(2, 2), 0)({})  # type: ignore[arg-type]
+
+
+class Config:
+    """A class that serves as a config: a copy shares it."""
+
+    beta = 1.0
+
+
+class SharesConfig(Stateful):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cfg = Config
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.layer(batch).sum() * self.cfg.beta
+
+
+class Closure(Stateful):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm: Any = lambda x: self.layer[1](x)
+
+
+class Attached(Stateful):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self.other.layer(batch).sum()
+
+    @property
+    def other(self) -> Any:
+        return KEPT[-1]
+
+
+class Hooked(Stateful):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer.register_forward_hook(lambda *_: None)
+
+
+class Uncopied(Stateful):
+    class Part(nn.Module):
+        def __deepcopy__(self, _memo: Any) -> Any:
+            return self
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = self.Part()
+
+
+KEPT: list[Any] = []
+
+
+@pytest.mark.parametrize(
+    ("model", "paths", "reason"),
+    [
+        (SharesConfig, ("cfg.beta",), "copies share the number with the module"),
+        (Closure, ("beta",), "it keeps a function that acts on the module itself"),
+        (Attached, ("beta",), "a copy acts on the module itself"),
+        (Hooked, ("beta",), "it has hooks"),
+        (Uncopied, ("beta",), "a submodule can't be copied"),
+    ],
+)
+def test_a_copy_that_acts_on_the_module_itself_is_stopped(
+    tmp_path: Path, model: Any, paths: tuple[str, ...], reason: str
+) -> None:
+    trainer, kept = quiet_trainer(tmp_path), model()
+    KEPT.append(kept)
+    trainer.strategy._lightning_module = kept
+    kept.trainer = trainer
+    before = copy.deepcopy(kept.state_dict())
+    with pytest.raises(LossProbe.NotPossible, match=reason):
+        LossProbe(trainer, kept, torch.ones(3, 2), 0)({paths: 0.5})
+    assert Config.beta == 1.0
+    assert all(torch.equal(value, before[name]) for name, value in kept.state_dict().items())
+    kept.layer(torch.ones(3, 2))  # and it works again
+
+
+def test_the_trainer_shows_a_copy_itself(tmp_path: Path) -> None:
+    class Asks(Stateful):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            assert self.trainer.lightning_module is self
+            assert self.trainer.strategy.lightning_module is self
+            return self.layer(batch).sum()
+
+    probes = Probes()
+    fit(tmp_path, Asks(), probes, max_epochs=1)
+    assert not probes.reasons
+
+
+class OtherName(Stateful):
+    def training_step(self, batch: Any, _: int) -> Any:
+        return self.layer(batch).sum()
+
+
+class NoIndex(Stateful):
+    def training_step(self, batch: Any) -> Any:  # type: ignore[override]
+        return self.layer(batch).sum()
+
+
+class Anything(Stateful):
+    def training_step(self, *arguments: Any, **others: Any) -> Any:
+        assert len(arguments) + len(others) == 2
+        return self.layer(arguments[0]).sum()
+
+
+@pytest.mark.parametrize("model", [OtherName, NoIndex])
+def test_a_step_is_called_as_lightning_calls_it(tmp_path: Path, model: Any) -> None:
+    probes = Probes()
+    fit(tmp_path, model(), probes, max_epochs=1)
+    assert not probes.reasons
+    assert [losses[0] for losses in probes.losses] == pytest.approx(probes.real, rel=1e-6)

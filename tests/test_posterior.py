@@ -619,3 +619,50 @@ def test_a_module_that_is_saved_as_an_object_takes_no_hook_along(tmp_path):
                 (pickled,) = [archive.read(name) for name in archive.namelist() if name.endswith("data.pkl")]
             assert b"encoder" in pickled
             assert b"PosteriorReader" not in pickled
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        (torch.randn(4, 2), torch.rand(())),
+        (torch.randn(4, 2), torch.rand(4, 1)),
+        (torch.randn(4, 3, 2), torch.randn(1, 4, 2)),
+        (torch.randn(4, 2), torch.rand(4)),
+    ],
+    ids=["z and kl", "z and kl of each", "recurrent", "z and a vector"],
+)
+def test_two_tensors_that_are_no_pair_are_refused(output):
+    if output[1].ndim:
+        with pytest.raises(ValueError, match="must have one shape, got a tuple of 2"):
+            as_distribution(output)
+    reader = PosteriorReader("encoder")
+    model = LightningModule()
+    model.encoder = Says(output)
+    reader.listen(model)
+    model.encoder(None)
+    with pytest.raises(ValueError, match="must have one shape, got a tuple of 2"):
+        reader.read(model, None)
+
+
+def test_all_observations_may_share_a_second_parameter():
+    shared = torch.tensor([0.0, 1.0])
+    assert as_distribution((torch.zeros(5, 2), shared)).scale.shape == (5, 2)
+
+
+def test_a_step_that_skips_its_batch_has_none():
+    reader, model = PosteriorReader("fc_mu", chunk=1), Model()
+    reader.listen(model)
+    with pytest.raises(ValueError, match="was not called in this step"):
+        reader.read(model, None)
+    for calls in (1, 0, 1):
+        reader.listen(model)
+        for _ in range(calls):
+            model.fc_mu(None)
+        assert len(reader.read(model, None)) == calls
+
+
+def test_a_callable_takes_no_random_numbers_from_training():
+    reader, model = PosteriorReader(lambda module, batch: (torch.randn(2, 2), torch.zeros(2, 2))), Model()
+    state = torch.random.get_rng_state()
+    reader.read(model, None)
+    assert torch.equal(torch.random.get_rng_state(), state)

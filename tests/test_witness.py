@@ -176,3 +176,65 @@ def test_two_numbers_in_one_tensor_are_no_conflict(tmp_path: Path) -> None:
     callbacks = [KLAnnealing(Linear(steps=4), f"weights.{index}", name=f"w{index}") for index in (0, 1)]
     quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(model, loader())
     assert model.seen == [[min(step / 4, 1)] * 2 for step in range(6)]
+
+
+def test_a_module_that_moves_the_number_once_is_left_alone_soon(tmp_path: Path) -> None:
+    class Once(ForeignModule):
+        ready, watched = False, 0
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            self.watched += sys.getprofile() is not None
+            if not self.ready:
+                self.beta, self.ready = 0.7, True
+            return super().training_step(batch, batch_idx)
+
+    model = Once()
+    assert fit(tmp_path, model, "beta") == []
+    assert model.watched == 1
+
+
+def test_amid_a_change_there_may_be_nothing_to_read(tmp_path: Path) -> None:
+    class Rebuilds(ForeignModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.params = {"w": 1.0}
+
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            self.params.clear()
+            self.params.update(w=0.75)
+            return super().training_step(batch, batch_idx)
+
+    (message,) = fit(tmp_path, Rebuilds(), "params.w")
+    assert "Rebuilds.training_step" in message
+
+
+def test_cleaning_up_does_not_hide_what_ended_the_run(tmp_path: Path) -> None:
+    class Loses(ForeignModule):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            del self.beta
+            raise KeyError("the reason")
+
+    annealing = KLAnnealing(Linear(stop=2.0, steps=5), probe=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1)
+    with pytest.warns(UserWarning, match="Cleaning up"), pytest.raises(KeyError, match="the reason"):
+        trainer.fit(Loses(), loader())
+    assert "teardown" not in vars(trainer.strategy)
+
+
+def test_a_validation_that_does_not_see_the_target_is_told(tmp_path: Path) -> None:
+    class Resets(ForeignModule):
+        def on_validation_epoch_start(self) -> None:
+            self.beta = 0.123
+
+    annealing = KLAnnealing(Linear(stop=2.0, steps=5), probe=False)
+    with pytest.warns(UserWarning, match=r"validation should see `beta` at its target, 2, and sees 0.123") as caught:
+        quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=2, num_sanity_val_steps=0).fit(
+            Resets(), loader(), loader()
+        )
+    assert sum("validation should see" in str(each.message) for each in caught) == 1
+
+
+def test_a_schedule_that_gives_no_number_is_an_error(tmp_path: Path) -> None:
+    annealing = KLAnnealing(lambda step: float("nan") if step == 2 else 1.0)
+    with pytest.raises(ValueError, match="finite numbers, got nan at step 2"):
+        quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(ForeignModule(), loader())
