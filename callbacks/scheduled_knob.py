@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from .base import Callback
@@ -102,7 +103,7 @@ class ScheduledKnob(Callback):
         if self._knob is None:
             self._begin(trainer, pl_module)
         assert self._knob is not None
-        self._knob.write(self._resolved(self.step(trainer)))
+        self._knob.write(self._value(trainer))
         if self._witness is not None:
             self._witness.watch()
 
@@ -113,7 +114,7 @@ class ScheduledKnob(Callback):
         if self.logs_now(trainer) and self.name not in getattr(
             pl_module, "knob_targets", ()
         ):  # else it logs them itself
-            self.log_now(pl_module, {f"knobs/{self.name}": self._resolved(self.step(trainer))}, prog_bar=True)
+            self.log_now(pl_module, {f"knobs/{self.name}": self._value(trainer)}, prog_bar=True)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -151,6 +152,10 @@ class ScheduledKnob(Callback):
         self._knob = knob
         self._conflict_reported = False
 
+    def _value(self, trainer: Trainer) -> float | Tensor:
+        """Return the number of the step that begins, or that has just been taken."""
+        return self._resolved(self.step(trainer))
+
     def _find(self, pl_module: LightningModule) -> Knob:
         return Knob(pl_module, self._paths, self.setter)
 
@@ -179,7 +184,7 @@ class ScheduledKnob(Callback):
             return
         step = self.step(trainer)
         rank_zero_warn(
-            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._resolved(step):g} for step {step}, "
+            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._value(trainer):g} for step {step}, "
             f"and after it is {place.read()}: {self._witness.seen or 'something else'} sets it too, so that one of the "
             f"two has no effect. {remedy(pl_module) or 'Take one out.'}"
         )
@@ -260,15 +265,19 @@ class ScheduledKnob(Callback):
             if each.name == self.name:
                 raise MisconfigurationException(f"Two callbacks log `knobs/{self.name}`. Tell them apart with `name=`.")
 
+    @property
+    def _is_constant(self) -> bool:
+        return isinstance(self._resolved, Schedule) and self._resolved.length == 0
+
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
-        if isinstance(self._resolved, Schedule) and self._resolved.length == 0:
+        if self._is_constant:
             return
         monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in _callbacks(trainer)]
         monitors += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
         for owner, monitor in monitors:
             if isinstance(monitor, str) and _MOVING.fullmatch(monitor):
                 raise MisconfigurationException(
-                    f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow the schedule and "
+                    f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow that and "
                     "not the model. Monitor 'val/loss' (the loss at the target) or 'train/elbo' with mode 'max'."
                 )
 
