@@ -272,10 +272,8 @@ class ScheduledKnob(Callback):
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
         if self._is_constant:
             return
-        monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in _callbacks(trainer)]
-        monitors += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
-        for owner, monitor in monitors:
-            if isinstance(monitor, str) and _MOVING.fullmatch(monitor):
+        for owner, monitor in _monitors(trainer):
+            if _MOVING.fullmatch(monitor):
                 raise MisconfigurationException(
                     f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow that and "
                     "not the model. Monitor 'val/loss' (the loss at the target) or 'train/elbo' with mode 'max'."
@@ -294,6 +292,13 @@ def _is_lightnings(of: type) -> bool:
 def _callbacks(trainer: Trainer) -> list[Any]:
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def _monitors(trainer: Trainer) -> list[tuple[str, str]]:
+    """Return who watches which of the logged values."""
+    monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in _callbacks(trainer)]
+    monitors += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
+    return [(owner, monitor) for owner, monitor in monitors if isinstance(monitor, str)]
 
 
 def _run_length(trainer: Trainer) -> dict[str, int | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,11 +16,13 @@ from typing_extensions import override
 from .free_bits import _rate
 from .posterior import PosteriorReader, read_prior
 from .rate_controller import ControllerState, RateController, rate_scale
-from .scheduled_knob import ScheduledKnob
+from .scheduled_knob import MisconfigurationException, ScheduledKnob, _callbacks, _monitors
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+_VALIDATION_LOSS = re.compile(r"val(id|idation)?[/_]loss(_epoch)?")
 
 
 class TargetRate(ScheduledKnob):
@@ -94,7 +97,7 @@ class TargetRate(ScheduledKnob):
         min_beta: float | None = None,
         max_beta: float | None = None,
         proportional: float = 1.0,
-        integral: float = 0.02,
+        integral: float = 0.03,
         smoothing: float = 0.95,
         tolerance: float = 0.05,
         price: float = 10.0,
@@ -295,6 +298,24 @@ class TargetRate(ScheduledKnob):
         self._targets = module.knob_targets
         end = self._in_nats(self._resolved.final if isinstance(self._resolved, Schedule) else self._resolved(10**9))
         module.rate_limit = (end + self.tolerance * rate_scale(end), self.price)
+
+    @override
+    def _refuse_moving_monitor(self, trainer: Trainer) -> None:
+        super()._refuse_moving_monitor(trainer)
+        for owner, monitor in _monitors(trainer):
+            if not self._targets and _VALIDATION_LOSS.fullmatch(monitor):
+                rank_zero_warn(
+                    f"{type(self).__name__}({self.name}): {owner} monitors {monitor!r}. If `{self.name}` is in it, it "
+                    "moves with the controller and is lowest where the weight is. Monitor a reconstruction error, or "
+                    "an ELBO without the weight once the rate is at its target."
+                )
+
+    @override
+    def _refuse_twins(self, trainer: Trainer) -> None:
+        super()._refuse_twins(trainer)
+        for each in _callbacks(trainer):
+            if isinstance(each, TargetRate) and each is not self and each._log_key == self._log_key:
+                raise MisconfigurationException(f"Two callbacks log `{self._log_key}`. Tell them apart with `name=`.")
 
     @override
     def _write_target(self) -> None:
