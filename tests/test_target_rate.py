@@ -326,6 +326,7 @@ def test_a_foreign_module_is_steered_and_resumes_bit_by_bit(package: str, tensor
     trainer = fit(package, whole := foreign(package, tensor), tmp_path / "whole")
     callback = next(each for each in trainer.callbacks if isinstance(each, TargetRate))
     assert len(set(whole.used)) == 24
+    assert isinstance(whole.params["kl_weight"], Tensor if tensor else float)
     assert float(whole.params["kl_weight"]) == float(callback.weight)
     assert float(trainer.callback_metrics["knobs/kl_weight"]) == whole.used[-1]
     assert trainer.callback_metrics["knobs/target_rate"] == 0.5
