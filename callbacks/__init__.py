@@ -22,6 +22,7 @@ from .schedules import Linear as Linear
 from .schedules import Schedule as Schedule
 from .schedules import Sigmoid as Sigmoid
 from .schedules import Staged as Staged
+from .target_rate import TargetRate as TargetRate
 
 __all__ = [
     "ActiveUnits",
@@ -43,6 +44,7 @@ __all__ = [
     "ScheduledKnob",
     "Sigmoid",
     "Staged",
+    "TargetRate",
     "active_units",
     "diagnose",
     "mutual_information",

@@ -44,7 +44,7 @@ class Attribute:
         self.path = path
         self._root = pl_module
         *self._parents, self._name = path.split(".")
-        self._written = math.nan
+        self._written: float | Tensor = math.nan
         self._place: tuple[int, int] | None = None
         try:
             owner, value = self._find()
@@ -58,17 +58,22 @@ class Attribute:
         """Return the number as it is now; ``None`` for a method, which only its caller can ask."""
         return _number(self._find()[1])
 
-    def write(self, value: float) -> None:
-        """Set the number: a tensor is filled in place, a method returns it from now on, anything else is replaced."""
+    def write(self, value: float | Tensor) -> None:
+        """Set the number: a tensor is filled in place, a method returns it from now on, anything else is replaced.
+
+        Only what is no tensor waits for the device of a 0-dim one.
+        """
         owner, current = self._find()
         if isinstance(current, Tensor):
             with torch.no_grad():
                 current.fill_(value)
             self._place = (current.data_ptr(), current._version)
-        elif isinstance(current, _Returns):
-            current.value = value
         else:
-            _set(owner, self._name, _Returns(value) if callable(current) else value)
+            value = float(value) if isinstance(value, Tensor) else value
+            if isinstance(current, _Returns):
+                current.value = value
+            else:
+                _set(owner, self._name, _Returns(value) if callable(current) else value)
         self._written = value
 
     def holds(self) -> bool:
@@ -81,7 +86,7 @@ class Attribute:
             return True
         value = _number(current)
         # Half precision keeps 8 bits, and a setter may round.
-        return value is not None and math.isclose(value, self._written, rel_tol=1e-2, abs_tol=1e-7)
+        return value is not None and math.isclose(value, float(self._written), rel_tol=1e-2, abs_tol=1e-7)
 
     def _find(self) -> tuple[Any, Any]:
         """Return what keeps the number, and what it keeps."""

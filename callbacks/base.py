@@ -42,12 +42,20 @@ class Callback(_Callback):
         return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @staticmethod
+    def accumulates(trainer: Trainer) -> bool:
+        """Whether this training batch only accumulates gradients, and a later one steps.
+
+        Meant for ``on_train_batch_end``; a module that optimizes manually is taken to step in each.
+        """
+        return bool(trainer.fit_loop._should_accumulate()) and trainer.lightning_module.automatic_optimization
+
+    @staticmethod
     def logs_now(trainer: Trainer) -> bool:
         """Whether the Trainer passes the values of this training batch to the loggers.
 
         Meant for ``on_train_batch_end``; a batch that only accumulates gradients never logs.
         """
-        if trainer.fit_loop._should_accumulate() and trainer.lightning_module.automatic_optimization:
+        if Callback.accumulates(trainer):
             return False
         return bool(trainer._logger_connector.should_update_logs) or bool(getattr(trainer, "fast_dev_run", False))
 

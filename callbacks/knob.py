@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .attribute import Attribute
 
 if TYPE_CHECKING:
@@ -42,14 +44,16 @@ class Knob:
         """
         return max((value for each in self._attributes if (value := each.read()) is not None), default=None)
 
-    def write(self, value: float) -> None:
+    def write(self, value: float | Tensor) -> None:
         """Set the number.
+
+        A 0-dim tensor on the module's device is waited for where a place does not hold a tensor, or for the setter.
 
         Raises:
             ValueError: If a place does not take this value.
         """
         if self._setter is not None:
-            self._setter(self._pl_module, value)
+            self._setter(self._pl_module, float(value) if isinstance(value, Tensor) else value)
         waiting = self._attributes
         while waiting:
             refused = [(each, error) for each in waiting if (error := _refusal(each, value)) is not None]
@@ -64,7 +68,7 @@ class Knob:
         return next((each for each in self._attributes if not each.holds()), None)
 
 
-def _refusal(attribute: Attribute, value: float) -> Exception | None:
+def _refusal(attribute: Attribute, value: float | Tensor) -> Exception | None:
     try:
         attribute.write(value)
     except Exception as error:

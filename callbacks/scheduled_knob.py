@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
 from typing_extensions import override
 
 from .base import Callback, callbacks_of
@@ -103,13 +104,7 @@ class ScheduledKnob(Callback):
         if self._knob is None:
             self._begin(trainer, pl_module)
         assert self._knob is not None
-        value = self._resolved(self.step(trainer))
-        if not math.isfinite(value):
-            raise ValueError(
-                f"{type(self).__name__}({self.name}): the schedule must give finite numbers, got {value} at step "
-                f"{self.step(trainer)}."
-            )
-        self._knob.write(value)
+        self._knob.write(self._value(trainer))
         if self._witness is not None:
             self._witness.watch()
 
@@ -120,7 +115,7 @@ class ScheduledKnob(Callback):
         if logs_now or self._witness is not None or self.step(trainer) < 10:
             self._look_for_conflict(trainer, pl_module)
         if logs_now and self.name not in getattr(pl_module, "knob_targets", ()):  # else it logs them itself
-            self.log_now(pl_module, {f"knobs/{self.name}": self._resolved(self.step(trainer))}, prog_bar=True)
+            self.log_now(pl_module, {f"knobs/{self.name}": self._value(trainer)}, prog_bar=True)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -166,6 +161,16 @@ class ScheduledKnob(Callback):
         self._knob = knob
         self._conflicts = 0
 
+    def _value(self, trainer: Trainer) -> float | Tensor:
+        """Return the number of the step that begins, or that has just been taken."""
+        value = self._resolved(self.step(trainer))
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{type(self).__name__}({self.name}): the schedule must give finite numbers, got {value} at step "
+                f"{self.step(trainer)}."
+            )
+        return value
+
     def _find(self, pl_module: LightningModule) -> Knob:
         return Knob(pl_module, self._paths, self.setter)
 
@@ -198,7 +203,7 @@ class ScheduledKnob(Callback):
         self._conflicts = _MOST_CONFLICTS
         step, who = self.step(trainer), (witness and witness.seen) or "something else"
         rank_zero_warn(
-            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._resolved(step):g} for step {step}, "
+            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._value(trainer):g} for step {step}, "
             f"and after it is {place.read()}: {who} sets it too, so that one of the two has no effect. "
             f"{_take_out(pl_module)}"
         )
@@ -277,15 +282,17 @@ class ScheduledKnob(Callback):
             if each.name == self.name:
                 raise MisconfigurationException(f"Two callbacks log `knobs/{self.name}`. Tell them apart with `name=`.")
 
+    @property
+    def _is_constant(self) -> bool:
+        return isinstance(self._resolved, Schedule) and self._resolved.length == 0
+
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
-        if isinstance(self._resolved, Schedule) and self._resolved.length == 0:
+        if self._is_constant:
             return
-        monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in callbacks_of(trainer)]
-        monitors += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
-        for owner, monitor in monitors:
-            if isinstance(monitor, str) and _MOVING.fullmatch(monitor):
+        for owner, monitor in _monitors(trainer):
+            if _MOVING.fullmatch(monitor):
                 raise MisconfigurationException(
-                    f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow the schedule and "
+                    f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow that and "
                     "not the model. Monitor 'val/loss' (the loss at the target) or 'train/elbo' with mode 'max'."
                 )
 
@@ -307,6 +314,13 @@ def _builds_itself_later(pl_module: LightningModule) -> bool:
 
 def _is_lightnings(of: type) -> bool:
     return of.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")
+
+
+def _monitors(trainer: Trainer) -> list[tuple[str, str]]:
+    """Return who watches which of the logged values."""
+    monitors = [(type(each).__name__, getattr(each, "monitor", None)) for each in callbacks_of(trainer)]
+    monitors += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
+    return [(owner, monitor) for owner, monitor in monitors if isinstance(monitor, str)]
 
 
 def _run_length(trainer: Trainer) -> dict[str, int | None]:

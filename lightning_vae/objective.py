@@ -169,3 +169,25 @@ def weighted_loss(distortion: Tensor, floored_rate: Tensor, beta: Tensor | float
         rate and distortion.
     """
     return distortion + beta * floored_rate
+
+
+def limited_rate_loss(distortion: Tensor, rate: Tensor, limit: float, price: float) -> Tensor:
+    r"""Compute what selects models under a limit on the rate: the distortion, and a price for what exceeds the limit.
+
+    .. math::
+        D + \text{price} \cdot \max(0, R - \text{limit})
+
+    The least distortion at a rate is a convex function of the rate, and minus its slope is the weight ``beta`` that
+    leads there. So where the price is at least the ``beta`` at the limit, the model of least loss is the one of least
+    distortion within the limit: none gains by exceeding it.
+
+    Args:
+        distortion: Mean of ``-log p(x|z)`` in nats per observation, a scalar.
+        rate: Mean rate in nats per observation, a scalar.
+        limit: Nats.
+        price: Nats of loss per nat of rate.
+
+    References:
+        Alemi et al., "Fixing a Broken ELBO", ICML 2018, for the slope.
+    """
+    return distortion + price * (rate - limit).clamp(min=0.0)

@@ -17,7 +17,16 @@ from torch import distributions as td
 from .likelihoods import Likelihood, default_likelihood
 from .networks import MLPDecoder, MLPEncoder, Shape
 from .noise import uniform_by_index
-from .objective import ELBOTerms, FreeBitsAverage, FreeBitsPer, free_bits, group_rates, kl_per_dimension, weighted_loss
+from .objective import (
+    ELBOTerms,
+    FreeBitsAverage,
+    FreeBitsPer,
+    free_bits,
+    group_rates,
+    kl_per_dimension,
+    limited_rate_loss,
+    weighted_loss,
+)
 from .running_sums import RunningSums
 from .specification import build, specification
 
@@ -38,7 +47,8 @@ class VAE(LightningModule):
 
     Logged, always unweighted and in nats per observation: ``train/``, ``val/`` and ``test/`` with ``elbo``, ``rate``,
     ``distortion``, ``floored_rate`` and ``loss``. ``train/loss`` is what is minimised at the moment; ``val/loss`` and
-    ``test/loss`` are the loss at the knobs' targets, so that they can select models under any schedule.
+    ``test/loss`` are the loss at the knobs' targets, so that they can select models under any schedule; under a
+    controller that holds the rate they are the distortion and a price for exceeding the target, :attr:`rate_limit`.
 
     A batch is a tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and maybe ``"index"``, the
     observation's number in its data set.
@@ -67,6 +77,8 @@ class VAE(LightningModule):
         prior: p(z), standard normal, batch shape ``(k,)``.
         knob_targets: The value each knob is meant to end at.
         configured_knobs: The knobs that the constructor got a value of its own for.
+        rate_limit: The rate in nats up to which ``val/loss`` is the distortion, and the price of each nat above it; set
+            by ``TargetRate``, saved in checkpoints. ``None`` where no controller has set it.
 
     Raises:
         ValueError: On an option out of its range.
@@ -125,6 +137,7 @@ class VAE(LightningModule):
         self.knob_targets = {
             name: float(_KNOBS[name] if value is None else value) for name, value in configured.items()
         }
+        self.rate_limit: tuple[float, float] | None = None
         for name, target in self.knob_targets.items():
             self.register_buffer(name, torch.tensor(target, dtype=torch.float32), persistent=False)
         self.register_buffer("_prior_parameters", torch.tensor([0.0, 1.0]), persistent=False)
@@ -300,8 +313,12 @@ class VAE(LightningModule):
             rate_per_dimension, distortion, floored = means[:-2], means[-2], means[-1]
             if self.free_bits_average == "batch":
                 floored = self._target_floored_rate(rate_per_dimension[None])
-            loss = weighted_loss(distortion, floored, self.knob_targets["beta"])
-            values = _named(prefix, torch.stack([distortion, rate_per_dimension.sum(), floored, loss]))
+            rate = rate_per_dimension.sum()
+            if self.rate_limit is None:
+                loss = weighted_loss(distortion, floored, self.knob_targets["beta"])
+            else:
+                loss = limited_rate_loss(distortion, rate, *self.rate_limit)
+            values = _named(prefix, torch.stack([distortion, rate, floored, loss]))
             if len(self._evaluation_sums) > 1:  # named as Lightning does
                 values = {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
             sync = self.trainer.world_size > 1
@@ -319,9 +336,10 @@ class VAE(LightningModule):
     # ---- one run and the next
 
     def setup(self, stage: str) -> None:
-        """Start the training sums anew, before a checkpoint brings those of the run that goes on."""
+        """Start anew, before a checkpoint brings the training sums and the limit of the run that goes on."""
         if stage == "fit":
             self._train_sums.reset()
+            self.rate_limit = None
 
     def on_fit_start(self) -> None:
         """Refuse monitors that would select a wrong model."""
@@ -349,6 +367,7 @@ class VAE(LightningModule):
             "knob_targets": dict(self.knob_targets),
             "chosen": {name: value for name, value in variant.items() if value != self.hparams[name]},
             "train_sums": self._train_sums.state(),
+            "rate_limit": self.rate_limit,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -358,6 +377,7 @@ class VAE(LightningModule):
             if name not in self.configured_knobs:
                 self.knob_targets[name] = target
                 self._fill(name, target)
+        self.rate_limit = saved.get("rate_limit")
         for name, value in saved.get("chosen", {}).items():
             setattr(self, name, value)
         if "train_sums" in saved:

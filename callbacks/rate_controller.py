@@ -1,0 +1,127 @@
+"""A PI controller of the rate, in the logarithm of the weight, as pure functions of 0-dim tensors.
+
+What a linear VAE does says why in the logarithm: with ``n`` active dimensions its rate falls by ``n / 2`` nats per unit
+of ``log(weight)``, wherever the weight is, and by what ``n / weight`` makes of it in the weight itself. An active
+dimension carries about a nat, so an error that is taken relative to the target answers to the logarithm with a gain
+between 1/2 and 1 for any target and any number of latent dimensions: one pair of gains serves them all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+
+
+class ControllerState(NamedTuple):
+    """What a controller remembers, as 0-dim float32 tensors on one device.
+
+    Attributes:
+        rate: The filtered rate in nats; NaN until one is measured.
+        integral: The sum of the errors, in units of ``log(weight)``.
+        log_weight: Logarithm of the weight of the next step.
+        steps_at_bound: For how many steps in a row the weight has been at a bound and the target missed; negative at
+            the lower bound.
+    """
+
+    rate: Tensor
+    integral: Tensor
+    log_weight: Tensor
+    steps_at_bound: Tensor
+
+    @classmethod
+    def start(cls, log_weight: float, device: torch.device | str) -> Self:
+        """Return the state before the first measurement."""
+        values = (float("nan"), log_weight, log_weight, 0.0)
+        return cls(*(torch.tensor(value, dtype=torch.float32, device=device) for value in values))
+
+
+@dataclass(frozen=True)
+class RateController:
+    """Raise the weight where the rate is above its target, lower it where it is below.
+
+    Args:
+        lower: Smallest ``log(weight)``.
+        upper: Largest ``log(weight)``.
+        proportional: Gain of the error.
+        integral: Gain of its sum, per step.
+        smoothing: Part of the filtered rate that a new measurement leaves: 0.95 averages over about 20 steps.
+        tolerance: Relative error up to which the target counts as met.
+    """
+
+    lower: float
+    upper: float
+    proportional: float
+    integral: float
+    smoothing: float
+    tolerance: float
+
+    def __call__(self, state: ControllerState, rate: Tensor, target: float) -> ControllerState:
+        """Return the state after a measurement. No device is waited for.
+
+        Args:
+            state: The state before it.
+            rate: The rate of this step in nats; one that is not finite is passed over.
+            target: What it should be, in nats.
+        """
+        filtered = exponential_average(state.rate, rate, self.smoothing)
+        error = relative_error(filtered, target)
+        integral = integrate(state.integral, error, self.lower, self.upper, self.proportional, self.integral)
+        log_weight = (self.proportional * error + integral).clamp(self.lower, self.upper)
+        # A float32 sum of the two may end short of a bound by its rounding.
+        high = (log_weight >= self.upper - 1e-4) & (error > self.tolerance)
+        low = (log_weight <= self.lower + 1e-4) & (error < -self.tolerance)
+        steps = state.steps_at_bound
+        steps = torch.where(high, steps.clamp(min=0) + 1, torch.where(low, steps.clamp(max=0) - 1, 0.0))
+        return ControllerState(filtered, integral, log_weight, steps)
+
+
+def exponential_average(previous: Tensor, value: Tensor, smoothing: float) -> Tensor:
+    """Return the moving average after another value; the first is its own average, and one not finite leaves it.
+
+    Args:
+        previous: The average before, NaN if there is none.
+        value: The value.
+        smoothing: The weight of what was before, from 0 to below 1.
+    """
+    average = torch.where(previous.isnan(), value, torch.lerp(value, previous, smoothing))
+    return torch.where(value.isfinite(), average, previous)
+
+
+def rate_scale(target: float) -> float:
+    """Return the nats that errors are measured in: the target, or 1 for targets below it."""
+    return max(target, 1.0)
+
+
+def relative_error(rate: Tensor, target: float) -> Tensor:
+    """Return by how much a rate is too high, in units of :func:`rate_scale`, within -1 and 1.
+
+    The limits make the largest move of the weight a matter of the gains alone, whatever an untrained model's rate is;
+    nothing can overflow.
+
+    Args:
+        rate: Nats; NaN has no error.
+        target: Nats.
+    """
+    return ((rate - target) / rate_scale(target)).nan_to_num(0.0).clamp(-1.0, 1.0)
+
+
+def integrate(integral: Tensor, error: Tensor, lower: float, upper: float, proportional: float, gain: float) -> Tensor:
+    """Add ``gain * error`` to the integral, as far as the bounds of the output leave room for it.
+
+    At a bound the integral stops instead of winding up, so the output leaves the bound with the first error of the
+    other sign. (ControlVAE's published image and text code tests ``W < 0 and W >= 1``, which nothing is.)
+
+    Args:
+        integral: The integral before.
+        error: What to add.
+        lower: Smallest output, ``proportional * error + integral``.
+        upper: Largest output.
+        proportional: Gain of the error in the output.
+        gain: Gain of the error in the integral.
+    """
+    above = (upper - proportional * error - integral).clamp(min=0.0)
+    below = (lower - proportional * error - integral).clamp(max=0.0)
+    return integral + torch.clamp(gain * error, below, above)

@@ -1,0 +1,343 @@
+"""Hold the rate at a target."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.distributions import Distribution, Normal
+from typing_extensions import override
+
+from .free_bits import _rate
+from .posterior import PosteriorReader, read_prior
+from .rate_controller import ControllerState, RateController, rate_scale
+from .scheduled_knob import MisconfigurationException, ScheduledKnob, _callbacks, _monitors
+from .schedules import Constant, Schedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_VALIDATION_LOSS = re.compile(r"val(id|idation)?[/_]loss(_epoch)?")
+
+
+class TargetRate(ScheduledKnob):
+    r"""Hold the rate at a target by moving the weight of the KL term: compression to a given number of nats or bits.
+
+    ControlVAE's PI controller, in the logarithm of the weight,
+
+    .. math::
+        e = \frac{R - C}{\max(C, 1)}, \quad \log \beta = K_p e + I, \quad I \leftarrow I + K_i e
+
+    where R is the moving average of the training batches' rates and C the target, each in nats per observation. The
+    error is held within -1 and 1 and the weight within its bounds, at which the integral stops. A step moves
+    :math:`\log \beta` by :math:`K_i` at most, besides what the first term does.
+
+    The weight starts where the module is configured. It stays where the controller has it in validation, in checkpoints
+    and after fitting. What a resumed run needs is saved. Logged on logging steps: ``knobs/beta`` (or the path's last
+    part), ``knobs/target_rate`` and ``latent/rate``, the average that is steered, both in nats. A target that no weight
+    within the bounds reaches is reported once.
+
+    Under it the ``val/loss`` and ``test/loss`` of ``lightning_vae.VAE`` serve the target at the schedule's end: they
+    are the distortion, and ``price`` for each nat of rate above the target and its tolerance. On any other module the
+    validation loss has the weight of the moment in it: monitor something without one.
+
+    Args:
+        nats: The target in nats per observation: a number, or a schedule of the training step with an explicit end.
+        bits: The same in bits, instead of ``nats``.
+        attribute: Where the module keeps the weight: a dotted path as in :class:`KLAnnealing`, or several.
+        posterior: Where to read the posterior, as in :class:`CollapseDetector`; ``None`` is the module's own
+            ``posterior``. The rate is measured against the module's own ``prior``, N(0, I) if it has none. Several
+            posteriors in a step count as so many observations.
+        second: What stands beside the mean where the posterior is a pair of tensors.
+        chunk: Axis along which it is split into halves where the posterior is one tensor.
+        start: The weight to start from; the module's configured one if not given.
+        min_beta: The smallest weight; a hundredth of the first if not given.
+        max_beta: The largest weight; a hundred times the first if not given.
+        proportional: Gain :math:`K_p`.
+        integral: Gain :math:`K_i` per step. Lower it where rate and weight swing, in runs of very many steps.
+        smoothing: Part of the average rate that a new batch leaves, from 0 to below 1.
+        tolerance: By how much the rate may exceed the target in ``val/loss``, and miss it before that counts as not
+            met: a fraction of the target, or of 1 nat for smaller targets.
+        price: What ``val/loss`` charges for each nat above that. It must be more than the weight that holds the target,
+            or it would pay to exceed it; if it turns out to be less, that is reported.
+        patience: Steps at a bound, the target not met, until that is reported.
+        setter: Writes the weight instead, ``(pl_module, value) -> None``; needs a ``start``.
+        name: Logged as ``knobs/<name>``; the path's last part if not given.
+
+    Raises:
+        ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere or there is no
+            positive weight to start from.
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, if another callback moves
+            the same weight, or a monitor watches ``train/loss``, which moves.
+
+    References:
+        Shao et al., "ControlVAE: Controllable Variational Autoencoder", ICML 2020, section 3.2; Burgess et al.,
+        "Understanding disentangling in beta-VAE", 2018, for a target that moves.
+
+    Example::
+
+        >>> TargetRate(bits=8).state_key
+        "TargetRate{'attribute': 'beta', 'name': 'beta'}"
+    """
+
+    def __init__(
+        self,
+        nats: float | Schedule | Callable[[int], float] | None = None,
+        bits: float | Schedule | Callable[[int], float] | None = None,
+        attribute: str | Sequence[str] = "beta",
+        posterior: str | tuple[str, str] | Callable[[Any, Any], Any] | None = None,
+        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        chunk: int | None = None,
+        start: float | None = None,
+        min_beta: float | None = None,
+        max_beta: float | None = None,
+        proportional: float = 1.0,
+        integral: float = 0.03,
+        smoothing: float = 0.95,
+        tolerance: float = 0.05,
+        price: float = 10.0,
+        patience: int = 500,
+        setter: Callable[[Any, float], None] | None = None,
+        name: str | None = None,
+    ) -> None:
+        if (nats is None) == (bits is None):
+            raise ValueError(
+                f"The target must be given as `nats` or as `bits`, got nats={nats}, bits={bits}. Give one."
+            )
+        target = bits if nats is None else nats
+        if isinstance(target, int | float) and not 0 <= target < math.inf:
+            raise ValueError(f"The target must be a finite rate of at least 0, or a schedule, got {target}.")
+        if isinstance(target, Schedule):
+            target.resolve(None, steps_per_epoch=1, total_steps=1)  # raises where its end is left open
+        positive = {"start": start, "min_beta": min_beta, "max_beta": max_beta, "integral": integral}
+        for option, value in {**positive, "price": price, "patience": patience}.items():
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"`{option}` must be a finite number above 0, got {value}.")
+        for option, value in {"proportional": proportional, "tolerance": tolerance}.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"`{option}` must be a finite number of at least 0, got {value}.")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"`smoothing` must be at least 0 and below 1, got {smoothing}.")
+        if setter is not None and start is None:
+            raise ValueError("`start` must be given with a `setter`: nothing else tells the weight to start from.")
+        super().__init__(target if callable(target) else Constant(float(target or 0.0)), attribute, setter, name)
+        self.nats = nats
+        self.bits = bits
+        self.start = start
+        self.min_beta = min_beta
+        self.max_beta = max_beta
+        self.proportional = proportional
+        self.integral = integral
+        self.smoothing = smoothing
+        self.tolerance = tolerance
+        self.price = price
+        self.patience = patience
+        self._log_key = "knobs/target_rate" if name is None else f"knobs/target_rate_{name}"
+        self._rate_key = "latent/rate" if name is None else f"latent/rate_{name}"
+        self._reader = PosteriorReader(posterior, second, chunk)
+        self._controller: RateController | None = None
+        self._state: ControllerState | None = None
+        self._measured: Tensor | None = None  # sum of the rates and number of observations since the last step
+        self._targets: dict[str, float] = {}  # of the module, where it has them
+        self._reported: set[str] = set()
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._reported, self._measured = set(), None
+        super().on_fit_start(trainer, pl_module)
+        self.at_end(trainer, self._reader.detach)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        super().on_train_batch_start(trainer, pl_module)
+        self._reader.listen(pl_module)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        measured = self._measure(pl_module, batch)
+        self._measured = measured if self._measured is None else self._measured + measured
+        if not self.accumulates(trainer):
+            self._steer(trainer)
+        if self.logs_now(trainer):
+            self._log(trainer, pl_module)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        self._reader.unhook()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        state = {} if self._state is None else {name: value.cpu() for name, value in self._state._asdict().items()}
+        return {**super().state_dict(), **state}
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The weight of the next step, a 0-dim tensor; ``None`` before the first fit."""
+        return None if self._state is None else self._state.log_weight.exp()
+
+    def target(self, step: int) -> float:
+        """Return the target of a step, in nats."""
+        return self._in_nats(self._resolved(step))
+
+    def _in_nats(self, value: float) -> float:
+        return value if self.bits is None else value * math.log(2)
+
+    def _measure(self, pl_module: LightningModule, batch: Any) -> Tensor:
+        posteriors = self._reader.read(pl_module, batch)
+        if not isinstance(getattr(pl_module, "prior", None), Distribution):
+            for each in posteriors:
+                if not isinstance(each, Normal):
+                    raise ValueError(
+                        f"{type(self).__name__}({self.name}): the rate of a {type(each).__name__} needs a prior, and "
+                        f"{type(pl_module).__name__} offers none. Give it an attribute `prior`, a Distribution."
+                    )
+        return sum_and_count(posteriors, read_prior(pl_module), pl_module.device)
+
+    def _steer(self, trainer: Trainer) -> None:
+        """Measure the step that has just been taken, and find the weight of the next."""
+        assert self._controller is not None
+        assert self._state is not None
+        assert self._measured is not None
+        measured, self._measured = self._measured, None
+        if trainer.world_size > 1:
+            # Not the strategy's `reduce`, which waits at a barrier first.
+            torch.distributed.all_reduce(measured)
+        self._state = self._controller(self._state, measured[0] / measured[1], self.target(self.step(trainer)))
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._state is not None
+        target = self.target(self.step(trainer))
+        self.log_now(pl_module, {self._log_key: target, self._rate_key: self._state.rate})
+        for kind, text in self._problems(target):
+            if kind not in self._reported:
+                self._reported.add(kind)
+                rank_zero_warn(f"{type(self).__name__}({self.name}): {text}")
+
+    def _problems(self, target: float) -> Iterator[tuple[str, str]]:
+        """Say what is wrong with the options, and what to change. Waits for the device."""
+        assert self._state is not None
+        rate, _, log_weight, steps = (float(value) for value in self._state)
+        weight = f"`{self.name}` has been at its {{}}, {math.exp(log_weight):.4g}, for {abs(steps):.0f} steps"
+        missed = f", and the rate is {rate:.4g} nats instead of {target:.4g}."
+        if steps >= self.patience:
+            remedy = "Raise `max_beta` or the target. Where no weight lowers the rate, the loss does not read it."
+            yield "high", f"{weight.format('largest')}{missed} {remedy}"
+        elif steps <= -self.patience:
+            remedy = "Lower `min_beta` or the target, or give the model more latent dimensions."
+            yield "low", f"{weight.format('smallest')}{missed} {remedy}"
+        met = abs(rate - target) <= self.tolerance * rate_scale(target)
+        if met and self._targets and math.exp(log_weight) > self.price:
+            yield (
+                "price",
+                f"it takes `{self.name}` = {math.exp(log_weight):.4g} to hold the rate, and `val/loss` charges "
+                f"{self.price:g} for a nat above the target: it would pay to exceed it. Raise `price`.",
+            )
+
+    # ---- what differs from a number that follows a schedule
+
+    @override
+    def _value(self, trainer: Trainer) -> Tensor:
+        assert self._state is not None
+        return self._state.log_weight.exp()
+
+    @property
+    @override
+    def _is_constant(self) -> bool:
+        return False
+
+    @override
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restored = self._restored or (self.state_dict() if self.step(trainer) > 0 else {})
+        self._targets = {}
+        super()._begin(trainer, pl_module)
+        self._state = ControllerState.start(math.log(self._base or 0), pl_module.device)
+        if all(name in restored for name in ControllerState._fields):
+            saved = (torch.as_tensor(restored[name]) for name in ControllerState._fields)
+            self._state = ControllerState(*(value.to(pl_module.device) for value in saved))
+
+    @override
+    def _configured(self, pl_module: LightningModule, current: float | None, restored: dict[str, Any]) -> float | None:
+        """Return the weight that the run starts, or started, from."""
+        first = self.start if self.start is not None else restored.get("base") or current
+        if first is None or not first > 0:
+            raise ValueError(
+                f"{type(self).__name__}({self.name}): the weight to start from must be above 0, got {first}. Configure "
+                "the module with another, or give `start`."
+            )
+        return float(first)
+
+    def _bounded(self) -> RateController:
+        assert self._base is not None
+        lower = self._base / 100 if self.min_beta is None else self.min_beta
+        upper = self._base * 100 if self.max_beta is None else self.max_beta
+        if not lower <= self._base <= upper or lower == upper:
+            raise ValueError(
+                f"{type(self).__name__}({self.name}): the weight starts at {self._base:g}, which must be within "
+                f"`min_beta` and `max_beta`, {lower:g} to {upper:g}. Change them or `start`."
+            )
+        return RateController(
+            math.log(lower), math.log(upper), self.proportional, self.integral, self.smoothing, self.tolerance
+        )
+
+    @override
+    def _agree_on_target(self, pl_module: LightningModule) -> None:
+        """Tell a module that knows of them which rate its loss is to be selected at, and the price of exceeding it."""
+        self._controller = self._bounded()
+        module: Any = pl_module
+        if not set(self._paths) & set(getattr(module, "knob_targets", ())):
+            return
+        self._targets = module.knob_targets
+        end = self._in_nats(self._resolved.final if isinstance(self._resolved, Schedule) else self._resolved(10**9))
+        module.rate_limit = (end + self.tolerance * rate_scale(end), self.price)
+
+    @override
+    def _refuse_moving_monitor(self, trainer: Trainer) -> None:
+        super()._refuse_moving_monitor(trainer)
+        for owner, monitor in _monitors(trainer):
+            if not self._targets and _VALIDATION_LOSS.fullmatch(monitor):
+                rank_zero_warn(
+                    f"{type(self).__name__}({self.name}): {owner} monitors {monitor!r}. If `{self.name}` is in it, it "
+                    "moves with the controller and is lowest where the weight is. Monitor a reconstruction error, or "
+                    "an ELBO without the weight once the rate is at its target."
+                )
+
+    @override
+    def _refuse_twins(self, trainer: Trainer) -> None:
+        super()._refuse_twins(trainer)
+        for each in _callbacks(trainer):
+            if isinstance(each, TargetRate) and each is not self and each._log_key == self._log_key:
+                raise MisconfigurationException(f"Two callbacks log `{self._log_key}`. Tell them apart with `name=`.")
+
+    @override
+    def _write_target(self) -> None:
+        """Leave the weight where the controller has it, for whatever comes before the next training batch."""
+        if self._knob is None or self._state is None:
+            return
+        weight = self._state.log_weight.exp()
+        self._knob.write(weight)
+        self._targets.update({path: float(weight) for path in self._paths if path in self._targets})
+
+
+def sum_and_count(posteriors: Sequence[Distribution], prior: Distribution, device: torch.device) -> Tensor:
+    """Sum the rates of all observations, and count them.
+
+    Args:
+        posteriors: q(z|x), each with the observations along its first axis.
+        prior: p(z), which broadcasts to each.
+        device: Where to return them.
+
+    Returns:
+        Nats and a number, float32, shape ``(2,)``.
+    """
+    rates = [_rate(each, prior) for each in posteriors]
+    count = torch.full((), float(sum(len(each) for each in rates)), device=device)
+    return torch.stack([torch.stack([each.sum() for each in rates]).sum().to(device), count])
