@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -24,6 +24,7 @@ from . import callbacks as callbacks  # importing them gives them short names in
 from . import datamodules as datamodules
 from . import likelihoods as likelihoods
 from . import networks as networks
+from .latents_writer import LatentsWriter
 from .messages import readable
 from .vae import VAE
 
@@ -115,6 +116,17 @@ class VAECLI(LightningCLI):
             if "which is not available" not in str(error):
                 raise
             _exit(error)  # what EarlyStopping says of a metric that does not exist
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write the latents as they come, instead of gathering them in memory.
+
+        Args:
+            **kwargs: What ``Trainer.predict`` gets.
+        """
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, LatentsWriter) for callback in callbacks):
+            callbacks.append(LatentsWriter())
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def after_fit(self) -> None:
         """Say where everything is."""
