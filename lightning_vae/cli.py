@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict``, each with ``--config``."""
+"""The command line: ``fit``, ``validate``, ``test``, ``predict`` and ``sweep``, each with ``--config``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from . import callbacks as callbacks  # importing them gives them short names in configs
 from . import datamodules as datamodules
+from . import finished_fit
 from . import likelihoods as likelihoods
 from . import networks as networks
 from .latents_writer import LatentsWriter
@@ -136,6 +137,7 @@ class VAECLI(LightningCLI):
         lines = {}
         if self.trainer.loggers and folder:
             lines["Run"] = folder
+            finished_fit.write(Path(folder), self.trainer)
         metrics = self.trainer.callback_metrics
         if "val/elbo" in metrics:
             terms = (f"{name} {float(metrics[f'val/{name.lower()}']):.4g}" for name in ("ELBO", "rate", "distortion"))
@@ -249,11 +251,28 @@ def main(args: ArgsType = None) -> None:
     # Lightning redraws its bar at each step, which takes a small model longer than the step.
     os.environ.setdefault("TQDM_MINITERS", "20")
     sys.path.insert(0, os.getcwd())  # a config may name classes that lie where the command is run
-    VAECLI(
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["sweep"]:
+        from .sweep import sweep
+
+        sweep(given[1:])
+    else:
+        command_line(VAECLI, args)
+
+
+def command_line(kind: type[VAECLI], args: ArgsType = None) -> VAECLI:
+    """Make the command line, which runs it.
+
+    Args:
+        kind: Its class.
+        args: Arguments in place of the process's own.
+    """
+    return kind(
         VAE,
         LightningDataModule,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
+        parser_kwargs={"epilog": "`sweep --help`: train and compare many of them."},
         parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tracemalloc
+from functools import wraps
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,8 @@ def trainer(*callbacks):
 def test_the_command_line_writes_a_table_and_says_where(checkpoint, capsys, monkeypatch):
     kept = []
     predict = Trainer.predict
-    monkeypatch.setattr(Trainer, "predict", lambda *args, **options: kept.append(predict(*args, **options)))
+    keeping = wraps(predict)(lambda *args, **options: kept.append(predict(*args, **options)))
+    monkeypatch.setattr(Trainer, "predict", keeping)
     main(["predict", *DIGITS, f"--ckpt_path={checkpoint}", "--model.latent_dim=3"])
     assert "Latents:    logs/digits/version_0/latents.csv" in capsys.readouterr().out
     assert kept == [None]  # Lightning has gathered nothing
