@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .vae import VAE
 
@@ -87,9 +88,9 @@ def compare_latents(
         original, reconstruction = x[:_IMAGES], _in_chunks(model, x[:_IMAGES], index[:_IMAGES], "reconstruct")
         _show(reconstructed, model.levels, original, reconstruction)
         reconstructed.set_title("data and, below, reconstructions" if x.ndim == 4 else "data, reconstructions (dashed)",
-                                fontsize=8, color="0.3", pad=2)  # fmt: skip
+                                fontsize=8, color="0.3", pad=4)  # fmt: skip
         _show(sampled, model.levels, *_samples(model, 2 * _IMAGES if x.ndim == 4 else _IMAGES, seed))
-        sampled.set_title("samples from the prior", fontsize=8, color="0.3", pad=2)
+        sampled.set_title("samples from the prior", fontsize=8, color="0.3", pad=4)
     return figure
 
 
@@ -145,7 +146,9 @@ def rate_distortion(
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
-    axes.legend(frameon=False, fontsize=8)
+    spread = any(point.rate_spread or point.distortion_spread for points in curves.values() for point in points)
+    title = "bars: standard deviation over seeds" if spread else None
+    axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
     return figure
 
 
@@ -253,10 +256,12 @@ def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> No
 def _show(axes: Axes, levels: int | None, *rows: Tensor) -> None:
     """Draw rows of images, or vectors as lines over their coordinates, the second row's dashed."""
     if rows[0].ndim == 4:
-        tiles = torch.cat([torch.cat(list(row), dim=-1) for row in rows], dim=-2).permute(1, 2, 0)
         top = 1.0 if levels is None else levels - 1.0
-        shown = (tiles.float() / top).clamp(0, 1)
-        axes.imshow(shown.squeeze(-1), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        gap = max(1, rows[0].shape[-1] // 16)
+        framed = [pad((row.float() / top).clamp(0, 1), (0, gap, 0, gap), value=1.0) for row in rows]
+        tiles = torch.cat([torch.cat(list(row), dim=-1) for row in framed], dim=-2)[:, :-gap, :-gap]
+        picture = tiles.permute(1, 2, 0).squeeze(-1).numpy()
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.axis("off")
         return
     for row, style in zip(rows, ("-", "--"), strict=False):

@@ -332,8 +332,13 @@ def _curves(planned: Sequence[Point], means: Sequence[Row]) -> dict[str, list[co
             options = dict(configuration.options)
             note = f"\u03b2 {options.pop(_BETA):g}" if _BETA in options else ""
             name = replace(configuration, options=options).label
-        means_, spreads = ([row[f"{term}_{kind}"] for term in ("rate", "distortion")] for kind in ("mean", "std"))
-        point = compare.CurvePoint(*means_, *(spread or 0.0 for spread in spreads), note)
+        point = compare.CurvePoint(
+            rate=row["rate_mean"],
+            distortion=row["distortion_mean"],
+            rate_spread=row["rate_std"] or 0.0,
+            distortion_spread=row["distortion_std"] or 0.0,
+            note=note,
+        )
         curves.setdefault(name, []).append(point)
     return curves
 
