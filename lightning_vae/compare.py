@@ -221,34 +221,37 @@ def _samples(model: VAE, number: int, seed: int) -> list[Tensor]:
 
 
 def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> None:
-    points, kinds = view.points, labels.unique().tolist() if labels is not None and labels.ndim == 1 else []
-    style: dict[str, Any] = {"s": 6, "linewidths": 0, "alpha": 0.75, "rasterized": True}
-    if points.shape[1] == 1:
-        heights = torch.zeros(len(points)) if labels is None else labels.double()
-        spread = torch.rand(len(points), generator=torch.Generator().manual_seed(0)) - 0.5
-        axes.scatter(points[:, 0], heights + 0.6 * spread, color=COLOURS[0], **style)
-        axes.set_ylabel("label" if labels is not None else "", fontsize=8)
-        axes.set_xlim(-reach, reach)
-    elif 1 < len(kinds) <= len(COLOURS):
-        for colour, kind in zip(COLOURS, kinds, strict=False):
-            chosen = points[labels == kind]
-            axes.scatter(chosen[:, 0], chosen[:, 1], color=colour, **style)
-        from matplotlib.patheffects import withStroke
+    """Draw a latent space, each kind in its colour and under its name, so that a colour need not be told apart."""
+    from matplotlib.patheffects import withStroke
 
-        halo = [withStroke(linewidth=2.5, foreground="white")]
-        for kind in kinds:  # a colour that can't be told apart can still be read
+    points = view.points
+    kinds = labels.unique().tolist() if labels is not None and labels.ndim == 1 else []
+    flat = points.shape[1] == 1
+    if flat:  # the other axis keeps the labels apart, or just the points
+        spread = 0.6 * torch.rand(len(points), generator=torch.Generator().manual_seed(0)) - 0.3
+        points = torch.stack([points[:, 0], spread + (labels if labels is not None and kinds else 0)], dim=1)
+    style: dict[str, Any] = {"s": 6, "linewidths": 0, "alpha": 0.75, "rasterized": True}
+    if 1 < len(kinds) <= len(COLOURS):
+        for colour, kind in zip(COLOURS, kinds, strict=False):
+            axes.scatter(*points[labels == kind].T, color=colour, **style)
+        for kind in [] if flat else kinds:
             x, y = points[labels == kind].median(dim=0).values.tolist()
+            halo = [withStroke(linewidth=2.5, foreground="white")]
             axes.text(x, y, f"{kind:g}", fontsize=8, weight="bold", ha="center", va="center", path_effects=halo)
+    elif kinds:
+        axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", **style)
     else:
-        colours = {"color": COLOURS[0]} if labels is None or not kinds else {"c": labels, "cmap": "viridis"}
-        axes.scatter(points[:, 0], points[:, 1], **colours, **style)
+        axes.scatter(*points.T, color=COLOURS[0], **style)
     axes.set_xlabel(view.axes[0], fontsize=8, labelpad=1)
-    if points.shape[1] > 1:
+    if flat:
+        axes.set_ylabel("label" if kinds else "", fontsize=8, labelpad=1)
+        axes.set_yticks(kinds if len(kinds) <= len(COLOURS) else [])
+        axes.set_xlim(-reach, reach)
+    else:
         axes.set_ylabel(view.axes[1], fontsize=8, labelpad=1)
-        axes.set_aspect("equal", adjustable="datalim" if not view.shares_scale else "box")
+        axes.set_aspect("equal", adjustable="box" if view.shares_scale else "datalim")
         if view.shares_scale:
-            axes.set_xlim(-reach, reach)
-            axes.set_ylim(-reach, reach)
+            axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
     axes.tick_params(labelsize=7, length=2)
     axes.spines[["top", "right"]].set_visible(False)
 
