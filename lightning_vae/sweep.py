@@ -69,7 +69,11 @@ def sweep(arguments: Sequence[str]) -> None:
     if options.print_commands:
         _print_commands(planned)
         return
-    failed = _run(planned, jobs, base)
+    try:
+        failed = _run(planned, jobs, base)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
     finished = [point for point in planned if point.evaluation.is_file()]
     if finished:
         _report(finished, base, options.projection)
