@@ -380,10 +380,8 @@ def _to_tensorboard(rows: Sequence[Row], figures: Mapping[str, Figure], base: Pa
 
 def _table(means: Sequence[Row]) -> str:
     """Lay out the means for the terminal, with the spread behind each."""
-    shared = {"config_hash", "lightning_vae", "torch", "lightning", "python"}
-    varied = [
-        name for name in sweep_table.columns(means) if not name.endswith(("_mean", "_std")) and name not in shared
-    ]
+    names = sweep_table.columns(means)
+    varied = [name for name in names[: names.index("beta") + 1] if name != "config_hash"]
     measured = [name for name in _PRINTED if any(f"{name}_mean" in row for row in means)]
     lines = [[*varied, *measured]]
     for row in means:

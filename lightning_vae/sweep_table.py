@@ -69,15 +69,15 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 
 def _summarised(group: Sequence[Row]) -> Row:
+    names = columns(group)
+    options = names[: names.index("beta") + 1]  # what was asked for is the same for all seeds
     result: Row = {"config": group[0]["config"], "config_hash": group[0]["config_hash"], "seeds": len(group)}
-    for name in columns(group):
+    result |= {name: group[0].get(name) for name in options if name not in ("point", "seed", *result)}
+    for name in names[len(options) :]:
         values = [each[name] for each in group if each.get(name) is not None]
-        if name in ("point", "config", "config_hash", "seed", "checkpoint") or not values:
+        if name == "checkpoint" or not values:
             continue
         if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            if name == "beta":
-                result[name] = values[0]
-                continue
             result[f"{name}_mean"] = statistics.fmean(values)
             result[f"{name}_std"] = statistics.stdev(values) if len(values) > 1 else None
         elif len(set(map(str, values))) == 1:

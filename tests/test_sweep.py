@@ -93,6 +93,7 @@ def test_the_grid_its_table_its_means_and_its_pictures(calls, capsys):
 
     means = table("summary")
     assert [row["seeds"] for row in means] == ["2"] * 4
+    assert [(row["latent_dim"], row["beta"]) for row in means] == [(k, b) for k in "23" for b in ("0.5", "2.0")]
     for mean in means:
         rates = [float(row["rate"]) for row in rows if row["config_hash"] == mean["config_hash"]]
         assert rates[0] != rates[1]
