@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .compare import compare_latents as compare_latents
     from .likelihoods import Bernoulli as Bernoulli
     from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
@@ -30,6 +31,7 @@ except _PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
+    "compare": ("compare_latents",),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),

@@ -1,4 +1,4 @@
-"""The command line: ``fit``, ``validate``, ``test`` and ``predict``, each with ``--config``."""
+"""The command line: ``fit``, ``validate``, ``test``, ``predict`` and ``sweep``, each with ``--config``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -22,8 +22,10 @@ from typing_extensions import override
 
 from . import callbacks as callbacks  # importing them gives them short names in configs
 from . import datamodules as datamodules
+from . import finished_fit
 from . import likelihoods as likelihoods
 from . import networks as networks
+from .latents_writer import LatentsWriter
 from .messages import readable
 from .vae import VAE
 
@@ -116,6 +118,17 @@ class VAECLI(LightningCLI):
                 raise
             _exit(error)  # what EarlyStopping says of a metric that does not exist
 
+    def predict(self, **kwargs: Any) -> None:
+        """Write the latents as they come, instead of gathering them in memory.
+
+        Args:
+            **kwargs: What ``Trainer.predict`` gets.
+        """
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if not any(isinstance(callback, LatentsWriter) for callback in callbacks):
+            callbacks.append(LatentsWriter())
+        self.trainer.predict(**{**kwargs, "return_predictions": False})
+
     def after_fit(self) -> None:
         """Say where everything is."""
         folder = self.trainer.log_dir  # every process must ask
@@ -124,6 +137,7 @@ class VAECLI(LightningCLI):
         lines = {}
         if self.trainer.loggers and folder:
             lines["Run"] = folder
+            finished_fit.write(Path(folder), self.trainer)
         metrics = self.trainer.callback_metrics
         if "val/elbo" in metrics:
             terms = (f"{name} {float(metrics[f'val/{name.lower()}']):.4g}" for name in ("ELBO", "rate", "distortion"))
@@ -237,11 +251,28 @@ def main(args: ArgsType = None) -> None:
     # Lightning redraws its bar at each step, which takes a small model longer than the step.
     os.environ.setdefault("TQDM_MINITERS", "20")
     sys.path.insert(0, os.getcwd())  # a config may name classes that lie where the command is run
-    VAECLI(
+    given = sys.argv[1:] if args is None else args
+    if isinstance(given, list) and given[:1] == ["sweep"]:
+        from .sweep import sweep
+
+        sweep(given[1:])
+    else:
+        command_line(VAECLI, args)
+
+
+def command_line(kind: type[VAECLI], args: ArgsType = None) -> VAECLI:
+    """Make the command line, which runs it.
+
+    Args:
+        kind: Its class.
+        args: Arguments in place of the process's own.
+    """
+    return kind(
         VAE,
         LightningDataModule,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
+        parser_kwargs={"epilog": "`sweep --help`: train and compare many of them."},
         parser_class=Parser,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -1,0 +1,152 @@
+"""Write what ``predict`` finds to a file, batch by batch."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import heapq
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+
+class LatentsWriter(Callback):
+    """Writes the posterior means of ``predict`` as CSV: columns ``index``, ``label`` (if any), ``z0``, ``z1`` and on.
+
+    Each batch is written as it comes and forgotten, so that memory does not grow with the data. Each process writes a
+    part of its own; at the end the first one merges them in the order of ``index`` and drops what a sampler has dealt
+    out twice. The file appears under its name when it is complete.
+
+    Args:
+        path: File to write; one that ends in ``.gz`` is compressed. ``None`` takes ``latents.csv`` in the run folder.
+
+    Raises:
+        MisconfigurationException: If there are several loaders, the module's ``predict_step`` returns no mapping with
+            ``"mean"`` and ``"index"``, or the first process can't see the others' parts.
+    """
+
+    def __init__(self, path: str | None = None) -> None:
+        self.path = path
+        self._target = Path()
+        self._file: IO[str] | None = None
+        self._has_header = False
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = trainer.log_dir or trainer.default_root_dir  # every process must ask
+        self._target = Path(self.path) if self.path else Path(folder) / "latents.csv"
+        if len(trainer.num_predict_batches) > 1:
+            raise MisconfigurationException("`predict` writes the latents of one loader, but there are several.")
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        part = self._part(trainer.global_rank)
+        part.unlink(missing_ok=True)  # a run before that was cut off may have left it
+        self._file, self._has_header = _open(part, "w"), False
+
+    @override
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
+    ) -> None:
+        if not (isinstance(outputs, Mapping) and {"mean", "index"} <= outputs.keys()):
+            raise MisconfigurationException(
+                f"`predict_step` of {type(pl_module).__name__} must return a mapping with 'mean', 'index' and maybe "
+                "'label' for its latents to be written."
+            )
+        assert self._file is not None
+        columns = {name: outputs[name] for name in ("index", "label") if name in outputs}
+        columns["z"] = outputs["mean"].flatten(start_dim=1)
+        writer = csv.writer(self._file)
+        if not self._has_header:
+            writer.writerow(_header(columns))
+            self._has_header = True
+        writer.writerows(_rows(columns))
+
+    @override
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._close()
+        trainer.strategy.barrier()
+        if not trainer.is_global_zero:
+            return
+        parts = [self._part(rank) for rank in range(trainer.world_size)]
+        if missing := [part.name for part in parts if not part.exists()]:
+            raise MisconfigurationException(
+                f"The latents stay in parts: {', '.join(missing)} can't be seen from the first process. Write to a "
+                "folder that all machines share."
+            )
+        if len(parts) == 1:
+            os.replace(parts[0], self._target)
+        else:
+            _merge(parts, self._target)
+        print(f"\nLatents:    {os.path.relpath(self._target)}")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _part(self, rank: int) -> Path:
+        # The ending stays the last one, which is what says whether the file is compressed.
+        return self._target.with_name(f".part{rank}-{self._target.name}")
+
+
+def _header(columns: Mapping[str, Any]) -> list[str]:
+    names: list[str] = []
+    for name, values in columns.items():
+        wide = isinstance(values, Tensor) and values.ndim > 1
+        names += [f"{name}{number}" for number in range(values.shape[1:].numel())] if wide else [name]
+    return names
+
+
+def _rows(columns: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """Yield one row per observation; nine digits hold a float32 exactly, seventeen a float64."""
+    parts = []
+    for values in columns.values():
+        if not isinstance(values, Tensor):
+            parts.append([[value] for value in values])
+            continue
+        table = values.detach().cpu()
+        table = table.flatten(start_dim=1) if table.ndim > 1 else table[:, None]
+        digits = 17 if table.element_size() > 4 else 9
+        floating = table.is_floating_point()
+        parts.append([[f"{value:.{digits}g}" for value in row] if floating else row for row in table.tolist()])
+    return ([cell for cells in row for cell in cells] for row in zip(*parts, strict=True))
+
+
+def _open(path: Path, mode: str) -> IO[str]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    file: IO[str] = opener(path, f"{mode}t", newline="", encoding="utf-8")
+    return file
+
+
+def _merge(parts: Iterable[Path], target: Path) -> None:
+    """Merge files whose rows each come in the order of the first column, without holding them in memory."""
+    whole = target.with_name(f".whole-{target.name}")
+    with ExitStack() as stack:
+        readers = [csv.reader(stack.enter_context(_open(part, "r"))) for part in parts]
+        writer = csv.writer(stack.enter_context(_open(whole, "w")))
+        # A process that had no observations has no header either.
+        header = [names for reader in readers if (names := next(reader, None))]
+        writer.writerows(header[:1])
+        before = None
+        for row in heapq.merge(*readers, key=lambda row: _order(row[0])):
+            if row[0] != before:
+                writer.writerow(row)
+            before = row[0]
+    os.replace(whole, target)
+    for part in parts:
+        part.unlink()
+
+
+def _order(index: str) -> tuple[int, int, str]:
+    """Sort numbers as numbers, and names as they are spelled behind them."""
+    return (0, int(index), "") if index.lstrip("-").isdigit() else (1, 0, index)
