@@ -21,7 +21,8 @@ def curve_panels(
 ) -> Tensor:
     """Draw panels of curves: the entries of a vector from left to right.
 
-    All panels have the same scale. A short vector's entries are marked with dots.
+    All panels have the same scale, and a line at zero or at the edge that is nearest to it. A short vector's entries
+    are marked with dots.
 
     Args:
         curves: Shape ``(panels, curves in a panel, entries)``.
@@ -43,7 +44,8 @@ def curve_panels(
         left = number % columns * _WIDTH + _MARGIN
         top = number // columns * (_HEIGHT + _TITLE) + _TITLE
         right, bottom = left + _WIDTH - 2 * _MARGIN, top + _HEIGHT - _MARGIN
-        canvas.line(torch.tensor([[left, bottom], [right, bottom]]), _AXIS)
+        axis = bottom - min(max(-low / max(high - low, 1e-12), 0.0), 1.0) * (bottom - top)
+        canvas.line(torch.tensor([[left, axis], [right, axis]]), _AXIS)
         if titles:
             canvas.text((left, top - _TITLE + 2), titles[number])
         for curve, colour in zip(panel, colours, strict=True):

@@ -15,6 +15,7 @@ from .image_grid import image_grid
 
 _INPUT: Colour = (150, 150, 150)
 _OUTPUT: Colour = (214, 39, 40)
+_IN_A_PANEL = 5
 
 
 class Gallery:
@@ -46,12 +47,12 @@ class Gallery:
         return curve_panels(values.flatten(2), [tuple(shade) for shade in shades], self.low, self.high, titles)
 
     def each(self, values: Tensor, columns: int) -> Tensor:
-        """Draw observations ``(n, ...)`` that have no order, in rows; as curves, a panel for each row."""
-        values = values.view(-1, columns, *values.shape[1:])
-        images = self._images(values)
+        """Draw observations ``(n, ...)`` that have no order, in rows; as curves, five in a panel."""
+        images = self._images(values.view(-1, columns, *values.shape[1:]))
         if images is not None:
             return image_grid(images)
-        return curve_panels(values.flatten(2), [_OUTPUT] * columns, self.low, self.high)
+        values = values.view(-1, _IN_A_PANEL, *values.shape[1:])
+        return curve_panels(values.flatten(2), [_OUTPUT] * _IN_A_PANEL, self.low, self.high)
 
     def _images(self, values: Tensor) -> Tensor | None:
         images = as_images(values.flatten(0, 1))

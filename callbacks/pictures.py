@@ -32,7 +32,6 @@ _SAMPLES = _COLUMNS * 5
 _PATHS = 5  # interpolations
 _TRAVERSED = 12  # dimensions at most
 _MEASURED = 256  # observations that the rates are taken from
-_CHUNK = 128  # observations that are decoded at once
 # Their parameters are spread over the processes, so that one alone can't run them.
 _SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
@@ -147,7 +146,7 @@ class Pictures(Callback):
             self._inputs = torch.stack(self._chosen)
         if self._draws and self._inputs is not None and self._measured:
             board = Board(trainer)
-            pictures = self._pictures(trainer, pl_module, self._inputs, torch.cat(self._measured))
+            pictures = self._pictures(trainer, pl_module, self._inputs, self._measured)
             for tag, picture in pictures.items():
                 board.image(tag, picture, self.step(trainer))
         self._forget()
@@ -184,13 +183,13 @@ class Pictures(Callback):
             self._measured.append(x[:missing])
 
     def _pictures(
-        self, trainer: Trainer, pl_module: LightningModule, inputs: Tensor, measured: Tensor
+        self, trainer: Trainer, pl_module: LightningModule, inputs: Tensor, measured: list[Tensor]
     ) -> dict[str, Tensor]:
         inputs = inputs.to(pl_module.device)
         shown = _shown(inputs, pl_module)
         prior = read_prior(pl_module)
         with undisturbed(trainer, pl_module):
-            codes = LatentCodes.of(self._posterior(pl_module, measured), prior)
+            codes = LatentCodes.joined([LatentCodes.of(self._posterior(pl_module, x), prior) for x in measured])
             posterior = self._posterior(pl_module, inputs)
             mean = posterior if isinstance(posterior, Tensor) else posterior.mean
             numbers = (codes.active or codes.order[:1])[:_TRAVERSED]
@@ -200,7 +199,7 @@ class Pictures(Callback):
                 "traversals": traversals(mean[0], numbers, prior, _COLUMNS),
                 "reconstructions": mean[:, None],
             }
-            decoded = self._decoded(pl_module, latents, shown.shape[1:])
+            decoded = self._decoded(pl_module, latents, shown.shape[1:], chunk=max(map(len, measured)))
             if self._reconstruct is not None:
                 decoded["reconstructions"] = _values(self._reconstruct(pl_module, inputs)).view(shown[:, None].shape)
         gallery = Gallery(*(self.value_range or _span(shown)))
@@ -224,12 +223,12 @@ class Pictures(Callback):
             raise ValueError(f"Pictures, of what `encode` gives: {error}".replace("`posterior=", "`encode=")) from None
 
     def _decoded(
-        self, pl_module: LightningModule, latents: dict[str, Tensor], shape: Sequence[int]
+        self, pl_module: LightningModule, latents: dict[str, Tensor], shape: Sequence[int], chunk: int
     ) -> dict[str, Tensor]:
-        """Decode all latents ``(rows, columns, ...)`` together, and give them the shape of the observations."""
+        """Decode latents ``(rows, columns, ...)``, a batch at a time; give them the shape of the observations."""
         sizes = [part.shape[:2] for part in latents.values()]
         together = torch.cat([part.flatten(0, 1) for part in latents.values()])
-        values = torch.cat([_values(self._decode(pl_module, part)) for part in together.split(_CHUNK)])
+        values = torch.cat([_values(self._decode(pl_module, part)) for part in together.split(chunk)])
         if values[0].numel() != math.prod(shape):
             raise ValueError(
                 f"Pictures: `decode` gave shape {tuple(values.shape[1:])} for each of the latents, but an observation "
