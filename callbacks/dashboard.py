@@ -31,7 +31,7 @@ class Dashboard(Callback):
       ELBO and active units.
     - Custom scalars: the same five as charts side by side, training and validation in one.
     - Text: ``objective``, the loss with its numbers, the networks' sizes, and what moves the knobs; and ``data``.
-    - HParams: the hyperparameters of module and data against these five, to compare runs; where the logger is a
+    - HParams: the hyperparameters of module and data against what is measured, to compare runs; where the logger is a
       ``TensorBoardLogger(default_hp_metric=False)``, as one that has written its own can't be added to.
 
     Other loggers have the numbers anyway.
@@ -68,7 +68,8 @@ class Dashboard(Callback):
             board.text("objective", self.objective or describe_objective(trainer, pl_module), step)
             board.text("data", self.data or describe_data(trainer), step)
             values = {f"data/{name}": value for name, value in options(getattr(trainer, "datamodule", None)).items()}
-            board.hyperparameters({**values, **options(pl_module)}, [f"Overview/{title}" for title in self.charts])
+            measured = [title for title, tags in self.charts.items() if not tags[-1].startswith("knobs/")]
+            board.hyperparameters({**options(pl_module), **values}, [f"Overview/{title}" for title in measured])
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .canvas import Canvas, Colour
 
-_WIDTH, _HEIGHT, _MARGIN, _TITLE, _LEGEND = 128, 80, 6, 16, 18
+_WIDTH, _HEIGHT, _MARGIN, _TITLE, _LEGEND = 112, 64, 5, 16, 18
 _BINS, _REACH = 32, 4.0
 _MEANS: Colour = (190, 210, 235)
 _AGGREGATE: Colour = (31, 119, 180)
@@ -40,8 +40,8 @@ def density_panels(mean: Tensor, scale: Tensor | None, titles: Sequence[str], co
     rows = math.ceil(mean.shape[1] / columns)
     canvas = Canvas(_WIDTH * max(3, min(columns, mean.shape[1])), (_HEIGHT + _TITLE) * rows + _LEGEND)
     canvas.text((_MARGIN, 3), "posterior means", (110, 140, 190))
-    canvas.text((_MARGIN + 105, 3), "aggregate posterior" if scale is not None else "", _AGGREGATE)
-    canvas.text((_MARGIN + 225, 3), "prior", _PRIOR)
+    canvas.text((_MARGIN + 95, 3), "aggregate posterior" if scale is not None else "", _AGGREGATE)
+    canvas.text((_MARGIN + 215, 3), "prior", _PRIOR)
     for number, title in enumerate(titles):
         left = number % columns * _WIDTH + _MARGIN
         top = number // columns * (_HEIGHT + _TITLE) + _LEGEND + _TITLE

@@ -54,7 +54,10 @@ def describe_data(trainer: Trainer) -> str:
 
 
 def options(owner: Any) -> dict[str, bool | int | float | str]:
-    """Return the plain values that an object was made with: its hyperparameters, or the attributes of their names."""
+    """Return the plain values that an object was made with: its hyperparameters, or the attributes of their names.
+
+    Nested ones have names with slashes; a LightningCLI's ``class_path`` is the value of the part itself.
+    """
     given = dict(getattr(owner, "hparams", None) or {})
     if not given and owner is not None:
         names = inspect.signature(type(owner).__init__).parameters
@@ -63,11 +66,14 @@ def options(owner: Any) -> dict[str, bool | int | float | str]:
 
 
 def _plain(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, bool | int | float | str]]:
-    for name, value in values.items():
+    for key, value in values.items():
+        name = f"{prefix}/{key}".strip("/")
         if isinstance(value, Mapping):
-            yield from _plain(value, f"{prefix}{name}/")
-        elif value is not None and not str(name).startswith("_"):
-            yield prefix + str(name), value if isinstance(value, bool | int | float | str) else str(value)
+            yield from _plain(value, prefix if key == "init_args" else name)
+        elif key == "class_path":
+            yield prefix or key, str(value).rpartition(".")[2]
+        elif value is not None and not str(key).startswith("_"):
+            yield name, value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

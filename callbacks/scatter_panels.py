@@ -10,7 +10,7 @@ from torch import Tensor
 from .canvas import Canvas, Colour
 from .heat_map import colour_map
 
-_SIZE, _MARGIN, _AXIS_NAME, _LEGEND, _REACH = 200, 6, 18, 20, 3.0
+_SIZE, _MARGIN, _AXIS_NAME, _LEGEND, _REACH = 168, 5, 18, 20, 3.0
 _FRAME: Colour = (200, 200, 200)
 _PLAIN: Colour = (31, 119, 180)
 # matplotlib's "tab20": ten colours, then a light one of each.
@@ -52,7 +52,7 @@ def scatter_panels(points: Tensor, names: Sequence[tuple[str, str]], labels: Seq
         canvas.line(centre + corners, _FRAME)
         for deviations in (1, 2):
             canvas.circle((float(centre[0]), float(centre[1])), deviations * unit, (90, 90, 90))
-        canvas.text((float(centre[0]), _LEGEND + _SIZE - 2), f"{across} to the right, {up} upwards", anchor="ma")
+        canvas.text((float(centre[0]), _LEGEND + _SIZE - 2), f"{across} right, {up} up", anchor="ma")
     return canvas.image()
 
 
