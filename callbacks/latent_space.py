@@ -67,7 +67,7 @@ class LatentSpace(Callback):
         posterior: str | tuple[str, str] | Callable[[LightningModule, Any], Any] | None = None,
         second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
         chunk: int | None = None,
-        label: str | int | Callable[[Any], Any] | None = None,
+        label: int | str | Callable[[Any], Any] | None = None,
         observations: int = 1000,
         times: int = 10,
     ) -> None:
@@ -184,7 +184,7 @@ class _Rows(NamedTuple):
     x: Tensor | None
 
     @classmethod
-    def of(cls, codes: LatentCodes, batch: Any, label: str | int | Callable[[Any], Any] | None) -> _Rows:
+    def of(cls, codes: LatentCodes, batch: Any, label: int | str | Callable[[Any], Any] | None) -> _Rows:
         count = len(codes.mean)
         labels = _names(batch_part(batch, label, LABELS, 1), count)
         x = batch_part(batch, None, OBSERVATIONS, 0)

@@ -83,7 +83,7 @@ class Pictures(Callback):
         reconstruct: str | Callable[[LightningModule, Tensor], Any] | None = None,
         second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
         chunk: int | None = None,
-        x: str | int | Callable[[Any], Tensor] | None = None,
+        x: int | str | Callable[[Any], Tensor] | None = None,
         value_range: tuple[float, float] | None = None,
         times: int = 10,
     ) -> None:

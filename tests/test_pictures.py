@@ -1,4 +1,6 @@
 import pickle
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -375,3 +377,65 @@ def test_sharded_parameters_are_left_alone(tmp_path, monkeypatch):
 def test_pickle_and_yaml_defaults():
     for callback in (Pictures(), LatentSpace(), Dashboard()):
         assert type(pickle.loads(pickle.dumps(callback))) is type(callback)
+
+
+@pytest.mark.filterwarnings("ignore")  # what Lightning says of processes that are forked
+def test_two_processes_draw_once_and_wait_for_nobody(tmp_path):
+    callbacks = [Pictures(), LatentSpace(), Dashboard()]
+    logger = TensorBoardLogger(tmp_path, "board", version=0)
+    data = images((1, 8, 8), rows=32)
+    run(tmp_path, callbacks, small_vae(), data, logger=logger, strategy="ddp_fork", devices=2)
+    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    assert set(events.Tags()["images"]) == ALL
+    assert len(events.Images("images/samples")) == 2
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_either_lightning(tmp_path, package):
+    lightning = import_module(package)
+    methods = {name: value for name, value in vars(Doubles).items() if callable(value) and not name.startswith("__")}
+
+    class Theirs(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+    for name, method in methods.items():
+        setattr(Theirs, name, method)
+    logger = import_module(f"{package}.loggers").TensorBoardLogger(tmp_path, "board", version=0)
+    off = dict.fromkeys(("enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    trainer = lightning.Trainer(
+        max_epochs=1,
+        logger=logger,
+        callbacks=[Pictures(), LatentSpace(), Dashboard()],
+        accelerator="cpu",
+        log_every_n_steps=1,
+        **off,
+    )
+    batches = DataLoader(constants(), 10)
+    trainer.fit(Theirs(), batches, batches)
+    assert set(EventAccumulator(logger.log_dir).Reload().Tags()["images"]) == ALL
+
+
+def test_flags_of_the_command_line(capsys, monkeypatch):
+    pytest.importorskip("jsonargparse", reason="the base install has no command line")
+    from lightning_vae.cli import main
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    config = Path(__file__).parent.parent / "configs" / "digits.yaml"
+    flags = [
+        "--trainer.callbacks=Pictures",
+        "--trainer.callbacks.encode=model.encode:0",
+        "--trainer.callbacks.x=image",
+        "--trainer.callbacks.value_range=[-1, 1]",
+        "--trainer.callbacks+=LatentSpace",
+        "--trainer.callbacks.label=2",
+        "--trainer.callbacks+=Dashboard",
+        '--trainer.callbacks.charts={"rate": ["kl", "val_kl"]}',
+    ]
+    with pytest.raises(SystemExit) as end:
+        main(["fit", "--config", str(config), *flags, "--print_config"])
+    assert end.value.code == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    for words in ("encode: model.encode:0", "x: image", "label: 2", "- val_kl"):
+        assert words in printed
