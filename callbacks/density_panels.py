@@ -17,7 +17,7 @@ _AGGREGATE: Colour = (31, 119, 180)
 _PRIOR: Colour = (40, 40, 40)
 
 
-def density_panels(mean: Tensor, scale: Tensor | None, titles: Sequence[str], columns: int = 4) -> Tensor:
+def density_panels(mean: Tensor, scale: Tensor | None, titles: Sequence[str], columns: int = 3) -> Tensor:
     """Draw, for each latent dimension, the posterior means and the aggregate posterior against the prior.
 
     In each panel, from -4 to 4: a histogram of the posterior means (light blue; what lies outside is in the outermost

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _SHOWN = 12  # dimensions at most
-_SCATTERED = 6  # of them, in pairs
+_SCATTERED = 4  # of them, in pairs
 _THUMBNAIL = 32  # pixels
 
 
@@ -36,7 +36,7 @@ class LatentSpace(Callback):
 
     - ``latent/against_prior``: for each active dimension, in order of rate, at most 12, a histogram of the posterior
       means and the density of the aggregate posterior, against the prior's,
-    - ``latent/by_label``: the posterior means in the planes of the six active dimensions with the highest rate,
+    - ``latent/by_label``: the posterior means in the planes of the four active dimensions with the highest rate,
       coloured by label, with the prior's circles of one and two standard deviations,
 
     and TensorBoard histograms of all ``latent/posterior_mean`` and ``latent/posterior_scale``, and when training ends
@@ -87,6 +87,12 @@ class LatentSpace(Callback):
     def state_key(self) -> str:
         """Key of the saved state: those of different posteriors stand side by side."""
         return self._generate_state_key(posterior=getattr(self.posterior, "__qualname__", self.posterior))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Count anew, before a checkpoint brings the number of passes of the run that goes on."""
+        if stage == "fit":
+            self._moments.passes = 0
 
     @override
     def on_fit_start(self, trainer: Trainer, *_: Any) -> None:

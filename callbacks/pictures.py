@@ -103,6 +103,12 @@ class Pictures(Callback):
         self._measured: list[Tensor] = []
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Start anew, before a checkpoint brings what was chosen for the run that goes on."""
+        if stage == "fit":
+            self._moments.passes, self._inputs = 0, None
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """See that everything named is there."""
         for call in (self._encode, self._decode, self._reconstruct):
@@ -206,7 +212,9 @@ class Pictures(Callback):
         pictures = {
             "images/reconstructions": gallery.pairs(shown, decoded["reconstructions"].squeeze(1)),
             "images/samples": gallery.each(decoded["samples"].squeeze(1), _COLUMNS),
-            "images/traversals": gallery.rows(decoded["traversals"], [codes.title(number) for number in numbers]),
+            "images/traversals": gallery.rows(
+                decoded["traversals"], [codes.title(number).removesuffix(" nats") for number in numbers]
+            ),
         }
         if len(between := decoded["interpolations"]):
             first, last = shown[: len(between), None], shown[len(shown) // 2 :][: len(between), None]

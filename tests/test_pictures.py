@@ -228,6 +228,14 @@ def test_loggers_take_what_they_can(tmp_path):
     assert [image.step for image in events.Images("images/samples")] == record.steps("images/samples") == [2, 5]
 
 
+def test_a_second_fit_starts_anew(tmp_path):
+    callbacks = [Pictures(times=2), LatentSpace(times=2)]
+    run(tmp_path, callbacks, small_vae(), images((1, 8, 8)), epochs=3)
+    _, logger = run(tmp_path, callbacks, Doubles(), constants(), epochs=3)
+    assert logger.steps("images/samples") == logger.steps("latent/by_label") == [2, 8]
+    assert logger.last("images/reconstructions").shape[1] == 10 * 34 + 46
+
+
 @pytest.mark.parametrize("times", [1, 3, 10])
 def test_times_in_a_run(tmp_path, times):
     _, logger = run(tmp_path, [Pictures(times=times), LatentSpace(times=times)], Doubles(), constants(), epochs=6)
