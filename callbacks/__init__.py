@@ -7,11 +7,14 @@ from .base import Callback as Callback
 from .collapse import Diagnosis as Diagnosis
 from .collapse import diagnose as diagnose
 from .collapse_detector import CollapseDetector as CollapseDetector
+from .dashboard import Dashboard as Dashboard
 from .enforced_free_bits import EnforcedFreeBits as EnforcedFreeBits
 from .free_bits import FreeBits as FreeBits
 from .kl_annealing import KLAnnealing as KLAnnealing
+from .latent_space import LatentSpace as LatentSpace
 from .mutual_information import MutualInformation as MutualInformation
 from .mutual_information import mutual_information as mutual_information
+from .pictures import Pictures as Pictures
 from .posterior import PosteriorReader as PosteriorReader
 from .scheduled_knob import ScheduledKnob as ScheduledKnob
 from .schedules import Constant as Constant
@@ -32,13 +35,16 @@ __all__ = [
     "Constant",
     "Cosine",
     "Cyclical",
+    "Dashboard",
     "Diagnosis",
     "EnforcedFreeBits",
     "FreeBits",
     "Join",
     "KLAnnealing",
+    "LatentSpace",
     "Linear",
     "MutualInformation",
+    "Pictures",
     "PosteriorReader",
     "Schedule",
     "ScheduledKnob",

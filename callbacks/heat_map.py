@@ -39,12 +39,12 @@ def heat_map(values: Tensor) -> Tensor:
     cells = cells / cells.max().clamp(min=torch.finfo(cells.dtype).tiny)
     height, width = (min(size, _SIZE) for size in cells.shape)
     cells = adaptive_avg_pool2d(cells[None], (height, width))[0]
-    image = _colour(cells).permute(2, 0, 1)
+    image = colour_map(cells).permute(2, 0, 1)
     return image.repeat_interleave(_SIZE // height, dim=1).repeat_interleave(min(_SIZE // width, 8), dim=2)
 
 
-def _colour(fraction: Tensor) -> Tensor:
-    """Interpolate the colour map at fractions from 0 to 1; adds a last axis of red, green and blue."""
+def colour_map(fraction: Tensor) -> Tensor:
+    """Interpolate viridis, from dark violet at 0 to yellow at 1; adds a last axis of red, green and blue, uint8."""
     anchors = torch.tensor(_VIRIDIS, dtype=torch.float32)
     position = fraction * (len(anchors) - 1)
     left = position.long().clamp(max=len(anchors) - 2)

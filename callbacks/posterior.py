@@ -88,6 +88,27 @@ def same_shape(rates: Tensor, posterior: Distribution, prior: Distribution) -> T
     return rates
 
 
+def part_of_output(output: Any, path: str, option: str = "posterior") -> Any:
+    """Return the part of an output that a path names behind its colon; all of it without one.
+
+    Args:
+        output: What was returned.
+        path: The path, ``"encoder:0"``, say.
+        option: Name of the option that it comes from, for the error.
+
+    Raises:
+        ValueError: If there is no such part.
+    """
+    part = path.partition(":")[2]
+    for name in part.split(".") if part else ():
+        try:
+            output = _item(output, name)
+        except (AttributeError, LookupError, TypeError):
+            hint = " Halves of a tensor are for `chunk=`." if isinstance(output, Tensor) else ""
+            raise ValueError(f"`{option}={path!r}`: {_describe(output)} has no {name!r}.{hint}") from None
+    return output
+
+
 class PosteriorReader:
     """Reads the posteriors of the batch that a LightningModule has just processed, without a forward pass of its own.
 
@@ -221,7 +242,7 @@ class PosteriorReader:
                 f"`posterior`: {self._paths[0]!r} was called {calls[0]} times in this step and {self._paths[1]!r} "
                 f"{calls[1]} times, so that their outputs are no pairs. Pass a callable `(pl_module, batch) -> q(z|x)`."
             )
-        parts = [[_part(output, path) for output in outputs[path]] for path in self._paths]
+        parts = [[part_of_output(output, path) for output in outputs[path]] for path in self._paths]
         if len(parts) == 2:
             return list(zip(*parts, strict=True))
         for value in parts[0]:
@@ -337,18 +358,6 @@ def is_compiled(module: torch.nn.Module) -> bool:
 def _names(pl_module: LightningModule) -> str:
     names = sorted((name for name, _ in pl_module.named_modules() if name), key=lambda name: name.count("."))
     return ", ".join(map(repr, names[:20])) + (", ..." if len(names) > 20 else "")
-
-
-def _part(output: Any, path: str) -> Any:
-    """Return the part of a submodule's output that a path names behind its colon; all of it without one."""
-    part = path.partition(":")[2]
-    for name in part.split(".") if part else ():
-        try:
-            output = _item(output, name)
-        except (AttributeError, LookupError, TypeError):
-            hint = " Halves of a tensor are for `chunk=`." if isinstance(output, Tensor) else ""
-            raise ValueError(f"`posterior={path!r}`: {_describe(output)} has no {name!r}.{hint}") from None
-    return output
 
 
 def _item(value: Any, name: str) -> Any:

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
+from .base import callbacks_of
 from .free_bits import _rate
 from .posterior import PosteriorReader, read_prior
 from .rate_controller import ControllerState, RateController, rate_scale
-from .scheduled_knob import MisconfigurationException, ScheduledKnob, _callbacks, _monitors
+from .scheduled_knob import MisconfigurationException, ScheduledKnob, _monitors
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -313,7 +314,7 @@ class TargetRate(ScheduledKnob):
     @override
     def _refuse_twins(self, trainer: Trainer) -> None:
         super()._refuse_twins(trainer)
-        for each in _callbacks(trainer):
+        for each in callbacks_of(trainer):
             if isinstance(each, TargetRate) and each is not self and each._log_key == self._log_key:
                 raise MisconfigurationException(f"Two callbacks log `{self._log_key}`. Tell them apart with `name=`.")
 

@@ -1,0 +1,97 @@
+"""A small surface to draw on: lines, areas, dots and words, with smooth edges."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Colour = tuple[int, int, int]
+
+_FINER = 2  # everything is drawn at twice the size and averaged
+
+
+class Canvas:
+    """A white surface of some pixels, with x to the right and y down.
+
+    Pillow, which TensorBoard brings along, draws the lines and the words.
+
+    Args:
+        width: Width in pixels.
+        height: Height in pixels.
+    """
+
+    def __init__(self, width: int, height: int) -> None:
+        from PIL import Image
+
+        self.width, self.height = width, height
+        self._surface = Image.new("RGB", (width * _FINER, height * _FINER), "white")
+
+    def line(self, points: Tensor, colour: Colour, width: float = 1.0) -> None:
+        """Draw a line through points of shape ``(n, 2)``; one point is a dot."""
+        if len(points) == 1:
+            self.dots(points, torch.tensor([colour]), radius=2 * width)
+        else:
+            self._pen.line(self._flat(points), fill=colour, width=max(1, round(width * _FINER)), joint="curve")
+
+    def area(self, points: Tensor, colour: Colour) -> None:
+        """Fill a polygon whose corners are points of shape ``(n, 2)``."""
+        self._pen.polygon(self._flat(points), fill=colour)
+
+    def circle(self, centre: tuple[float, float], radius: float, colour: Colour) -> None:
+        """Draw the outline of a circle."""
+        box = [(place + way) * _FINER for way in (-radius, radius) for place in centre]
+        self._pen.ellipse(box, outline=colour, width=_FINER)
+
+    def dots(self, points: Tensor, colours: Tensor, radius: float = 1.5) -> None:
+        """Draw dots at points of shape ``(n, 2)``, with colours of shape ``(n, 3)``; those outside are left out."""
+        pixels = _pixels(self._surface)
+        height, width, _ = pixels.shape
+        reach = torch.arange(-int(radius * _FINER), int(radius * _FINER) + 1)
+        down, right = torch.meshgrid(reach, reach, indexing="ij")
+        within = down**2 + right**2 <= (radius * _FINER) ** 2
+        x, y = (points.detach().cpu() * _FINER).nan_to_num(-1e6).clamp(-1e6, 1e6).round().long().unbind(1)
+        x, y = x[:, None] + right[within], y[:, None] + down[within]
+        inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+        each = colours.to(torch.uint8)[:, None].expand(-1, x.shape[1], -1)
+        pixels.view(-1, 3)[(y * width + x)[inside]] = each[inside]
+        self._surface = _picture(pixels)
+
+    def text(self, place: tuple[float, float], text: str, colour: Colour = (60, 60, 60), anchor: str = "la") -> None:
+        """Write some words; ``anchor`` is Pillow's, such as ``"la"`` (left, top) or ``"mm"`` (middle)."""
+        self._pen.text((place[0] * _FINER, place[1] * _FINER), text, fill=colour, font=_font(), anchor=anchor)
+
+    def image(self) -> Tensor:
+        """Return what was drawn, shape ``(3, height, width)``, uint8."""
+        return _pixels(self._surface.reduce(_FINER)).permute(2, 0, 1)
+
+    @property
+    def _pen(self) -> Any:
+        from PIL import ImageDraw
+
+        return ImageDraw.Draw(self._surface)
+
+    @staticmethod
+    def _flat(points: Tensor) -> list[float]:
+        bounded = points.detach().cpu().float().nan_to_num(0, 1e4, -1e4).clamp(-1e4, 1e4)
+        flat: list[float] = (bounded * _FINER).flatten().tolist()
+        return flat
+
+
+@cache
+def _font() -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size=11 * _FINER)
+
+
+def _pixels(surface: Any) -> Tensor:
+    return torch.frombuffer(bytearray(surface.tobytes()), dtype=torch.uint8).view(surface.height, surface.width, 3)
+
+
+def _picture(pixels: Tensor) -> Any:
+    from PIL import Image
+
+    return Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), pixels.contiguous().numpy().tobytes())
