@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -112,10 +114,43 @@ def test_each_beta_of_an_annealed_config_ends_at_its_own(beta):
     assert curve[-3:] == pytest.approx([beta] * 3)
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_evaluation_of_a_checkpoint(run, command, capsys):
-    main([command, *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
-    assert f"{'val' if command == 'validate' else 'test'}/loss" in capsys.readouterr().out
+def test_validation_of_a_checkpoint(run, capsys):
+    main(["validate", *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+    assert "val/loss" in capsys.readouterr().out
+
+
+def own_metric(vae, loader) -> float:
+    return vae.latent_dim + sum(len(batch["x"]) for batch in loader) / 1000
+
+
+def test_test_leaves_a_table_json_and_pictures(run, capsys):
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    own = f"--evaluation.metrics={{own_metric: {__name__}.own_metric}}"
+    main(["test", *DIGITS, *SHORT, "--model.beta=0.5", checkpoint, own, "--evaluation.importance_samples=3"])
+    printed = capsys.readouterr().out
+    folder = Path("logs/digits/version_0")
+    assert f"Written:  {folder}/evaluation.json, reconstructions.png, samples.png" in printed
+    assert "3 importance samples" in printed
+    assert re.search(r"own_metric +16\.3\b", printed)
+    assert "Diagnosis: " in printed
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert written["own_metric"] == 16.297
+    assert (written["observations"], written["beta"], len(written["rate_per_dimension"])) == (297, 0.5, 16)
+    assert written["importance_samples"] == 3
+    logged = scalars(folder)
+    assert logged["test/nll"][0][1] == pytest.approx(written["nll"])
+    assert logged["test/elbo"][0][1] == pytest.approx(written["elbo"], abs=0.5)  # other samples of the posterior
+    assert [len(logged[f"test/{name}"]) for name in ("elbo", "loss", "shuffled_gap")] == [1, 1, 1]
+    for name in ("reconstructions", "samples"):
+        assert Image.open(folder / f"{name}.png").size == (528, 528)
+
+
+def test_a_wrong_option_of_the_evaluation_ends_in_one_message(run, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["test", *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}",
+              "--evaluation.importance_samples=0"])  # fmt: skip
+    assert exit_.value.code == 2
+    assert "`importance_samples` must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
