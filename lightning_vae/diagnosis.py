@@ -33,7 +33,8 @@ class Measured:
         active_rate: Rate of the active dimensions, in nats.
         active_units: Number of them.
         latent_dim: Number of latent dimensions.
-        mutual_information: Lower estimate in nats.
+        mutual_information: A lower bound in nats.
+        mutual_information_upper: An upper bound.
         marginal_kl: A lower bound of it in nats, the rate less an upper bound of the mutual information.
         posterior_width: Mean standard deviation of the active dimensions' posteriors, in those of the prior.
         rate_price: Nats of distortion that a nat of rate buys, by narrowing the posterior.
@@ -48,6 +49,7 @@ class Measured:
     active_units: int
     latent_dim: int
     mutual_information: float
+    mutual_information_upper: float
     marginal_kl: float
     posterior_width: float
     rate_price: float
@@ -80,7 +82,7 @@ class Diagnosis:
 def diagnose(measured: Measured) -> Diagnosis:
     r"""Tell whether too little information passes through the latents, about as much as the ELBO asks for, or too much.
 
-    The first that holds decides:
+    The first that holds decides; each bound of an estimate stands on the side where it can't raise a false alarm:
 
     1. *collapsed*, over: the active dimensions' rate or the mutual information is below 0.5 nats;
     2. *unread*, over: shuffling the latents costs less distortion than ``0.5 * beta * mutual information``. At an
@@ -124,7 +126,7 @@ _MISMATCHED = (
 
 
 def _collapsed(measured: Measured) -> _Found | None:
-    rate, information = measured.rate, measured.mutual_information
+    rate, information = measured.rate, measured.mutual_information_upper
     if measured.active_rate < MIN_INFORMATION:
         symptom = (
             f"latent space: {measured.active_units} of {measured.latent_dim} dimensions are active, with "
@@ -132,8 +134,8 @@ def _collapsed(measured: Measured) -> _Found | None:
         )
     elif information < MIN_INFORMATION:
         symptom = (
-            f"latent space: of a rate of {rate:.3g} nats only {information:.3g} are information about the data; below "
-            f"{MIN_INFORMATION:g} the latents are not used"
+            f"latent space: of a rate of {rate:.3g} nats at most {information:.3g} are information about the data; "
+            f"below {MIN_INFORMATION:g} the latents are not used"
         )
     else:
         return None

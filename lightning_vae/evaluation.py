@@ -419,7 +419,7 @@ def _evaluation(
     active = moments.active()
     units = int(active.sum())
     rate = float(decoded.rates.sum())
-    lower = float(mixture.lower) if mixture else _NAN
+    lower, upper = (float(mixture.lower), float(mixture.upper)) if mixture else (_NAN, _NAN)
     beta = vae.knob_targets["beta"]
     width = float((latents.width[active] if units else latents.width).mean())
     diagnosis = diagnose(
@@ -430,7 +430,8 @@ def _evaluation(
             active_units=units,
             latent_dim=vae.latent_dim,
             mutual_information=lower,
-            marginal_kl=float(mixture.rate - mixture.upper) if mixture else _NAN,
+            mutual_information_upper=upper,
+            marginal_kl=float(mixture.rate) - upper if mixture else _NAN,
             posterior_width=width,
             rate_price=decoded.price,
             calibration=decoded.calibration,
@@ -452,7 +453,7 @@ def _evaluation(
         active_units=units,
         nll_active_only=-float(decoded.pruned.value),
         mutual_information_lower=lower,
-        mutual_information_upper=float(mixture.upper) if mixture else _NAN,
+        mutual_information_upper=upper,
         mutual_information=lower,
         mutual_information_saturated=mixture is not None and is_saturated(lower, mixture.observations),
         mutual_information_observations=mixture.observations if mixture else 0,

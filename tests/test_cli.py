@@ -142,7 +142,8 @@ def test_test_leaves_a_table_json_and_pictures(run, capsys):
     assert logged["test/elbo"][0][1] == pytest.approx(written["elbo"], abs=0.5)  # other samples of the posterior
     assert [len(logged[f"test/{name}"]) for name in ("elbo", "loss", "shuffled_gap")] == [1, 1, 1]
     for name in ("reconstructions", "samples"):
-        assert Image.open(folder / f"{name}.png").size == (528, 528)
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.size == (528, 528)
 
 
 def test_a_wrong_option_of_the_evaluation_ends_in_one_message(run, capsys):
