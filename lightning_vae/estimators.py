@@ -61,7 +61,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 # ---- the aggregate posterior, by its moments
 
 
-class AggregateMoments(NamedTuple):
+class AggregateMoments:
     """First two moments of the aggregate posterior q(z) = E_x q(z|x), and what its covariance is made of.
 
     Attributes:
@@ -71,9 +71,11 @@ class AggregateMoments(NamedTuple):
         posterior_variance: Mean over the data of the posterior variances, of shape ``(k,)``.
     """
 
-    mean: Tensor
-    covariance_of_means: Tensor
-    posterior_variance: Tensor
+    # No tuple or dataclass: of those a torchmetrics.Metric squeezes tensors of one element, as where k is 1.
+    def __init__(self, mean: Tensor, covariance_of_means: Tensor, posterior_variance: Tensor) -> None:
+        self.mean = mean
+        self.covariance_of_means = covariance_of_means
+        self.posterior_variance = posterior_variance
 
     @property
     def covariance(self) -> Tensor:
@@ -274,7 +276,8 @@ class RunningMoments(Metric):
     """Averages several quantities over observations, with the standard error of each average.
 
     As input to ``forward`` and ``update`` the metric accepts ``values`` of shape ``(N, columns)``, one row an
-    observation; N may be 0. As output of ``forward`` and ``compute`` it returns the means, of shape ``(columns,)``.
+    observation; N may be 0. As output of ``forward`` and ``compute`` it returns the means, of shape
+    ``(columns,)``, a scalar for one column.
 
     Args:
         columns: Number of quantities.

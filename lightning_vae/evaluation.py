@@ -259,7 +259,6 @@ class _Latents:
     mixture: MixtureEstimates | None
     probes: tuple[float, float]
     kept: _Kept
-    width: Tensor
 
 
 @dataclass(frozen=True)
@@ -269,6 +268,7 @@ class _Decoded:
     pruned: LogLikelihood
     distortion: float
     rates: Tensor
+    widths: Tensor
     price: float
     calibration: float
 
@@ -285,7 +285,6 @@ def _encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int
     k, device = vae.latent_dim, vae.device
     size = math.prod(vae.shape)
     aggregate = AggregatePosterior(k).to(device)
-    widths = RunningMoments(k).to(device)
     posteriors = ObservationSubset(2 * k + 1, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size, samples).to(device)
     gaussian = True
@@ -294,7 +293,6 @@ def _encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int
         gaussian = gaussian and isinstance(posterior, td.Normal)
         mean, variance = posterior.mean, posterior.variance
         aggregate.update(mean, variance)
-        widths.update(posterior.stddev)
         keys = _keys(index)
         labels = torch.full_like(index, -1) if label is None else label
         posteriors.update(torch.cat([mean, variance, labels[:, None].to(mean.dtype)], dim=1), keys)
@@ -311,14 +309,14 @@ def _encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int
     dtype = vae._working_dtype
     kept = _Kept(index[:, 0].long(), means.to(dtype), z.to(dtype), x.to(dtype))
     mixture = mixture_estimates(mean, variance) if gaussian else None
-    return _Latents(aggregate.compute(), mixture, probes, kept, widths.compute())
+    return _Latents(aggregate.compute(), mixture, probes, kept)
 
 
 def _decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: AggregateMoments) -> _Decoded:
     """Weigh importance samples, and measure what the width of the posterior is worth."""
     device = vae.device
     likelihood, pruned = (ImportanceWeightedLikelihood().to(device) for _ in range(2))
-    terms = RunningMoments(5 + vae.latent_dim).to(device)
+    terms = RunningMoments(5 + 2 * vae.latent_dim).to(device)
     active = moments.active()
     mean, scale = (values.to(vae._working_dtype) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
     for _, observed, index, _ in _batches(vae, loader):
@@ -342,7 +340,7 @@ def _decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: Aggregate
         first = sample_by_index(posterior, index)
         rates = kl_per_dimension(posterior, vae.prior, first).double()
         columns = [distortion / number, *_worth_of_width(vae, observed, posterior, index)]
-        terms.update(torch.cat([torch.stack(columns, dim=1), rates], dim=1))
+        terms.update(torch.cat([torch.stack(columns, dim=1), rates, posterior.stddev.double()], dim=1))
 
     means = terms.compute()
     distortion_slope, rate_slope, error, claimed = means[1:5].tolist()
@@ -351,7 +349,8 @@ def _decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: Aggregate
         likelihood=likelihood.compute(),
         pruned=pruned.compute(),
         distortion=float(means[0]),
-        rates=means[5:],
+        rates=means[5 : 5 + vae.latent_dim],
+        widths=means[5 + vae.latent_dim :],
         # Where all posteriors have the prior's width there is nothing to buy.
         price=-distortion_slope / rate_slope if rate_slope < -1e-3 else _NAN,
         calibration=error / claimed if claimed > 0 else _NAN,
@@ -421,7 +420,7 @@ def _evaluation(
     rate = float(decoded.rates.sum())
     lower, upper = (float(mixture.lower), float(mixture.upper)) if mixture else (_NAN, _NAN)
     beta = vae.knob_targets["beta"]
-    width = float((latents.width[active] if units else latents.width).mean())
+    width = float((decoded.widths[active] if units else decoded.widths).mean())
     diagnosis = diagnose(
         Measured(
             beta=beta,

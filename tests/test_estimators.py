@@ -105,8 +105,14 @@ def test_aggregate_metric_streams_merges_and_pickles():
     right.update(mean[120:], variance[120:])
     left = pickle.loads(pickle.dumps(left))
     left.merge_state(right)
-    for merged, whole in zip(left.compute(), aggregate_moments(mean, variance), strict=True):
-        torch.testing.assert_close(merged, whole, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(vars(left.compute()), vars(aggregate_moments(mean, variance)), rtol=1e-9, atol=1e-9)
+
+
+def test_one_latent_dimension_keeps_its_shapes():
+    metric = AggregatePosterior(1)
+    metric.update(torch.tensor([[-1.0], [1.0]]), torch.ones(2, 1))
+    moments = metric.compute()
+    assert (moments.mean.tolist(), moments.covariance.tolist(), moments.active().tolist()) == ([0.0], [[2.0]], [True])
 
 
 def test_moment_marginal_kl_and_total_correlation_of_gaussians():
@@ -254,7 +260,7 @@ def share(rank: int, folder: Path) -> None:
     metrics[1].update(values[part], values[part].exp())
     metrics[2].update(values[part].T)
     metrics[3].update(values[part], torch.arange(100)[part] * 37 % 101)
-    torch.save([metric.compute() for metric in metrics[:1]] + [list(m.compute()) for m in metrics[1:3]]
+    torch.save([metric.compute() for metric in metrics[:1]] + [vars(metrics[1].compute()), list(metrics[2].compute())]
                + [metrics[3].compute()], folder / f"{rank}.pt")  # fmt: skip
     dist.destroy_process_group()
 
@@ -265,7 +271,7 @@ def test_two_processes_equal_one(tmp_path):
     likelihood = ImportanceWeightedLikelihood()
     likelihood.update(values.T)
     kept = values[(torch.arange(100) * 37 % 101).argsort()[:40]]
-    expected = [values.mean(0), list(aggregate_moments(values, values.exp())), list(likelihood.compute()), kept]
+    expected = [values.mean(0), vars(aggregate_moments(values, values.exp())), list(likelihood.compute()), kept]
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-12, atol=1e-12)
 
