@@ -272,12 +272,26 @@ def aggregate_moments(mean: Tensor, variance: Tensor) -> AggregateMoments:
 # ---- streaming
 
 
+class Averages(NamedTuple):
+    """Averages of several quantities over observations.
+
+    Attributes:
+        count: Number of observations, a scalar.
+        mean: Of shape ``(columns,)``, a scalar for one column.
+        standard_error: Of each mean, from the spread over the observations, of the same shape.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # hides a method of tuples, which nobody needs
+    mean: Tensor
+    standard_error: Tensor
+
+
 class RunningMoments(Metric):
     """Averages several quantities over observations, with the standard error of each average.
 
     As input to ``forward`` and ``update`` the metric accepts ``values`` of shape ``(N, columns)``, one row an
-    observation; N may be 0. As output of ``forward`` and ``compute`` it returns the means, of shape
-    ``(columns,)``, a scalar for one column.
+    observation; N may be 0. As output of ``forward`` and ``compute`` it returns
+    :class:`Averages`.
 
     Args:
         columns: Number of quantities.
@@ -301,25 +315,15 @@ class RunningMoments(Metric):
         empty = torch.zeros(3, columns, dtype=torch.float64)
         self.add_state("state", empty, dist_reduce_fx=_merge_columns)
 
-    @property
-    def count(self) -> int:
-        """Number of observations so far."""
-        return int(self.state[0, 0])
-
-    @property
-    def standard_error(self) -> Tensor:
-        """Standard error of each mean, from the spread over the observations, of shape ``(columns,)``."""
-        return _standard_error(self.state)
-
     def update(self, values: Tensor) -> None:
         """Add the rows of a batch."""
         if values.ndim != 2 or values.shape[1] != self.columns:
             raise ValueError(f"`values` must have shape (N, {self.columns}), got {tuple(values.shape)}.")
         self.state = _merge_columns(torch.stack([self.state, _columns(values.detach())]))
 
-    def compute(self) -> Tensor:
-        """Return the means."""
-        return self.state[1].clone()
+    def compute(self) -> Averages:
+        """Return the averages."""
+        return Averages(self.state[0, 0], self.state[1].clone(), _standard_error(self.state))
 
 
 class LogLikelihood(NamedTuple):

@@ -135,7 +135,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Return a readable table with the diagnosis below it."""
-        cap = f"log M = {math.log(self.mutual_information_observations):.2f}"
+        cap = f"log M = {math.log(max(self.mutual_information_observations, 1)):.2f}"
         saturated = self.mutual_information_saturated
         pruned = self.latent_dim - self.active_units
         sections: dict[str, list[tuple[str, str, str]]] = {
@@ -342,10 +342,11 @@ def _decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: Aggregate
         columns = [distortion / number, *_worth_of_width(vae, observed, posterior, index)]
         terms.update(torch.cat([torch.stack(columns, dim=1), rates, posterior.stddev.double()], dim=1))
 
-    means = terms.compute()
+    averages = terms.compute()
+    means = averages.mean
     distortion_slope, rate_slope, error, claimed = means[1:5].tolist()
     return _Decoded(
-        count=terms.count,
+        count=int(averages.count),
         likelihood=likelihood.compute(),
         pruned=pruned.compute(),
         distortion=float(means[0]),
