@@ -25,7 +25,7 @@ from . import datamodules as datamodules
 from . import likelihoods as likelihoods
 from . import networks as networks
 from .messages import readable
-from .report import Evaluation
+from .report import EvaluationReport
 from .vae import VAE
 
 # What is wrong with the input, as opposed to with the program.
@@ -69,7 +69,7 @@ class VAECLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "test":
-            parser.add_class_arguments(Evaluation, "evaluation")
+            parser.add_class_arguments(EvaluationReport, "evaluation")
             parser.set_defaults({"verbose": False})  # the evaluation prints a table of its own
         return parser
 

@@ -451,6 +451,10 @@ class ObservationSubset(Metric):
 
     def update(self, rows: Tensor, keys: Tensor) -> None:
         """Add the rows of a batch."""
+        kept = keys < self.state[-1, 0]  # after the first batches few are, and none need be copied
+        if not kept.any():
+            return
+        rows, keys = rows[kept], keys[kept]
         added = torch.cat([keys.double().unsqueeze(1), rows.detach().double()], dim=1)
         self.state = smallest_keys(torch.cat([self.state, added]), self.size)
 

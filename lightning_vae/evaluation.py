@@ -35,6 +35,7 @@ _DECODED_AT_ONCE = 4096  # latents: what bounds the memory, whatever K and the b
 _WIDTH_STEP = 0.05  # relative change of the posterior's width that its price is measured by
 _WIDTH_SAMPLES = 8
 _SHIFTS = 5  # other observations whose latents each one is decoded from
+_FEW = 10  # effective samples, below which the NLL depends on their number
 _NAN = float("nan")
 
 
@@ -138,6 +139,7 @@ class Evaluation:
         cap = f"log M = {math.log(max(self.mutual_information_observations, 1)):.2f}"
         saturated = self.mutual_information_saturated
         pruned = self.latent_dim - self.active_units
+        few = ": more would lower it" if self.effective_sample_size < min(_FEW, self.importance_samples / 2) else ""
         sections: dict[str, list[tuple[str, str, str]]] = {
             "likelihood, nats per observation": [
                 ("ELBO", _number(self.elbo), ""),
@@ -146,7 +148,7 @@ class Evaluation:
                 (
                     "NLL",
                     f"{_number(self.nll)} +- {_number(self.nll_error)}",
-                    f"{self.importance_samples} importance samples, {self.effective_sample_size:.1f} effective",
+                    f"{self.importance_samples} importance samples, {self.effective_sample_size:.1f} effective{few}",
                 ),
                 ("NLL, active units only", _number(self.nll_active_only), f"{pruned} inactive ones removed"),
             ],

@@ -23,7 +23,7 @@ _PICTURE_SIZE = 64  # pixels that a small image is enlarged to, about
 _SEED = 0x9A12
 
 
-class Evaluation(Callback):
+class EvaluationReport(Callback):
     """Evaluate the model when a test ends: print the table, log the numbers, write ``evaluation.json`` and pictures.
 
     Everything goes to the folder of the test run, ``trainer.log_dir``: ``evaluation.json``, and for images
@@ -75,8 +75,8 @@ class Evaluation(Callback):
             if isinstance(logger, TensorBoardLogger):
                 for name, picture in pictures.items():
                     logger.experiment.add_image(f"test/{name}", picture, trainer.global_step)
-        if folder is None:
-            rank_zero_warn("Without a logger the evaluation is printed alone: there is no run folder to write it to.")
+        if not trainer.loggers or folder is None:
+            rank_zero_warn("Without a logger the evaluation is only printed: there is no run folder to write it to.")
             return
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)

@@ -146,6 +146,29 @@ def test_test_leaves_a_table_json_and_pictures(run, capsys):
             assert picture.size == (528, 528)
 
 
+def test_without_a_logger_the_evaluation_is_printed_alone(run, capsys, tmp_path):
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    with pytest.warns(UserWarning, match="only printed"):
+        main(["test", *DIGITS, *SHORT, "--model.beta=0.5", checkpoint, "--trainer.logger=false"])
+    assert "Diagnosis: " in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_two_processes_evaluate_as_one(run, tmp_path):
+    options = [*DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"]
+    main(["test", *options, "--evaluation.importance_samples=2"])
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "test", *options, "--evaluation.importance_samples=2",
+         "--trainer.devices=2", "--trainer.strategy=ddp"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Diagnosis: ") == 1
+    one, two = (json.loads(Path(f"logs/digits/version_{n}/evaluation.json").read_text()) for n in range(2))
+    assert two["nll"] == pytest.approx(one["nll"], rel=1e-6)
+    assert two["rate_per_dimension"] == pytest.approx(one["rate_per_dimension"], rel=1e-5)
+
+
 def test_a_wrong_option_of_the_evaluation_ends_in_one_message(run, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(["test", *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}",

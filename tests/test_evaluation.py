@@ -133,6 +133,14 @@ def test_inactive_units_are_removed_without_a_loss_and_others_move_the_likelihoo
     assert abs(result.nll_active_only - result.nll) > 1
 
 
+def test_few_effective_samples_are_named(x):
+    exact = evaluate(optimal_linear_vae(x, 4, VARIANCE), loader(x), importance_samples=30)
+    assert "30 importance samples, 30.0 effective\n" in exact.table()
+    poor = evaluate(optimal_linear_vae(x, 4, VARIANCE, beta=0.02), loader(x), importance_samples=30)
+    assert poor.effective_sample_size < 10
+    assert " effective: more would lower it\n" in poor.table()
+
+
 def test_the_probes_see_labels():
     result = evaluate(small_vae(), digits(), importance_samples=1)
     assert 0.15 < result.knn_accuracy < 1  # random projections of digits keep some of their neighbours
