@@ -86,7 +86,8 @@ def diagnose(measured: Measured) -> Diagnosis:
 
     1. *collapsed*, over: the active dimensions' rate or the mutual information is below 0.5 nats;
     2. *unread*, over: shuffling the latents costs less distortion than ``0.5 * beta * mutual information``. At an
-       optimum it costs at least ``beta * mutual information``: else an encoder blind to x would have a smaller loss;
+       optimum it costs at least ``beta * mutual information``: else drawing from q(z) whatever x is would have a
+       smaller loss;
     3. *price*, over above 1.5, under below 1/1.5: the nats of distortion that a nat of rate buys. An optimum of
        ``distortion + beta * rate`` has beta, the ELBO has 1. A likelihood whose variance isn't the squared error
        misprices distortion, and that is taken out: a variance ten times too large is as good as beta 10;
@@ -160,8 +161,8 @@ def _priced(measured: Measured) -> _Found | None:
         return None
     symptoms = [
         f"posterior width: {measured.posterior_width:.2g} of the prior's on active dimensions is too "
-        f"{'wide' if over else 'narrow'}: narrower still, a nat of rate would buy {price:.3g} nats of distortion, and "
-        "the ELBO is best where it buys 1"
+        f"{'wide' if over else 'narrow'}: narrowed further, a nat of rate would buy {price:.3g} nats of distortion, "
+        "and the ELBO is best where it buys 1"
     ]
     remedy = f"{'Lower' if over else 'Raise'} beta, by a factor of about {price if over else 1 / price:.2g}"
     if calibration > PRICE_BAND or calibration < 1 / PRICE_BAND:
