@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -31,9 +32,9 @@ from .vae import VAE
 OwnMetric = Callable[[VAE, Iterable[Any]], float]
 
 _SUBSET_SEED, _PRIOR_SEED = 0x5B5E7, 0x9A10
-_DECODED_AT_ONCE = 4096  # latents: what bounds the memory, whatever K and the batch size
+_NUMBERS_AT_ONCE = 2**22  # pixels decoded: what bounds the memory, whatever K and the batch size
 _WIDTH_STEP = 0.05  # relative change of the posterior's width that its price is measured by
-_WIDTH_SAMPLES = 8
+_WIDTH_SAMPLES = 4
 _SHIFTS = 5  # other observations whose latents each one is decoded from
 _FEW = 10  # effective samples, below which the NLL depends on their number
 _NAN = float("nan")
@@ -189,8 +190,10 @@ class Evaluation:
             shown = [row for row in rows if row[1] != "-"]
             if shown:
                 lines += ["", title, *(f"  {name:<26}{value:<20}{remark}".rstrip() for name, value, remark in shown)]
-        lines += ["", f"Diagnosis: {self.diagnosis}", *(f"  {symptom}" for symptom in self.symptoms)]
-        return "\n".join([*lines, f"  -> {self.advice}"])
+        lines += ["", f"Diagnosis: {self.diagnosis}"]
+        for text in (*self.symptoms, f"-> {self.advice}"):
+            lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join(lines)
 
 
 @torch.no_grad()
@@ -324,7 +327,7 @@ def _decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: Aggregate
     for _, observed, index, _ in _batches(vae, loader):
         posterior = vae._encode(observed)
         log_weights, log_pruned, distortion = [], [], torch.zeros(len(index), dtype=torch.float64, device=device)
-        chunk = max(1, _DECODED_AT_ONCE // len(index))
+        chunk = max(1, _decoded_at_once(vae) // len(index))
         for start in range(0, number, chunk):
             draws = range(start, min(start + chunk, number))
             z = torch.stack([sample_by_index(posterior, index, draw) for draw in draws])
@@ -509,7 +512,7 @@ def _keys(index: Tensor) -> Tensor:
 
 def _log_likelihood(vae: VAE, observed: Tensor, z: Tensor) -> Tensor:
     """Compute log p(x|z) of each of ``(S, B)`` latents, z of shape ``(S, B, k)``, in nats, float64."""
-    rows = max(1, _DECODED_AT_ONCE // len(observed))
+    rows = max(1, _decoded_at_once(vae) // len(observed))
     parts = []
     for part in z.split(rows):
         repeated = observed.expand(len(part), *observed.shape).flatten(0, 1)
@@ -517,9 +520,13 @@ def _log_likelihood(vae: VAE, observed: Tensor, z: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def _decoded_at_once(vae: VAE) -> int:
+    return max(1, _NUMBERS_AT_ONCE // math.prod(vae.shape))
+
+
 def _decoded_means(vae: VAE, z: Tensor) -> list[Tensor]:
     """Decode latents of shape ``(N, k)`` to flat means, some at a time."""
-    return [vae.decode(part).mean.flatten(1) for part in z.split(_DECODED_AT_ONCE)]
+    return [vae.decode(part).mean.flatten(1) for part in z.split(_decoded_at_once(vae))]
 
 
 def _plain(value: Any) -> Any:
