@@ -123,6 +123,13 @@ def test_inactive_units_are_removed_without_a_loss_and_others_move_the_likelihoo
     assert result.nll > nll + 0.5  # the more samples, the less the useless rate costs
     assert result.nll_active_only == pytest.approx(nll, abs=1e-6)
 
+    with torch.no_grad():  # one that serves the decoder as a constant
+        vae.encoder.log_variance[3] = -14.0
+        vae.decoder.map.weight[:, 3] = 1.0
+        vae.decoder.map.bias -= 2.0
+    result = evaluate(vae, loader(x), importance_samples=3)
+    assert result.nll_active_only == pytest.approx(nll, abs=0.01)
+
     with torch.no_grad():  # one that the threshold calls inactive, but the decoder reads
         vae = optimal_linear_vae(x, 4, VARIANCE)
         vae.encoder.mean.weight[0] *= 0.05

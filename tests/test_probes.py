@@ -24,11 +24,12 @@ def test_knn_equals_scikit_learns(digits):
     assert knn_accuracy(means, labels) == pytest.approx((predicted == labels.numpy()).mean())
 
 
-def test_linear_probe_equals_scikit_learns_with_each_left_out(digits):
+@pytest.mark.parametrize("ridge", [1.0, 3000.0])
+def test_linear_probe_equals_scikit_learns_with_each_left_out(digits, ridge):
     means, labels = digits
     targets = OneHotEncoder(sparse_output=False).fit_transform(labels.numpy()[:, None])
-    predicted = cross_val_predict(Ridge(alpha=1.0), means.numpy(), targets, cv=LeaveOneOut())
-    assert linear_probe_accuracy(means, labels) == pytest.approx((predicted.argmax(1) == labels.numpy()).mean())
+    predicted = cross_val_predict(Ridge(alpha=ridge), means.numpy(), targets, cv=LeaveOneOut())
+    assert linear_probe_accuracy(means, labels, ridge) == pytest.approx((predicted.argmax(1) == labels.numpy()).mean())
 
 
 def test_labels_that_have_nothing_to_do_with_the_means_are_not_told():
