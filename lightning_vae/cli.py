@@ -27,6 +27,7 @@ from . import likelihoods as likelihoods
 from . import networks as networks
 from .latents_writer import LatentsWriter
 from .messages import readable
+from .report import EvaluationReport
 from .vae import VAE
 
 # What is wrong with the input, as opposed to with the program.
@@ -67,6 +68,14 @@ class VAECLI(LightningCLI):
         parser.set_defaults({"model": {"class_path": "lightning_vae.VAE"}})
 
     @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.add_class_arguments(EvaluationReport, "evaluation")
+            parser.set_defaults({"verbose": False})  # the evaluation prints a table of its own
+        return parser
+
+    @override
     def _parse_ckpt_path(self) -> None:
         subcommand = self.config["subcommand"]
         config = self.config[subcommand]
@@ -100,6 +109,8 @@ class VAECLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+            if self.subcommand == "test":
+                self.trainer.callbacks.append(self.config_init["test"]["evaluation"])  # type: ignore[attr-defined]
         except _INPUT_ERRORS as error:
             _exit(error)
 

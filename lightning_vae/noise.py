@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
+_POSTERIOR_SEED = 0x9057E101  # far from what anybody would give a likelihood
 
 
 def uniform_by_index(index: Tensor, size: int, seed: int = 0) -> Tensor:
@@ -29,6 +31,24 @@ def uniform_by_index(index: Tensor, size: int, seed: int = 0) -> Tensor:
     bits = _mix(rows[:, None] + columns[None, :])
     # 23 bits and a half are exact in float32, which is named because half precision changes the default.
     return ((bits >> 9).to(torch.float32) + 0.5) / 2**23
+
+
+def sample_by_index(posterior: Distribution, index: Tensor, number: int = 0) -> Tensor:
+    """Sample a posterior by inversion of noise that belongs to the observation.
+
+    Args:
+        posterior: q(z|x), with batch shape ``(B, k)``. One that can't be inverted is sampled afresh.
+        index: Which observations, int64, shape ``(B,)``.
+        number: Which of the observation's independent samples; the ELBO at evaluation takes the first.
+
+    Returns:
+        Latents, shape ``(B, k)``.
+    """
+    uniform = uniform_by_index(index, posterior.batch_shape[-1], seed=_POSTERIOR_SEED + number)
+    try:
+        return posterior.icdf(uniform)
+    except NotImplementedError:
+        return posterior.rsample()
 
 
 def _mix(key: Tensor) -> Tensor:

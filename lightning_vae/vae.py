@@ -16,7 +16,7 @@ from torch import distributions as td
 
 from .likelihoods import Likelihood, default_likelihood
 from .networks import MLPDecoder, MLPEncoder, Shape
-from .noise import uniform_by_index
+from .noise import sample_by_index
 from .objective import (
     ELBOTerms,
     FreeBitsAverage,
@@ -31,7 +31,6 @@ from .running_sums import RunningSums
 from .specification import build, specification
 
 _KNOBS = {"beta": 1.0, "free_bits": 0.0}
-_POSTERIOR_SEED = 0x9057E101  # far from what anybody would give a likelihood
 _TERMS = ("distortion", "rate", "floored_rate", "loss")
 
 
@@ -211,7 +210,7 @@ class VAE(LightningModule):
         """
         x = self.likelihood.observe(self._to_network_scale(x), index)
         self.posterior = posterior = self._encode(x)
-        z = posterior.rsample() if index is None else _sample_by_index(posterior, index)
+        z = posterior.rsample() if index is None else sample_by_index(posterior, index)
         likelihood = self._decode(z, x if self.training and index is None else None)
         return ELBOTerms(-likelihood.log_prob(x), kl_per_dimension(posterior, self.prior, z))
 
@@ -525,12 +524,3 @@ def _widened(distribution: td.Distribution) -> td.Distribution:
     make: Any = type(distribution)
     widened: td.Distribution = make(**{name: _widen(value) for name, value in parameters.items()}, validate_args=False)
     return widened
-
-
-def _sample_by_index(posterior: td.Distribution, index: Tensor) -> Tensor:
-    """Sample by inversion of noise that belongs to the observation; afresh where a posterior can't be inverted."""
-    uniform = uniform_by_index(index, posterior.batch_shape[-1], seed=_POSTERIOR_SEED)
-    try:
-        return posterior.icdf(uniform)
-    except NotImplementedError:
-        return posterior.rsample()

@@ -73,3 +73,31 @@ class RecordingVAE(VAE):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         self.used.append((float(self.beta), float(self.free_bits)))
         return super().training_step(batch, batch_idx)
+
+
+def optimal_linear_vae(
+    x: Tensor, latent_dim: int, variance: float, beta: float = 1.0, trained_variance: float | None = None
+) -> VAE:
+    """The linear VAE at its closed-form optimum on centred data x, in float64, without training.
+
+    `trained_variance` is the variance of the likelihood that it is optimal for, where that is not the one it has.
+    """
+    level = beta * (trained_variance or variance)
+    eigenvalues, directions = torch.linalg.eigh(x.double().T @ x.double() / len(x))
+    eigenvalues, directions = eigenvalues.flip(0)[:latent_dim], directions.flip(1)[:, :latent_dim]
+    signal = (eigenvalues - level).clamp(min=0).sqrt()
+    vae = VAE(
+        (x.shape[1],),
+        latent_dim=latent_dim,
+        encoder=LinearEncoder,
+        decoder=LinearDecoder,
+        likelihood=partial(Gaussian, variance=variance),
+        beta=beta,
+    ).double()
+    with torch.no_grad():
+        vae.decoder.map.weight.copy_(directions * signal)
+        vae.decoder.map.bias.zero_()
+        vae.encoder.mean.weight.copy_((directions * signal / eigenvalues).T)
+        vae.encoder.mean.bias.zero_()
+        vae.encoder.log_variance.copy_((level / eigenvalues).clamp(max=1).log())
+    return vae

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -112,10 +114,67 @@ def test_each_beta_of_an_annealed_config_ends_at_its_own(beta):
     assert curve[-3:] == pytest.approx([beta] * 3)
 
 
-@pytest.mark.parametrize("command", ["validate", "test"])
-def test_evaluation_of_a_checkpoint(run, command, capsys):
-    main([command, *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
-    assert f"{'val' if command == 'validate' else 'test'}/loss" in capsys.readouterr().out
+def test_validation_of_a_checkpoint(run, capsys):
+    main(["validate", *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"])
+    assert "val/loss" in capsys.readouterr().out
+
+
+def own_metric(vae, loader) -> float:
+    return vae.latent_dim + sum(len(batch["x"]) for batch in loader) / 1000
+
+
+def test_test_leaves_a_table_json_and_pictures(run, capsys):
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    own = f"--evaluation.metrics={{own_metric: {__name__}.own_metric}}"
+    main(["test", *DIGITS, *SHORT, "--model.beta=0.5", checkpoint, own, "--evaluation.importance_samples=3"])
+    printed = capsys.readouterr().out
+    folder = Path("logs/digits/version_0")
+    assert f"Written:  {folder}/evaluation.json, reconstructions.png, samples.png" in printed
+    assert "3 importance samples" in printed
+    assert re.search(r"own_metric +16\.3\b", printed)
+    assert "Diagnosis: " in printed
+    written = json.loads((folder / "evaluation.json").read_text())
+    assert written["own_metric"] == 16.297
+    assert (written["observations"], written["beta"], len(written["rate_per_dimension"])) == (297, 0.5, 16)
+    assert written["importance_samples"] == 3
+    logged = scalars(folder)
+    assert logged["test/nll"][0][1] == pytest.approx(written["nll"])
+    assert logged["test/elbo"][0][1] == pytest.approx(written["elbo"], abs=0.5)  # other samples of the posterior
+    assert [len(logged[f"test/{name}"]) for name in ("elbo", "loss", "shuffled_gap")] == [1, 1, 1]
+    for name in ("reconstructions", "samples"):
+        with Image.open(folder / f"{name}.png") as picture:
+            assert picture.size == (528, 528)
+
+
+def test_without_a_logger_the_evaluation_is_printed_alone(run, capsys, tmp_path):
+    checkpoint = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
+    with pytest.warns(UserWarning, match="only printed"):
+        main(["test", *DIGITS, *SHORT, "--model.beta=0.5", checkpoint, "--trainer.logger=false"])
+    assert "Diagnosis: " in capsys.readouterr().out
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_two_processes_evaluate_as_one(run, tmp_path):
+    options = [*DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"]
+    main(["test", *options, "--evaluation.importance_samples=2"])
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "test", *options, "--evaluation.importance_samples=2",
+         "--trainer.devices=2", "--trainer.strategy=ddp"],
+        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("Diagnosis: ") == 1
+    one, two = (json.loads(Path(f"logs/digits/version_{n}/evaluation.json").read_text()) for n in range(2))
+    assert two["nll"] == pytest.approx(one["nll"], rel=1e-6)
+    assert two["rate_per_dimension"] == pytest.approx(one["rate_per_dimension"], rel=1e-5)
+
+
+def test_a_wrong_option_of_the_evaluation_ends_in_one_message(run, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["test", *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}",
+              "--evaluation.importance_samples=0"])  # fmt: skip
+    assert exit_.value.code == 2
+    assert "`importance_samples` must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])

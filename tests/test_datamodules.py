@@ -588,6 +588,11 @@ def test_linear_vae_optimum(beta, active, loss, rate, squared_error, variances):
     assert sum(optimum.rate_per_dimension) == pytest.approx(optimum.rate)
 
 
+def test_a_collapsed_linear_vae_leaves_all_of_the_variance():
+    for eigenvalue in (number / 100 for number in range(1, 100)):
+        assert linear_vae_optimum((eigenvalue,), latent_dim=1, variance=1.0).squared_error == pytest.approx(eigenvalue)
+
+
 def test_linear_vae_optimum_is_the_exact_likelihood_at_beta_one():
     datamodule = ready(Gaussian(size=64), "fit")
     x = whole(datamodule.val_dataloader())["x"].double()

@@ -26,8 +26,7 @@ from lightning_vae import (
 )
 from lightning_vae.callbacks import CollapseDetector, KLAnnealing, Linear
 from lightning_vae.datamodules import TensorLoader
-from lightning_vae.noise import uniform_by_index
-from lightning_vae.vae import _POSTERIOR_SEED
+from lightning_vae.noise import _POSTERIOR_SEED, uniform_by_index
 
 SHAPE, LEVELS = (1, 4, 4), 17
 OPTIMAL = functools.partial(Gaussian, variance="optimal")

@@ -1,0 +1,74 @@
+"""How far decoded latents fall from the data, and what the posterior means know of the labels.
+
+Pure functions of tensors. Each leaves the observation itself out, so that no second split is needed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+def nearest_distance(points: Tensor, data: Tensor, excluded: Tensor, rows: int = 256) -> Tensor:
+    """Compute the Euclidean distance from each point to the nearest of the data, some of which don't count.
+
+    Args:
+        points: Of shape ``(N, d)``.
+        data: Of shape ``(M, d)``.
+        excluded: Positions in ``data`` that don't count for each point, int64, of shape ``(N, e)``.
+        rows: How many points are compared at a time: memory is ``rows * M`` numbers.
+
+    Returns:
+        In the data's unit, of shape ``(N,)``.
+    """
+    nearest = []
+    for part, hidden in zip(points.split(rows), excluded.split(rows), strict=True):
+        distances = torch.cdist(part, data)
+        nearest.append(distances.scatter(1, hidden, torch.inf).amin(dim=1))
+    return torch.cat(nearest)
+
+
+def knn_accuracy(means: Tensor, labels: Tensor, neighbours: int = 5) -> float:
+    """Classify each observation by the majority of its nearest others; a tie goes to the smallest label.
+
+    Args:
+        means: Posterior means, of shape ``(N, k)``, N greater than ``neighbours``.
+        labels: Classes, int64 from 0, of shape ``(N,)``.
+        neighbours: How many others vote.
+
+    Returns:
+        Share of observations that get their own label.
+
+    Raises:
+        ValueError: If there are too few observations.
+    """
+    if not 1 <= neighbours < len(means):
+        raise ValueError(f"`neighbours` must be from 1 to {len(means) - 1} for {len(means)} means, got {neighbours}.")
+    distances = torch.cdist(means, means).fill_diagonal_(torch.inf)
+    votes = F.one_hot(labels[distances.topk(neighbours, largest=False).indices]).sum(dim=1)
+    return float((votes.argmax(dim=1) == labels).double().mean())
+
+
+def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> float:
+    r"""Classify each observation by ridge regression on the others: by the largest of the predicted indicators.
+
+    With :math:`H = X (X^T X + \alpha I)^{-1} X^T` of the means and an intercept (not penalised), the prediction for
+    observation i without it is :math:`(\hat y_i - H_{ii} y_i) / (1 - H_{ii})`: one fit leaves each out in turn.
+
+    Args:
+        means: Posterior means, of shape ``(N, k)``.
+        labels: Classes, int64 from 0, of shape ``(N,)``.
+        ridge: Penalty alpha on the squared weights.
+
+    Returns:
+        Share of observations that get their own label.
+    """
+    inputs = torch.cat([torch.ones_like(means[:, :1]), means], dim=1).double()
+    targets = F.one_hot(labels).double()
+    penalty = torch.full_like(inputs[0], ridge)
+    penalty[0] = 0
+    hat = inputs @ torch.linalg.solve(inputs.T @ inputs + penalty.diag(), inputs.T)
+    leverage = hat.diagonal().unsqueeze(1)
+    predicted = (hat @ targets - leverage * targets) / (1 - leverage)
+    return float((predicted.argmax(dim=1) == labels).double().mean())
