@@ -50,8 +50,9 @@ class Board:
             experiment.add_text(tag, markdown, step)
 
     def histogram(self, tag: str, values: Tensor, step: int) -> None:
-        """Show how values are distributed."""
-        for experiment in self._with("add_histogram"):
+        """Show how values are distributed; those that are not finite have no place in it."""
+        values = values[values.isfinite()]
+        for experiment in self._with("add_histogram") if len(values) else ():
             experiment.add_histogram(tag, values, step, bins=60)
 
     def layout(self, charts: Mapping[str, Mapping[str, Sequence[Any]]]) -> None:

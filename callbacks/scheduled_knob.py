@@ -176,11 +176,13 @@ class ScheduledKnob(Callback):
 
     def _let_go(self) -> None:
         """Leave the number at its target, however the run ended."""
-        knob, witness, self._knob, self._witness = self._knob, self._witness, None, None
+        witness, self._witness = self._witness, None
         if witness is not None:
             witness.rest()
-        if knob is not None and self._target is not None:
-            knob.write(self._target)
+        try:
+            self._write_target()
+        finally:
+            self._knob = None
 
     def _write_target(self) -> None:
         """Set the number to where it is meant to end, until the next training batch, if any."""

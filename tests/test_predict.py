@@ -163,7 +163,7 @@ def test_a_file_that_was_not_finished_does_not_appear(tmp_path):
 @pytest.mark.parametrize(
     ("output", "loaders", "message"),
     [
-        (lambda batch: batch, 1, "'mean' and 'index'"),
+        (lambda batch: batch, 1, "'mean', 'index'"),
         (lambda batch: {"mean": batch[:, None], "index": batch}, 2, "of one loader"),
     ],
 )
