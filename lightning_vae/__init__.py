@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .compare import compare_latents as compare_latents
+    from .evaluation import Evaluation as Evaluation
+    from .evaluation import evaluate as evaluate
     from .likelihoods import Bernoulli as Bernoulli
     from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
@@ -32,6 +34,7 @@ except _PackageNotFoundError:  # a checkout that was never installed
 
 _MODULES = {
     "compare": ("compare_latents",),
+    "evaluation": ("Evaluation", "evaluate"),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),

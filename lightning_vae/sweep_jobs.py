@@ -81,8 +81,6 @@ class Jobs:
         """Evaluate a trained point, unless it is, and return what ``test`` has found."""
         if not point.evaluation.is_file():
             self._call(point.test(), point)
-        if not point.evaluation.is_file():
-            _from_tensorboard(point.evaluation)
         return evaluation(point)
 
     def _call(self, arguments: Sequence[str], point: Point) -> None:
@@ -140,13 +138,3 @@ def _last_words(said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [""])[-1].removeprefix("error: ")
-
-
-def _from_tensorboard(path: Path) -> None:
-    """Write the evaluation from the metrics that ``test`` has logged, where it leaves no file."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(path.parent))
-    events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("test/")]
-    path.write_text(json.dumps({tag.removeprefix("test/"): events.Scalars(tag)[-1].value for tag in tags}))
