@@ -100,8 +100,9 @@ class WeightEffect:
         return self.rate.scale / self.distortion.scale if self.rate and self.distortion else None
 
 
-def weight_effect(probe: LossProbe, paths: tuple[str, ...], held: Mapping[tuple[str, ...], float], batch: Any,
-                  weight: float) -> WeightEffect:  # fmt: skip
+def weight_effect(
+    probe: LossProbe, paths: tuple[str, ...], held: Mapping[tuple[str, ...], float], batch: Any, weight: float
+) -> WeightEffect:
     """Find out what a weight does to the loss of one batch, and which terms the loss is made of.
 
     The loss is evaluated with the same random state at weight 0, half the weight and the weight. Its rise is compared
