@@ -77,22 +77,36 @@ class Bernoulli(Likelihood):
         shape: Shape of one observation.
         levels: Number of integer levels of the raw data, ``None`` for data in [0, 1].
         seed: Seed of the binarisation at evaluation.
+        start_at_mean: Whether to add to the decoder's output the logits of each pixel's mean over the first training
+            batch. A decoder that starts there need not learn them first, while the pressure on the rate already
+            closes latents (Burda et al.'s code sets its output bias so).
     """
+
+    offset: Tensor
 
     unit_interval = True
 
-    def __init__(self, shape: Shape, levels: int | None = None, seed: int = 0) -> None:
+    def __init__(self, shape: Shape, levels: int | None = None, seed: int = 0, start_at_mean: bool = False) -> None:
         super().__init__(shape, levels)
         self.seed = seed
+        self.start_at_mean = start_at_mean
+        self._starts = start_at_mean
+        if start_at_mean:
+            self.register_buffer("offset", torch.zeros(self.shape))
+            self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
 
     def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
         """Return ``x`` binarised: afresh, or by the observations' own noise where ``index`` is given."""
         noise = torch.rand_like(x) if index is None else uniform_by_index(index, math.prod(self.shape), self.seed)
         return (noise.view_as(x) < x).to(x.dtype)
 
-    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:  # noqa: ARG002
+    def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Bernoulli distribution with these logits."""
-        return self._independent(td.Bernoulli(logits=output, validate_args=False))
+        if self._starts and x is not None:
+            self._starts = False
+            self.offset.copy_(_mean_logits(x))
+        logits = output + self.offset if self.start_at_mean else output
+        return self._independent(td.Bernoulli(logits=logits, validate_args=False))
 
 
 class ContinuousBernoulli(Likelihood):
@@ -180,9 +194,7 @@ class Gaussian(Likelihood):
         Without a gradient: at its optimum the loss is flat in the variance, so the gradient of the rest is the same.
         """
         error = (output - x).square().sum()
-        sums = torch.stack([error, error.new_tensor(x.numel())])
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(sums)
+        sums = _over_processes(torch.stack([error, error.new_tensor(x.numel())]))
         return (sums[0] / sums[1]).log().clamp(min=self.min_log_variance)
 
     @torch.no_grad()
@@ -197,8 +209,21 @@ class Gaussian(Likelihood):
 
 
 def _has_started(module: nn.Module, _keys: object) -> None:
-    """Keep a learned variance that was loaded."""
+    """Keep what was loaded: a learned variance or an offset that started from another first batch."""
     module._starts = False  # type: ignore[assignment]
+
+
+def _over_processes(sums: Tensor) -> Tensor:
+    """Add up over the processes that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
+def _mean_logits(x: Tensor) -> Tensor:
+    """Compute the logits of the global batch's mean, with half a count on either side, as few pixels are never on."""
+    on = _over_processes(torch.cat([x.sum(dim=0).flatten(), x.new_tensor([float(len(x))])]))
+    return torch.logit((on[:-1] + 0.5) / (on[-1] + 1)).view(x.shape[1:])
 
 
 class DiscretisedLogistic(Likelihood):

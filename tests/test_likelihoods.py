@@ -93,7 +93,9 @@ def _share(rank, folder):
         Gaussian((3,), variance=variance)(output[part], x[part]).base_dist.variance[0, 0].item()  # type: ignore[attr-defined]
         for variance in ("optimal", "learned")
     ]
-    (folder / f"{rank}.txt").write_text(repr(variances))
+    bernoulli = Bernoulli((3,), start_at_mean=True)
+    bernoulli(output[part], (x[part] > 0).float())
+    (folder / f"{rank}.txt").write_text(repr([*variances, *bernoulli.offset.tolist()]))
     torch.distributed.destroy_process_group()
 
 
@@ -103,12 +105,14 @@ def errors():
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
-def test_the_variance_is_the_global_batchs(tmp_path):
+def test_what_starts_from_a_batch_starts_from_the_global_one(tmp_path):
     start_processes(_share, args=(tmp_path,), nprocs=2, start_method="fork")
     x, output = errors()
     mse = (x - output).square().mean().item()
+    on = (x > 0).sum(dim=0)
+    expected = [mse, 0.1 * mse, *((on + 0.5) / (37 - on + 0.5)).log().tolist()]
     for rank in range(2):
-        assert ast.literal_eval((tmp_path / f"{rank}.txt").read_text()) == pytest.approx([mse, 0.1 * mse], rel=1e-6)
+        assert ast.literal_eval((tmp_path / f"{rank}.txt").read_text()) == pytest.approx(expected, rel=1e-5)
 
 
 def test_optimal_variance_gives_the_gradient_of_the_log_of_the_error():
@@ -137,6 +141,20 @@ def test_a_learned_variance_starts_at_the_datas_scale_once():
         module(output, x)
         assert module.log_variance.item() == pytest.approx(start + 1, rel=1e-5)
     pickle.loads(pickle.dumps(other))
+
+
+def test_a_bernoulli_starts_at_the_first_batchs_mean_once():
+    likelihood = Bernoulli((1, 1, 3), start_at_mean=True)
+    x = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0], [1.0, 0.0, 1.0]]).view(3, 1, 1, 3)
+    output = torch.zeros(3, 1, 1, 3)
+    torch.testing.assert_close(likelihood(output).mean, torch.full_like(x, 0.5))  # evaluation starts nothing
+    expected = torch.tensor([3.5 / 4, 0.5 / 4, 2.5 / 4]).expand_as(x)
+    torch.testing.assert_close(likelihood(output, x).mean, expected)
+    other = Bernoulli((1, 1, 3), start_at_mean=True)
+    other.load_state_dict(likelihood.state_dict())
+    for module in (likelihood, other):
+        torch.testing.assert_close(module(output, 1 - x).mean, expected)  # a later batch moves nothing
+    assert not Bernoulli((1, 1, 3)).state_dict()
 
 
 def test_a_perfect_reconstruction_has_a_finite_density():
