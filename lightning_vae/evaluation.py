@@ -32,7 +32,9 @@ from .vae import VAE
 OwnMetric = Callable[[VAE, Iterable[Any]], float]
 
 _SUBSET_SEED, _PRIOR_SEED = 0x5B5E7, 0x9A10
-_NUMBERS_AT_ONCE = 2**22  # pixels decoded: what bounds the memory, whatever K and the batch size
+_NUMBERS_AT_ONCE = {"cpu": 2**17}  # pixels decoded: what bounds the memory, whatever K and the batch size; and a CPU's
+_ELSEWHERE = 2**22  # cache holds what few images make of themselves in the layers
+_WEIGHTS_AT_ONCE = 2**22
 _WIDTH_STEP = 0.05  # relative change of the posterior's width that its price is measured by
 _WIDTH_SAMPLES = 4
 _SHIFTS = 5  # other observations whose latents each one is decoded from
@@ -174,7 +176,7 @@ class Evaluation:
                 ("price of a nat of rate", _number(self.rate_price), "nats of distortion; the ELBO pays 1"),
             ],
             "decoder": [
-                ("z shuffled", f"+{_number(self.shuffled_gap)}", "nats of distortion; 0: z is not read"),
+                ("z shuffled", f"{self.shuffled_gap:+.4g}", "nats of distortion; 0: z is not read"),
                 ("error / claimed variance", _number(self.calibration), "1: calibrated"),
                 ("prior samples", _number(self.sample_distance), "distance to the data; reconstructions 1"),
                 ("interpolations", _number(self.interpolation_distance), "distance to the data; reconstructions 1"),
@@ -205,25 +207,26 @@ def evaluate(
     samples: int = 1000,
     own_metrics: Mapping[str, OwnMetric] | None = None,
 ) -> Evaluation:
-    """Measure a model on a data set, in three passes over the loader.
+    """Measure a model on a data set, in two passes over the loader.
 
     Binarisation and posterior samples are drawn by the observations' indices, so that batch size, order and number of
-    processes do not change the result; in a distributed run every process returns the same. Only the subsets' size
-    bounds the memory, not K or the data.
+    processes do not change the result; in a distributed run every process returns the same. The subsets' sizes alone
+    decide the memory, not K, the batch size or the data.
 
     Args:
         vae: The model, on the device to compute on. It is left as it was.
         loader: Batches as the VAE takes them, with a fixed order where they have no ``"index"``; a mapping's
-            ``"label"`` of shape ``(B,)`` is used for the probes.
+            ``"label"``, integers of shape ``(B,)``, is used for the probes.
         importance_samples: Number K of samples for each observation.
         observations: Number M of observations, a fixed random subset, for mutual information, marginal KL, total
             correlation and the probes.
         samples: Number of prior samples, and of observations they are compared with, at most.
-        own_metrics: The user's own metrics by name: each is called with the model and the loader.
+        own_metrics: The user's own metrics by name: each is called with the model and the loader. In a distributed run
+            that is each process's share of the data, and what they return is averaged over the observations.
 
     Raises:
-        ValueError: On an option out of its range, fewer than 10 observations, or an own metric with a name that is
-            taken.
+        ValueError: On an option out of its range, a loader that can be gone through only once, fewer than 10
+            observations, an own metric with a name that is taken, or a model whose numbers are not finite.
     """
     options = {"importance_samples": importance_samples, "observations": observations, "samples": samples}
     for (name, value), least in zip(options.items(), (1, 10, 10), strict=True):
@@ -232,6 +235,8 @@ def evaluate(
     taken = {each.name for each in fields(Evaluation)} & set(own_metrics or {})
     if taken:
         raise ValueError(f"`own_metrics` must have names of their own, got {sorted(taken)}.")
+    if isinstance(loader, Iterator):
+        raise ValueError("`loader` is gone through twice and must start anew each time, got an iterator: pass a list.")
 
     training = vae.training
     vae.eval()
@@ -239,7 +244,10 @@ def evaluate(
         latents = _encode_all(vae, loader, observations, samples)
         decoded = _decode_all(vae, loader, importance_samples, latents.moments)
         generated = _generate(vae, latents.kept)
-        own = {name: float(metric(vae, loader)) for name, metric in (own_metrics or {}).items()}
+        own = {
+            name: _over_processes(float(metric(vae, loader)), latents.share, vae.device)
+            for name, metric in (own_metrics or {}).items()
+        }
     finally:
         vae.train(training)
     return _evaluation(vae, importance_samples, latents, decoded, generated, own)
@@ -260,6 +268,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Latents:
+    share: float  # observations that this process has seen
     moments: AggregateMoments
     mixture: MixtureEstimates | None
     probes: tuple[float, float]
@@ -296,17 +305,24 @@ def _encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int
     for x, observed, index, label in _batches(vae, loader):
         posterior = vae._encode(observed)
         gaussian = gaussian and isinstance(posterior, td.Normal)
-        mean, variance = posterior.mean, posterior.variance
+        try:
+            mean, variance = posterior.mean, posterior.variance
+        except NotImplementedError:
+            kind = type(posterior).__name__
+            raise ValueError(f"`encoder` must give a posterior with a mean and a variance, got {kind}.") from None
         aggregate.update(mean, variance)
         keys = _keys(index)
         labels = torch.full_like(index, -1) if label is None else label
-        posteriors.update(torch.cat([mean, variance, labels[:, None].to(mean.dtype)], dim=1), keys)
+        posteriors.update(torch.cat([mean, variance, labels[:, None].double()], dim=1), keys)
         z = sample_by_index(posterior, index)
         data.update(torch.cat([index[:, None].double(), mean, z, x.flatten(1)], dim=1), keys)
 
+    share, moments = float(aggregate.state[0, 0]), aggregate.compute()
+    if not (moments.mean.isfinite().all() and moments.posterior_variance.isfinite().all()):
+        raise ValueError("The posteriors are not finite: are there NaNs in the data, or has the training diverged?")
     mean, variance, labels = posteriors.compute().split([k, k, 1], dim=1)
     if len(mean) < 10:
-        raise ValueError(f"`loader` must hold at least 10 observations, got {len(mean)}.")
+        raise ValueError(f"`loader` must hold at least 10 observations, got {len(mean)} of distinct indices.")
     labels = labels[:, 0].long()
     probed = bool((labels >= 0).all()) and bool((labels != labels[0]).any())
     probes = (knn_accuracy(mean, labels), linear_probe_accuracy(mean, labels)) if probed else (_NAN, _NAN)
@@ -314,7 +330,7 @@ def _encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int
     dtype = vae._working_dtype
     kept = _Kept(index[:, 0].long(), means.to(dtype), z.to(dtype), x.to(dtype))
     mixture = mixture_estimates(mean, variance) if gaussian else None
-    return _Latents(aggregate.compute(), mixture, probes, kept)
+    return _Latents(share, moments, mixture, probes, kept)
 
 
 def _decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: AggregateMoments) -> _Decoded:
@@ -324,7 +340,7 @@ def _decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: Aggregate
     terms = RunningMoments(5 + 2 * vae.latent_dim).to(device)
     active = moments.active()
     mean, scale = (values.to(vae._working_dtype) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
-    for _, observed, index, _ in _batches(vae, loader):
+    for _, observed, index, _ in _batches(vae, loader, max(1, _WEIGHTS_AT_ONCE // number)):
         posterior = vae._encode(observed)
         log_weights, log_pruned, distortion = [], [], torch.zeros(len(index), dtype=torch.float64, device=device)
         chunk = max(1, _decoded_at_once(vae) // len(index))
@@ -350,6 +366,10 @@ def _decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: Aggregate
     averages = terms.compute()
     means = averages.mean
     distortion_slope, rate_slope, error, claimed = means[1:5].tolist()
+    if not means[0].isfinite():
+        raise ValueError(
+            f"The distortion is {float(means[0])}: are there NaNs in the data, or has the training diverged?"
+        )
     return _Decoded(
         count=int(averages.count),
         likelihood=likelihood.compute(),
@@ -400,14 +420,19 @@ def _generate(vae: VAE, kept: _Kept) -> _Generated:
     others = torch.stack([kept.z.roll(shift, dims=0) for shift in range(1, _SHIFTS + 1)])
     shuffled = -_log_likelihood(vae, observed, others).mean()
 
-    place = torch.arange(number, device=kept.x.device)
-    beside = (place + 1) % number
+    # Of equal observations one counts: nothing new comes as near to one as its twin does.
+    first = _first_of_each(kept.x)
+    data, z_own, mean = kept.x[first], kept.z[first], kept.mean[first]
+    if len(data) < 3:
+        return _Generated(float(shuffled - distortion), _NAN, _NAN)
+    place = torch.arange(len(data), device=data.device)
+    beside = (place + 1) % len(data)
     prior = vae.prior.icdf(uniform_by_index(place, vae.latent_dim, seed=_PRIOR_SEED))
-    midpoints = (kept.mean + kept.mean[beside]) / 2
+    midpoints = (mean + mean[beside]) / 2
     # Each is compared with as many observations: all but the two that a midpoint came from.
     excluded = torch.stack([place, beside], dim=1)
     own, samples, between = (
-        nearest_distance(torch.cat(_decoded_means(vae, z)), kept.x, excluded).mean() for z in (kept.z, prior, midpoints)
+        nearest_distance(torch.cat(_decoded_means(vae, z)), data, excluded).mean() for z in (z_own, prior, midpoints)
     )
     return _Generated(float(shuffled - distortion), float(samples / own), float(between / own))
 
@@ -486,28 +511,55 @@ def _evaluation(
 # ---- helpers
 
 
-def _batches(vae: VAE, loader: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Yield the data in the networks' scale, what is observed of them, the indices and the labels, on the device."""
+def _batches(
+    vae: VAE, loader: Iterable[Any], most: int | None = None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Yield the data in the networks' scale, what is observed of them, the indices and the labels, on the device.
+
+    Batches of more observations than are decoded at once, or than `most`, come in parts.
+    """
+    rows = min(_decoded_at_once(vae), most or _ELSEWHERE)
     position = 0
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if distributed else (0, 1)
+    rank, processes = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _distributed() else (0, 1)
     for number, batch in enumerate(loader):
-        x = vae._to_network_scale(vae._observations(batch, check=number == 0).to(vae.device))
-        index = batch.get("index") if isinstance(batch, Mapping) else None
-        label = batch.get("label") if isinstance(batch, Mapping) else None
-        if index is None:  # in the order they come, as DistributedSampler deals them
-            index = torch.arange(position, position + len(x)) * processes + rank
+        x = vae._observations(batch, check=number == 0)
+        given = batch if isinstance(batch, Mapping) else {}
+        label = given.get("label")
+        # Without an index, in the order they come, as DistributedSampler deals them.
+        index = given["index"] if "index" in given else torch.arange(position, position + len(x)) * processes + rank
         position += len(x)
-        index = index.to(vae.device)
-        label = label.to(vae.device) if isinstance(label, Tensor) and label.ndim == 1 else None
-        if len(x):
-            yield x, vae.likelihood.observe(x, index), index, label
+        if not isinstance(label, Tensor) or label.ndim != 1 or label.is_floating_point():  # no classes
+            label = None
+        for start in range(0, len(x), rows):
+            part = slice(start, start + rows)
+            data, indices = vae._to_network_scale(x[part].to(vae.device)), index[part].to(vae.device).long()
+            observed = vae.likelihood.observe(data, indices)
+            yield data, observed, indices, None if label is None else label[part].to(vae.device)
 
 
 def _keys(index: Tensor) -> Tensor:
     """Put observations in a random order that depends on their index alone: 23 random bits, then 30 of the index."""
     random = uniform_by_index(index, 1, seed=_SUBSET_SEED)[:, 0].double()
     return (random * 2**23).floor() * 2**30 + index.remainder(2**30).double()
+
+
+def _first_of_each(rows: Tensor) -> Tensor:
+    """Return the places at which rows come first that differ from all before them, in order."""
+    which = rows.unique(dim=0, return_inverse=True)[1]
+    return torch.tensor(sorted(dict(zip(reversed(which.tolist()), range(len(rows) - 1, -1, -1), strict=True)).values()))
+
+
+def _over_processes(value: float, weight: float, device: torch.device) -> float:
+    """Average what each process measured on its share of the data, weighted by its size."""
+    if not _distributed():
+        return value
+    sums = torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(sums)
+    return float(sums[0] / sums[1])
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _log_likelihood(vae: VAE, observed: Tensor, z: Tensor) -> Tensor:
@@ -521,7 +573,7 @@ def _log_likelihood(vae: VAE, observed: Tensor, z: Tensor) -> Tensor:
 
 
 def _decoded_at_once(vae: VAE) -> int:
-    return max(1, _NUMBERS_AT_ONCE // math.prod(vae.shape))
+    return max(1, _NUMBERS_AT_ONCE.get(vae.device.type, _ELSEWHERE) // math.prod(vae.shape))
 
 
 def _decoded_means(vae: VAE, z: Tensor) -> list[Tensor]:
