@@ -153,7 +153,7 @@ def direct(mean, variance, seed=0x5EED):
 
 @pytest.mark.parametrize("at_once", [1400, 2**20])
 def test_mixture_estimates_equal_their_definitions(at_once, monkeypatch):
-    monkeypatch.setattr("lightning_vae.estimators._AT_ONCE", at_once)
+    monkeypatch.setattr("lightning_vae.mixture._AT_ONCE", at_once)
     mean, variance, _ = linear_posteriors(200, s=0.6)
     mean, variance = mean + 0.3, variance * (1 + mean.sigmoid())
     estimates = mixture_estimates(mean, variance)

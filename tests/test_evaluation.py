@@ -183,7 +183,7 @@ def test_neither_batches_nor_order_change_a_number(monkeypatch):
     options = {"importance_samples": 5, "observations": 100, "samples": 50}
     same(evaluate(vae, digits(batch_size=10), **options), whole, rel=1e-9, abs=1e-12)
     same(evaluate(vae, Shuffled(list(digits())), **options), whole, rel=1e-9, abs=1e-12)
-    monkeypatch.setattr("lightning_vae.evaluation._NUMBERS_AT_ONCE", {"cpu": 7 * 64})
+    monkeypatch.setattr("lightning_vae.decoding._NUMBERS_AT_ONCE", {"cpu": 7 * 64})
     same(evaluate(vae, digits(batch_size=297), **options), whole, rel=1e-9, abs=1e-12)
 
 
