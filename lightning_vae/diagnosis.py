@@ -145,7 +145,7 @@ def _collapsed(measured: Measured) -> _Found | None:
 
 def _unread(measured: Measured) -> _Found | None:
     expected = measured.beta * measured.mutual_information
-    if not measured.shuffled_gap < MIN_USE * expected:
+    if not (expected > 0 and measured.shuffled_gap < MIN_USE * expected):
         return None
     symptom = (
         f"{_gap(measured)}, where {measured.mutual_information:.3g} nats of information at beta {measured.beta:g} "
@@ -164,15 +164,34 @@ def _priced(measured: Measured) -> _Found | None:
         f"{'wide' if over else 'narrow'}: narrowed further, a nat of rate would buy {price:.3g} nats of distortion, "
         "and the ELBO is best where it buys 1"
     ]
-    remedy = f"{'Lower' if over else 'Raise'} beta, by a factor of about {price if over else 1 / price:.2g}"
+    remedy = _lower_beta(measured) if over else _raise_beta(measured)
     if calibration > PRICE_BAND or calibration < 1 / PRICE_BAND:
         symptoms.append(
             f"reconstruction: the squared error is {calibration:.3g} times the variance that the likelihood claims"
         )
         remedy += ", or learn the likelihood's variance at beta 1"
-    if not over:
-        remedy += "; if beta is 1 already, the model may be over-fitted: a smaller decoder or more data"
     return (1 if over else -1), symptoms, remedy + "."
+
+
+def _lower_beta(measured: Measured) -> str:
+    # What is bought at a lower price than beta is forced, by a floor: then the whole way down to a price of 1.
+    fair = 1.0 if math.isnan(measured.calibration) else measured.calibration
+    beta = min(measured.beta / measured.price, fair) if measured.rate_price < measured.beta else (
+        measured.beta / measured.price
+    )  # fmt: skip
+    return f"Lower beta from {measured.beta:g} to about {beta:.2g}"
+
+
+def _raise_beta(measured: Measured) -> str:
+    if measured.beta == 0:
+        return "Train with beta at 1: at 0 the rate costs nothing"
+    if measured.rate_price < measured.beta / PRICE_BAND:
+        return (
+            f"The posteriors are narrower than beta {measured.beta:g} makes them: lower the floor of `FreeBits` or the "
+            "target of the rate; without these, look for a mean in the loss where a sum should be, which weighs the "
+            "rate less, or for over-fitting, against which a smaller decoder or more data help"
+        )
+    return f"Raise beta from {measured.beta:g} to about {measured.beta / measured.price:.2g}"
 
 
 def _mismatched(measured: Measured) -> list[str]:
@@ -185,13 +204,13 @@ def _mismatched(measured: Measured) -> list[str]:
 
 
 def _all_well(measured: Measured) -> tuple[str, ...]:
-    return (
-        f"posterior width: {measured.posterior_width:.2g} of the prior's on active dimensions, where a nat of rate "
-        f"buys {measured.price:.3g} nats of distortion",
-        f"{_apart(measured)}; {measured.active_units} of {measured.latent_dim} dimensions are active",
-        _samples(measured),
-        _gap(measured),
-    )
+    width = f"posterior width: {measured.posterior_width:.2g} of the prior's on active dimensions"
+    if not math.isnan(measured.price):
+        width += f", where a nat of rate buys {measured.price:.3g} nats of distortion"
+    active = f"{measured.active_units} of {measured.latent_dim} dimensions are active"
+    space = f"latent space: {active}" if math.isnan(measured.marginal_kl) else f"{_apart(measured)}; {active}"
+    generation = [] if math.isnan(measured.sample_distance) else [_samples(measured)]
+    return (width, space, *generation, _gap(measured))
 
 
 def _gap(measured: Measured) -> str:

@@ -34,7 +34,7 @@ def knn_accuracy(means: Tensor, labels: Tensor, neighbours: int = 5) -> float:
 
     Args:
         means: Posterior means, of shape ``(N, k)``, N greater than ``neighbours``.
-        labels: Classes, int64 from 0, of shape ``(N,)``.
+        labels: Classes, int64, of shape ``(N,)``.
         neighbours: How many others vote.
 
     Returns:
@@ -45,9 +45,13 @@ def knn_accuracy(means: Tensor, labels: Tensor, neighbours: int = 5) -> float:
     """
     if not 1 <= neighbours < len(means):
         raise ValueError(f"`neighbours` must be from 1 to {len(means) - 1} for {len(means)} means, got {neighbours}.")
-    distances = torch.cdist(means, means).fill_diagonal_(torch.inf)
-    votes = F.one_hot(labels[distances.topk(neighbours, largest=False).indices]).sum(dim=1)
-    return float((votes.argmax(dim=1) == labels).double().mean())
+    labels = labels.unique(return_inverse=True)[1]
+    right = []
+    for rows in torch.arange(len(means), device=means.device).split(256):
+        distances = torch.cdist(means[rows], means).scatter(1, rows[:, None], torch.inf)
+        votes = F.one_hot(labels[distances.topk(neighbours, largest=False).indices]).sum(dim=1)
+        right.append(votes.argmax(dim=1) == labels[rows])
+    return float(torch.cat(right).double().mean())
 
 
 def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> float:
@@ -58,17 +62,18 @@ def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> 
 
     Args:
         means: Posterior means, of shape ``(N, k)``.
-        labels: Classes, int64 from 0, of shape ``(N,)``.
+        labels: Classes, int64, of shape ``(N,)``.
         ridge: Penalty alpha on the squared weights.
 
     Returns:
         Share of observations that get their own label.
     """
     inputs = torch.cat([torch.ones_like(means[:, :1]), means], dim=1).double()
+    labels = labels.unique(return_inverse=True)[1]
     targets = F.one_hot(labels).double()
     penalty = torch.full_like(inputs[0], ridge)
     penalty[0] = 0
-    hat = inputs @ torch.linalg.solve(inputs.T @ inputs + penalty.diag(), inputs.T)
-    leverage = hat.diagonal().unsqueeze(1)
-    predicted = (hat @ targets - leverage * targets) / (1 - leverage)
+    solved = torch.linalg.solve(inputs.T @ inputs + penalty.diag(), inputs.T)
+    leverage = (inputs * solved.T).sum(dim=1, keepdim=True)  # the diagonal of H
+    predicted = (inputs @ (solved @ targets) - leverage * targets) / (1 - leverage)
     return float((predicted.argmax(dim=1) == labels).double().mean())

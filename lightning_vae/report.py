@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,9 @@ class EvaluationReport(Callback):
             if len(loader) > 1:
                 rank_zero_warn(f"The evaluation looks at the first of {len(loader)} test loaders.")
             loader = loader[0]
+        number = trainer.num_test_batches[0]
+        if number < len(loader):  # `limit_test_batches`
+            loader = _First(loader, int(number))
         result = evaluate(
             pl_module, loader, self.importance_samples, self.observations, self.samples, own_metrics=self.metrics
         )
@@ -84,6 +88,16 @@ class EvaluationReport(Callback):
         for name, picture in pictures.items():
             _write(picture, target / f"{name}.png")
         print("Written:  " + ", ".join([f"{target}/evaluation.json", *(f"{name}.png" for name in pictures)]))
+
+
+class _First:
+    """The first batches of a loader, each time they are asked for."""
+
+    def __init__(self, loader: Iterable[Any], number: int) -> None:
+        self.loader, self.number = loader, number
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, self.number)
 
 
 @torch.no_grad()

@@ -100,6 +100,28 @@ def test_what_could_not_be_measured_is_no_symptom():
     assert diagnose(replace(HEALTHY, calibration=math.nan, rate_price=3.0)).verdict == "over-regularised"
 
 
+@pytest.mark.parametrize(
+    ("changes", "advice"),
+    [
+        ({"beta": 10.0, "rate_price": 10.0, "shuffled_gap": 40.0}, "Lower beta from 10 to about 1."),
+        ({"beta": 10.0, "rate_price": 2.0, "shuffled_gap": 40.0}, "Lower beta from 10 to about 1."),  # a floor
+        ({"rate_price": 5.0}, "Lower beta from 1 to about 0.2."),  # a sum where a mean should be
+        ({"calibration": 0.1}, "Lower beta from 1 to about 0.1, or learn the likelihood's variance at beta 1."),
+        ({"beta": 0.1, "rate_price": 0.1}, "Raise beta from 0.1 to about 1."),
+        ({"rate_price": 0.3}, "The posteriors are narrower than beta 1 makes them: lower the floor"),
+        ({"beta": 0.0, "rate_price": 0.0, "shuffled_gap": 0.0}, "Train with beta at 1"),
+        ({"beta": 0.0, "rate_price": -0.1, "shuffled_gap": -1e-9}, "Train with beta at 1"),
+    ],
+)
+def test_the_advice_names_the_beta_to_go_to(changes, advice):
+    assert diagnose(replace(HEALTHY, **changes)).advice.startswith(advice)
+
+
+def test_what_was_not_measured_is_not_spoken_of():
+    unknown = replace(HEALTHY, rate_price=math.nan, marginal_kl=math.nan, sample_distance=math.nan)
+    assert "nan" not in " ".join(diagnose(unknown).symptoms)
+
+
 # ---- models that have a symptom, and their likes that must not
 
 

@@ -151,11 +151,12 @@ def direct(mean, variance, seed=0x5EED):
     return lower, upper, rate.mean() - lower, regressed(mixture - marginals)
 
 
-@pytest.mark.parametrize("rows", [7, 1000])
-def test_mixture_estimates_equal_their_definitions(rows):
+@pytest.mark.parametrize("at_once", [1400, 2**20])
+def test_mixture_estimates_equal_their_definitions(at_once, monkeypatch):
+    monkeypatch.setattr("lightning_vae.mixture._AT_ONCE", at_once)
     mean, variance, _ = linear_posteriors(200, s=0.6)
     mean, variance = mean + 0.3, variance * (1 + mean.sigmoid())
-    estimates = mixture_estimates(mean, variance, rows=rows)
+    estimates = mixture_estimates(mean, variance)
     found = estimates.lower, estimates.upper_leave_one_out, estimates.marginal_kl, estimates.total_correlation
     np.testing.assert_allclose([float(value) for value in found], direct(mean, variance), rtol=1e-10)
     assert estimates.lower == pytest.approx(float(mutual_information(mean, variance)), abs=0.2)  # the detector's
@@ -185,6 +186,18 @@ def test_a_mutual_information_above_log_m_is_saturated_and_the_moments_stay_righ
     assert estimates.upper == estimates.upper_moments == pytest.approx(exact, abs=0.1)
     assert estimates.marginal_kl == pytest.approx(0, abs=0.05)
     assert estimates.total_correlation == pytest.approx(0, abs=0.05)
+
+
+def test_few_observations_of_many_dimensions_leave_the_bound_by_moments_a_bound():
+    eigenvalues = (1.0,) * 64
+    mean, variance, exact = linear_posteriors(300, s=0.1, eigenvalues=eigenvalues)
+    moments = aggregate_moments(mean, variance)
+    assert moment_marginal_kl(moments.mean, moments.covariance) > 2  # of the sample itself, where the truth is 0
+    estimates = mixture_estimates(mean, variance)
+    assert estimates.marginal_kl < 0.2
+    assert estimates.upper > exact - 0.5
+    moved = mixture_estimates(mean + 0.5, variance)
+    assert 64 / 8 - 5 < moved.marginal_kl < 64 / 8
 
 
 def test_saturation_begins_at_nine_tenths_of_log_m():

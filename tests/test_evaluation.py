@@ -183,7 +183,7 @@ def test_neither_batches_nor_order_change_a_number(monkeypatch):
     options = {"importance_samples": 5, "observations": 100, "samples": 50}
     same(evaluate(vae, digits(batch_size=10), **options), whole, rel=1e-9, abs=1e-12)
     same(evaluate(vae, Shuffled(list(digits())), **options), whole, rel=1e-9, abs=1e-12)
-    monkeypatch.setattr("lightning_vae.evaluation._NUMBERS_AT_ONCE", 7 * 64)
+    monkeypatch.setattr("lightning_vae.decoding._NUMBERS_AT_ONCE", {"cpu": 7 * 64})
     same(evaluate(vae, digits(batch_size=297), **options), whole, rel=1e-9, abs=1e-12)
 
 
@@ -198,17 +198,36 @@ def test_the_model_and_the_random_state_are_left_as_they_were():
     assert all(parameter.grad is None for parameter in vae.parameters())
 
 
-def share(rank: int, folder: Path) -> None:
+def brightness(vae, batches):
+    pixels = [(batch["x"] if isinstance(batch, dict) else batch[0]).double().mean((1, 2, 3)) for batch in batches]
+    return torch.cat(pixels).mean()
+
+
+def measured(batches):
+    options = {"importance_samples": 3, "observations": 64, "samples": 40, "own_metrics": {"brightness": brightness}}
+    return evaluate(small_vae(), batches, **options).to_dict()
+
+
+def unnumbered(rank=0, processes=1):
+    """Batches without an index, dealt as DistributedSampler does, with uneven last ones."""
+    data = Digits()
+    data.setup("test")
+    return [(x,) for x in data._splits["test"]["x"][:101][rank::processes].split(16)]
+
+
+def share(rank: int, folder: Path, numbered: bool) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    result = evaluate(small_vae(), digits(101, 16), importance_samples=3, observations=64, samples=40)
-    (folder / f"{rank}.json").write_text(json.dumps(result.to_dict()))
+    # TensorLoader takes its share by itself.
+    result = measured(digits(101, 16) if numbered else unnumbered(rank, 2))
+    (folder / f"{rank}.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
-def test_two_processes_equal_one(tmp_path):
-    start_processes(share, args=(tmp_path,), nprocs=2, start_method="fork")
-    alone = evaluate(small_vae(), digits(101, 16), importance_samples=3, observations=64, samples=40).to_dict()
+@pytest.mark.parametrize("numbered", [True, False])
+def test_two_processes_equal_one(tmp_path, numbered):
+    start_processes(share, args=(tmp_path, numbered), nprocs=2, start_method="fork")
+    alone = measured(digits(101, 16) if numbered else unnumbered())
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found.keys() == alone.keys()
@@ -255,6 +274,7 @@ def test_a_posterior_that_is_not_gaussian_leaves_out_what_needs_one():
     written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert written["mutual_information"] is written["marginal_kl"] is written["rate_price"] is None
     assert "mutual information" not in result.table()
+    assert "nan" not in result.table()
 
 
 def test_one_latent_dimension_and_few_observations():
@@ -301,6 +321,53 @@ def test_wrong_options(options, message):
 def test_too_few_observations():
     with pytest.raises(ValueError, match="at least 10 observations, got 9"):
         evaluate(small_vae(), digits(9))
+
+
+def test_an_iterator_is_refused(x):
+    with pytest.raises(ValueError, match="`loader` is gone through twice"):
+        evaluate(optimal_linear_vae(x, 4, VARIANCE), iter(loader(x)))
+
+
+def test_a_model_or_data_with_nan_are_no_balanced_model(x):
+    vae = optimal_linear_vae(x, 4, VARIANCE)
+    with pytest.raises(ValueError, match="posteriors are not finite"):
+        evaluate(vae, [torch.where(torch.arange(6) == 2, math.nan, x)], importance_samples=1)
+    with torch.no_grad():
+        vae.decoder.map.bias[0] = math.nan
+    with pytest.raises(ValueError, match="distortion is nan"):
+        evaluate(vae, loader(x), importance_samples=1)
+
+
+def test_labels_of_any_integers_count_and_numbers_are_no_classes(x):
+    vae, x = optimal_linear_vae(x, 4, VARIANCE), x[:300]
+    index, sign = torch.arange(300), (x[:, 0] > 0).long()
+    small, large = (
+        evaluate(vae, [{"x": x, "index": index, "label": label}], importance_samples=1)
+        for label in (sign, sign * 10**9 + 16_777_217)
+    )
+    assert small.knn_accuracy == large.knn_accuracy > 0.8
+    assert small.linear_probe_accuracy == large.linear_probe_accuracy > 0.8
+    number = evaluate(vae, [{"x": x, "index": index.int(), "label": x[:, 0]}], importance_samples=1)
+    assert math.isnan(number.knn_accuracy)
+
+
+def test_observations_that_repeat_are_no_sign_of_poor_samples():
+    x = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
+    vae = optimal_linear_vae(x, 12, 0.05)
+    once, twice = (evaluate(vae, [data], importance_samples=1) for data in (x, torch.cat([x, x])))
+    assert once.diagnosis == twice.diagnosis == "balanced"
+    assert twice.sample_distance == pytest.approx(once.sample_distance, abs=0.05)
+    assert twice.mutual_information_upper == pytest.approx(once.mutual_information_upper, abs=0.3)
+
+
+class NoMoments(LaplaceEncoder):
+    def forward(self, x):
+        return td.TransformedDistribution(super().forward(x), [td.transforms.AffineTransform(0.0, 1.0)])
+
+
+def test_a_posterior_without_moments_is_refused():
+    with pytest.raises(ValueError, match="a mean and a variance, got TransformedDistribution"):
+        evaluate(small_vae(encoder=NoMoments), digits(64))
 
 
 # ---- pictures

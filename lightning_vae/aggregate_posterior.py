@@ -1,0 +1,124 @@
+"""The aggregate posterior q(z) = E_x q(z|x), by its first two moments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class AggregateMoments:
+    """First two moments of the aggregate posterior q(z) = E_x q(z|x), and what its covariance is made of.
+
+    Attributes:
+        mean: Of shape ``(k,)``.
+        covariance_of_means: Covariance over the data of the posterior means, of shape ``(k, k)``. Its diagonal is what
+            tells active units.
+        posterior_variance: Mean over the data of the posterior variances, of shape ``(k,)``.
+    """
+
+    # No tuple or dataclass: of those a torchmetrics.Metric squeezes tensors of one element, as where k is 1.
+    def __init__(self, mean: Tensor, covariance_of_means: Tensor, posterior_variance: Tensor) -> None:
+        self.mean = mean
+        self.covariance_of_means = covariance_of_means
+        self.posterior_variance = posterior_variance
+
+    @property
+    def covariance(self) -> Tensor:
+        """Covariance of q(z), of shape ``(k, k)``."""
+        return self.covariance_of_means + self.posterior_variance.diag()
+
+    @property
+    def variance_of_means(self) -> Tensor:
+        """Variance over the data of each dimension's posterior mean, of shape ``(k,)``."""
+        return self.covariance_of_means.diagonal()
+
+    def active(self, threshold: float = 0.01) -> Tensor:
+        """Tell which dimensions are active (Burda et al. 2015), bool, of shape ``(k,)``."""
+        return self.variance_of_means > threshold
+
+
+def aggregate_moments(mean: Tensor, variance: Tensor) -> AggregateMoments:
+    """Compute the moments of the aggregate posterior.
+
+    Args:
+        mean: Means of the posteriors, of shape ``(N, k)``.
+        variance: Their variances, of shape ``(N, k)``.
+    """
+    return _unpacked(_moments(mean, variance))
+
+
+class AggregatePosterior(Metric):
+    """Collects the moments of the aggregate posterior over a stream of batches.
+
+    As input to ``forward`` and ``update`` the metric accepts ``mean`` and ``variance`` of the posteriors, of shape
+    ``(N, dim)``; N may be 0. As output of ``forward`` and ``compute`` it returns :class:`AggregateMoments`.
+
+    Args:
+        dim: Number of latent dimensions.
+        kwargs: Options of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``dim`` is not positive.
+    """
+
+    is_differentiable = False
+    higher_is_better = None
+    full_state_update = False
+
+    state: Tensor
+
+    def __init__(self, dim: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if dim < 1:
+            raise ValueError(f"`dim` must be at least 1, got {dim}.")
+        empty = torch.zeros(dim + 3, dim, dtype=torch.float64)
+        self.add_state("state", empty, dist_reduce_fx=merge_aggregates)
+
+    def update(self, mean: Tensor, variance: Tensor) -> None:
+        """Add the posteriors of a batch."""
+        self.state = merge_aggregates(torch.stack([self.state, _moments(mean.detach(), variance.detach())]))
+
+    def compute(self) -> AggregateMoments:
+        """Return the moments."""
+        return _unpacked(self.state)
+
+
+def merge_aggregates(states: Tensor) -> Tensor:
+    r"""Merge counts, means, mean variances and co-deviations of several sets of posteriors.
+
+    .. math:: S = \sum_i S_i + \sum_i n_i (m_i - m)(m_i - m)^T
+
+    Args:
+        states: Of each set, of shape ``(sets, 3 + k, k)``: count, mean, mean variance, and the sum S of products of
+            deviations of the means. Empty sets are fine.
+
+    Returns:
+        The same of the union, of shape ``(3 + k, k)``.
+
+    References:
+        Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+    counts, means, variances = states[:, 0], states[:, 1], states[:, 2]
+    count = counts.sum(dim=0)
+    mean = (counts * means).sum(dim=0) / count.clamp(min=1)
+    variance = (counts * variances).sum(dim=0) / count.clamp(min=1)
+    shift = means - mean
+    products = states[:, 3:].sum(dim=0) + (counts * shift).T @ shift
+    return torch.cat([torch.stack([count, mean, variance]), products])
+
+
+def _moments(mean: Tensor, variance: Tensor) -> Tensor:
+    mean, variance = mean.double(), variance.double()
+    number = max(len(mean), 1)
+    centre = mean.sum(dim=0) / number
+    products = (mean - centre).T @ (mean - centre)
+    count = torch.full_like(centre, len(mean))
+    return torch.cat([torch.stack([count, centre, variance.sum(dim=0) / number]), products])
+
+
+def _unpacked(state: Tensor) -> AggregateMoments:
+    count, mean, variance = state[:3]
+    return AggregateMoments(mean, state[3:] / count.clamp(min=1), variance)
