@@ -48,7 +48,8 @@ class TargetRate(ScheduledKnob):
     validation loss has the weight of the moment in it: monitor something without one.
 
     Args:
-        nats: The target in nats per observation: a number, or a schedule of the training step with an explicit end.
+        nats: The target in nats per observation: a number, a schedule of the training step with an explicit end, or
+            another function of it, which ends with the run.
         bits: The same in bits, instead of ``nats``.
         attribute: Where the module keeps the weight: a dotted path as in :class:`KLAnnealing`, or several.
         posterior: Where to read the posterior, as in :class:`CollapseDetector`; ``None`` is the module's own
@@ -71,8 +72,8 @@ class TargetRate(ScheduledKnob):
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
     Raises:
-        ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere or there is no
-            positive weight to start from.
+        ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere, there is no
+            positive weight to start from, or the target does not end at a rate.
         lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, if another callback moves
             the same weight, or a monitor watches ``train/loss``, which moves.
 
@@ -153,12 +154,6 @@ class TargetRate(ScheduledKnob):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reported, self._measured = set(), None
         super().on_fit_start(trainer, pl_module)
-        self.at_end(trainer, self._reader.detach)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        super().on_train_batch_start(trainer, pl_module)
-        self._reader.listen(pl_module)
 
     @override
     def on_train_batch_end(
@@ -175,11 +170,6 @@ class TargetRate(ScheduledKnob):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._report(self.target(self.step(trainer)))  # for runs that hardly log
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        self._reader.unhook()
 
     @override
     def state_dict(self) -> dict[str, Any]:
