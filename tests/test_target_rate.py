@@ -181,15 +181,22 @@ def test_a_learned_variance_settles_with_the_weight(tmp_path: Path) -> None:
 
 
 def test_a_reachable_target_is_met_after_an_unreachable_one(tmp_path: Path) -> None:
+    def configure() -> Any:
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        # In full until the target is near: it takes Adam 200 steps to move the log-variances there.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 4 * (1 - step / 1600)) ** 2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
     callback = TargetRate(Staged([100.0, 2.0], at_steps=[800]), patience=200)
     model = LinearVAE()
-    model.configure_optimizers = lambda: torch.optim.Adam(model.parameters(), 0.02)  # type: ignore[method-assign]
+    model.configure_optimizers = configure  # type: ignore[method-assign]
     with pytest.warns(UserWarning, match=r"has been at its smallest, 0.01, for .* instead of 100. Lower `min_beta`"):
         watch, _ = train(tmp_path, callback, 1600, model)
     assert watch.betas[799] == pytest.approx(0.01)
     later = [values["val/rate"] for step, values in watch.passes if step >= 1300]
-    assert later == pytest.approx([2.0] * len(later), abs=0.1), "the learning rate is not lowered here"
-    assert watch.betas[1300:] == pytest.approx([beta_at(2.0)] * 300, rel=0.05)
+    assert len(later) == 16
+    assert later == pytest.approx([2.0] * 16, abs=0.02)
+    assert watch.betas[1300:] == pytest.approx([beta_at(2.0)] * 300, rel=0.03)
 
 
 def test_the_target_moves_on_a_schedule(tmp_path: Path) -> None:
