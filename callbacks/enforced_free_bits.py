@@ -123,7 +123,6 @@ class EnforcedFreeBits(ScheduledKnob):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._refuse_what_is_not_exact(trainer, pl_module)
-        self.at_end(trainer, self._reader.detach)
         super().on_fit_start(trainer, pl_module)
 
     @override
@@ -131,7 +130,6 @@ class EnforcedFreeBits(ScheduledKnob):
         super().on_train_batch_start(trainer, pl_module)
         if self.step(trainer) == 0 and batch_idx == 0 and isinstance(self.weight, str):
             self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx), self.weight)
-        self._reader.listen(pl_module)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -154,11 +152,6 @@ class EnforcedFreeBits(ScheduledKnob):
         if rates is not None and self.logs_now(trainer):
             at_floor = count_at_floor(rates.float(), self._threshold, self.per, self.average).at_floor
             self.log_now(pl_module, {"latent/at_floor": at_floor})
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        self._reader.unhook()
 
     def factor(self, rates: Tensor) -> float:
         """Return what the module's reduction makes of the rate, as :attr:`reduction` says.

@@ -93,12 +93,6 @@ class FreeBits(ScheduledKnob):
         self._choose_variant(pl_module)
         super().on_fit_start(trainer, pl_module)
         self._warned, self._latest = False, None
-        self.at_end(trainer, self._reader.detach)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        super().on_train_batch_start(trainer, pl_module)
-        self._reader.listen(pl_module)
 
     @override
     def on_train_batch_end(
@@ -127,11 +121,6 @@ class FreeBits(ScheduledKnob):
                 "its rate need not be information: lower `threshold`, or use fewer latent dimensions. Or the run is "
                 "too short for the rates to rise above it, or the loss does not read it."
             )
-
-    @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        self._reader.unhook()
 
     @override
     def _find(self, pl_module: LightningModule) -> Knob:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from .base import Callback, callbacks_of
 from .knob import Knob
+from .posterior import PosteriorReader
 from .schedules import Schedule
 from .witness import Witness, remedy
 
@@ -70,6 +71,7 @@ class ScheduledKnob(Callback):
         self.setter = setter
         self.name = name or _last_part(paths[-1])
         self._paths = paths if setter is None else []
+        self._reader = PosteriorReader()  # for a subclass that reads the posterior of each training batch
         self._resolved: Callable[[int], float] = schedule
         self._restored: dict[str, Any] = {}
         self._base: float | None = None
@@ -107,6 +109,7 @@ class ScheduledKnob(Callback):
         self._knob.write(self._value(trainer))
         if self._witness is not None:
             self._witness.watch()
+        self._reader.listen(pl_module)
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -141,6 +144,7 @@ class ScheduledKnob(Callback):
             if root == "hparams" and "hyper_parameters" in checkpoint:
                 name = rest.partition(".")[0]
                 checkpoint["hyper_parameters"][name] = pl_module.hparams[name]
+        self._reader.unhook()
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -176,6 +180,7 @@ class ScheduledKnob(Callback):
 
     def _let_go(self) -> None:
         """Leave the number at its target, however the run ended."""
+        self._reader.detach()
         witness, self._witness = self._witness, None
         if witness is not None:
             witness.rest()

@@ -48,7 +48,8 @@ class TargetRate(ScheduledKnob):
     validation loss has the weight of the moment in it: monitor something without one.
 
     Args:
-        nats: The target in nats per observation: a number, or a schedule of the training step with an explicit end.
+        nats: The target in nats per observation: a number, a schedule of the training step with an explicit end, or
+            another function of it, which ends with the run.
         bits: The same in bits, instead of ``nats``.
         attribute: Where the module keeps the weight: a dotted path as in :class:`KLAnnealing`, or several.
         posterior: Where to read the posterior, as in :class:`CollapseDetector`; ``None`` is the module's own
@@ -71,8 +72,8 @@ class TargetRate(ScheduledKnob):
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
     Raises:
-        ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere or there is no
-            positive weight to start from.
+        ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere, there is no
+            positive weight to start from, or the target does not end at a rate.
         lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, if another callback moves
             the same weight, or a monitor watches ``train/loss``, which moves.
 
@@ -111,7 +112,7 @@ class TargetRate(ScheduledKnob):
                 f"The target must be given as `nats` or as `bits`, got nats={nats}, bits={bits}. Give one."
             )
         target = bits if nats is None else nats
-        if isinstance(target, int | float) and not 0 <= target < math.inf:
+        if not callable(target) and not 0 <= float(target or 0) < math.inf:
             raise ValueError(f"The target must be a finite rate of at least 0, or a schedule, got {target}.")
         if isinstance(target, Schedule):
             target.resolve(None, steps_per_epoch=1, total_steps=1)  # raises where its end is left open
@@ -122,6 +123,8 @@ class TargetRate(ScheduledKnob):
         for option, value in {"proportional": proportional, "tolerance": tolerance}.items():
             if not 0 <= value < math.inf:
                 raise ValueError(f"`{option}` must be a finite number of at least 0, got {value}.")
+        if min_beta is not None and max_beta is not None and not min_beta < max_beta:
+            raise ValueError(f"`min_beta` must be below `max_beta`, got {min_beta} and {max_beta}.")
         if not 0 <= smoothing < 1:
             raise ValueError(f"`smoothing` must be at least 0 and below 1, got {smoothing}.")
         if setter is not None and start is None:
@@ -151,12 +154,6 @@ class TargetRate(ScheduledKnob):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reported, self._measured = set(), None
         super().on_fit_start(trainer, pl_module)
-        self.at_end(trainer, self._reader.detach)
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        super().on_train_batch_start(trainer, pl_module)
-        self._reader.listen(pl_module)
 
     @override
     def on_train_batch_end(
@@ -171,9 +168,8 @@ class TargetRate(ScheduledKnob):
             self._log(trainer, pl_module)
 
     @override
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        self._reader.unhook()
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._report(self.target(self.step(trainer)))  # for runs that hardly log
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -218,6 +214,9 @@ class TargetRate(ScheduledKnob):
         assert self._state is not None
         target = self.target(self.step(trainer))
         self.log_now(pl_module, {self._log_key: target, self._rate_key: self._state.rate})
+        self._report(target)
+
+    def _report(self, target: float) -> None:
         for kind, text in self._problems(target):
             if kind not in self._reported:
                 self._reported.add(kind)
@@ -280,7 +279,7 @@ class TargetRate(ScheduledKnob):
         assert self._base is not None
         lower = self._base / 100 if self.min_beta is None else self.min_beta
         upper = self._base * 100 if self.max_beta is None else self.max_beta
-        if not lower <= self._base <= upper or lower == upper:
+        if not lower <= self._base <= upper:
             raise ValueError(
                 f"{type(self).__name__}({self.name}): the weight starts at {self._base:g}, which must be within "
                 f"`min_beta` and `max_beta`, {lower:g} to {upper:g}. Change them or `start`."
@@ -293,11 +292,16 @@ class TargetRate(ScheduledKnob):
     def _agree_on_target(self, pl_module: LightningModule) -> None:
         """Tell a module that knows of them which rate its loss is to be selected at, and the price of exceeding it."""
         self._controller = self._bounded()
+        steps = self._run["total_steps"] or 10**9  # another callable has no end but the run's
+        end = self._in_nats(self._resolved.final if isinstance(self._resolved, Schedule) else self._resolved(steps))
+        if not 0 <= end < math.inf:
+            raise ValueError(
+                f"{type(self).__name__}({self.name}): the target must end at a finite rate of at least 0, got {end}."
+            )
         module: Any = pl_module
         if not set(self._paths) & set(getattr(module, "knob_targets", ())):
             return
         self._targets = module.knob_targets
-        end = self._in_nats(self._resolved.final if isinstance(self._resolved, Schedule) else self._resolved(10**9))
         module.rate_limit = (end + self.tolerance * rate_scale(end), self.price)
 
     @override
@@ -340,5 +344,6 @@ def sum_and_count(posteriors: Sequence[Distribution], prior: Distribution, devic
         Nats and a number, float32, shape ``(2,)``.
     """
     rates = [_rate(each, prior) for each in posteriors]
+    total = sum((each.sum() for each in rates), start=torch.zeros((), device=device))
     count = torch.full((), float(sum(len(each) for each in rates)), device=device)
-    return torch.stack([torch.stack([each.sum() for each in rates]).sum().to(device), count])
+    return torch.stack([total.to(device), count])

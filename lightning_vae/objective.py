@@ -122,7 +122,8 @@ def free_bits(
     rates = group_rates(kl_per_dimension, per)
     if average == "batch":
         rates = rates.mean(0, keepdim=True)
-    threshold = torch.as_tensor(threshold, dtype=rates.dtype, device=rates.device)
+    # A number is filled in on the device: copying it there would wait for it.
+    threshold = threshold.to(rates) if isinstance(threshold, Tensor) else rates.new_full((), threshold)
     # At 0 the floor is off, rather than max(0, rate): a Monte Carlo estimate of the rate may be negative.
     floor = torch.where(threshold > 0, threshold, -torch.inf)
     return rates.clamp(min=floor).sum(-1).mean()

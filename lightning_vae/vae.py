@@ -370,13 +370,14 @@ class VAE(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore what callbacks set: knobs that the constructor left at their defaults, and the floor's variant."""
+        """Restore what callbacks set: knobs left at their defaults or moved by a controller, the floor's variant."""
         saved = checkpoint.get("lightning_vae", {})
+        self.rate_limit = saved.get("rate_limit")
         for name, target in saved.get("knob_targets", {}).items():
-            if name not in self.configured_knobs:
+            # What a controller was configured with is where it began, and not what it found.
+            if name not in self.configured_knobs or (name == "beta" and self.rate_limit is not None):
                 self.knob_targets[name] = target
                 self._fill(name, target)
-        self.rate_limit = saved.get("rate_limit")
         for name, value in saved.get("chosen", {}).items():
             setattr(self, name, value)
         if "train_sums" in saved:
