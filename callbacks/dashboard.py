@@ -31,7 +31,7 @@ class Dashboard(Callback):
     - Scalars: a group ``Overview``, which comes first, with a point for each validation pass: beta, rate, distortion,
       ELBO, active units and mutual information.
     - Custom scalars: the same six as charts side by side, training and validation in one.
-    - Text: ``how_to_read``, what these say of a model; ``objective``, the loss with its numbers, the networks' sizes,
+    - Text: ``How_to_read``, what these say of a model; ``objective``, the loss with its numbers, the networks' sizes,
       and what moves the knobs; and ``data``.
     - HParams: the module's numbers, what moves its knobs (``method``) and every other option (``setup``) against what
       is measured, to compare runs; where the logger is a ``TensorBoardLogger(default_hp_metric=False)``, as one that
@@ -68,7 +68,7 @@ class Dashboard(Callback):
         if board:
             step = self.step(trainer)
             board.layout(_layout(self.charts))
-            board.text("how_to_read", HOW_TO_READ, step)
+            board.text("How_to_read", HOW_TO_READ, step)
             board.text("objective", self.objective or describe_objective(trainer, pl_module), step)
             board.text("data", self.data or describe_data(trainer), step)
             measured = [title for title, tags in self.charts.items() if not tags[-1].startswith("knobs/")]

@@ -113,11 +113,11 @@ def test_tensorboard_serves_what_was_logged(address):
 
     texts = {
         name: json.loads(fetch(address, f"plugin/text/text?run=runs%2Fone&tag={name}%2Ftext_summary"))[0]["text"]
-        for name in ("how_to_read", "objective", "data")
+        for name in ("How_to_read", "objective", "data")
     }
-    for tag in re.findall(r"<code>(\w+/\w+)</code>", texts["how_to_read"]):
+    for tag in re.findall(r"<code>(\w+/\w+)</code>", texts["How_to_read"]):
         assert tag in {*tags, *pictures}
-    assert texts["how_to_read"].count("<tr>") == 9  # one around it
+    assert texts["How_to_read"].count("<tr>") == 9  # one around it
     for words in ("beta · floored rate", "<code>Bernoulli</code>", "latent dimensions", "Linear(", "<code>Adam</code>"):
         assert words in texts["objective"]
     for words in ("<code>Digits</code>", "(1, 8, 8)", "1,350 observations", "150 observations"):
