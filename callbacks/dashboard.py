@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from .base import Callback
 from .board import Board
-from .run_text import describe_data, describe_objective, options
+from .run_text import HOW_TO_READ, comparable, describe_data, describe_objective
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -21,6 +21,7 @@ _CHARTS: Mapping[str, Sequence[str]] = {
     "distortion": ["train/distortion", "val/distortion"],
     "ELBO": ["train/elbo", "val/elbo"],
     "active_units": ["latent/active_units"],
+    "mutual_information": ["latent/mutual_information"],
 }
 
 
@@ -28,11 +29,13 @@ class Dashboard(Callback):
     """Put what tells a VAE's story together in TensorBoard, and write beside it what was trained on what.
 
     - Scalars: a group ``Overview``, which comes first, with a point for each validation pass: beta, rate, distortion,
-      ELBO and active units.
-    - Custom scalars: the same five as charts side by side, training and validation in one.
-    - Text: ``objective``, the loss with its numbers, the networks' sizes, and what moves the knobs; and ``data``.
-    - HParams: the hyperparameters of module and data against what is measured, to compare runs; where the logger is a
-      ``TensorBoardLogger(default_hp_metric=False)``, as one that has written its own can't be added to.
+      ELBO, active units and mutual information.
+    - Custom scalars: the same six as charts side by side, training and validation in one.
+    - Text: ``How_to_read``, what these say of a model; ``objective``, the loss with its numbers, the networks' sizes,
+      and what moves the knobs; and ``data``.
+    - HParams: the module's numbers, what moves its knobs (``method``) and every other option (``setup``) against what
+      is measured, to compare runs; where the logger is a ``TensorBoardLogger(default_hp_metric=False)``, as one that
+      has written its own can't be added to.
 
     Other loggers have the numbers anyway.
 
@@ -65,11 +68,11 @@ class Dashboard(Callback):
         if board:
             step = self.step(trainer)
             board.layout(_layout(self.charts))
+            board.text("How_to_read", HOW_TO_READ, step)
             board.text("objective", self.objective or describe_objective(trainer, pl_module), step)
             board.text("data", self.data or describe_data(trainer), step)
-            values = {f"data/{name}": value for name, value in options(getattr(trainer, "datamodule", None)).items()}
             measured = [title for title, tags in self.charts.items() if not tags[-1].startswith("knobs/")]
-            board.hyperparameters({**options(pl_module), **values}, [f"Overview/{title}" for title in measured])
+            board.hyperparameters(comparable(trainer, pl_module), [f"Overview/{title}" for title in measured])
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:

@@ -17,7 +17,9 @@ _AGGREGATE: Colour = (31, 119, 180)
 _PRIOR: Colour = (40, 40, 40)
 
 
-def density_panels(mean: Tensor, scale: Tensor | None, titles: Sequence[str], columns: int = 3) -> Tensor:
+def density_panels(
+    mean: Tensor, scale: Tensor | None, titles: Sequence[str], unit: str = "prior", columns: int = 3
+) -> Tensor:
     """Draw, for each latent dimension, the posterior means and the aggregate posterior against the prior.
 
     In each panel, from -4 to 4: a histogram of the posterior means (light blue; what lies outside is in the outermost
@@ -29,6 +31,7 @@ def density_panels(mean: Tensor, scale: Tensor | None, titles: Sequence[str], co
         mean: Posterior means in units of the prior, shape ``(observations, dimensions)``.
         scale: The posteriors' standard deviations, of the same shape; ``None`` leaves the blue line out.
         titles: One for each dimension.
+        unit: What N(0, 1) is here, for the legend.
         columns: Panels in a row.
 
     Returns:
@@ -41,7 +44,7 @@ def density_panels(mean: Tensor, scale: Tensor | None, titles: Sequence[str], co
     canvas = Canvas(_WIDTH * max(3, min(columns, mean.shape[1])), (_HEIGHT + _TITLE) * rows + _LEGEND)
     canvas.text((_MARGIN, 3), "posterior means", (110, 140, 190))
     canvas.text((_MARGIN + 95, 3), "aggregate posterior" if scale is not None else "", _AGGREGATE)
-    canvas.text((_MARGIN + 215, 3), "prior", _PRIOR)
+    canvas.text((_MARGIN + 215, 3), unit, _PRIOR)
     for number, title in enumerate(titles):
         left = number % columns * _WIDTH + _MARGIN
         top = number // columns * (_HEIGHT + _TITLE) + _LEGEND + _TITLE

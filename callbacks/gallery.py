@@ -35,7 +35,8 @@ class Gallery:
         images = self._images(both)
         if images is not None:
             return image_grid(images, ["input", "output"])
-        return curve_panels(both.flatten(2).transpose(0, 1), [_INPUT, _OUTPUT], self.low, self.high)
+        titles = ["input grey, output red", *[""] * (len(inputs) - 1)]
+        return curve_panels(_curves(both).transpose(0, 1), [_INPUT, _OUTPUT], self.low, self.high, titles)
 
     def rows(self, values: Tensor, titles: Sequence[str] = ()) -> Tensor:
         """Draw rows ``(rows, columns, ...)`` that change from left to right; as curves, a panel each, dark to light."""
@@ -44,7 +45,7 @@ class Gallery:
             return image_grid(images, titles)
         # The last tenth of the colour map is too light on white.
         shades = colour_map(torch.linspace(0, 0.9, values.shape[1])).tolist()
-        return curve_panels(values.flatten(2), [tuple(shade) for shade in shades], self.low, self.high, titles)
+        return curve_panels(_curves(values), [tuple(shade) for shade in shades], self.low, self.high, titles)
 
     def each(self, values: Tensor, columns: int) -> Tensor:
         """Draw observations ``(n, ...)`` that have no order, in rows; as curves, five in a panel."""
@@ -52,7 +53,7 @@ class Gallery:
         if images is not None:
             return image_grid(images)
         values = values.view(-1, _IN_A_PANEL, *values.shape[1:])
-        return curve_panels(values.flatten(2), [_OUTPUT] * _IN_A_PANEL, self.low, self.high)
+        return curve_panels(_curves(values), [_OUTPUT] * _IN_A_PANEL, self.low, self.high)
 
     def _images(self, values: Tensor) -> Tensor | None:
         images = as_images(values.flatten(0, 1))
@@ -60,3 +61,9 @@ class Gallery:
             return None
         fraction = (images - self.low) / (self.high - self.low)
         return fraction.view(*values.shape[:2], *images.shape[1:])
+
+
+def _curves(values: Tensor) -> Tensor:
+    """Return rows and columns of observations as vectors; of a sequence of vectors, each entry's course in turn."""
+    longest = max(range(2, values.ndim), key=lambda axis: values.shape[axis], default=-1)
+    return values.movedim(longest, -1).flatten(2)

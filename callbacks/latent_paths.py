@@ -29,6 +29,12 @@ def interpolations(latents: Tensor, paths: int, steps: int) -> Tensor:
     return first.unsqueeze(1) * (1 - ratio) + last.unsqueeze(1) * ratio
 
 
+def expanded(prior: Distribution, shape: Sequence[int]) -> Distribution:
+    """Return a prior as one over latents of a shape; its own axes, a mixture's, say, are the last of them."""
+    over: Distribution = prior.expand(torch.Size(shape[: len(shape) - len(prior.event_shape)]))
+    return over
+
+
 def traversals(latent: Tensor, dimensions: Sequence[int], prior: Distribution, steps: int) -> Tensor:
     """Return a latent with one of its dimensions moved from -2.5 to 2.5 standard deviations of the prior.
 
@@ -41,7 +47,7 @@ def traversals(latent: Tensor, dimensions: Sequence[int], prior: Distribution, s
     Returns:
         Shape ``(dimensions, steps, ...)``.
     """
-    prior = prior.expand(latent.shape)
+    prior = expanded(prior, latent.shape)
     try:
         centre, unit = prior.mean.flatten(), prior.stddev.flatten()
     except NotImplementedError:

@@ -172,7 +172,8 @@ class LatentSpace(Callback):
         numbers = (codes.active or codes.order[:1])[:_SHOWN]
         titles = [codes.title(number) for number in numbers]
         shown = None if scale is None else scale[:, numbers]
-        board.image("latent/against_prior", density_panels(mean[:, numbers], shown, titles), step)
+        unit = "prior" if isinstance(prior, Normal) else "N(0, 1)"
+        board.image("latent/against_prior", density_panels(mean[:, numbers], shown, titles, unit), step)
         planes = _planes(numbers[:_SCATTERED], mean.shape[1])
         names = [(f"z{across}", f"z{up}") for across, up in planes]
         points = torch.stack([mean[:, plane] for plane in planes])
@@ -201,19 +202,21 @@ class _Rows(NamedTuple):
         """Put several together, and return the first of their rows."""
         codes = LatentCodes.joined([part.codes for part in parts]).first(count)
         labels, x = [part.labels for part in parts], [part.x for part in parts]
+        shapes = {None if each is None else each.shape[1:] for each in x}  # several loaders, say, have several
         return cls(
             codes,
             None if None in labels else [name for part in labels for name in part or ()][:count],
-            None if any(part is None for part in x) else torch.cat(x)[:count],  # type: ignore[arg-type]
+            torch.cat(x)[:count] if len(shapes) == 1 and None not in shapes else None,  # type: ignore[arg-type]
         )
 
 
 def _names(labels: Any, count: int) -> list[str] | None:
     """Return labels as words; ``None`` for what is no label for each observation."""
     if isinstance(labels, Tensor):
-        whole = not labels.is_floating_point()
-        labels = labels.squeeze(-1).tolist() if whole and labels.numel() == count else None
-    return list(map(str, labels)) if isinstance(labels, list | tuple) and len(labels) == count else None
+        labels = labels.flatten().tolist() if labels.numel() == count else None
+    if not isinstance(labels, list | tuple) or len(labels) != count:
+        return None
+    return [f"{label:g}" if isinstance(label, float) else str(label) for label in labels]
 
 
 def _in_units(codes: LatentCodes, prior: Distribution) -> tuple[Tensor, Tensor | None]:

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.distributions import Distribution
 from typing_extensions import override
 
+from .as_images import as_images
 from .base import Callback
 from .batch_part import OBSERVATIONS, batch_part
 from .board import Board
 from .gallery import Gallery
 from .latent_codes import LatentCodes
-from .latent_paths import interpolations, traversals
+from .latent_paths import expanded, interpolations, traversals
 from .module_call import ModuleCall
 from .moments import Moments
 from .posterior import as_distribution, read_prior
@@ -63,8 +64,9 @@ class Pictures(Callback):
         chunk: Where ``encode`` gives one tensor that holds both: the axis along which it is split.
         x: Where the observations are in a batch: a key, an index or a callable; in the usual places if not given.
         value_range: The values drawn as black and white, ``(0, 1)``, say, or as the bottom and top of curves. By
-            default (0, 1) or (-1, 1) if the inputs lie within, else what they span. Integers are divided by the
-            module's ``levels`` - 1, or by 255, before.
+            default (0, 1) or (-1, 1) if images lie within, else what they span; for curves what the inputs span, and a
+            quarter of it as room above and below. Integers are divided by the module's ``levels`` - 1, or by 255,
+            before.
         times: How often in a run to draw. TensorBoard shows ten of a tag.
 
     Raises:
@@ -182,6 +184,8 @@ class Pictures(Callback):
         return x
 
     def _keep(self, x: Tensor, batch_idx: int, batches: float) -> None:
+        if self._measured and x.shape[1:] != self._measured[0].shape[1:]:
+            return  # sequences of many lengths: those of the first batch's
         if self._inputs is None:
             self._chosen += [x[row].clone() for row in spread(_COLUMNS, len(x), batch_idx, batches)]
         missing = _MEASURED - sum(map(len, self._measured))
@@ -200,14 +204,15 @@ class Pictures(Callback):
             mean = posterior if isinstance(posterior, Tensor) else posterior.mean
             numbers = (codes.active or codes.order[:1])[:_TRAVERSED]
             latents = {
-                "samples": prior.expand(torch.Size((_SAMPLES, *mean.shape[1:]))).sample().to(mean)[:, None],
+                "samples": expanded(prior, (_SAMPLES, *mean.shape[1:])).sample().to(mean)[:, None],
                 "interpolations": interpolations(mean, _PATHS, _COLUMNS - 2),
                 "traversals": traversals(mean[0], numbers, prior, _COLUMNS),
                 "reconstructions": mean[:, None],
             }
             decoded = self._decoded(pl_module, latents, shown.shape[1:], chunk=max(map(len, measured)))
             if self._reconstruct is not None:
-                decoded["reconstructions"] = _values(self._reconstruct(pl_module, inputs)).view(shown[:, None].shape)
+                outputs = _values("reconstruct", self._reconstruct(pl_module, inputs), shown.shape[1:])
+                decoded["reconstructions"] = outputs[:, None]
         gallery = Gallery(*(self.value_range or _span(shown)))
         pictures = {
             "images/reconstructions": gallery.pairs(shown, decoded["reconstructions"].squeeze(1)),
@@ -236,13 +241,8 @@ class Pictures(Callback):
         """Decode latents ``(rows, columns, ...)``, a batch at a time; give them the shape of the observations."""
         sizes = [part.shape[:2] for part in latents.values()]
         together = torch.cat([part.flatten(0, 1) for part in latents.values()])
-        values = torch.cat([_values(self._decode(pl_module, part)) for part in together.split(chunk)])
-        if values[0].numel() != math.prod(shape):
-            raise ValueError(
-                f"Pictures: `decode` gave shape {tuple(values.shape[1:])} for each of the latents, but an observation "
-                f"has {tuple(shape)}. Name what gives observations, or pick a part of it: `decode='path:part'`."
-            )
-        parts = values.view(-1, *shape).split([math.prod(size) for size in sizes])
+        values = [_values("decode", self._decode(pl_module, part), shape) for part in together.split(chunk)]
+        parts = torch.cat(values).split([math.prod(size) for size in sizes])
         return {name: part.unflatten(0, size) for name, part, size in zip(latents, parts, sizes, strict=True)}
 
 
@@ -250,26 +250,34 @@ def _is_sharded(trainer: Trainer) -> bool:
     return any(cls.__name__ in _SHARDED for cls in type(trainer.strategy).__mro__)
 
 
-def _values(output: Any) -> Tensor:
+def _values(option: str, output: Any, shape: Sequence[int]) -> Tensor:
     """Return the observations in what a decoder gives: a distribution's means, or the first of several tensors."""
-    if isinstance(output, Distribution):
-        output = output.mean
-    values: Tensor = output[0] if isinstance(output, tuple | list) else output
-    return values.float().cpu()
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    values = first.mean if isinstance(first, Distribution) else first
+    if not isinstance(values, Tensor) or values.ndim == 0 or values.shape[1:].numel() != math.prod(shape):
+        what = f"shape {tuple(values.shape[1:])}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
+        raise ValueError(
+            f"Pictures: `{option}` gave {what} for each observation, which has shape {tuple(shape)}. Name what gives "
+            f"observations, or pick a part of it: `{option}='path:part'`."
+        )
+    return values.float().cpu().reshape(-1, *shape)
 
 
 def _shown(inputs: Tensor, pl_module: LightningModule) -> Tensor:
     """Return the inputs in the scale that decoders give: integers are divided by the largest there can be."""
     levels = getattr(pl_module, "levels", None)
     values = inputs.float().cpu()
-    if isinstance(levels, int):
-        return values / (levels - 1)
-    return values / 255 if inputs.dtype == torch.uint8 else values
+    if inputs.is_floating_point():  # a foreign module's `levels` may be anything
+        return values
+    return values / (levels - 1) if isinstance(levels, int) else values / 255 if inputs.dtype == torch.uint8 else values
 
 
 def _span(values: Tensor) -> tuple[float, float]:
-    """Return the values to draw as black and white."""
+    """Return the values to draw as black and white, or between which curves have room."""
     low, high = float(values.min()), float(values.max())
+    if as_images(values) is None:
+        room = max((high - low) / 4, 1e-6)
+        return low - room, high + room
     if low >= -1 and high <= 1:
         return (0.0 if low >= 0 else -1.0), 1.0
     return low, max(high, low + 1e-6)

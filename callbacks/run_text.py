@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.nn.parameter import is_lazy
+
+from .base import callbacks_of
+from .scheduled_knob import ScheduledKnob
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+# A row for each thing to look at; Markdown, as TensorBoard shows it.
+HOW_TO_READ = """\
+| | over-regularised | balanced | under-regularised |
+|---|---|---|---|
+| `Overview/rate` | near 0, or falls to it as beta rises | levels off | high |
+| `Overview/mutual_information` | near 0 | most of the rate | at its cap, log(observations), far below the rate |
+| `Overview/active_units` | 0, or many that carry next to nothing | as many as the data need | all |
+| `images/reconstructions` | blurred, alike | the inputs | sharp |
+| `images/samples` | as blurred, alike | like the inputs | unlike the inputs |
+| `latent/against_prior` | bars in a spike, blue on black | wide bars, blue on black | blue away from black |
+| what to change | lower or anneal `beta`; free bits | nothing | raise `beta`; fewer latent dimensions |
+"""
+_LONGEST = 80  # characters of an option's value
 
 
 def describe_objective(trainer: Trainer, pl_module: LightningModule) -> str:
@@ -29,7 +48,7 @@ def describe_objective(trainer: Trainer, pl_module: LightningModule) -> str:
         (name, f"`{type(part).__name__}`, {_size(part)}") for name, part in pl_module.named_children() if _weighs(part)
     ]
     rows += [("optimizer", f"`{type(each).__name__}`, learning rate {_rate(each)}") for each in trainer.optimizers]
-    rows += [(type(each).__name__, _knob(each)) for each in trainer.callbacks if hasattr(each, "schedule")]  # type: ignore[attr-defined]
+    rows += [(type(each).__name__, f"steers `{each.attribute}` by `{_schedule(each)}`") for each in _knobs(trainer)]
     formula = "**loss = distortion + beta · floored rate**, in nats per observation.\n\n" if "beta" in knobs else ""
     terms = (
         "*Distortion* is -log p(x|z), *rate* is KL(q(z|x) || p(z)), ELBO = -(distortion + rate).\n\n" if knobs else ""
@@ -53,6 +72,22 @@ def describe_data(trainer: Trainer) -> str:
     return _table(rows)
 
 
+def comparable(trainer: Trainer, pl_module: LightningModule) -> dict[str, bool | int | float | str]:
+    """Return what runs are compared by: numbers one by one, everything else in the texts ``method`` and ``setup``.
+
+    A page that has a column for each of a module's options has none in sight for what was measured.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    # What the data module has too is its, linked: the shape, say.
+    own = {name: value for name, value in options(pl_module).items() if str(getattr(data, name, None)) != str(value)}
+    beta = {name: value for name, value in getattr(pl_module, "knob_targets", {}).items() if name == "beta"}
+    numbers = {name: value for name, value in own.items() if not isinstance(value, str)}
+    rest = {name: value for name, value in own.items() if isinstance(value, str)}
+    setup = _call(pl_module, rest) + (f" on {_call(data, options(data))}" if data is not None else "")
+    method = ", ".join(f"{type(each).__name__}({_schedule(each)})" for each in _knobs(trainer))
+    return {**beta, **numbers, "method": method or "none", "setup": setup}
+
+
 def options(owner: Any) -> dict[str, bool | int | float | str]:
     """Return the plain values that an object was made with: its hyperparameters, or the attributes of their names.
 
@@ -73,7 +108,7 @@ def _plain(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, b
         elif key == "class_path":
             yield prefix or key, str(value).rpartition(".")[2]
         elif value is not None and not str(key).startswith("_"):
-            yield name, value if isinstance(value, bool | int | float | str) else str(value)
+            yield name, value if isinstance(value, bool | int | float | str) else _in_a_line(value)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:
@@ -86,21 +121,42 @@ def _weighs(module: nn.Module) -> bool:
 
 
 def _size(module: nn.Module) -> str:
-    return f"{sum(parameter.numel() for parameter in module.parameters()):,} parameters"
+    parameters = list(module.parameters())
+    if any(map(is_lazy, parameters)):
+        return "parameters not yet made"
+    return f"{sum(parameter.numel() for parameter in parameters):,} parameters"
 
 
 def _rate(optimizer: Any) -> str:
-    return ", ".join(f"{float(group['lr']):g}" for group in optimizer.param_groups)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return ", ".join("none given" if rate is None else f"{float(rate):g}" for rate in rates)
 
 
-def _knob(callback: Any) -> str:
-    return f"moves `{callback.attribute}`: `{callback.schedule!r}`"
+def _knobs(trainer: Trainer) -> list[ScheduledKnob]:
+    return [each for each in callbacks_of(trainer) if isinstance(each, ScheduledKnob)]
+
+
+def _schedule(knob: ScheduledKnob) -> str:
+    """Return a schedule without the arguments that nobody gave."""
+    return re.sub(r", \w+=None|\w+=None, ", "", repr(knob.schedule))
+
+
+def _call(owner: Any, arguments: Mapping[str, Any]) -> str:
+    return f"{type(owner).__name__}({', '.join(f'{name}={value}' for name, value in arguments.items())})"
+
+
+def _in_a_line(value: Any) -> str:
+    """Return a value as a short text: networks and tables have long ones."""
+    text = type(value).__name__ if isinstance(value, nn.Module) else " ".join(str(value).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _rows(loader: Any) -> str:
     """Say how many observations a loader has, if it says."""
-    try:
-        count = loader.size if hasattr(loader, "size") else len(loader.dataset)
-    except (AttributeError, TypeError):
-        return ""
+    count = getattr(loader, "size", None)
+    if not isinstance(count, int):
+        try:
+            count = len(loader.dataset)
+        except (AttributeError, TypeError):
+            return ""
     return f", {count:,} observations"

@@ -3,22 +3,25 @@ import re
 import subprocess
 import sys
 import urllib.request
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
+from torch.utils.data import DataLoader
 
-from lightning_vae import VAE
-from lightning_vae.callbacks import CollapseDetector, Dashboard, KLAnnealing, LatentSpace, Linear, Pictures
-from lightning_vae.callbacks.run_text import options
+from lightning_vae import VAE, Gaussian
+from lightning_vae.callbacks import CollapseDetector, Dashboard, FreeBits, KLAnnealing, LatentSpace, Linear, Pictures
+from lightning_vae.callbacks.board import Board
+from lightning_vae.callbacks.run_text import comparable, options
 from lightning_vae.datamodules import Digits
 from tests.doubles import ForeignModule, loader, quiet_trainer
 
@@ -74,7 +77,8 @@ def test_tensorboard_serves_what_was_logged(address):
     assert json.loads(fetch(address, "runs")) == ["runs/one"]
 
     tags = json.loads(fetch(address, "plugin/scalars/tags"))["runs/one"]
-    overview = {"Overview/beta", "Overview/rate", "Overview/distortion", "Overview/ELBO", "Overview/active_units"}
+    titles = ["beta", "rate", "distortion", "ELBO", "active_units", "mutual_information"]
+    overview = {f"Overview/{title}" for title in titles}
     assert {tag for tag in tags if tag.startswith("Overview/")} == overview
     assert min(tags) in overview  # so that they are on the first screen
 
@@ -102,15 +106,18 @@ def test_tensorboard_serves_what_was_logged(address):
     layout = json.loads(fetch(address, "plugin/custom_scalars/layout"))
     [category] = layout["category"]
     charts = {chart["title"]: chart["multiline"]["tag"] for chart in category["chart"]}
-    assert list(charts) == ["beta", "rate", "distortion", "ELBO", "active_units"]
+    assert list(charts) == titles
     for patterns in charts.values():
         for pattern in patterns:
             assert [tag for tag in tags if re.match(pattern, tag)] == [pattern.rstrip("$").replace("\\", "")]
 
     texts = {
         name: json.loads(fetch(address, f"plugin/text/text?run=runs%2Fone&tag={name}%2Ftext_summary"))[0]["text"]
-        for name in ("objective", "data")
+        for name in ("How_to_read", "objective", "data")
     }
+    for tag in re.findall(r"<code>(\w+/\w+)</code>", texts["How_to_read"]):
+        assert tag in {*tags, *pictures}
+    assert texts["How_to_read"].count("<tr>") == 9  # one around it
     for words in ("beta · floored rate", "<code>Bernoulli</code>", "latent dimensions", "Linear(", "<code>Adam</code>"):
         assert words in texts["objective"]
     for words in ("<code>Digits</code>", "(1, 8, 8)", "1,350 observations", "150 observations"):
@@ -120,7 +127,8 @@ def test_tensorboard_serves_what_was_logged(address):
     assert set(histograms) == {"latent/posterior_mean", "latent/posterior_scale"}
 
     experiment = json.loads(fetch(address, "plugin/hparams/experiment", body={"experimentName": ""}))
-    assert {"beta", "latent_dim", "data/batch_size"} <= {each["name"] for each in experiment["hparamInfos"]}
+    # Few, as what was measured stands behind them.
+    assert {each["name"] for each in experiment["hparamInfos"]} == {"beta", "latent_dim", "method", "setup"}
     assert {each["name"]["tag"] for each in experiment["metricInfos"]} == overview - {"Overview/beta"}
 
     assert json.loads(fetch(address, "plugin/projector/runs")) == ["runs/one"]
@@ -206,6 +214,86 @@ def test_loggers_of_numbers_alone_get_nothing_twice(tmp_path, logger):
     if logger:
         [table] = tmp_path.rglob("metrics.csv")
         assert "Overview" not in table.read_text()
+
+
+def test_runs_are_compared_by_few_columns():
+    data = Digits(batch_size=7)
+    method = [KLAnnealing(Linear(fraction=0.5)), FreeBits(0.1), Dashboard()]
+    model = VAE((1, 8, 8), 17, 4, likelihood=partial(Gaussian, variance=0.3))
+    assert comparable(SimpleNamespace(datamodule=data, callbacks=method), model) == {
+        "beta": 1.0,
+        "latent_dim": 4,
+        "likelihood/variance": 0.3,
+        "method": "KLAnnealing(Linear(start=0.0, fraction=0.5)), FreeBits(Constant(value=0.1))",
+        "setup": "VAE(likelihood=Gaussian, free_bits_per=dimension, free_bits_average=batch) on "
+        "Digits(batch_size=7, val_fraction=0.1, seed=0)",
+    }
+    theirs = comparable(SimpleNamespace(callbacks=[]), ForeignModule(beta=0.5))
+    assert theirs == {"beta": 0.5, "optimizers": 1, "method": "none", "setup": "ForeignModule()"}
+
+
+class Untold(ForeignModule):
+    """Its optimizer has no learning rate, one of its layers has no size yet, and it was made of parts."""
+
+    def __init__(self, table, part):
+        super().__init__()
+        self.later = nn.LazyLinear(3)
+        self.table, self.part = table, part
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.layer.parameters(), 0.01)
+        for group in optimizer.param_groups:
+            group["lr"] = None
+        optimizer.step = lambda closure: closure()
+        return optimizer
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'part' is an instance")
+def test_what_is_not_known_is_no_error(tmp_path):
+    class Sized(DataLoader):
+        def size(self):
+            return 12
+
+    class Theirs(Callback):
+        schedule = "somebody's"
+
+    logger = board(tmp_path)
+    data = Sized(loader().dataset, 4, generator=torch.Generator())
+    fit(tmp_path, [Theirs(), Dashboard()], logger, Untold(torch.zeros(90, 90), nn.Linear(2, 2)), data)
+    [objective] = events(logger).Tensors("objective/text_summary")
+    for words in (b"learning rate none given", b"parameters not yet made"):
+        assert words in objective.tensor_proto.string_val[0]
+    [described] = events(logger).Tensors("data/text_summary")
+    assert b"12 observations" in described.tensor_proto.string_val[0]
+    texts = options(Untold(torch.zeros(90, 90), nn.Linear(2, 2)))
+    assert texts["part"] == "Linear"
+    assert len(texts["table"]) < 100
+
+
+class Other(Logger):
+    """A logger that takes pictures and asks who is there."""
+
+    name, version = "other", 0
+    experiment = SimpleNamespace(add_image=lambda *_: None)
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    def log_metrics(self, *_, **__):
+        pass
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_only_the_process_that_writes_has_a_board(first):
+    class Trap(Other):
+        @property
+        def experiment(self):
+            assert first, "another process would open files, or a run of its own"
+            return Other.experiment
+
+    found = Board(SimpleNamespace(loggers=[Trap()], is_global_zero=first))
+    assert bool(found) == first
+    found.image("tag", torch.zeros(3, 2, 2, dtype=torch.uint8), 0)
 
 
 def test_options_are_what_an_object_was_made_with():

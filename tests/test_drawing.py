@@ -6,19 +6,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from torch.distributions import Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from lightning_vae.callbacks.as_images import as_images
 from lightning_vae.callbacks.batch_part import LABELS, OBSERVATIONS, batch_part
 from lightning_vae.callbacks.canvas import Canvas
 from lightning_vae.callbacks.curve_panels import curve_panels
 from lightning_vae.callbacks.density_panels import density_panels
+from lightning_vae.callbacks.gallery import _curves
 from lightning_vae.callbacks.image_grid import image_grid
 from lightning_vae.callbacks.latent_codes import LatentCodes
-from lightning_vae.callbacks.latent_paths import interpolations, traversals
+from lightning_vae.callbacks.latent_paths import expanded, interpolations, traversals
 from lightning_vae.callbacks.moments import expected_passes, is_moment
 from lightning_vae.callbacks.png import png
-from lightning_vae.callbacks.scatter_panels import scatter_panels
+from lightning_vae.callbacks.scatter_panels import _coloured, scatter_panels
 from lightning_vae.callbacks.spread import spread
 
 
@@ -38,9 +39,13 @@ def coloured(picture, colour, tolerance=30):
         ((5, 2, 8, 8), (5, 1, 8, 8)),
         ((5, 11, 8, 8), (5, 1, 8, 8)),
         ((5, 8, 8), (5, 1, 8, 8)),
-        ((5, 1, 6, 8, 8), (5, 1, 8, 8)),
+        ((5, 1, 6, 8, 9), (5, 1, 8, 9)),
+        ((5, 6, 3, 8, 9), (5, 3, 8, 9)),
+        ((5, 6, 8, 9, 3), (5, 3, 8, 9)),
+        ((5, 30, 5), None),
         ((5, 300), None),
         ((5, 1, 300), None),
+        ((5, 7, 30), None),
         ((5, 1, 1, 300), None),
         ((5, 3, 3, 300), None),
     ],
@@ -67,9 +72,18 @@ def test_a_grid_keeps_pixels_rows_and_columns():
     assert (labelled[:, :34, :-102] < 120).any()
 
 
-@pytest.mark.parametrize(("size", "cell"), [((8, 8), (34, 34)), ((28, 28), (30, 30)), ((300, 200), (98, 66))])
+@pytest.mark.parametrize(
+    ("size", "cell"),
+    [((8, 8), (34, 34)), ((28, 28), (30, 30)), ((7, 31), (16, 64)), ((4, 90), (6, 92)), ((300, 200), (98, 66))],
+)
 def test_images_are_brought_to_a_size_one_can_see(size, cell):
     assert image_grid(torch.rand(1, 1, 3, *size)).shape[1:] == cell
+
+
+def test_a_label_has_room_beside_a_flat_image():
+    images = torch.zeros(2, 1, 1, 4, 90)
+    assert image_grid(images).shape[1] == 2 * 6
+    assert image_grid(images, ["input", "output"]).shape[1] == 2 * 13
 
 
 def test_curves_lie_where_their_values_are():
@@ -106,6 +120,28 @@ def test_dots_have_their_labels_colours_and_places():
     assert first[0] < second[0]  # up
     assert first[1] > second[1]  # right
     assert coloured(picture[:, :20], (255, 127, 14), 60).any()  # the legend
+
+
+def test_a_legend_is_whole():
+    names = [f"a long name {number}" for number in range(5)]
+    picture = scatter_panels(torch.full((1, 5, 2), 9.0), [("z0", "z1")], names)  # the dots lie in a corner
+    assert picture.shape[1:] == (5 * 14 - 14 + 20 + 168 + 18, 168)
+    for line, colour in enumerate([(31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189)]):
+        assert coloured(picture[:, 14 * line : 14 * line + 18], colour, 60).any()
+
+
+def test_a_range_of_labels_has_its_ends_for_a_legend():
+    labels = [f"{number / 7:g}" for number in range(50)] + ["nan"]
+    colours, legend = _coloured(labels, 51)
+    assert legend == [("0 to", (68, 1, 84)), ("7", tuple(colours[49].tolist()))]
+    assert len(colours.unique(dim=0)) > 40
+
+
+def test_a_sequence_of_vectors_is_drawn_entry_by_entry():
+    courses = torch.stack([torch.zeros(100), torch.ones(100)], dim=1)[None, None]  # (1, 1, 100, 2)
+    assert _curves(courses)[0, 0].tolist() == [0.0] * 100 + [1.0] * 100
+    assert _curves(courses.mT).equal(_curves(courses))
+    assert _curves(torch.arange(3.0)[None, None]).tolist() == [[[0, 1, 2]]]
 
 
 @pytest.mark.parametrize(
@@ -199,6 +235,13 @@ def test_interpolations_are_straight():
     assert paths[:, -1].equal(latents[2:4])
     assert torch.allclose(paths[:, 1], latents[:2] * 2 / 3 + latents[2:4] / 3)
     assert interpolations(latents[:1], 3, 4).shape[0] == 0
+
+
+def test_a_prior_with_axes_of_its_own():
+    mixture = MixtureSameFamily(Categorical(torch.ones(2)), Independent(Normal(torch.zeros(2, 3), 2.0), 1))
+    assert expanded(mixture, (7, 3)).sample().shape == (7, 3)
+    assert expanded(Normal(0.0, 1.0), (7, 2, 3)).sample().shape == (7, 2, 3)
+    assert traversals(torch.ones(3), [1], mixture, 3)[0].tolist() == [[1, -5, 1], [1, 0, 1], [1, 5, 1]]
 
 
 def test_traversals_move_one_dimension_in_units_of_the_prior():

@@ -8,11 +8,12 @@ from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.distributions import Beta, Normal
+from torch.distributions import Beta, Categorical, Independent, MixtureSameFamily, Normal
 from torch.utils.data import DataLoader
 
 from lightning_vae import VAE
 from lightning_vae.callbacks import Dashboard, LatentSpace, Pictures
+from lightning_vae.callbacks.latent_space import _names
 from tests.doubles import quiet_trainer
 
 TAGS = {"images/reconstructions", "images/samples", "images/interpolations", "images/traversals"}
@@ -307,6 +308,11 @@ def test_a_wrong_path_is_an_error_before_the_first_step(tmp_path, options, messa
         ({"encode": "embed", "decode": "net.dec"}, "(?s)of what `encode` gives.*encode='path:part'"),
         ({"encode": "embed:stats", "decode": "net.enc"}, "mat1 and mat2|shape"),
         ({"encode": "embed:stats", "decode": lambda module, z: z}, r"`decode` gave shape \(3,\) for each"),
+        ({"encode": "embed:stats", "decode": lambda module, z: {"x": z}}, "`decode` gave a dict for each"),
+        (
+            {"encode": "embed:stats", "decode": "net.dec", "reconstruct": "embed:stats"},
+            r"(?s)`reconstruct` gave shape \(3,\) for each.*reconstruct='path:part'",
+        ),
         ({"encode": "embed:stats", "decode": "net.dec", "x": "image"}, "A batch has no 'image'"),
         ({"encode": "embed:stats", "decode": "net.dec", "x": lambda batch: 1}, "no observations were found"),
     ],
@@ -343,6 +349,75 @@ def test_a_posterior_that_is_no_gaussian(tmp_path):
 
     _, logger = run(tmp_path, [Pictures(), LatentSpace()], Other(), constants())
     assert set(logger.images) == ALL
+
+
+def test_a_mixture_for_a_prior(tmp_path):
+    class Mixed(Doubles):
+        def __init__(self):
+            super().__init__()
+            parts = Independent(Normal(torch.tensor([[-9.0, 0.0], [9.0, 0.0]]), 0.1), 1)
+            self.prior = MixtureSameFamily(Categorical(torch.ones(2)), parts)
+
+    _, logger = run(tmp_path, [Pictures(), LatentSpace()], Mixed(), constants())
+    samples = cells(logger.last("images/samples"), 5, 10)
+    assert set(samples.flatten().tolist()) == {0.0, 1.0}  # of each part some, nothing between
+
+
+def test_batches_of_other_sizes_are_left_out(tmp_path):
+    class Several(Doubles):
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+
+    sizes = [constants(), [torch.full((1, 20, 20), 0.5)] * 20]
+    _, logger = run(
+        tmp_path, [Pictures(), LatentSpace()], Several(), constants(), val=[DataLoader(data, 10) for data in sizes]
+    )
+    assert set(logger.images) == ALL
+    mixed = [torch.stack(data[:10]) for data in sizes for _ in range(2)]
+    _, logger = run(tmp_path, [Pictures(), LatentSpace()], Doubles(), constants(), val=DataLoader(mixed, None))
+    assert logger.last("images/reconstructions").shape[1] < 10 * 34
+
+
+def test_levels_of_a_foreign_module_are_its_own_affair(tmp_path):
+    model = Doubles()
+    model.levels = 3
+    _, logger = run(tmp_path, Pictures(), model, constants())
+    inputs, outputs = cells(logger.last("images/reconstructions"), 2, 10)
+    assert torch.allclose(inputs, outputs, atol=0.01)
+    assert inputs.max() > 0.9
+
+
+def test_outputs_may_lie_in_memory_as_they_like(tmp_path):
+    def turned(module, x):
+        return module.decode(module.encode(x).mean).transpose(2, 3).expand(-1, 1, 16, 16)
+
+    callback = Pictures(reconstruct=lambda module, x: turned(module, x)[:, 0], x=lambda batch: batch.flatten(1))
+    _, logger = run(tmp_path, callback, Doubles(), constants())
+    assert set(logger.images) == TAGS
+
+
+def test_curves_of_small_numbers_fill_their_panels(tmp_path):
+    data = [torch.randn(6, generator=torch.Generator().manual_seed(number)) / 100 for number in range(20)]
+    _, logger = run(tmp_path, Pictures(), small_vae((6,), None), data)
+    picture = logger.last("images/reconstructions").float()
+    grey = ((picture - 150).abs().amax(2) < 8).nonzero()[:, 0] % 98
+    assert grey.max() - grey.min() > 35
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (torch.tensor([1, 2]), ["1", "2"]),
+        (torch.tensor([[True], [False]]), ["True", "False"]),
+        (torch.tensor([0.5, 2.0]), ["0.5", "2"]),
+        (["cat", "dog"], ["cat", "dog"]),
+        (torch.zeros(2, 3), None),
+        (torch.zeros(3), None),
+        (None, None),
+    ],
+)
+def test_labels_of_any_kind(labels, expected):
+    assert _names(labels, 2) == expected
 
 
 def test_half_precision(tmp_path):
