@@ -394,6 +394,11 @@ def test_spaces_share_a_scale_and_carry_their_names():
     figure = compare_latents({"plane": vae(2), "space": vae(5)}, batches())
     assert figure.subfigs[0].axes[0].get_xlim() == figure.subfigs[1].axes[0].get_xlim()
     assert [panel.get_suptitle() for panel in figure.subfigs] == ["plane", "space"]
+
+
+def test_kinds_carry_their_names_where_there_is_room():
+    labels = torch.arange(40) % 4
+    figure = compare_latents([vae(2)], [(30 * torch.eye(6)[labels], labels)])
     assert [text.get_text() for text in figure.subfigs[0].axes[0].texts] == ["0", "1", "2", "3"]
 
 
