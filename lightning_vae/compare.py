@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -33,6 +34,7 @@ COLOURS = (
 )
 _COLUMNS = 4
 _IMAGES = 8
+_NAME_WIDTH = 36  # letters above a panel
 
 
 def compare_latents(
@@ -50,7 +52,8 @@ def compare_latents(
 
     Args:
         models: The models by name, or without names. They must take the same data.
-        loader: Batches as the models take them; only the first observations are read.
+        loader: Batches as the models take them, with labels of shape ``(B,)`` under ``"label"`` in a mapping or as the
+            second element of a sequence; only the first observations are read.
         observations: How many of them are shown.
         projection: ``"pca"`` or ``"tsne"``, for spaces of more than two dimensions.
         seed: Seed of the samples, of binarisation and of t-SNE.
@@ -59,7 +62,7 @@ def compare_latents(
         A matplotlib figure, which belongs to no window.
 
     Raises:
-        ValueError: On no models, no observations, or another projection.
+        ValueError: On no models, less than two observations, another projection, or data that a model does not take.
 
     Example::
 
@@ -73,8 +76,11 @@ def compare_latents(
         raise ValueError("`models` must hold at least one model.")
     if projection not in ("pca", "tsne"):
         raise ValueError(f"`projection` must be 'pca' or 'tsne', got {projection!r}.")
-    x, index, labels = _first(loader, observations)
+    if observations < 2:
+        raise ValueError(f"`observations` must be at least 2, got {observations}.")
+    x, index, labels = _first(loader, observations, named)
     views = [_view(model, x, index, projection, seed) for model in named.values()]
+    pictured = _are_images(x)
     reach = max((float(view.points.abs().max()) for view in views if view.shares_scale), default=1.0)
 
     columns = min(len(named), _COLUMNS)
@@ -83,13 +89,15 @@ def compare_latents(
     grids = figure.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.04)
     for panel, name, model, view in zip(grids.flat, named, named.values(), views, strict=False):
         points, reconstructed, sampled = panel.subplots(3, 1, height_ratios=(6, 1.9, 1.9))
-        panel.suptitle(name, fontsize=10)
+        if not pictured:
+            sampled.sharey(reconstructed)  # samples are judged by the data's own scale
+        panel.suptitle("\n".join(part for line in name.splitlines() for part in wrap(line, _NAME_WIDTH)), fontsize=10)
         _scatter(points, view, labels, 1.06 * max(reach, 1.0))
         original, reconstruction = x[:_IMAGES], _in_chunks(model, x[:_IMAGES], index[:_IMAGES], "reconstruct")
         _show(reconstructed, model.levels, original, reconstruction)
-        reconstructed.set_title("data and, below, reconstructions" if x.ndim == 4 else "data, reconstructions (dashed)",
+        reconstructed.set_title("data and, below, reconstructions" if pictured else "data, reconstructions (dashed)",
                                 fontsize=8, color="0.3", pad=4)  # fmt: skip
-        _show(sampled, model.levels, *_samples(model, 2 * _IMAGES if x.ndim == 4 else _IMAGES, seed))
+        _show(sampled, model.levels, *_samples(model, 2 * _IMAGES if pictured else _IMAGES, seed))
         sampled.set_title("samples from the prior", fontsize=8, color="0.3", pad=4)
     return figure
 
@@ -160,23 +168,35 @@ class _View(NamedTuple):
     shares_scale: bool
 
 
-def _first(loader: Iterable[Any], observations: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _first(loader: Iterable[Any], observations: int, models: Mapping[str, VAE]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Read the first observations, their indices, and their labels if there are any."""
     parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
     count = 0
     for batch in loader:
-        x = batch["x"] if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple | list) else batch
-        index = batch.get("index") if isinstance(batch, Mapping) else None
-        label = batch.get("label") if isinstance(batch, Mapping) else None
-        parts.append((x, torch.arange(count, count + len(x)) if index is None else index, label))
+        for name, model in models.items():
+            try:
+                x = model._observations(batch, check=count == 0)
+            except ValueError as error:
+                raise ValueError(f"`models`: {name.splitlines()[0]!r} does not take these data. {error}") from None
+        given = batch if isinstance(batch, Mapping) else {}
+        index = given.get("index", torch.arange(count, count + len(x)))
+        parts.append((x, index, _labels(batch, len(x))))
         count += len(x)
         if count >= observations:
             break
-    if count == 0:
-        raise ValueError("`loader` holds no observations.")
+    if count < 2:
+        raise ValueError(f"`loader` must hold at least 2 observations, got {count}.")
     xs, indices, labels = zip(*parts, strict=True)
-    known = None if any(label is None for label in labels) else torch.cat(labels)[:observations]
+    known = None if any(label is None for label in labels) else torch.cat(labels)[:observations].cpu()
     return torch.cat(xs)[:observations], torch.cat(indices)[:observations], known
+
+
+def _labels(batch: Any, size: int) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        label = batch.get("label")
+    else:
+        label = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    return label if isinstance(label, Tensor) and label.shape == (size,) else None
 
 
 def _view(model: VAE, x: Tensor, index: Tensor, projection: Projection, seed: int) -> _View:
@@ -225,21 +245,27 @@ def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> No
     from matplotlib.patheffects import withStroke
 
     points = view.points
-    kinds = labels.unique().tolist() if labels is not None and labels.ndim == 1 else []
+    kinds = [] if labels is None else labels.unique().tolist()
     flat = points.shape[1] == 1
     if flat:  # the other axis keeps the labels apart, or just the points
         spread = 0.6 * torch.rand(len(points), generator=torch.Generator().manual_seed(0)) - 0.3
-        points = torch.stack([points[:, 0], spread + (labels if labels is not None and kinds else 0)], dim=1)
+        points = torch.stack([points[:, 0], spread + (0 if labels is None else labels)], dim=1)
     style: dict[str, Any] = {"s": 6, "linewidths": 0, "alpha": 0.75, "rasterized": True}
     if 1 < len(kinds) <= len(COLOURS):
         for colour, kind in zip(COLOURS, kinds, strict=False):
             axes.scatter(*points[labels == kind].T, color=colour, **style)
-        for kind in [] if flat else kinds:
-            x, y = points[labels == kind].median(dim=0).values.tolist()
-            halo = [withStroke(linewidth=2.5, foreground="white")]
-            axes.text(x, y, f"{kind:g}", fontsize=8, weight="bold", ha="center", va="center", path_effects=halo)
-    elif kinds:
-        axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", **style)
+        centres = torch.stack([points[labels == kind].median(dim=0).values for kind in kinds])
+        nearest = torch.cdist(centres, centres).fill_diagonal_(math.inf).amin(dim=1)
+        apart = nearest > 0.05 * (reach if view.shares_scale else float(points.abs().max()))
+        halo = [withStroke(linewidth=2.5, foreground="white")]
+        for kind, (x, y), alone in zip(kinds, centres.tolist(), apart.tolist(), strict=True):
+            if alone and not flat:  # where they lie on each other, one would hide the rest
+                axes.text(x, y, f"{kind:g}", fontsize=8, weight="bold", ha="center", va="center", path_effects=halo)
+    elif len(kinds) > 1:
+        dots = axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", **style)
+        bar = axes.figure.colorbar(dots, ax=axes, shrink=0.8, pad=0.02)
+        bar.ax.tick_params(labelsize=7, length=2)
+        bar.set_label("label", fontsize=8)
     else:
         axes.scatter(*points.T, color=COLOURS[0], **style)
     axes.set_xlabel(view.axes[0], fontsize=8, labelpad=1)
@@ -256,9 +282,13 @@ def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> No
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def _are_images(x: Tensor) -> bool:
+    return x.ndim == 4 and x.shape[1] in (1, 3)
+
+
 def _show(axes: Axes, levels: int | None, *rows: Tensor) -> None:
     """Draw rows of images, or vectors as lines over their coordinates, the second row's dashed."""
-    if rows[0].ndim == 4:
+    if _are_images(rows[0]):
         top = 1.0 if levels is None else levels - 1.0
         gap = max(1, rows[0].shape[-1] // 16)
         framed = [pad((row.float() / top).clamp(0, 1), (0, gap, 0, gap), value=1.0) for row in rows]

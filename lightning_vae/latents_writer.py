@@ -87,7 +87,9 @@ class LatentsWriter(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
+        if self._file is not None:  # it was writing: half a table is of no use to a later run
+            self._close()
+            self._part(trainer.global_rank).unlink()
 
     def _close(self) -> None:
         if self._file is not None:

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,14 +26,13 @@ from .datamodules import Gaussian as GaussianData
 from .likelihoods import Gaussian
 from .shannon import shannon_distortion
 from .sweep_jobs import Jobs, duration, evaluation
-from .sweep_plan import Point
+from .sweep_plan import BETA, Point
 from .sweep_table import Row
 from .vae import VAE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_BETA = "model.beta"
 _TERMS = ("ELBO", "rate", "distortion")
 _PRINTED = ("elbo", "rate", "distortion", "nll", "active_units", "above_shannon")
 _PLAIN = int | float | str | bool  # what TensorBoard takes for an option
@@ -52,6 +52,17 @@ def sweep(arguments: Sequence[str]) -> None:
         arguments: The command line behind ``sweep``.
     """
     options, rest = _parser().parse_known_args(arguments)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is as good as Ctrl-C
+    try:
+        _sweep(options, rest)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        raise SystemExit(130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
     base = Path(options.folder) / (options.name or _default_name(options))
     jobs = Jobs(options.jobs)
     try:
@@ -64,16 +75,16 @@ def sweep(arguments: Sequence[str]) -> None:
         print("# These learn the variance that all betas get. Give this command again when they are done.")
         _print_commands(references)
         return
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _exit(f"`--folder`, `--name`: {base} can't be made: {error.strerror}.")
     _train_references(references, jobs)
     planned += _points(bases, betas, options.seeds, rest, base)
     if options.print_commands:
         _print_commands(planned)
         return
-    try:
-        failed = _run(planned, jobs, base)
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
-        raise SystemExit(130) from None
+    failed = _run(planned, jobs, base)
     finished = [point for point in planned if point.evaluation.is_file()]
     if finished:
         _report(finished, base, options.projection)
@@ -165,18 +176,24 @@ def _bases(options: argparse.Namespace, rest: Sequence[str], base: Path) -> tupl
     """Lay out what is trained at each of the betas, and list the betas (none, where they are the configs' own)."""
     if not options.config and not options.checkpoints:
         raise ValueError("`sweep` needs `--config` or `--checkpoints`: there is nothing to compare.")
-    if any(not isinstance(seed, int) or isinstance(seed, bool) for seed in options.seeds or []):
-        raise ValueError(f"`--seeds` must be whole numbers, got {options.seeds}.")
+    if any(
+        not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**32 for seed in options.seeds or []
+    ):
+        raise ValueError(f"`--seeds` must be whole numbers from 0 to {2**32 - 1}, got {options.seeds}.")
     varied = dict(options.vary)
-    if options.betas and _BETA in varied:
+    if len(varied) < len(options.vary):
+        raise ValueError("`--vary` names an option twice. Give all its values in one list.")
+    if "seed_everything" in varied:
+        raise ValueError("`--vary seed_everything` would take seeds for configurations. Give them as `--seeds`.")
+    if options.betas and BETA in varied:
         raise ValueError("`--betas` and `--vary model.beta` are the same. Give one of them.")
-    betas = options.betas or varied.pop(_BETA, [])
+    betas = options.betas or varied.pop(BETA, [])
     bases = []
     for files in options.config:
         for choice in sweep_plan.grid(varied):
             reference = None
             if len(betas) > 1:
-                configuration, model = sweep_plan.configure(files, {**choice, _BETA: 1}, rest)
+                configuration, model = sweep_plan.configure(files, {**choice, BETA: 1}, rest)
                 if isinstance(model.likelihood, Gaussian) and model.likelihood.learns_scale:
                     reference = sweep_plan.points(configuration, options.seeds, base)[0]
                 elif model.likelihood.learns_scale:
@@ -197,7 +214,7 @@ def _points(
         fixed = list(rest)
         if each.reference is not None:
             fixed = sweep_plan.with_variance(rest, _learned_variance(each.reference))
-        for choice in sweep_plan.grid({_BETA: betas} if betas else {}):
+        for choice in sweep_plan.grid({BETA: betas} if betas else {}):
             configuration, _ = sweep_plan.configure(each.files, {**each.options, **choice}, fixed)
             planned += sweep_plan.points(configuration, seeds, base)
     return list({point.folder: point for point in planned}.values())  # a config given twice is one
@@ -299,7 +316,8 @@ def _report(planned: Sequence[Point], base: Path, projection: compare.Projection
         "Tables": f"{base}/results.csv, {base}/summary.csv",
         "Figures": ", ".join(f"{base}/{n}.png" for n in figures),
     }
-    lines["Look at it"] = f"tensorboard --logdir {base}"
+    lines["Compare"] = f"tensorboard --logdir {base}/comparison"
+    lines["Curves"] = f"tensorboard --logdir {base}"
     print("\n" + "\n".join(f"{name + ':':<12}{text}" for name, text in lines.items()))
 
 
@@ -308,7 +326,7 @@ def _caption(point: Point, row: Row, several: bool) -> str:
     if point.configuration is None:
         name = os.path.relpath(point.run)
     else:
-        varied = [f"{sweep_plan.short(key)} {value}" for key, value in point.configuration.options.items()]
+        varied = [f"{option} {value}" for option, value in point.configuration.varied.items()]
         name = ", ".join(([point.configuration.name] if several or not varied else []) + varied)
     measured = f"rate {row['rate']:.3g} nats" if "rate" in row else ""
     if row.get("active_units") is not None:
@@ -334,7 +352,7 @@ def _curves(planned: Sequence[Point], means: Sequence[Row]) -> dict[str, list[co
         name, note = row["config"], ""
         if configuration is not None:
             options = dict(configuration.options)
-            note = f"\u03b2 {options.pop(_BETA):g}" if _BETA in options else ""
+            note = f"\u03b2 {options.pop(BETA):g}" if BETA in options else ""
             name = replace(configuration, options=options).label
         point = compare.CurvePoint(
             rate=row["rate_mean"],

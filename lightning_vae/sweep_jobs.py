@@ -88,19 +88,24 @@ class Jobs:
         point.folder.mkdir(parents=True, exist_ok=True)
         threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
         here = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "lightning_vae", *arguments]
+        command = [sys.executable, "-m", "lightning_vae.sweep_point", *arguments]
         with (point.folder / LOG).open("ab") as log:
             before = log.tell()
             with self._lock:
                 if self._stopped:
                     raise Failed("stopped")
-                process = subprocess.Popen(
-                    command, stdout=log, stderr=log, env={**os.environ, **threads, "PYTHONPATH": here}
+                process = subprocess.Popen(  # its standard input closes with this process, however that ends
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=log,
+                    stderr=log,
+                    env={**os.environ, **threads, "PYTHONPATH": here},
                 )
                 self._running.add(process)
             code = process.wait()
             with self._lock:
                 self._running.discard(process)
+                _close(process)
         if code != 0:
             said = (point.folder / LOG).read_bytes()[before:].decode(errors="replace")
             raise Failed(_last_words(said) or f"`{arguments[0]}` has ended with exit code {code}")
@@ -110,6 +115,12 @@ class Jobs:
             self._stopped = True
             for process in self._running:
                 process.terminate()
+                _close(process)
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    assert process.stdin is not None
+    process.stdin.close()
 
 
 def evaluation(point: Point) -> dict[str, Any]:

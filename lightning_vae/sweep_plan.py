@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from . import finished_fit
 from .cli import VAECLI, command_line
 from .likelihoods import Gaussian
 from .vae import VAE
+
+BETA = "model.beta"
 
 
 class _Built(VAECLI):
@@ -52,9 +55,16 @@ class Configuration:
     digest: str
 
     @property
+    def varied(self) -> dict[str, str]:
+        """Its options as text, by the last part of their names where that tells them apart."""
+        last = {name: name.rpartition(".")[2] for name in self.options}
+        alone = [name for name, count in Counter(last.values()).items() if count == 1]
+        return {last[name] if last[name] in alone else name: _text(value) for name, value in self.options.items()}
+
+    @property
     def label(self) -> str:
         """Say what sets it apart."""
-        return " ".join([self.name, *(f"{short(name)}={_text(value)}" for name, value in self.options.items())])
+        return " ".join([self.name, *(f"{name}={value}" for name, value in self.varied.items())])
 
 
 @dataclass(frozen=True)
@@ -121,24 +131,32 @@ class Point:
 
 
 def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[Configuration, VAE]:
-    """Resolve a config and its options, and build its model once; what is wrong with them ends the process here.
+    """Resolve a config and its options, and build its model once; what the parser refuses ends the process here.
 
     Args:
         files: Config files, joined by ``+``.
         options: Options that the sweep varies.
         rest: Further arguments of ``fit``.
+
+    Raises:
+        ValueError: If it goes on from a checkpoint.
     """
     paths = files.split("+")
     arguments = (
         *(f"--config={path}" for path in paths),
         *rest,
-        *(f"--{name}={json.dumps(value)}" for name, value in options.items()),
+        *(f"--{name}={_text(value)}" for name, value in options.items()),
     )
-    built = build(["fit", *arguments])
+    built = _build(["fit", *arguments])
     config = built.config["fit"].as_dict()
     identity = copy.deepcopy(config)
     seed = identity.pop("seed_everything")
     identity["trainer"].pop("logger")
+    if config["ckpt_path"]:
+        raise ValueError(
+            f"`--ckpt_path`: every point would train the model of {config['ckpt_path']}, whatever its options. To "
+            "compare with a finished run, give `--checkpoints`."
+        )
     for name in ("config", "ckpt_path", "same_run"):
         identity.pop(name, None)
     return Configuration(
@@ -150,19 +168,13 @@ def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tu
     ), built.model
 
 
-def build(arguments: list[str]) -> LightningCLI:
-    """Parse a command and build its model and data, without running it."""
-    with _silence():
-        return command_line(_Built, arguments)
-
-
 def data_of(config: Path) -> tuple[str, LightningDataModule]:
     """Build the data module of a run from the config that it has saved, with a text that is the same for equal data.
 
     Args:
         config: A run's ``config.yaml``.
     """
-    built = build(["fit", f"--config={config}"])
+    built = _rebuilt(config)
     return json.dumps(built.config["fit"]["data"].as_dict(), sort_keys=True, default=str), built.datamodule
 
 
@@ -210,7 +222,7 @@ def existing(checkpoint: str, base: Path) -> Point:
         raise ValueError(f"`--checkpoints`: {checkpoint} lies in no run's folder: no config.yaml in {point.run}.")
     status = path.stat()  # a file of the same name and another content is another point
     digest = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:8]
-    seed = int(build(["fit", f"--config={point.run / 'config.yaml'}"]).config["fit"]["seed_everything"])
+    seed = int(_rebuilt(point.run / "config.yaml").config["fit"]["seed_everything"])
     return Point(None, seed, base / _folder(f"{point.run.name} {path.stem} {digest}"), trained=path)
 
 
@@ -218,11 +230,6 @@ def with_variance(rest: Sequence[str], variance: float) -> list[str]:
     """Add to arguments of ``fit`` what fixes the Gaussian likelihood's variance."""
     kind = f"{Gaussian.__module__}.{Gaussian.__qualname__}"
     return [*rest, f"--model.likelihood={kind}", f"--model.likelihood.variance={variance!r}"]
-
-
-def short(name: str) -> str:
-    """Shorten a dotted option to its last part."""
-    return name.rpartition(".")[2]
 
 
 def _into(folder: Path) -> list[str]:
@@ -236,6 +243,17 @@ def _into(folder: Path) -> list[str]:
         f"{logger}.default_hp_metric=false",
         "--trainer.enable_progress_bar=false",
     ]
+
+
+def _build(arguments: Sequence[str]) -> LightningCLI:
+    """Parse a command and build its model and data, without running it."""
+    with _silence():
+        return command_line(_Built, list(arguments))
+
+
+def _rebuilt(config: Path) -> LightningCLI:
+    """Build what a run has been; the checkpoint that it went on from may be gone."""
+    return _build(["fit", f"--config={config}", "--ckpt_path=null", "--same_run=false"])
 
 
 def _text(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from . import finished_fit
 from .datamodules import Gaussian as GaussianData
 from .shannon import shannon_distortion
-from .sweep_plan import Point, short
+from .sweep_plan import BETA, Point
 from .vae import VAE
 
 Row = dict[str, Any]
@@ -27,7 +27,7 @@ def row(point: Point, found: Mapping[str, Any], model: VAE | None, data: object)
         data: Its data module.
     """
     configuration = point.configuration
-    varied = {short(name): value for name, value in configuration.options.items()} if configuration else {}
+    varied = {name: value for name, value in configuration.options.items() if name != BETA} if configuration else {}
     measured = {name: value for name, value in found.items() if not isinstance(value, list | dict)}
     versions = (finished_fit.read(point.run) or {}).get("versions", {})
     described: Row = {

@@ -3,9 +3,12 @@
 import csv
 import json
 import math
+import os
 import re
 import shlex
+import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -81,19 +84,19 @@ def test_the_grid_its_table_its_means_and_its_pictures(calls, capsys):
     main([*SWEEP, "--betas", "[0.5, 2]", "--vary", "model.latent_dim=[2, 3]", "--seeds", "[0, 1]"])
     assert kinds(calls) == ["fit", "test"] * 8
     rows = table("results")
-    assert {(row["latent_dim"], row["beta"], row["seed"]) for row in rows} == {
+    assert {(row["model.latent_dim"], row["beta"], row["seed"]) for row in rows} == {
         (k, beta, seed) for k in "23" for beta in ("0.5", "2.0") for seed in "01"
     }
     assert len({row["config_hash"] for row in rows}) == 4
     assert all(row["torch"] == torch.__version__ and row["lightning_vae"] for row in rows)
     for row in rows:
         vae = VAE.load_from_checkpoint(row["checkpoint"], weights_only=True)
-        assert (vae.latent_dim, vae.beta.item()) == (int(row["latent_dim"]), float(row["beta"]))
+        assert (vae.latent_dim, vae.beta.item()) == (int(row["model.latent_dim"]), float(row["beta"]))
         assert float(row["elbo"]) == pytest.approx(-float(row["rate"]) - float(row["distortion"]), abs=1e-4)
 
     means = table("summary")
     assert [row["seeds"] for row in means] == ["2"] * 4
-    assert [(row["latent_dim"], row["beta"]) for row in means] == [(k, b) for k in "23" for b in ("0.5", "2.0")]
+    assert [(row["model.latent_dim"], row["beta"]) for row in means] == [(k, b) for k in "23" for b in ("0.5", "2.0")]
     for mean in means:
         rates = [float(row["rate"]) for row in rows if row["config_hash"] == mean["config_hash"]]
         assert rates[0] != rates[1]
@@ -107,7 +110,7 @@ def test_the_grid_its_table_its_means_and_its_pictures(calls, capsys):
     one = EventAccumulator(str(base / "comparison" / rows[0]["point"])).Reload()
     assert one.Scalars("sweep/rate")[0].value == pytest.approx(float(rows[0]["rate"]))
     assert "_hparams_/session_start_info" in one.summary_metadata
-    assert "tensorboard --logdir sweeps/linear" in capsys.readouterr().out
+    assert "tensorboard --logdir sweeps/linear/comparison" in capsys.readouterr().out
 
 
 def test_what_is_done_is_not_done_again(calls):
@@ -150,6 +153,15 @@ def test_a_learned_variance_is_fixed_at_its_value_at_beta_1(calls, capsys):
     assert f"The variance at every beta is what linear beta=1 seed=0 has learned: {learned:.6g}" in said
 
 
+def test_options_of_text_and_of_one_last_name_are_kept_apart(calls):
+    main([*SWEEP, "--model.encoder=MLPEncoder", "--model.decoder=MLPDecoder", "--vary=model.encoder.hidden=[[4]]",
+          "--vary=model.decoder.hidden=[[8]]", "--vary=data.seed=[3]", "--vary=optimizer=[SGD]"])  # fmt: skip
+    (row,) = table("results")
+    assert (row["model.encoder.hidden"], row["model.decoder.hidden"], row["optimizer"]) == ("[4]", "[8]", "SGD")
+    assert (row["seed"], row["data.seed"]) == ("0", "3")
+    assert "hidden=-4-model" in row["point"].replace("model.encoder.", "").replace("model.decoder.", "model")
+
+
 def test_a_failure_stops_nothing_else_and_is_tried_again(calls, capsys, monkeypatch):
     call = Jobs._call
 
@@ -181,9 +193,36 @@ def test_a_process_that_fails_is_quoted_by_its_own_message(tmp_path):
         Jobs(1)._call(["test", "--config", LINEAR, "--ckpt_path=nowhere.ckpt"], Point())
 
 
-def test_trained_checkpoints_are_compared_too(calls):
+@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_sweep_that_is_stopped_leaves_no_process_behind(stop, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), *SWEEP, "--trainer.max_epochs=100000"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
+        logs = Path("sweeps/linear")
+        while not list(logs.glob("*/checkpoints/last.ckpt")):  # in the middle of its fit
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(stop)
+        said = process.communicate()[1]  # the children write elsewhere
+    if stop != signal.SIGKILL:
+        assert process.returncode == 130
+        assert said.endswith("Stopped. The same command goes on from here.\n")
+        assert "Traceback" not in said
+    for _ in range(300):  # they share its process group
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    pytest.fail("a process of the sweep is still there")
+
+
+def test_trained_checkpoints_are_compared_too(calls, capsys):
     main(["fit", "--config", LINEAR, *TINY, "--seed_everything=5", "--trainer.enable_progress_bar=false"])
     checkpoint = "logs/linear/version_0/checkpoints/best.ckpt"
+    with pytest.raises(SystemExit):
+        main([*SWEEP, "--ckpt_path", checkpoint])
+    assert "give `--checkpoints`" in capsys.readouterr().err
     main([*SWEEP, "--checkpoints", checkpoint])
     assert kinds(calls) == ["test", "fit", "test"]
     rows = table("results")
@@ -233,6 +272,10 @@ BROKEN = {
     "an empty list": (["--config", LINEAR, "--betas", "[]"], "must be a list"),
     "betas twice": (["--config", LINEAR, "--betas", "[1]", "--vary", "model.beta=[2]"], "are the same"),
     "half a seed": (["--config", LINEAR, "--seeds", "[0.5]"], "`--seeds` must be whole numbers"),
+    "a negative seed": (["--config", LINEAR, "--seeds", "[-1]"], "`--seeds` must be whole numbers"),
+    "an option twice": (["--config", LINEAR, *["--vary", "data.size=[9]"] * 2], "names an option twice"),
+    "seeds as options": (["--config", LINEAR, "--vary", "seed_everything=[1]"], "Give them as `--seeds`"),
+    "no folder": (["--config", LINEAR, "--folder", LINEAR], "can't be made"),
     "no jobs": (["--config", LINEAR, "--jobs", "0"], "at least 1"),
     "an option that fit does not know": (["--config", LINEAR, "--betaz", "[1]"], "betaz"),
     "a value that the model refuses": (["--config", LINEAR, "--betas", "[1, -1]"], "`beta` must be a finite number"),
@@ -252,6 +295,7 @@ def test_wrong_input_ends_in_one_message_before_anything_is_run(case, calls, cap
     assert "Traceback" not in error
     assert len(error) < 500
     assert calls == []
+    assert list(Path().iterdir()) == []
 
 
 # ---- its parts
@@ -350,6 +394,11 @@ def test_spaces_share_a_scale_and_carry_their_names():
     figure = compare_latents({"plane": vae(2), "space": vae(5)}, batches())
     assert figure.subfigs[0].axes[0].get_xlim() == figure.subfigs[1].axes[0].get_xlim()
     assert [panel.get_suptitle() for panel in figure.subfigs] == ["plane", "space"]
+
+
+def test_kinds_carry_their_names_where_there_is_room():
+    labels = torch.arange(40) % 4
+    figure = compare_latents([vae(2)], [(30 * torch.eye(6)[labels], labels)])
     assert [text.get_text() for text in figure.subfigs[0].axes[0].texts] == ["0", "1", "2", "3"]
 
 
@@ -365,6 +414,33 @@ def test_images_their_reconstructions_and_samples():
     assert (again.images[0].get_array() == sampled.images[0].get_array()).all()
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 5), (2, 8, 8)])
+def test_what_is_no_picture_is_drawn_as_lines_on_one_scale(shape):
+    _, reconstructed, sampled = compare_latents([vae(2, shape)], [torch.rand(9, *shape)]).subfigs[0].axes
+    assert len(reconstructed.lines) == 8
+    assert len(sampled.lines) == 4
+    assert sampled.get_ylim() == reconstructed.get_ylim()
+
+
+def test_names_of_kinds_that_lie_on_each_other_and_of_many_are_left_to_their_colours():
+    x = torch.randn(40, 6)
+    one_place = compare_latents([vae(2)], [(x.repeat(2, 1), torch.arange(80) // 40)]).subfigs[0]
+    assert [text.get_text() for text in one_place.axes[0].texts] == []
+    many = compare_latents([vae(2)], [(x, torch.arange(40))]).subfigs[0]
+    assert many.axes[-1].get_ylabel() == "label"
+
+
+def test_a_long_name_is_wrapped():
+    figure = compare_latents({"word " * 20: vae(2)}, batches())
+    assert max(map(len, figure.subfigs[0].get_suptitle().splitlines())) <= 36
+
+
+def test_labels_come_from_mappings_and_from_pairs():
+    pairs = [(batch["x"], batch["label"]) for batch in batches()]
+    one, other = (compare_latents([vae(2)], each).subfigs[0].axes[0] for each in (pairs, batches()))
+    assert len(one.collections) == len(other.collections) == 4
+
+
 @pytest.mark.parametrize("latent_dim", [1, 2, 4])
 @pytest.mark.parametrize("labelled", [True, False])
 @pytest.mark.parametrize("projection", ["pca", "tsne"])
@@ -378,7 +454,9 @@ def test_any_space_can_be_drawn(latent_dim, labelled, projection):
     ("models", "loader", "projection", "message"),
     [
         ([], batches(), "pca", "`models` must hold"),
-        ([vae(2)], [], "pca", "`loader` holds no"),
+        ([vae(2)], [], "pca", "`loader` must hold at least 2"),
+        ([vae(2)], [torch.zeros(1, 6)], "pca", "`loader` must hold at least 2"),
+        ({"good": vae(2), "bad": vae(2, (5,))}, batches(), "pca", "'bad' does not take these data"),
         ([vae(2)], batches(), "umap", "`projection` must be 'pca' or 'tsne'"),
     ],
 )
