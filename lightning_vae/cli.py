@@ -113,6 +113,10 @@ class VAECLI(LightningCLI):
                 self.trainer.callbacks.append(self.config_init["test"]["evaluation"])  # type: ignore[attr-defined]
         except _INPUT_ERRORS as error:
             _exit(error)
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            _exit(f"`trainer.callbacks`: {error}")  # two files that each bring the same one
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:

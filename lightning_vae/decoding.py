@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -20,11 +21,16 @@ def decoded_at_once(vae: VAE) -> int:
     return max(1, _NUMBERS_AT_ONCE.get(vae.device.type, _ELSEWHERE) // math.prod(vae.shape))
 
 
+def in_parts(vae: VAE, z: Tensor, observed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield latents of shape ``(S, B, k)``, flat and some at a time, each beside its observation of the B."""
+    flat = z.flatten(0, 1)
+    for part in torch.arange(len(flat), device=z.device).split(decoded_at_once(vae)):
+        yield flat[part], observed[part % len(observed)]
+
+
 def log_likelihood(vae: VAE, observed: Tensor, z: Tensor) -> Tensor:
     """Compute log p(x|z) of each of ``(S, B)`` latents, z of shape ``(S, B, k)``, in nats, float64."""
-    flat = z.flatten(0, 1)
-    places = torch.arange(len(flat), device=z.device).split(decoded_at_once(vae))
-    parts = [vae.decode(flat[part]).log_prob(observed[part % len(observed)]).double() for part in places]
+    parts = [vae.decode(part).log_prob(x).double() for part, x in in_parts(vae, z, observed)]
     return torch.cat(parts).view(len(z), -1)
 
 

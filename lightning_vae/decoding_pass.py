@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from .aggregate_posterior import AggregateMoments
-from .decoding import decoded_at_once, log_likelihood
+from .decoding import decoded_at_once, in_parts, log_likelihood
 from .importance import ImportanceWeightedLikelihood, LogLikelihood
 from .noise import sample_by_index
 from .objective import kl_per_dimension
@@ -108,10 +108,17 @@ def _worth_of_width(vae: VAE, observed: Tensor, posterior: td.Distribution, inde
     narrowing = (posterior.variance.double() - 1).sum(dim=1)
     yield narrowing if isinstance(posterior, td.Normal) else torch.full_like(narrowing, _NAN)
 
-    decoded = vae.decode(z.flatten(0, 1))
-    error = (decoded.mean.view(len(z), *observed.shape) - observed).double().square()
-    yield error.flatten(2).sum(dim=2).mean(dim=0)
+    errors, claimed = zip(
+        *(_error_and_variance(vae.decode(part), x) for part, x in in_parts(vae, z, observed)), strict=True
+    )
+    yield torch.cat(errors).view(len(z), -1).mean(dim=0)
+    yield torch.cat(claimed).view(len(z), -1).mean(dim=0)
+
+
+def _error_and_variance(decoded: td.Distribution, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each observation's squared error and the variance that the likelihood claims, NaN where it has none."""
+    error = (decoded.mean - x).double().square().flatten(1).sum(dim=1)
     try:
-        yield decoded.variance.double().view(len(z), len(index), -1).sum(dim=2).mean(dim=0)
+        return error, decoded.variance.double().expand_as(x).flatten(1).sum(dim=1)
     except NotImplementedError:
-        yield torch.full_like(narrowing, _NAN)
+        return error, torch.full_like(error, _NAN)

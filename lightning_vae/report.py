@@ -84,9 +84,11 @@ class EvaluationReport(Callback):
             return
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        (target / "evaluation.json").write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
         for name, picture in pictures.items():
             _write(picture, target / f"{name}.png")
+        whole = target / ".evaluation.json"  # what has the name is complete, and comes last
+        whole.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+        whole.replace(target / "evaluation.json")
         print("Written:  " + ", ".join([f"{target}/evaluation.json", *(f"{name}.png" for name in pictures)]))
 
 

@@ -478,7 +478,7 @@ class VAE(LightningModule):
         if batch_idx == 0:
             self._position = 0
         if isinstance(batch, Mapping) and "index" in batch:
-            index: Tensor = batch["index"]
+            index: Tensor = batch["index"].long()
             return index
         start, self._position = self._position, self._position + size
         return (torch.arange(start, start + size, device=self.device)) * self.trainer.world_size + self.global_rank
