@@ -193,8 +193,17 @@ def test_a_process_that_fails_is_quoted_by_its_own_message(tmp_path):
         Jobs(1)._call(["test", "--config", LINEAR, "--ckpt_path=nowhere.ckpt"], Point())
 
 
+@pytest.fixture
+def _ctrl_c():
+    """Have children listen to Ctrl-C, which those of a job in the background do not."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_a_sweep_that_is_stopped_leaves_no_process_behind(stop, tmp_path):
+@pytest.mark.usefixtures("_ctrl_c")
+def test_a_sweep_that_is_stopped_leaves_no_process_behind(stop):
     command = [sys.executable, str(ROOT / "train.py"), *SWEEP, "--trainer.max_epochs=100000"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
         logs = Path("sweeps/linear")
