@@ -68,22 +68,21 @@ def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
     try:
         bases, betas = _bases(options, rest, base)
         planned = [sweep_plan.existing(path, base) for path in options.checkpoints]
+        references = [each.reference for each in bases if each.reference is not None]
+        if options.print_commands and any(reference.checkpoint is None for reference in references):
+            print("# These learn the variance that all betas get. Give this command again when they are done.")
+            _print_commands(references)
+            return
+        if references and not options.print_commands:
+            _make(base)
+            _train_references(references, jobs)
+        planned += _points(bases, betas, options.seeds, rest, base)
     except ValueError as error:
         _exit(error)
-    references = [each.reference for each in bases if each.reference is not None]
-    if options.print_commands and any(reference.checkpoint is None for reference in references):
-        print("# These learn the variance that all betas get. Give this command again when they are done.")
-        _print_commands(references)
-        return
-    try:
-        base.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _exit(f"`--folder`, `--name`: {base} can't be made: {error.strerror}.")
-    _train_references(references, jobs)
-    planned += _points(bases, betas, options.seeds, rest, base)
     if options.print_commands:
         _print_commands(planned)
         return
+    _make(base)
     failed = _run(planned, jobs, base)
     finished = [point for point in planned if point.evaluation.is_file()]
     if finished:
@@ -91,6 +90,13 @@ def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if failed:
         print(f"\n{len(failed)} of {len(planned)} points failed; the same command tries them again.", file=sys.stderr)
         raise SystemExit(1)
+
+
+def _make(base: Path) -> None:
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        _exit(f"`--folder`, `--name`: {base} can't be made: {error.strerror}.")
 
 
 # ---- what is asked for
