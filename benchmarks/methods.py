@@ -144,7 +144,7 @@ def cell(rows: Sequence[Row], column: str, decimals: int) -> str:
     if saturated and column == "mutual_information":
         return f">= {math.log(int(rows[0]['mutual_information_observations'])):.2f}"
     spread = f"{max(values) - min(values):.{decimals}f}"
-    return f"{'>= ' * saturated}{median(values):.{decimals}f} ({spread})"
+    return f"{'>= ' * saturated}{median(values):z.{decimals}f} ({spread})"
 
 
 def table(rows: Sequence[Row]) -> None:
