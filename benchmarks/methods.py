@@ -44,6 +44,7 @@ IMPORTANCE_SAMPLES = 100
 RESULTS = Path(__file__).parent / "results" / "methods.csv"
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "methods.png"
 MARKERS = "os^DvPX"
+EXCESS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)  # nats
 # What the tables show: the name, the column, and the decimals.
 QUANTITIES = (
     ("-ELBO", "negative_elbo", 2),
@@ -166,6 +167,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
     figure, axes = plt.subplots(len(DATA), 2, figsize=(11, 8.4), width_ratios=(1.25, 1), layout="constrained")
     for data, (plane, strip) in zip(DATA, axes, strict=True):
         of = [each for each in rows if each["data"] == data]
+        best = min(float(each["nll"]) for each in of)
         for place, method in enumerate(METHODS):
             mine = [each for each in of if each["method"] == method]
             rate, distortion, bound, nll = (
@@ -179,11 +181,15 @@ def draw(rows: Sequence[Row], path: Path) -> None:
                 "clip_on": False,
             }
             plane.plot(rate, distortion, markersize=8, **look)
-            strip.plot(nll, [place] * len(nll), markersize=7, **look)
-            strip.plot(bound, [place] * len(bound), markersize=7, fillstyle="none", **look)
+            strip.plot([value - best for value in nll], [place] * len(nll), markersize=7, **look)
+            strip.plot([value - best for value in bound], [place] * len(bound), markersize=7, fillstyle="none", **look)
         _isolines(plane)
         plane.set(title=f"{data}; lines of equal -ELBO", xlabel="rate, nats", ylabel="distortion, nats")
-        strip.set(title="-ELBO (open), NLL (filled)", xlabel="nats per image, lower is better")
+        strip.set_xscale("symlog", linthresh=1)  # seeds differ by tenths of a nat, betas by ten
+        strip.set_xticks(EXCESS, map(str, EXCESS))
+        strip.set(
+            title="-ELBO (open), NLL (filled)", xlabel=f"nats above the best NLL, {best:.1f}", xlim=(-0.1, EXCESS[-1])
+        )
         strip.set_yticks(range(len(METHODS)), list(METHODS))
         for place, label in enumerate(strip.get_yticklabels()):
             label.set_color(f"C{place}")
@@ -204,7 +210,17 @@ def _isolines(axes: Any) -> None:
         end = (right, total - right) if total - right > bottom else (total - bottom, bottom)
         if left + 0.1 * (right - left) < end[0] and end[1] < top:
             box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-            axes.text(*end, f"{total:g}", color="0.5", fontsize=9, ha="right", va="bottom", bbox=box, zorder=0.5)
+            axes.text(
+                *end,
+                f"{total:g}",
+                color="0.5",
+                fontsize=9,
+                ha="right",
+                va="bottom",
+                bbox=box,
+                zorder=0.5,
+                in_layout=False,
+            )
 
 
 def main() -> None:
