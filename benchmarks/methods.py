@@ -141,11 +141,11 @@ def cell(rows: Sequence[Row], column: str, decimals: int) -> str:
     values = [float(each[column]) for each in rows if each[column]]
     if not values:
         return "-"
-    saturated = column in BOUNDED and any(each["mutual_information_saturated"] == "True" for each in rows)
-    if saturated and column == "mutual_information":
-        return f">= {math.log(int(rows[0]['mutual_information_observations'])):.2f}"
-    spread = f"{max(values) - min(values):.{decimals}f}"
-    return f"{'>= ' * saturated}{median(values):z.{decimals}f} ({spread})"
+    saturated = [each["mutual_information_saturated"] == "True" for each in rows]
+    if column in BOUNDED and any(saturated):
+        capped = column == "mutual_information" and all(saturated)
+        return f">= {math.log(int(rows[0]['mutual_information_observations'])) if capped else min(values):.{decimals}f}"
+    return f"{median(values):z.{decimals}f} ({max(values) - min(values):.{decimals}f})"
 
 
 def table(rows: Sequence[Row]) -> None:
