@@ -1,50 +1,248 @@
-"""What the knobs do on digits: a plain VAE, schedules, floors and other betas, each with the command that trains it."""
+"""What the knobs do: a plain VAE, schedules, a floor, other betas and a target rate, on two data sets."""
 
 from __future__ import annotations
 
+import argparse
+import csv
+import math
+import platform
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
 from statistics import median
+from typing import Any
 
-from runs import SEEDS, Result, fit, header, heading, row
+import lightning
+import torch
+from runs import SEEDS, header, heading, row, train
 
+from lightning_vae import __version__
+from lightning_vae.evaluation import evaluate
+from lightning_vae.sweep_table import write
+
+KL = "--trainer.callbacks+=KLAnnealing --trainer.callbacks.schedule"
 SCHEDULE = "--trainer.callbacks.schedule"
-KL = f"--trainer.callbacks+=KLAnnealing {SCHEDULE}"
-FLOOR = "--trainer.callbacks+=FreeBits --trainer.callbacks.threshold"
 METHODS = {
     "plain": "",
     "annealed": f"{KL}=Linear {SCHEDULE}.fraction=0.3",
-    "cyclical": f"{KL}=Cyclical {SCHEDULE}.period_fraction=0.15 {SCHEDULE}.cycles=4",
-    "free bits 0.05": f"{FLOOR}=0.05",
-    "free bits 0.1": f"{FLOOR}=0.1",
-    "free bits 0.5": f"{FLOOR}=0.5",
-    "free bits 2": f"{FLOOR}=2",
+    "cyclical": f"{KL}=Cyclical {SCHEDULE}.period_fraction=0.2 {SCHEDULE}.cycles=4",
+    "free bits": "--trainer.callbacks+=FreeBits --trainer.callbacks.threshold=0.5",
+    "target rate": "--trainer.callbacks+=TargetRate --trainer.callbacks.bits=8",
     "beta 0.1": "--model.beta=0.1",
     "beta 10": "--model.beta=10",
 }
 BASE = "--config configs/digits.yaml --trainer.callbacks=CollapseDetector"
-# What does not move the figures: one validation pass, at the end, and no logs.
-SHORT = "--trainer.check_val_every_n_epoch=120 --trainer.max_epochs=120 --trainer.logger=false"
-WIDTHS = (14, 6, 17, 6, 10, 6, 6, 9)
+DATA = {
+    "digits": "",  # 22 steps an epoch
+    "Fashion-MNIST": "--data=FashionMNIST --data.batch_size=128 --trainer.max_epochs=6",  # 422
+}
+# What does not move the figures: no validation, and nothing kept.
+SHORT = "--trainer.limit_val_batches=0 --trainer.logger=false --trainer.enable_checkpointing=false"
+IMPORTANCE_SAMPLES = 100
+RESULTS = Path(__file__).parent / "results" / "methods.csv"
+FIGURE = Path(__file__).parent.parent / "docs" / "images" / "methods.png"
+MARKERS = "os^DvPX"
+EXCESS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)  # nats
+# What the tables show: the name, the column, and the decimals.
+QUANTITIES = (
+    ("-ELBO", "negative_elbo", 2),
+    ("NLL", "nll", 2),
+    ("effective samples", "effective_sample_size", 1),
+    ("rate", "rate", 2),
+    ("distortion", "distortion", 2),
+    ("MI", "mutual_information", 2),
+    ("marginal KL", "marginal_kl", 2),
+    ("active units", "active_units", 0),
+    ("z shuffled", "shuffled_gap", 1),
+    ("price of a nat", "rate_price", 2),
+    ("prior samples", "sample_distance", 2),
+    ("interpolations", "interpolation_distance", 2),
+    ("5 neighbours", "knn_accuracy", 3),
+    ("linear probe", "linear_probe_accuracy", 3),
+    ("diagnosis", "diagnosis", 0),
+)
+BOUNDED = ("mutual_information", "marginal_kl")  # lower bounds where the mutual information is saturated
+
+Row = dict[str, Any]
+
+
+def command(data: str, method: str, seed: int) -> str:
+    """Write out the run's command, without what is the same in all and without where the data lie."""
+    return " ".join(filter(None, (BASE, DATA[data], METHODS[method], f"--seed_everything={seed}")))
+
+
+def measure(data: str, method: str, seed: int, root: str) -> Row:
+    """Train one model, and evaluate what it is after the last step on the test split."""
+    torch.set_num_threads(1)
+    place = f"--data.root={root}" if "FashionMNIST" in DATA[data] else ""
+    with tempfile.TemporaryDirectory() as folder:
+        short = f"{SHORT} --trainer.default_root_dir={folder}"
+        cli = train(f"{BASE} {DATA[data]} {place} {METHODS[method]} {short}", seed)
+    cli.datamodule.setup("test")
+    found = evaluate(cli.model, cli.datamodule.test_dataloader(), IMPORTANCE_SAMPLES).to_dict()
+    measured = {name: value for name, value in found.items() if not isinstance(value, list | tuple | str)}
+    return {
+        "data": data,
+        "method": method,
+        "seed": seed,
+        "negative_elbo": -found["elbo"],
+        **measured,
+        "diagnosis": found["diagnosis"],
+        "lightning_vae": __version__,
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "python": platform.python_version(),
+        "command": command(data, method, seed),
+    }
+
+
+def read(path: Path) -> list[Row]:
+    """Read the rows of runs that are done: those whose commands are still what is compared."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows: list[Row] = list(csv.DictReader(file))
+    wanted = {command(data, method, seed) for data, method, seed in plan()}
+    return [each for each in rows if each["command"] in wanted]
+
+
+def plan() -> list[tuple[str, str, int]]:
+    return [(data, method, seed) for data in DATA for seed in SEEDS for method in METHODS]
+
+
+def run(path: Path, root: str, jobs: int) -> list[Row]:
+    """Do what is not done, several at once; a run is done once its row is in the file."""
+    rows = read(path)
+    done = {each["command"] for each in rows}
+    missing = [point for point in plan() if command(*point) not in done]
+    print(f"{len(plan())} runs, {len(done)} of them in {path} already; {jobs} at once, one thread each", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(measure, *point, root): point for point in missing}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                rows.append(future.result())
+                write(path, rows)
+                found = rows[-1]
+                terms = f"-ELBO {found['negative_elbo']:.2f}, rate {found['rate']:.2f} nats"
+                print(f"[{number}/{len(missing)}] {', '.join(map(str, futures[future]))}: {terms}", flush=True)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return read(path)  # as a later call will
+
+
+def cell(rows: Sequence[Row], column: str, decimals: int) -> str:
+    """Write a quantity's median over the seeds and, in parentheses, its largest less its smallest value."""
+    if column == "diagnosis":
+        return "/".join(sorted({each[column].removesuffix("-regularised") for each in rows}))
+    values = [float(each[column]) for each in rows if each[column]]
+    if not values:
+        return "-"
+    saturated = [each["mutual_information_saturated"] == "True" for each in rows]
+    if column in BOUNDED and any(saturated):
+        capped = column == "mutual_information" and all(saturated)
+        return f">= {math.log(int(rows[0]['mutual_information_observations'])) if capped else min(values):.{decimals}f}"
+    return f"{median(values):z.{decimals}f} ({max(values) - min(values):.{decimals}f})"
+
+
+def table(rows: Sequence[Row]) -> None:
+    widths = (17, *(16 for _ in METHODS))
+    header(("", *METHODS), widths)
+    for name, column, decimals in QUANTITIES:
+        of = {method: [each for each in rows if each["method"] == method] for method in METHODS}
+        row((name, *(cell(of[method], column, decimals) for method in METHODS)), widths)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Draw each data set's rates and distortions, and beside them which method ends with the better likelihood."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    figure, axes = plt.subplots(len(DATA), 2, figsize=(11, 8.4), width_ratios=(1.25, 1), layout="constrained")
+    for data, (plane, strip) in zip(DATA, axes, strict=True):
+        of = [each for each in rows if each["data"] == data]
+        best = min(float(each["nll"]) for each in of)
+        for place, method in enumerate(METHODS):
+            mine = [each for each in of if each["method"] == method]
+            rate, distortion, bound, nll = (
+                [float(each[name]) for each in mine] for name in ("rate", "distortion", "negative_elbo", "nll")
+            )
+            look = {
+                "color": f"C{place}",
+                "marker": MARKERS[place],
+                "linestyle": "none",
+                "alpha": 0.75,
+                "clip_on": False,
+            }
+            plane.plot(rate, distortion, markersize=8, **look)
+            strip.plot([value - best for value in nll], [place] * len(nll), markersize=7, **look)
+            strip.plot([value - best for value in bound], [place] * len(bound), markersize=7, fillstyle="none", **look)
+        _isolines(plane)
+        plane.set(title=f"{data}; lines of equal -ELBO", xlabel="rate, nats", ylabel="distortion, nats")
+        strip.set_xscale("symlog", linthresh=1)  # seeds differ by tenths of a nat, betas by ten
+        strip.set_xticks(EXCESS, map(str, EXCESS))
+        strip.set(
+            title="-ELBO (open), NLL (filled)", xlabel=f"nats above the best NLL, {best:.1f}", xlim=(-0.1, EXCESS[-1])
+        )
+        strip.set_yticks(range(len(METHODS)), list(METHODS))
+        for place, label in enumerate(strip.get_yticklabels()):
+            label.set_color(f"C{place}")
+        strip.invert_yaxis()
+        strip.grid(axis="x", alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _isolines(axes: Any) -> None:
+    """Lay lines of equal -ELBO, rate + distortion, under what is drawn, and name each where it leaves."""
+    from matplotlib.ticker import MaxNLocator
+
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    for total in MaxNLocator(9).tick_values(left + bottom, right + top):
+        axes.axline((0, total), slope=-1, color="0.85", linewidth=1, zorder=0)
+        end = (right, total - right) if total - right > bottom else (total - bottom, bottom)
+        if left + 0.1 * (right - left) < end[0] and end[1] < top:
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+            axes.text(
+                *end,
+                f"{total:g}",
+                color="0.5",
+                fontsize=9,
+                ha="right",
+                va="bottom",
+                bbox=box,
+                zorder=0.5,
+                in_layout=False,
+            )
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", default="data", help="where Fashion-MNIST lies or will be downloaded to")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="table of the runs; what is in it is not redone")
+    parser.add_argument("--figure", type=Path, default=FIGURE, help="picture to draw")
+    options = parser.parse_args()
     heading(
-        "Methods. Scikit-learn's digits (1350 to train, 150 to validate), Bernoulli, 16 latents, MLP 256-256, 120 "
-        "epochs; medians over seeds 0, 1, 2 of the validation split after the last epoch, in nats per image; `active` "
-        "counts units, MI is capped at log 150 = 5.01. The runs:",
+        "Methods. The model of configs/digits.yaml (Bernoulli, 16 latents, MLP 256-256) on scikit-learn's digits (1350 "
+        "to train, 120 epochs) and on Fashion-MNIST (54000, 6 epochs, about as many steps), after the last step, on "
+        f"the test split (297 and 10000), in nats per image; {IMPORTANCE_SAMPLES} importance samples. The runs:",
         f"python train.py fit {BASE} --seed_everything SEED, and",
-        *(f"  {name:<14} {arguments}" for name, arguments in METHODS.items()),
+        *(f"  {name:<14} {arguments}" for name, arguments in (METHODS | DATA).items() if arguments),
     )
-    header(("method", "-ELBO", "by seed", "rate", "distortion", "MI", "active", "state"), WIDTHS)
-    for name, arguments in METHODS.items():
-        with tempfile.TemporaryDirectory() as folder:
-            short = f"{SHORT} --trainer.default_root_dir={folder}"
-            results = [fit(f"{BASE} {arguments} {short}", seed) for seed in SEEDS]
-        middle = Result(*(median(column) for column in list(zip(*results, strict=True))[:-1]), state="")
-        states = "/".join(sorted({result.state for result in results}))
-        seeds = " ".join(f"{result.negative_elbo:.2f}" for result in results)
-        cells = (middle.negative_elbo, seeds, middle.rate, middle.distortion, middle.mutual_information)
-        row((name, *cells, int(middle.active_units), states), WIDTHS)
+    rows = run(options.results, options.root, options.jobs)
+    for data in DATA:
+        print(f"\n{data}: medians of seeds {', '.join(map(str, SEEDS))} (largest less smallest)\n")
+        table([each for each in rows if each["data"] == data])
+    draw(rows, options.figure)
+    print(f"\nFigure: {options.figure}")
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from typing import NamedTuple
 
 import lightning
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout need not be installed
 
-from lightning_vae import VAE, __version__
+from lightning_vae import __version__
 from lightning_vae.callbacks import CollapseDetector
 from lightning_vae.callbacks.collapse import diagnose
-from lightning_vae.cli import VAECLI, SaveConfig
+from lightning_vae.cli import VAECLI, command_line
 
 SEEDS = (0, 1, 2)
 
@@ -43,18 +43,16 @@ class Result(NamedTuple):
     state: str
 
 
-def fit(arguments: str, seed: int) -> Result:
-    """Run ``train.py fit`` in this process and in silence, and measure its last validation pass."""
+def train(arguments: str, seed: int) -> VAECLI:
+    """Run ``train.py fit`` in this process and in silence."""
     quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
     with contextlib.redirect_stdout(io.StringIO()):
-        cli = VAECLI(
-            VAE,
-            LightningDataModule,
-            save_config_callback=SaveConfig,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=["fit", *shlex.split(f"{arguments} --seed_everything {seed} {quiet}")],
-        )
+        return command_line(VAECLI, ["fit", *shlex.split(f"{arguments} --seed_everything {seed} {quiet}")])
+
+
+def fit(arguments: str, seed: int) -> Result:
+    """Train, and measure the last validation pass."""
+    cli = train(arguments, seed)
     measured = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     detector = next(each for each in cli.trainer.callbacks if isinstance(each, CollapseDetector))
     history, information = detector.state_dict(), measured["latent/mutual_information"]
