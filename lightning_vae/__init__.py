@@ -43,6 +43,10 @@ _MODULES = {
 __all__ = [name for names in _MODULES.values() for name in names]
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> object:
     # Importing `lightning_vae.callbacks` runs this file, and must stay light: the VAE comes when it is asked for.
     from importlib import import_module

@@ -7,7 +7,6 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, NoReturn
 
 import torch
@@ -129,6 +128,8 @@ class VAECLI(LightningCLI):
             print(file=sys.stderr)  # ends the progress bar's line
             _exit(error)
         except RuntimeError as error:
+            if "Error(s) in loading state_dict" in str(error):
+                _exit(_misfit(str(error)))
             if "which is not available" not in str(error):
                 raise
             _exit(error)  # what EarlyStopping says of a metric that does not exist
@@ -205,13 +206,22 @@ def _read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         _exit(f"`--ckpt_path`: there is no file {path!r}.")
-    except (RuntimeError, OSError, EOFError, ValueError, UnpicklingError):
+    except Exception:  # an unpickler on bytes that are no pickle may raise anything
         _exit(f"`--ckpt_path`: {path!r} can't be read. It is damaged, or no checkpoint that holds data alone.")
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
         _exit(f"`--ckpt_path`: {path!r} is no checkpoint of a Lightning Trainer.")
     if resumes and not {"loops", "optimizer_states"} <= checkpoint.keys():
         _exit(f"`--ckpt_path`: {path!r} holds weights alone, without the state that a run could be resumed from.")
     return checkpoint
+
+
+def _misfit(error: str) -> str:
+    """Say that a checkpoint is of another model, with the first of what torch lists."""
+    first = next(line.strip() for line in error.splitlines()[1:])
+    return (
+        "`--ckpt_path`: the checkpoint is of another model than the config's networks and data make. Give the config "
+        f"that it was trained with, the config.yaml in its run's folder. The first misfit: {first}"
+    )
 
 
 def _say_what_was_replaced(given: dict[str, Any], used: dict[str, Any]) -> None:

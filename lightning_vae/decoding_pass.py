@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from .running_moments import RunningMoments
 from .vae import VAE
 
 _WEIGHTS_AT_ONCE = 2**22
-_NAN = float("nan")
+_NAN = math.nan
 _WIDTH_STEP = 0.05  # relative change of the posterior's width that its price is measured by
 _WIDTH_SAMPLES = 4
 
@@ -36,6 +37,7 @@ class Decoded:
     rates: Tensor
     widths: Tensor
     price: float
+    price_error: float
     calibration: float
 
 
@@ -72,6 +74,10 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: AggregateM
     averages = terms.compute()
     means = averages.mean
     distortion_slope, rate_slope, error, claimed = means[1:5].tolist()
+    # Where all posteriors have the prior's width there is nothing to buy.
+    price = -distortion_slope / rate_slope if rate_slope < -1e-3 else _NAN
+    distortion_error, rate_error = averages.standard_error[1:3].tolist()
+    price_error = math.hypot(distortion_error, price * rate_error) / (abs(rate_slope) or _NAN)
     if not means[0].isfinite():
         raise ValueError(
             f"The distortion is {float(means[0])}: are there NaNs in the data, or has the training diverged?"
@@ -83,8 +89,8 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, moments: AggregateM
         distortion=float(means[0]),
         rates=means[5 : 5 + vae.latent_dim],
         widths=means[5 + vae.latent_dim :],
-        # Where all posteriors have the prior's width there is nothing to buy.
-        price=-distortion_slope / rate_slope if rate_slope < -1e-3 else _NAN,
+        price=price,
+        price_error=price_error,
         calibration=error / claimed if claimed > 0 else _NAN,
     )
 

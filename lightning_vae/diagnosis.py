@@ -38,6 +38,7 @@ class Measured:
         marginal_kl: A lower bound of it in nats, the rate less an upper bound of the mutual information.
         posterior_width: Mean standard deviation of the active dimensions' posteriors, in those of the prior.
         rate_price: Nats of distortion that a nat of rate buys, by narrowing the posterior.
+        price_error: Its standard error.
         calibration: Mean squared error over the variance that the likelihood claims.
         shuffled_gap: Nats of distortion that the latents of another observation cost.
         sample_distance: Distance of decoded prior samples from the data, in that of reconstructions.
@@ -53,6 +54,7 @@ class Measured:
     marginal_kl: float
     posterior_width: float
     rate_price: float
+    price_error: float
     calibration: float
     shuffled_gap: float
     sample_distance: float
@@ -60,7 +62,17 @@ class Measured:
     @property
     def price(self) -> float:
         """Price of a nat under a likelihood whose variance is the mean squared error."""
-        return self.rate_price if math.isnan(self.calibration) else self.rate_price / self.calibration
+        return self.rate_price / self.fair_beta
+
+    @property
+    def fair_beta(self) -> float:
+        """Weight of the rate that the ELBO has, under a likelihood whose variance is the mean squared error."""
+        return 1.0 if math.isnan(self.calibration) else self.calibration
+
+    @property
+    def price_margin(self) -> float:
+        """What the price may be off by: twice its standard error."""
+        return 2 * self.price_error / self.fair_beta
 
 
 @dataclass(frozen=True)
@@ -88,9 +100,11 @@ def diagnose(measured: Measured) -> Diagnosis:
     2. *unread*, over: shuffling the latents costs less distortion than ``0.5 * beta * mutual information``. At an
        optimum it costs at least ``beta * mutual information``: else drawing from q(z) whatever x is would have a
        smaller loss;
-    3. *price*, over above 1.5, under below 1/1.5: the nats of distortion that a nat of rate buys. An optimum of
-       ``distortion + beta * rate`` has beta, the ELBO has 1. A likelihood whose variance isn't the squared error
-       misprices distortion, and that is taken out: a variance ten times too large is as good as beta 10;
+    3. *price*, over above 1.5, under below 1/1.5, by more than twice its standard error: the nats of distortion that a
+       nat of rate buys. An optimum of ``distortion + beta * rate`` has beta, the ELBO has 1. A likelihood whose
+       variance isn't the squared error misprices distortion, and that is taken out: a variance ten times too large
+       is as good as beta 10. A negative price, where beta isn't 0, says that training is far from an optimum, and
+       nothing of its sign;
     4. *mismatched*, under: the marginal KL exceeds 1 nat and a quarter of the rate, or decoded prior samples lie more
        than 1.25 times as far from the data as reconstructions.
 
@@ -104,7 +118,7 @@ def diagnose(measured: Measured) -> Diagnosis:
     if found is None and mismatched:
         found = -1, [], _MISMATCHED
     if found is None:
-        return Diagnosis("balanced", _all_well(measured), "Nothing.")
+        return Diagnosis("balanced", _all_well(measured), "Nothing to change.")
     side, symptoms, advice = found
     return Diagnosis(_SIDES[side], (*symptoms, *mismatched), advice)
 
@@ -156,13 +170,14 @@ def _unread(measured: Measured) -> _Found | None:
 
 def _priced(measured: Measured) -> _Found | None:
     price, calibration = measured.price, measured.calibration
-    over = price > PRICE_BAND
-    if not over and not price < 1 / PRICE_BAND:
+    over = price - measured.price_margin > PRICE_BAND
+    under = price + measured.price_margin < 1 / PRICE_BAND and (price > 0 or measured.beta == 0)
+    if not (over or under):
         return None
     symptoms = [
         f"posterior width: {measured.posterior_width:.2g} of the prior's on active dimensions is too "
-        f"{'wide' if over else 'narrow'}: narrowed further, a nat of rate would buy {price:.3g} nats of distortion, "
-        "and the ELBO is best where it buys 1"
+        f"{'wide' if over else 'narrow'}: narrowed further, a nat of rate would buy {price:.3g} nats of "
+        f"distortion{_corrected(measured)}, and the ELBO is best where it buys 1"
     ]
     remedy = _lower_beta(measured) if over else _raise_beta(measured)
     if calibration > PRICE_BAND or calibration < 1 / PRICE_BAND:
@@ -175,8 +190,7 @@ def _priced(measured: Measured) -> _Found | None:
 
 def _lower_beta(measured: Measured) -> str:
     # What is bought at a lower price than beta is forced, by a floor: then the whole way down to a price of 1.
-    fair = 1.0 if math.isnan(measured.calibration) else measured.calibration
-    beta = min(measured.beta / measured.price, fair) if measured.rate_price < measured.beta else (
+    beta = min(measured.beta / measured.price, measured.fair_beta) if measured.rate_price < measured.beta else (
         measured.beta / measured.price
     )  # fmt: skip
     return f"Lower beta from {measured.beta:g} to about {beta:.2g}"
@@ -191,7 +205,10 @@ def _raise_beta(measured: Measured) -> str:
             "target of the rate; without these, look for a mean in the loss where a sum should be, which weighs the "
             "rate less, or for over-fitting, against which a smaller decoder or more data help"
         )
-    return f"Raise beta from {measured.beta:g} to about {measured.beta / measured.price:.2g}"
+    # Where the price is about beta, as an optimum has it, the fair beta's price is fair; else something hides a weight.
+    usual = measured.rate_price < PRICE_BAND * measured.beta
+    beta = measured.fair_beta if usual else measured.beta / measured.price
+    return f"Raise beta from {measured.beta:g} to about {beta:.2g}"
 
 
 def _mismatched(measured: Measured) -> list[str]:
@@ -205,12 +222,16 @@ def _mismatched(measured: Measured) -> list[str]:
 
 def _all_well(measured: Measured) -> tuple[str, ...]:
     width = f"posterior width: {measured.posterior_width:.2g} of the prior's on active dimensions"
-    if not math.isnan(measured.price):
-        width += f", where a nat of rate buys {measured.price:.3g} nats of distortion"
+    if measured.price > 0:
+        width += f", where a nat of rate buys {measured.price:.3g} nats of distortion{_corrected(measured)}"
     active = f"{measured.active_units} of {measured.latent_dim} dimensions are active"
     space = f"latent space: {active}" if math.isnan(measured.marginal_kl) else f"{_apart(measured)}; {active}"
     generation = [] if math.isnan(measured.sample_distance) else [_samples(measured)]
     return (width, space, *generation, _gap(measured))
+
+
+def _corrected(measured: Measured) -> str:
+    return "" if math.isnan(measured.calibration) else " (the price over error / claimed variance)"
 
 
 def _gap(measured: Measured) -> str:

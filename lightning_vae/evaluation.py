@@ -50,6 +50,7 @@ def evaluate(
     Raises:
         ValueError: On an option out of its range, a loader that can be gone through only once, fewer than 10
             observations, an own metric with a name that is taken, or a model whose numbers are not finite.
+        TypeError: On another model than a VAE of this package, or an own metric that returns no number.
     """
     options = {"importance_samples": importance_samples, "observations": observations, "samples": samples}
     for (name, value), least in zip(options.items(), (1, 10, 10), strict=True):
@@ -61,6 +62,11 @@ def evaluate(
     if isinstance(loader, Iterator):
         raise ValueError("`loader` is gone through twice and must start anew each time, got an iterator: pass a list.")
 
+    if not isinstance(vae, VAE):
+        raise TypeError(
+            f"`vae` must be a lightning_vae.VAE, got {type(vae).__name__}. For another model, lightning_vae.estimators "
+            "has the estimators one by one."
+        )
     training = vae.training
     vae.eval()
     try:
@@ -68,12 +74,19 @@ def evaluate(
         decoded = decode_all(vae, loader, importance_samples, latents.moments)
         generated = generate(vae, latents.kept)
         own = {
-            name: over_processes(float(metric(vae, loader)), latents.share, vae.device)
+            name: over_processes(_as_float(name, metric(vae, loader)), latents.share, vae.device)
             for name, metric in (own_metrics or {}).items()
         }
     finally:
         vae.train(training)
     return _assembled(vae, importance_samples, latents, decoded, generated, own)
+
+
+def _as_float(name: str, value: object) -> float:
+    try:
+        return float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise TypeError(f"The metric {name!r} must return one number, got a {type(value).__name__}.") from None
 
 
 def _assembled(
@@ -103,6 +116,7 @@ def _assembled(
             marginal_kl=float(mixture.rate) - upper if mixture else nan,
             posterior_width=width,
             rate_price=decoded.price,
+            price_error=decoded.price_error,
             calibration=decoded.calibration,
             shuffled_gap=generated.shuffled_gap,
             sample_distance=generated.sample_distance,
@@ -132,6 +146,7 @@ def _assembled(
         aggregate_mean_square=float(moments.mean.square().mean()),
         aggregate_variance_mean=float(moments.covariance.diagonal().mean()),
         rate_price=decoded.price,
+        price_error=decoded.price_error,
         calibration=decoded.calibration,
         shuffled_gap=generated.shuffled_gap,
         sample_distance=generated.sample_distance,

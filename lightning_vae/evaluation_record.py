@@ -44,6 +44,7 @@ class Evaluation:
         aggregate_mean_square: Squared mean of the aggregate posterior, mean over the dimensions; the prior's is 0.
         aggregate_variance_mean: Its variance, mean over the dimensions; the prior's is 1.
         rate_price: Nats of distortion that a nat of rate buys by narrowing the posterior; beta at an optimum.
+        price_error: Its standard error, from the spread over the observations.
         calibration: Squared error over the variance that the likelihood claims; NaN where it has none.
         shuffled_gap: Distortion with the latents of other observations, less the distortion.
         sample_distance: Mean distance of decoded prior samples to their nearest observation, in units of that of
@@ -82,6 +83,7 @@ class Evaluation:
     aggregate_mean_square: float
     aggregate_variance_mean: float
     rate_price: float
+    price_error: float
     calibration: float
     shuffled_gap: float
     sample_distance: float

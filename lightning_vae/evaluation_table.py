@@ -48,7 +48,11 @@ def evaluation_table(result: Evaluation) -> str:
             ("aggregate mean squared", _number(result.aggregate_mean_square), "prior 0"),
             ("aggregate variance", _number(result.aggregate_variance_mean), "prior 1"),
             ("posterior width", _number(result.posterior_width), "of active units; prior 1"),
-            ("price of a nat of rate", _number(result.rate_price), "nats of distortion; the ELBO pays 1"),
+            (
+                "price of a nat of rate",
+                "-" if math.isnan(result.rate_price) else f"{_number(result.rate_price)} +- {result.price_error:.1g}",
+                "nats of distortion; the ELBO pays 1",
+            ),
         ],
         "decoder": [
             ("z shuffled", f"{result.shuffled_gap:+.4g}", "nats of distortion; 0: z is not read"),

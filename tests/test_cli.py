@@ -325,6 +325,7 @@ def test_a_broken_yaml_or_checkpoint_ends_likewise(run, capsys):
     whole = (run / "checkpoints" / "best.ckpt").read_bytes()
     Path("truncated.ckpt").write_bytes(whole[: len(whole) // 2])
     torch.save({"weights": 1}, "other.ckpt")
+    Path("hello.ckpt").write_text("hello")
     saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     torch.save({key: value for key, value in saved.items() if key not in ("loops", "optimizer_states")}, "weights.ckpt")
     for arguments, message in (
@@ -332,6 +333,15 @@ def test_a_broken_yaml_or_checkpoint_ends_likewise(run, capsys):
         ([*DIGITS, "--ckpt_path=other.ckpt"], "is no checkpoint of a Lightning Trainer"),
         ([*DIGITS, "--ckpt_path=weights.ckpt"], "holds weights alone"),
         ([*DIGITS, "--ckpt_path=truncated.ckpt"], "truncated.ckpt"),
+        ([*DIGITS, "--ckpt_path=hello.ckpt"], "hello.ckpt"),
+        (
+            [f"--config={ROOT}/configs/linear.yaml", f"--ckpt_path={run}/checkpoints/best.ckpt"],
+            "the checkpoint is of another model",
+        ),
+        (
+            [*DIGITS, f"--config={ROOT}/configs/overlays/annealed.yaml"],
+            "more than one stateful callback of type `KLAnnealing`",
+        ),
     ):
         with pytest.raises(SystemExit) as exit_:
             main(["fit", *arguments])

@@ -27,6 +27,7 @@ HEALTHY = Measured(
     marginal_kl=0.02,
     posterior_width=0.47,
     rate_price=1.0,
+    price_error=0.0,
     calibration=1.0,
     shuffled_gap=22.0,
     sample_distance=1.0,
@@ -52,7 +53,7 @@ def where(result):
 
 def test_a_healthy_model_is_balanced_with_all_four_places_described():
     result = diagnose(HEALTHY)
-    assert (result.verdict, result.advice) == ("balanced", "Nothing.")
+    assert (result.verdict, result.advice) == ("balanced", "Nothing to change.")
     assert where(result) == ["posterior width", "latent space", "generation", "reconstruction"]
 
 
@@ -70,6 +71,13 @@ def test_a_healthy_model_is_balanced_with_all_four_places_described():
         ({"rate_price": 1.49}, "balanced", None),
         ({"rate_price": 0.66}, "under-regularised", ["posterior width"]),
         ({"rate_price": 0.67}, "balanced", None),
+        ({"rate_price": 1.9, "price_error": 0.19}, "over-regularised", ["posterior width"]),
+        ({"rate_price": 1.9, "price_error": 0.21}, "balanced", None),
+        ({"rate_price": 0.3, "price_error": 0.18}, "under-regularised", ["posterior width"]),
+        ({"rate_price": 0.3, "price_error": 0.19}, "balanced", None),
+        ({"rate_price": 0.6, "price_error": 0.19, "calibration": 2.0}, "under-regularised", None),
+        ({"rate_price": -2.0}, "balanced", None),
+        ({"rate_price": -2.0, "beta": 0.0, "shuffled_gap": 0.0}, "under-regularised", None),
         ({"calibration": 0.5}, "over-regularised", ["posterior width", "reconstruction"]),
         ({"calibration": 0.7}, "balanced", None),
         ({"calibration": 2.0}, "under-regularised", ["posterior width", "reconstruction"]),
@@ -88,7 +96,7 @@ def test_each_rule_at_its_boundary(changes, verdict, places):
     result = diagnose(replace(HEALTHY, **changes))
     assert result.verdict == verdict
     assert places is None or where(result) == places
-    assert (result.advice == "Nothing.") == (verdict == "balanced")
+    assert (result.advice == "Nothing to change.") == (verdict == "balanced")
 
 
 def test_what_could_not_be_measured_is_no_symptom():
@@ -108,6 +116,8 @@ def test_what_could_not_be_measured_is_no_symptom():
         ({"rate_price": 5.0}, "Lower beta from 1 to about 0.2."),  # a sum where a mean should be
         ({"calibration": 0.1}, "Lower beta from 1 to about 0.1, or learn the likelihood's variance at beta 1."),
         ({"beta": 0.1, "rate_price": 0.1}, "Raise beta from 0.1 to about 1."),
+        ({"beta": 0.1, "rate_price": 0.075}, "Raise beta from 0.1 to about 1."),  # not quite at its optimum
+        ({"beta": 0.1, "rate_price": 0.5}, "Raise beta from 0.1 to about 0.2."),  # a sum where a mean should be
         ({"rate_price": 0.3}, "The posteriors are narrower than beta 1 makes them: lower the floor"),
         ({"beta": 0.0, "rate_price": 0.0, "shuffled_gap": 0.0}, "Train with beta at 1"),
         ({"beta": 0.0, "rate_price": -0.1, "shuffled_gap": -1e-9}, "Train with beta at 1"),

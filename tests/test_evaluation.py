@@ -318,6 +318,13 @@ def test_wrong_options(options, message):
         evaluate(small_vae(), digits(64), **options)
 
 
+def test_another_model_and_a_metric_that_gives_no_number():
+    with pytest.raises(TypeError, match=r"must be a lightning_vae.VAE, got Linear.*lightning_vae.estimators"):
+        evaluate(torch.nn.Linear(2, 2), digits(64))
+    with pytest.raises(TypeError, match="The metric 'mine' must return one number, got a dict"):
+        evaluate(small_vae(), digits(64), importance_samples=1, own_metrics={"mine": lambda vae, batches: {}})
+
+
 def test_too_few_observations():
     with pytest.raises(ValueError, match="at least 10 observations, got 9"):
         evaluate(small_vae(), digits(9))

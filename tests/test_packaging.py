@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import lightning_vae
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = {
     "lightning_vae": "lightning_vae",
@@ -104,6 +106,10 @@ def test_importing_the_callbacks_is_light():
         f"import lightning_vae.callbacks; print(({heavy} & set(sys.modules)) - before)"
     )
     assert python("-c", script, cwd=ROOT).strip() == "set()"
+
+
+def test_what_the_package_offers_is_listed():
+    assert {"VAE", "compare_latents", "evaluate", "free_bits"} <= set(dir(lightning_vae))
 
 
 # A project that has copied the folder: its arguments are the package it trains with and those it can't import.
