@@ -43,9 +43,13 @@ class MixtureEstimates(NamedTuple):
 
     @property
     def upper(self) -> Tensor:
-        """The tighter upper bound; near the cap that by the moments, as equal observations cap the other one too."""
+        """The tighter upper bound; near the cap that by the moments, as equal observations cap the other one too.
+
+        At least the lower one: what crosses it is the noise of the samples.
+        """
         capped = is_saturated(float(self.upper_leave_one_out), self.observations)
-        return self.upper_moments if capped else torch.minimum(self.upper_leave_one_out, self.upper_moments)
+        upper = self.upper_moments if capped else torch.minimum(self.upper_leave_one_out, self.upper_moments)
+        return torch.maximum(self.lower, upper)
 
     @property
     def saturated(self) -> bool:
