@@ -37,6 +37,7 @@ _COLUMNS = 4
 _IMAGES = 8
 _NAME_WIDTH = 36  # letters above a panel
 _LEGEND_WIDTH = 84  # letters under a rate-distortion figure
+_BOUND = "Shannon's bound for these Gaussian data"
 
 
 def compare_latents(
@@ -136,12 +137,13 @@ def rate_distortion(
     from matplotlib.figure import Figure
 
     labels = ["\n".join(wrap(name, _LEGEND_WIDTH)) for name in curves]
-    beside = max(1, _LEGEND_WIDTH // (max(map(len, curves), default=0) + 8))  # entries in a row, with their lines
+    longest = max(map(len, [*curves, _BOUND] if bound is not None else curves), default=0)
+    beside = max(1, _LEGEND_WIDTH // (longest + 8))  # entries in a row, with their lines
     lines = sum(label.count("\n") + 1 for label in labels) / beside
     figure = Figure(figsize=(6.4, 4.6 + 0.17 * lines), layout="constrained")
     axes = figure.subplots()
     if bound is not None:
-        axes.plot(*bound, color="0.15", linewidth=1, zorder=1, label="Shannon's bound for these Gaussian data")
+        axes.plot(*bound, color="0.15", linewidth=1, zorder=1, label=_BOUND)
     for number, (label, points) in enumerate(zip(labels, curves.values(), strict=True)):
         rates, distortions, rate_spreads, distortion_spreads, notes = zip(*sorted(points), strict=True)
         axes.errorbar(
