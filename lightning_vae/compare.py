@@ -19,22 +19,25 @@ if TYPE_CHECKING:
 
 Projection = Literal["pca", "tsne"]
 
-# Ten colours that stay apart for the colour-blind (Petroff, "Accessible Color Sequences for Data Visualization", 2021).
+# Seven of Okabe and Ito's colours for the colour-blind ("Color Universal Design", 2008), without the yellow, which is
+# faint on white, and three more that lie far from them, also as protanopes and deuteranopes see them.
 COLOURS = (
-    "#3f90da",
-    "#ffa90e",
-    "#bd1f01",
-    "#94a4a2",
-    "#832db6",
-    "#a96b59",
-    "#e76300",
-    "#b9ac70",
-    "#717581",
-    "#92dadd",
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#990033",
+    "#56b4e9",
+    "#000000",
+    "#cc79a7",
+    "#66ee66",
+    "#4a1fb8",
+    "#d55e00",
 )
 _COLUMNS = 4
 _IMAGES = 8
 _NAME_WIDTH = 36  # letters above a panel
+_LEGEND_WIDTH = 84  # letters under a rate-distortion figure
+_BOUND = "Shannon's bound for these Gaussian data"
 
 
 def compare_latents(
@@ -80,18 +83,23 @@ def compare_latents(
         raise ValueError(f"`observations` must be at least 2, got {observations}.")
     x, index, labels = _first(loader, observations, named)
     views = [_view(model, x, index, projection, seed) for model in named.values()]
+    kinds = [] if labels is None else labels.unique().tolist()
     pictured = _are_images(x)
+    captions = _captions(list(named))
     reach = max((float(view.points.abs().max()) for view in views if view.shares_scale), default=1.0)
 
     columns = min(len(named), _COLUMNS)
     rows = math.ceil(len(named) / columns)
-    figure = Figure(figsize=(3.4 * columns, 4.9 * rows), layout="constrained")
+    room = captions[0].count("\n") * "\n" + " "
+    height = 4.6 + 0.17 * len(room)
+    figure = Figure(figsize=(3.4 * columns, height * rows + 0.3), layout="constrained")
     grids = figure.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.04)
-    for panel, name, model, view in zip(grids.flat, named, named.values(), views, strict=False):
+    for panel, caption, model, view in zip(grids.flat, captions, named.values(), views, strict=False):
         points, reconstructed, sampled = panel.subplots(3, 1, height_ratios=(6, 1.9, 1.9))
         if not pictured:
             sampled.sharey(reconstructed)  # samples are judged by the data's own scale
-        panel.suptitle("\n".join(part for line in name.splitlines() for part in wrap(line, _NAME_WIDTH)), fontsize=10)
+        panel.suptitle(caption, y=0.99, fontsize=10, in_layout=False)
+        points.set_title(room, fontsize=10, pad=12)  # what keeps room for it has one height, whatever letters it has
         _scatter(points, view, labels, 1.06 * max(reach, 1.0))
         original, reconstruction = x[:_IMAGES], _in_chunks(model, x[:_IMAGES], index[:_IMAGES], "reconstruct")
         _show(reconstructed, model.levels, original, reconstruction)
@@ -99,6 +107,8 @@ def compare_latents(
                                 fontsize=8, color="0.3", pad=4)  # fmt: skip
         _show(sampled, model.levels, *_samples(model, 2 * _IMAGES if pictured else _IMAGES, seed))
         sampled.set_title("samples from the prior", fontsize=8, color="0.3", pad=4)
+    if 1 < len(kinds) <= len(COLOURS):
+        _explain(figure, kinds)
     return figure
 
 
@@ -126,24 +136,28 @@ def rate_distortion(
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    labels = ["\n".join(wrap(name, _LEGEND_WIDTH)) for name in curves]
+    longest = max(map(len, [*curves, _BOUND] if bound is not None else curves), default=0)
+    beside = max(1, _LEGEND_WIDTH // (longest + 8))  # entries in a row, with their lines
+    lines = sum(label.count("\n") + 1 for label in labels) / beside
+    figure = Figure(figsize=(6.4, 4.6 + 0.17 * lines), layout="constrained")
     axes = figure.subplots()
     if bound is not None:
-        axes.plot(*bound, color="0.15", linewidth=1, zorder=1, label="Shannon's bound for these Gaussian data")
-    for number, (name, points) in enumerate(curves.items()):
+        axes.plot(*bound, color="0.15", linewidth=1, zorder=1, label=_BOUND)
+    for number, (label, points) in enumerate(zip(labels, curves.values(), strict=True)):
         rates, distortions, rate_spreads, distortion_spreads, notes = zip(*sorted(points), strict=True)
         axes.errorbar(
             rates,
             distortions,
-            xerr=rate_spreads,
-            yerr=distortion_spreads,
+            xerr=_bars(rate_spreads),
+            yerr=_bars(distortion_spreads),
             color=COLOURS[number % len(COLOURS)],
             marker="osD^v"[number // len(COLOURS) % 5],
             markersize=5,
             linewidth=1.2 if bound is None else 0,
             elinewidth=1,
             capsize=2,
-            label=name,
+            label=label,
             zorder=2,
         )
         for rate, distortion, note in zip(rates, distortions, notes, strict=True):
@@ -156,8 +170,33 @@ def rate_distortion(
     axes.set_axisbelow(True)
     spread = any(point.rate_spread or point.distortion_spread for points in curves.values() for point in points)
     title = "bars: standard deviation over seeds" if spread else None
-    axes.legend(frameon=False, fontsize=8, title=title, title_fontsize=8)
+    figure.legend(loc="outside lower center", ncols=beside, frameon=False, fontsize=8, title=title, title_fontsize=8)
     return figure
+
+
+def _bars(spreads: Sequence[float]) -> list[float] | None:
+    """Return the lengths of error bars; a point without a spread has none, not one of length zero."""
+    return [spread or math.nan for spread in spreads] if any(spreads) else None
+
+
+def _captions(names: Sequence[str]) -> list[str]:
+    """Wrap names, and fill them up to one number of lines, so that all end at one height."""
+    wrapped = [[part for line in name.splitlines() for part in wrap(line, _NAME_WIDTH)] for name in names]
+    most = max(map(len, wrapped))
+    return ["\n".join([""] * (most - len(lines)) + lines) for lines in wrapped]
+
+
+def _explain(figure: Figure, kinds: Sequence[float]) -> None:
+    """Say under the figure which colour is which label."""
+    from matplotlib.lines import Line2D
+
+    dots = [
+        Line2D([], [], linestyle="", marker="o", markersize=5, color=colour, label=f"{kind:g}")
+        for colour, kind in zip(COLOURS, kinds, strict=False)
+    ]
+    beside = int(figure.get_figwidth() / (0.25 + 0.08 * max(len(f"{kind:g}") for kind in kinds)))
+    figure.legend(handles=dots, loc="outside lower center", ncols=beside, frameon=False, fontsize=8,
+                  title="label", title_fontsize=8, handletextpad=0.1, handlelength=1, columnspacing=0.6)  # fmt: skip
 
 
 class _View(NamedTuple):
@@ -241,7 +280,7 @@ def _samples(model: VAE, number: int, seed: int) -> list[Tensor]:
 
 
 def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> None:
-    """Draw a latent space, each kind in its colour and under its name, so that a colour need not be told apart."""
+    """Draw a latent space, each kind in its colour, and with its name where that has room."""
     from matplotlib.patheffects import withStroke
 
     points = view.points
@@ -250,7 +289,7 @@ def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> No
     if flat:  # the other axis keeps the labels apart, or just the points
         spread = 0.6 * torch.rand(len(points), generator=torch.Generator().manual_seed(0)) - 0.3
         points = torch.stack([points[:, 0], spread + (0 if labels is None else labels)], dim=1)
-    style: dict[str, Any] = {"s": 6, "linewidths": 0, "alpha": 0.75, "rasterized": True}
+    style: dict[str, Any] = {"s": 8, "linewidths": 0, "alpha": 0.85, "rasterized": True}
     if 1 < len(kinds) <= len(COLOURS):
         for colour, kind in zip(COLOURS, kinds, strict=False):
             axes.scatter(*points[labels == kind].T, color=colour, **style)

@@ -199,7 +199,7 @@ def _bases(options: argparse.Namespace, rest: Sequence[str], base: Path) -> tupl
         for choice in sweep_plan.grid(varied):
             reference = None
             if len(betas) > 1:
-                configuration, model = sweep_plan.configure(files, {**choice, BETA: 1}, rest)
+                configuration, model = _configure(files, {**choice, BETA: 1}, rest)
                 if isinstance(model.likelihood, Gaussian) and model.likelihood.learns_scale:
                     reference = sweep_plan.points(configuration, options.seeds, base)[0]
                 elif model.likelihood.learns_scale:
@@ -221,9 +221,19 @@ def _points(
         if each.reference is not None:
             fixed = sweep_plan.with_variance(rest, _learned_variance(each.reference))
         for choice in sweep_plan.grid({BETA: betas} if betas else {}):
-            configuration, _ = sweep_plan.configure(each.files, {**each.options, **choice}, fixed)
+            configuration, _ = _configure(each.files, {**each.options, **choice}, fixed)
             planned += sweep_plan.points(configuration, seeds, base)
     return list({point.folder: point for point in planned}.values())  # a config given twice is one
+
+
+def _configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[sweep_plan.Configuration, VAE]:
+    """Resolve a config. An option that ``fit`` refuses may have been meant for the sweep."""
+    try:
+        return sweep_plan.configure(files, options, rest)
+    except SystemExit:
+        if rest:
+            print(f"Options of the sweep itself: {_parser().prog} --help", file=sys.stderr)
+        raise
 
 
 def _learned_variance(reference: Point) -> float:

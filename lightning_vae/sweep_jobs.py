@@ -61,7 +61,7 @@ class Jobs:
                     except Failed as error:
                         failed.append(point)
                         text = f"FAILED: {error} (all it said: {point.folder / LOG})"
-                    left = (time.monotonic() - start) / number * (len(points) - number)
+                    left = remaining(time.monotonic() - start, number, len(points), self.jobs)
                     ahead = f"; about {duration(left)} to go" if number < len(points) else ""
                     print(f"[{number:>{len(str(len(points)))}}/{len(points)}] {point.label}: {text}{ahead}", flush=True)
             except BaseException:
@@ -127,6 +127,17 @@ def evaluation(point: Point) -> dict[str, Any]:
     """Read what ``test`` has found."""
     found: dict[str, Any] = json.loads(point.evaluation.read_text())
     return found
+
+
+def remaining(elapsed: float, done: int, total: int, jobs: int) -> float:
+    """Estimate the seconds that are left, in rounds of as many points as run at once.
+
+    Example::
+
+        >>> remaining(100.0, done=1, total=6, jobs=2)
+        300.0
+    """
+    return elapsed / math.ceil(done / jobs) * math.ceil((total - done) / jobs)
 
 
 def duration(seconds: float) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_vae import VAE
@@ -22,7 +23,7 @@ from lightning_vae.cli import main
 from lightning_vae.compare import CurvePoint, compare_latents, rate_distortion
 from lightning_vae.datamodules import linear_vae_optimum
 from lightning_vae.shannon import shannon_distortion
-from lightning_vae.sweep_jobs import Failed, Jobs, duration
+from lightning_vae.sweep_jobs import Failed, Jobs, duration, remaining
 from lightning_vae.sweep_plan import grid
 from lightning_vae.sweep_table import summary
 
@@ -287,6 +288,7 @@ BROKEN = {
     "no folder": (["--config", LINEAR, "--folder", LINEAR], "can't be made"),
     "no jobs": (["--config", LINEAR, "--jobs", "0"], "at least 1"),
     "an option that fit does not know": (["--config", LINEAR, "--betaz", "[1]"], "betaz"),
+    "an option that is nearly the sweep's": (["--config", LINEAR, "--beta", "[1]"], "train.py sweep --help"),
     "a value that the model refuses": (["--config", LINEAR, "--betas", "[1, -1]"], "`beta` must be a finite number"),
     "a missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
     "a missing checkpoint": (["--checkpoints", "nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
@@ -324,6 +326,13 @@ def test_the_spread_of_one_seed_is_unknown():
 )
 def test_duration(seconds, text):
     assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("done", "jobs", "left"), [(1, 1, 500), (1, 2, 300), (2, 2, 200), (5, 2, 100 / 3), (3, 8, 100)]
+)
+def test_the_time_left_is_counted_in_rounds(done, jobs, left):
+    assert remaining(100.0, done, total=6, jobs=jobs) == pytest.approx(left)
 
 
 def test_jobs_run_at_once_and_no_more_than_that(monkeypatch):
@@ -411,6 +420,28 @@ def test_kinds_carry_their_names_where_there_is_room():
     assert [text.get_text() for text in figure.subfigs[0].axes[0].texts] == ["0", "1", "2", "3"]
 
 
+def test_one_legend_says_which_colour_is_which_label():
+    figure = compare_latents([vae(2), vae(5)], batches())
+    (legend,) = figure.legends
+    shown = {
+        text.get_text(): dot.get_color() for text, dot in zip(legend.get_texts(), legend.legend_handles, strict=True)
+    }
+    assert list(shown) == ["0", "1", "2", "3"]
+    assert [to_hex(each.get_facecolor()[0]) for each in figure.subfigs[1].axes[0].collections] == list(shown.values())
+    assert compare_latents([vae(2)], batches(labelled=False)).legends == []
+
+
+def test_panels_line_up_under_captions_of_any_length():
+    figure = compare_latents({"short": vae(2), "long [1, 2], " * 9: vae(2), "two\nlines": vae(2)}, batches())
+    figure.draw_without_rendering()
+    for row in range(3):
+        heights = [panel.axes[row].get_window_extent().y0 for panel in figure.subfigs]
+        assert heights == pytest.approx([heights[0]] * 3, abs=0.01)
+    for panel in figure.subfigs:
+        assert panel._suptitle.get_window_extent().y0 > panel.axes[0].get_window_extent().y1
+        assert panel._suptitle.get_window_extent().y1 <= figure.bbox.y1
+
+
 def test_images_their_reconstructions_and_samples():
     shape, model = (1, 8, 8), vae(2, (1, 8, 8), 17)
     figure = compare_latents([model], batches(shape))
@@ -435,8 +466,9 @@ def test_names_of_kinds_that_lie_on_each_other_and_of_many_are_left_to_their_col
     x = torch.randn(40, 6)
     one_place = compare_latents([vae(2)], [(x.repeat(2, 1), torch.arange(80) // 40)]).subfigs[0]
     assert [text.get_text() for text in one_place.axes[0].texts] == []
-    many = compare_latents([vae(2)], [(x, torch.arange(40))]).subfigs[0]
-    assert many.axes[-1].get_ylabel() == "label"
+    many = compare_latents([vae(2)], [(x, torch.arange(40))])
+    assert many.subfigs[0].axes[-1].get_ylabel() == "label"
+    assert many.legends == []
 
 
 def test_a_long_name_is_wrapped():
@@ -492,3 +524,25 @@ def test_the_rate_distortion_figure_shows_points_bound_and_betas():
     assert "nats" in axes.get_xlabel()
     assert "nats" in axes.get_ylabel()
     assert math.isfinite(axes.get_ylim()[0])
+
+
+def test_points_of_one_seed_have_no_bars():
+    several, one = [CurvePoint(2.0, 5.0, 0.1, 0.2), CurvePoint(1.0, 7.0)], [CurvePoint(3.0, 4.0), CurvePoint(1.0, 8.0)]
+    figure = rate_distortion({"several": several, "one": one})
+    barred, plain = figure.axes[0].containers
+    drawn = [torch.tensor(each) for bars in barred.lines[2] for each in bars.get_segments() if len(each)]
+    assert sorted(float(each.diff(dim=0).norm()) for each in drawn) == pytest.approx([0.2, 0.4])
+    assert (plain.has_xerr, plain.has_yerr) == (False, False)
+
+
+def test_long_names_take_no_width_from_the_rate_distortion_figure():
+    points = [CurvePoint(2.0, 5.0), CurvePoint(1.0, 7.0)]
+    short = rate_distortion({"a": points, "b": points})
+    long = rate_distortion({f"{'/folder' * 30}/version_{number}/best.ckpt": points for number in range(2)})
+    for figure in (short, long):
+        figure.draw_without_rendering()
+        assert figure.legends[0].get_window_extent().y1 < figure.axes[0].get_window_extent().y0
+        assert figure.legends[0].get_window_extent().width < figure.bbox.width
+    widths = [figure.axes[0].get_window_extent().width for figure in (short, long)]
+    assert widths[1] == pytest.approx(widths[0])
+    assert long.legends[0].get_texts()[1].get_text().replace("\n", "").endswith("/version_1/best.ckpt")
