@@ -36,6 +36,7 @@ _INPUT_ERRORS = (ValueError, TypeError, OSError, MisconfigurationException)
 _NOT_FOR_USERS = (
     r".*LeafSpec.*is deprecated",  # Lightning's own use of a name that torch is giving up
     r".*configure_optimizers` will be overridden",  # a config's optimizer is meant to win
+    r"You're using the WeightAveraging callback, but loading",  # a checkpoint's weights are the average already
 )
 
 
