@@ -18,6 +18,7 @@ from .mixture import is_saturated
 from .observation_batches import over_processes
 from .vae import VAE
 
+_LEAST = {"importance_samples": 1, "observations": 10, "samples": 10}
 OwnMetric = Callable[[VAE, Iterable[Any]], float]
 
 
@@ -52,10 +53,7 @@ def evaluate(
             observations, an own metric with a name that is taken, or a model whose numbers are not finite.
         TypeError: On another model than a VAE of this package, or an own metric that returns no number.
     """
-    options = {"importance_samples": importance_samples, "observations": observations, "samples": samples}
-    for (name, value), least in zip(options.items(), (1, 10, 10), strict=True):
-        if value < least:
-            raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+    check_sizes(importance_samples=importance_samples, observations=observations, samples=samples)
     taken = {each.name for each in fields(Evaluation)} & set(own_metrics or {})
     if taken:
         raise ValueError(f"`own_metrics` must have names of their own, got {sorted(taken)}.")
@@ -80,6 +78,13 @@ def evaluate(
     finally:
         vae.train(training)
     return _assembled(vae, importance_samples, latents, decoded, generated, own)
+
+
+def check_sizes(**sizes: int) -> None:
+    """Refuse options of :func:`evaluate` that are too small, by name."""
+    for name, value in sizes.items():
+        if value < _LEAST[name]:
+            raise ValueError(f"`{name}` must be at least {_LEAST[name]}, got {value}.")
 
 
 def _as_float(name: str, value: object) -> float:

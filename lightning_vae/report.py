@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from .evaluation import OwnMetric, evaluate
+from .evaluation import OwnMetric, check_sizes, evaluate
 from .noise import uniform_by_index
 from .vae import VAE
 
@@ -47,6 +47,7 @@ class EvaluationReport(Callback):
         samples: int = 1000,
         metrics: Mapping[str, OwnMetric] | None = None,
     ) -> None:
+        check_sizes(importance_samples=importance_samples, observations=observations, samples=samples)
         self.importance_samples = importance_samples
         self.observations = observations
         self.samples = samples

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TERMS = ("ELBO", "rate", "distortion")
+_EVALUATION = ("importance_samples", "observations", "samples")
 _PRINTED = ("elbo", "rate", "distortion", "nll", "active_units", "above_shannon")
 _PLAIN = int | float | str | bool  # what TensorBoard takes for an option
 _SHOWN = 16  # latent spaces in a picture
@@ -77,6 +78,7 @@ def _sweep(options: argparse.Namespace, rest: Sequence[str]) -> None:
             _make(base)
             _train_references(references, jobs)
         planned += _points(bases, betas, options.seeds, rest, base)
+        planned = [replace(point, evaluated_by=_evaluation(options)) for point in planned]
     except ValueError as error:
         _exit(error)
     if options.print_commands:
@@ -126,10 +128,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--name", help="Name of the sweep; by default that of its configs.")
     add("--folder", default="sweeps", help="Folder that the sweep's folder is made in.")
     add("--projection", choices=("pca", "tsne"), default="pca", help="How latents of more than 2 dimensions are shown.")
+    for name in _EVALUATION:
+        add(f"--evaluation.{name}", type=_positive, metavar="N", help="As of `test`, for every point.")
     add("--print_commands", action="store_true",
         help="Print the `fit` commands of what is not trained yet, for a cluster's scheduler, and run nothing. When "
         "they are done, the same command without this evaluates and compares them.")  # fmt: skip
     return parser
+
+
+def _evaluation(options: argparse.Namespace) -> tuple[str, ...]:
+    """Return the arguments that every point's ``test`` gets."""
+    given = {name: getattr(options, f"evaluation.{name}") for name in _EVALUATION}
+    return tuple(f"--evaluation.{name}={value}" for name, value in given.items() if value is not None)
 
 
 def _list(text: str) -> list[Any]:

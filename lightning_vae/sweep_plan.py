@@ -76,12 +76,14 @@ class Point:
         seed: Seed of the run.
         folder: Its run folder.
         trained: The checkpoint that exists already.
+        evaluated_by: Arguments of ``test``, such as ``--evaluation.importance_samples=5000``.
     """
 
     configuration: Configuration | None
     seed: int
     folder: Path
     trained: Path | None = None
+    evaluated_by: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -121,13 +123,15 @@ class Point:
             "test",
             f"--config={self.run / 'config.yaml'}",
             f"--ckpt_path={self.checkpoint}",
+            *self.evaluated_by,
             *_into(self.evaluation.parent),
         ]
 
     @property
     def evaluation(self) -> Path:
-        """Where the evaluation is, once it is done."""
-        return self.folder / "test" / "evaluation.json"
+        """Where the evaluation is, once it is done; another evaluation is elsewhere."""
+        options = (argument.removeprefix("--evaluation.") for argument in self.evaluated_by)
+        return self.folder / _folder(" ".join(["test", *options])) / "evaluation.json"
 
 
 def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[Configuration, VAE]:

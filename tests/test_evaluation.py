@@ -17,7 +17,7 @@ from lightning_vae.datamodules import Digits, linear_vae_optimum
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules.tensor_loader import TensorLoader
 from lightning_vae.evaluation import evaluate
-from lightning_vae.report import draw
+from lightning_vae.report import EvaluationReport, draw
 from tests.doubles import optimal_linear_vae
 
 SPECTRUM = (5.0, 3.0, 1.5, 0.8, 0.3, 0.1)
@@ -316,6 +316,12 @@ def test_the_dictionary_is_flat_and_has_what_a_sweep_reads():
 def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(small_vae(), digits(64), **options)
+
+
+@pytest.mark.parametrize("option", ["importance_samples", "observations", "samples"])
+def test_the_report_refuses_them_before_anything_is_loaded(option):
+    with pytest.raises(ValueError, match=f"`{option}` must be at least"):
+        EvaluationReport(**{option: 0})
 
 
 def test_another_model_and_a_metric_that_gives_no_number():

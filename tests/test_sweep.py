@@ -122,6 +122,11 @@ def test_what_is_done_is_not_done_again(calls):
     assert kinds(calls) == ["fit", "test"]
     assert table("results")[:2] == before
     point = Path("sweeps/linear") / before[0]["point"]
+    calls.clear()
+    main([*SWEEP, "--betas", "[0.5]", "--evaluation.importance_samples=7", "--evaluation.observations", "64"])
+    assert kinds(calls) == ["test"]  # another evaluation, beside the first
+    (row,) = table("results")
+    assert (row["importance_samples"], row["mutual_information_observations"]) == ("7", "64")
     (point / "test" / "evaluation.json").unlink()
     calls.clear()
     main([*SWEEP, "--betas", "[0.5, 2, 4]"])
