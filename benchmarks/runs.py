@@ -67,10 +67,10 @@ def fit(arguments: str, seed: int) -> Result:
     )
 
 
-def quiet_trainer(epochs: int) -> Trainer:
+def quiet_trainer(epochs: int, max_steps: int = -1) -> Trainer:
     """Make a Trainer that trains on the CPU, and does nothing else."""
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return Trainer(max_epochs=epochs, accelerator="cpu", limit_val_batches=0, **off)
+    return Trainer(max_epochs=epochs, max_steps=max_steps, accelerator="cpu", limit_val_batches=0, **off)
 
 
 def heading(text: str, *lines: str) -> None:

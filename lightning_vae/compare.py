@@ -66,6 +66,7 @@ def compare_latents(
 
     Raises:
         ValueError: On no models, less than two observations, another projection, or data that a model does not take.
+        TypeError: On another model than a VAE of this package.
 
     Example::
 
@@ -77,6 +78,9 @@ def compare_latents(
     named = dict(models) if isinstance(models, Mapping) else {str(number): each for number, each in enumerate(models)}
     if not named:
         raise ValueError("`models` must hold at least one model.")
+    for name, model in named.items():
+        if not isinstance(model, VAE):
+            raise TypeError(f"`models`: {name!r} must be a lightning_vae.VAE, got {type(model).__name__}.")
     if projection not in ("pca", "tsne"):
         raise ValueError(f"`projection` must be 'pca' or 'tsne', got {projection!r}.")
     if observations < 2:

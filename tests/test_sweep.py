@@ -511,6 +511,11 @@ def test_what_can_not_be_compared_is_an_error(models, loader, projection, messag
         compare_latents(models, loader, projection=projection)
 
 
+def test_another_model_is_refused_by_its_name():
+    with pytest.raises(TypeError, match=r"'theirs' must be a lightning_vae.VAE, got Linear"):
+        compare_latents({"ours": vae(2), "theirs": torch.nn.Linear(6, 2)}, batches())
+
+
 def test_a_comparison_leaves_the_models_as_they_were():
     model = vae(2).train()
     state = torch.get_rng_state()
