@@ -2,32 +2,39 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import logging
 import os
 import sys
+import threading
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core import rank_zero
 from typing_extensions import override
 
 from . import callbacks as callbacks  # importing them gives them short names in configs
 from . import datamodules as datamodules
-from . import finished_fit
+from . import finished_fit, run_folders
 from . import likelihoods as likelihoods
 from . import networks as networks
+from .checkpoint_io import AtomicCheckpointIO, SaveError, read
+from .flushed_curves import FlushedCurves
 from .latents_writer import LatentsWriter
 from .messages import readable
 from .report import EvaluationReport
 from .vae import VAE
+from .whole_file import whole_file
 
 # What is wrong with the input, as opposed to with the program.
 _INPUT_ERRORS = (ValueError, TypeError, OSError, MisconfigurationException)
@@ -38,6 +45,9 @@ _NOT_FOR_USERS = (
     r".*configure_optimizers` will be overridden",  # a config's optimizer is meant to win
     r"You're using the WeightAveraging callback, but loading",  # a checkpoint's weights are the average already
 )
+
+# Errors of the place that a run is written to.
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Parser(LightningArgumentParser):
@@ -79,36 +89,52 @@ class VAECLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         subcommand = self.config["subcommand"]
         config = self.config[subcommand]
-        path, same_run = config.get("ckpt_path"), config.get("same_run")
         self._resumed_step = 0
-        if not path and subcommand != "fit":
+        if not config.get("ckpt_path") and subcommand != "fit":
             _exit(f"`{subcommand}` needs `--ckpt_path`: without a checkpoint it would look at random weights.")
-        if path and path not in ("best", "last", "hpc", "registry"):
-            checkpoint = _read_checkpoint(path, resumes=subcommand == "fit")
-            self._resumed_step = checkpoint["global_step"]
-            before = config["model"].as_dict().get("init_args", {})
-            super()._parse_ckpt_path()
-            _say_what_was_replaced(before, self.config[subcommand]["model"].as_dict().get("init_args", {}))
-            if same_run:
-                logger = self.config[subcommand]["trainer"]["logger"]
-                self.config[subcommand]["trainer"]["logger"] = _same_logger(logger, checkpoint, Path(path))
-        elif same_run:
-            _exit("`--same_run` needs `--ckpt_path`, a checkpoint file in the run's folder.")
+        if config.get("same_run") and not config.get("ckpt_path"):
+            _exit("`--same_run` needs `--ckpt_path`: a checkpoint file in the run's folder, that folder, or `last`.")
+        try:
+            if config.get("ckpt_path") == "last" or os.path.isdir(config.get("ckpt_path") or ""):
+                _find_checkpoint(config, resumes=subcommand == "fit")
+            path = config.get("ckpt_path")
+            if path and path not in ("best", "hpc", "registry"):
+                self._read_ckpt_path(subcommand, path)
+        except (ValueError, OSError) as error:
+            _exit(f"`--ckpt_path`: {error}")
+
+    def _read_ckpt_path(self, subcommand: str, path: str) -> None:
+        checkpoint = _read_checkpoint(path, resumes=subcommand == "fit")
+        self._resumed_step = checkpoint["global_step"]
+        before = self.config[subcommand]["model"].as_dict().get("init_args", {})
+        super()._parse_ckpt_path()
+        config = self.config[subcommand]
+        _say_what_was_replaced(before, config["model"].as_dict().get("init_args", {}))
+        if config.get("same_run"):
+            step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
+            run_folders.go_on_in(run_folders.of_checkpoint(Path(path), checkpoint), step, config["trainer"])
 
     @override
     def before_instantiate_classes(self) -> None:
         for message in _NOT_FOR_USERS:
             warnings.filterwarnings("ignore", message=message)
         rank_zero.log.addFilter(_no_advertisement)
+        threading.excepthook = _not_twice
         if self.config[self.subcommand].get("same_run"):
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
         elif self._resumed_step:  # a run that goes on in a new folder keeps its checkpoints there
             warnings.filterwarnings("ignore", message="The dirpath has changed from")
 
     @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        return super()._instantiate_trainer(config, [*callbacks, FlushedCurves()])
+
+    @override
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
+            if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not where the config names another
+                self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
             if self.subcommand == "test":
                 self.trainer.callbacks.append(self.config_init["test"]["evaluation"])  # type: ignore[attr-defined]
         except _INPUT_ERRORS as error:
@@ -123,11 +149,17 @@ class VAECLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except _INPUT_ERRORS as error:
-            # Until the first step is done it is the input; later on a fault, whose traceback is worth having.
-            if self.trainer.global_step > self._resumed_step and not isinstance(error, MisconfigurationException):
-                raise
+            began = self.trainer.global_step > self._resumed_step
+            if isinstance(error, OSError) and error.errno in _NO_PLACE and not error.filename:
+                error = OSError(f"{error.strerror}: {getattr(self.trainer.logger, 'log_dir', None) or os.getcwd()}.")
+            elif began and not isinstance(error, (MisconfigurationException, SaveError)):
+                raise  # no longer the input, but a fault, whose traceback is worth having
             print(file=sys.stderr)  # ends the progress bar's line
-            _exit(error)
+            if not began:
+                _exit(error)
+            _exit(
+                f"{error} The same command with `--ckpt_path last --same_run true` goes on from the last save.", code=1
+            )
         except RuntimeError as error:
             if "Error(s) in loading state_dict" in str(error):
                 _exit(_misfit(str(error)))
@@ -154,7 +186,7 @@ class VAECLI(LightningCLI):
         lines = {}
         if self.trainer.loggers and folder:
             lines["Run"] = folder
-            finished_fit.write(Path(folder), self.trainer)
+            finished_fit.write(Path(folder), self.trainer, _limits(self.config["fit"]["trainer"]))
         metrics = self.trainer.callback_metrics
         if "val/elbo" in metrics:
             terms = (f"{name} {float(metrics[f'val/{name.lower()}']):.4g}" for name in ("ELBO", "rate", "distortion"))
@@ -180,10 +212,17 @@ class SaveConfig(SaveConfigCallback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self.already_saved and trainer.log_dir:
-            names = (self.filename, *(f"config-resumed-{n}.yaml" for n in range(1, 1000)))
-            self.config_filename = next(name for name in names if not (Path(trainer.log_dir) / name).exists())
+        self._folder = Path(trainer.log_dir or trainer.default_root_dir)  # every process must ask
         super().setup(trainer, pl_module, stage)
+
+    @override
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        target = self._folder / self.filename
+        if self.config["ckpt_path"] or not self.config["same_run"]:  # what begins anew in its folder needs no other
+            resumed = (self._folder / f"config-resumed-{n}.yaml" for n in itertools.count(1))
+            target = next(path for path in itertools.chain([target], resumed) if not path.exists())
+        with whole_file(target) as file:
+            file.write(self.parser.dump(self.config, skip_none=False).encode())
 
 
 class _Attribute:
@@ -201,18 +240,49 @@ class _Attribute:
         return getattr(data, self.name)
 
 
+def _find_checkpoint(config: Namespace, resumes: bool) -> None:
+    """Put a file in the place of ``last`` or of a folder, or begin anew where a run has saved none yet."""
+    path, same_run = config["ckpt_path"], resumes and config["same_run"]
+    runs = run_folders.of(config["trainer"]) if path == "last" else [Path(path)]
+    if same_run:
+        runs = runs[:1]
+    for run in runs:
+        finished = finished_fit.read(run)
+        if same_run and finished and finished.get("limits") == _limits(config["trainer"]):
+            _say(
+                f"{run} has finished after {finished['steps']} steps: nothing is left to do. Raise "
+                "`--trainer.max_epochs` to go on with it, or leave `--ckpt_path` out to begin another."
+            )
+            raise SystemExit(0)
+        if found := run_folders.newest_checkpoint(run, resumes):
+            config["ckpt_path"] = str(found)
+            _say(f"Going on from {found}.")
+            return
+    if not (same_run and path == "last"):
+        raise ValueError(f"there is no checkpoint in {', '.join(map(str, runs)) or 'any run of this config'}.")
+    config["ckpt_path"] = None
+    if runs:
+        _say(f"{runs[0]} has saved no checkpoint yet: it begins anew.")
+        run_folders.go_on_in(runs[0], 0, config["trainer"])
+
+
+def _limits(trainer: Namespace) -> dict[str, Any]:
+    """Return what ends a run, as JSON would give it back."""
+    return {name: trainer[name] and str(trainer[name]) for name in ("max_epochs", "max_steps", "max_time")}
+
+
 def _read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
     """Read a checkpoint, or say what is wrong with it."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = read(path)
     except FileNotFoundError:
-        _exit(f"`--ckpt_path`: there is no file {path!r}.")
-    except Exception:  # an unpickler on bytes that are no pickle may raise anything
-        _exit(f"`--ckpt_path`: {path!r} can't be read. It is damaged, or no checkpoint that holds data alone.")
+        raise ValueError(f"there is no file {path!r}.") from None
+    except OSError as error:
+        raise ValueError(f"{error}{_beside(path, resumes)}") from None
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-        _exit(f"`--ckpt_path`: {path!r} is no checkpoint of a Lightning Trainer.")
+        raise ValueError(f"{path!r} is no checkpoint of a Lightning Trainer.")
     if resumes and not {"loops", "optimizer_states"} <= checkpoint.keys():
-        _exit(f"`--ckpt_path`: {path!r} holds weights alone, without the state that a run could be resumed from.")
+        raise ValueError(f"{path!r} holds weights alone, without the state that a run could be resumed from.")
     return checkpoint
 
 
@@ -239,33 +309,32 @@ def _say_what_was_replaced(given: dict[str, Any], used: dict[str, Any]) -> None:
         )
 
 
-def _same_logger(logger: Any, checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Describe the TensorBoard logger that goes on where a checkpoint's run stopped, without doubling its curves."""
-    # As the run itself named the folder, relative or not: ModelCheckpoint goes on only where it finds itself.
-    folders = [Path(state["dirpath"]) for state in checkpoint["callbacks"].values() if "dirpath" in state]
-    run = next((folder for folder in folders if folder.resolve() == path.resolve().parent), path.parent).parent
-    if not (run / SaveConfig.filename).is_file():
-        _exit(f"`--same_run`: {path} lies in no run's folder: there is no {SaveConfig.filename} in {run}.")
-    described = logger.as_dict() if isinstance(logger, Namespace) else {}
-    if not str(described.get("class_path", "TensorBoardLogger")).endswith("TensorBoardLogger"):
-        _exit(f"`--same_run` goes on with TensorBoardLogger alone, got {described['class_path']}.")
-    step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
-    place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
-    return {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
-        "init_args": {**(described.get("init_args") or {}), **place},
-        "dict_kwargs": {**(described.get("dict_kwargs") or {}), "purge_step": step},
-    }
+def _beside(path: str, resumes: bool) -> str:
+    """Name what can be used in the place of a damaged checkpoint."""
+    with warnings.catch_warnings(), suppress(OSError):
+        warnings.simplefilter("ignore")  # it is one of those that are passed over
+        if whole := run_folders.newest_checkpoint(Path(path).parent, resumes):
+            return f" The newest whole one beside it is {whole}."
+    return ""
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
     return "Tip: For seamless" not in record.getMessage()
 
 
-def _exit(error: object, hint: str = "") -> NoReturn:
+def _not_twice(fault: threading.ExceptHookArgs) -> None:
+    if not isinstance(fault.exc_value, OSError):  # which TensorBoard's thread passes on to the run
+        threading.__excepthook__(fault)
+
+
+def _say(text: str) -> None:
+    rank_zero.rank_zero_only(print)(text)
+
+
+def _exit(error: object, hint: str = "", code: int = 2) -> NoReturn:
     names = [name for module in (callbacks, datamodules, likelihoods, networks) for name in vars(module)]
     print(f"error: {readable(str(error), names)}{hint}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)
 
 
 def main(args: ArgsType = None) -> None:
@@ -297,6 +366,7 @@ def command_line(kind: type[VAECLI], args: ArgsType = None) -> VAECLI:
         VAE,
         LightningDataModule,
         save_config_callback=SaveConfig,
+        save_config_kwargs={"save_to_log_dir": False},  # not as Lightning would: a kill would leave half a file
         seed_everything_default=0,
         parser_kwargs={"epilog": "`sweep --help`: train and compare many of them."},
         parser_class=Parser,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +15,25 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from . import __version__
+from .whole_file import whole_file
 
 _NAME = "fit.json"
 
 
-def write(folder: Path, trainer: Trainer) -> None:
-    """Write the best checkpoint, the number of steps and the versions.
+def write(folder: Path, trainer: Trainer, limits: Mapping[str, Any]) -> None:
+    """Write the best checkpoint, the number of steps, the limits that it ran under and the versions.
 
     Args:
         folder: The run folder.
         trainer: What has trained.
+        limits: By the Trainer's names.
     """
     kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
     best = next((each.best_model_path for each in kept if each.best_model_path), None)
     found = {
         "checkpoint": os.path.relpath(best, folder) if best else None,
         "steps": trainer.global_step,
+        "limits": dict(limits),
         "versions": {
             "lightning_vae": __version__,
             "torch": torch.__version__,
@@ -37,9 +41,8 @@ def write(folder: Path, trainer: Trainer) -> None:
             "python": platform.python_version(),
         },
     }
-    whole = folder / f".{_NAME}"
-    whole.write_text(json.dumps(found, indent=2))
-    whole.replace(folder / _NAME)
+    with whole_file(folder / _NAME) as file:
+        file.write(json.dumps(found, indent=2).encode())
 
 
 def read(folder: Path) -> dict[str, Any] | None:
