@@ -3,8 +3,8 @@
     python benchmarks/kills.py
     python benchmarks/kills.py --every 4
 
-A small run of `fit ... --ckpt_path last --same_run true` is killed with SIGKILL and started anew, as often as asked for,
-and then left to end. The table compares it with a run that nothing has disturbed. Temporary files lie on another
+A small run of `fit ... --ckpt_path last --same_run true` is killed with SIGKILL and started anew, as often as asked
+for, and then left to end. The table compares it with a run that nothing has disturbed. Temporary files lie on another
 filesystem, where a rename would be a copy.
 """
 

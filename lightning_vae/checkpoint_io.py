@@ -95,9 +95,9 @@ def read(
                 if archive.testzip():  # compares checksums
                     raise zipfile.BadZipFile
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=weights_only)
-    except OSError:  # it names the file itself
-        raise
     except Exception as error:  # an unpickler on bytes that are no pickle may raise anything
+        if isinstance(error, OSError) and error.filename:
+            raise
         raise OSError(f"{str(path)!r} can't be read. It is damaged, or no checkpoint that holds data alone.") from error
     return checkpoint
 

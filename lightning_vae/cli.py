@@ -181,6 +181,11 @@ class VAECLI(LightningCLI):
     def after_fit(self) -> None:
         """Say where everything is."""
         folder = self.trainer.log_dir  # every process must ask
+        if self.config["fit"]["same_run"] and self.trainer.global_step == self._resumed_step:
+            # Nothing was left to train, but the run may have been killed between its last two saves.
+            for checkpoint in self.trainer.checkpoint_callbacks:
+                if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
+                    self.trainer.save_checkpoint(checkpoint.last_model_path)
         if not self.trainer.is_global_zero:
             return
         lines = {}

@@ -1,0 +1,328 @@
+"""What a run leaves when its disk is full or its files are damaged, and how it goes on."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+import warnings
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+
+from lightning_vae.checkpoint_io import AtomicCheckpointIO, SaveError, read
+from lightning_vae.cli import VAECLI, command_line, main
+from lightning_vae.flushed_curves import FlushedCurves
+from lightning_vae.run_folders import newest_checkpoint
+from lightning_vae.whole_file import _HOST, whole_file
+from tests.doubles import RecordingVAE, loader, quiet_trainer
+from tests.test_cli import scalars
+
+ROOT = Path(__file__).parent.parent
+LINEAR = ["--config", str(ROOT / "configs" / "linear.yaml"), "--data.size=96", "--data.batch_size=16",
+          "--trainer.log_every_n_steps=4", "--trainer.max_epochs=3", "--trainer.callbacks=null",
+          "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss",
+          "--trainer.callbacks.filename=best", "--trainer.callbacks.save_last=true",
+          "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
+LOOP = ["fit", *LINEAR, "--ckpt_path=last", "--same_run=true"]
+RUN = Path("logs/linear/version_0")
+CHECKPOINTS = RUN / "checkpoints"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
+@contextmanager
+def disk_full(at: int = 1000):
+    """No file can grow beyond `at` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (at, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def exits(arguments, code, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert (exit_.value.code or 0) == code
+    said = capsys.readouterr()
+    assert "Traceback" not in said.err
+    return said.err if code else said.out
+
+
+def step_of(path):
+    return read(path)["global_step"]
+
+
+# ---- one file
+
+
+def test_a_file_appears_when_it_is_whole_and_on_the_disk(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (calls.append((name, args)), real(*args)))
+    with whole_file(tmp_path / "new" / "file") as file:
+        file.write(b"whole")
+        assert not (tmp_path / "new" / "file").exists()
+    assert [name for name, _ in calls] == ["fsync", "replace", "fsync"]  # of the file, and then of its folder
+    part, target = calls[1][1]
+    assert part.parent == target.parent
+    assert [path.name for path in target.parent.iterdir()] == ["file"]
+
+
+def test_what_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    with suppress(KeyboardInterrupt), whole_file(tmp_path / "file") as file:
+        file.write(b"new")
+        raise KeyboardInterrupt
+    assert (tmp_path / "file").read_bytes() == b"old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    parts = {name: tmp_path / f".x.ckpt.{name}.part" for name in (
+        f"{_HOST}-{dead.pid}", f"{_HOST}-{os.getppid()}", f"{_HOST}-1", "elsewhere-7", "elsewhere-8"
+    )}  # fmt: skip
+    for path in (*parts.values(), tmp_path / ".not_ours.part"):
+        path.touch()
+    os.utime(parts["elsewhere-8"], (0, 0))
+    with whole_file(tmp_path / "y.ckpt"):
+        pass
+    gone = {name for name, path in parts.items() if not path.exists()}
+    assert gone == {f"{_HOST}-{dead.pid}", "elsewhere-8"}
+    assert (tmp_path / ".not_ours.part").exists()
+
+
+@pytest.mark.parametrize("size", [10, 100_000])  # torch's writer has the whole file in its buffer, or not
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, size):
+    path = tmp_path / "a.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"global_step": 1}, path)
+    with disk_full(), pytest.raises(SaveError, match=r"a\.ckpt can't be saved: File too large; the one .* untouched"):
+        AtomicCheckpointIO().save_checkpoint({"global_step": 2, "weights": torch.zeros(size)}, path)
+    assert (step_of(path), len(list(tmp_path.iterdir()))) == (1, 1)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(SaveError, match=r"file/a\.ckpt can't be saved: .*; nothing is left of it"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "a.ckpt")
+
+
+def test_an_error_that_is_not_the_disks_stays_what_it_is(tmp_path):
+    with pytest.raises(AttributeError):
+        AtomicCheckpointIO().save_checkpoint({"x": lambda: None}, tmp_path / "a.ckpt")
+
+
+def damaged(whole: bytes):
+    middle = len(whole) // 2
+    yield from (whole[:length] for length in (0, 1, 100, middle, len(whole) - 1))
+    yield whole[:middle] + bytes(64) + whole[middle + 64 :]  # what a power cut may leave: torch.load would not see it
+
+
+def test_damage_is_seen_and_named(tmp_path):
+    path = tmp_path / "a.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"global_step": 1, "weights": torch.randn(10_000)}, path)
+    for content in damaged(path.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(OSError, match=r"a\.ckpt' can't be read"):
+            AtomicCheckpointIO().load_checkpoint(path)
+
+
+def test_code_in_a_checkpoint_is_refused_unless_it_is_trusted(tmp_path):
+    AtomicCheckpointIO().save_checkpoint({"path": Path("x")}, tmp_path / "a.ckpt")
+    with pytest.raises(OSError, match="no checkpoint that holds data alone"):
+        AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
+        assert AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt", weights_only=False) == {"path": Path("x")}
+
+
+# ---- in a Trainer
+
+
+@pytest.mark.parametrize("options", [{"save_last": True}, {"save_last": "link"}, {"save_top_k": 1},
+                                     {"save_top_k": 2, "monitor": "val/loss"}])  # fmt: skip
+def test_a_checkpoint_is_whole_at_every_moment(tmp_path, options):
+    kept = []
+
+    class Watched(AtomicCheckpointIO):
+        def look(self):
+            newest = newest_checkpoint(tmp_path, resumes=True)
+            kept.append(step_of(newest) if newest else 0)
+
+        def save_checkpoint(self, *arguments, **options):
+            self.look()
+            super().save_checkpoint(*arguments, **options)
+            self.look()
+
+        def remove_checkpoint(self, path):
+            super().remove_checkpoint(path)
+            self.look()
+
+    callback = ModelCheckpoint(tmp_path, **options)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], plugins=[Watched()], enable_checkpointing=True,
+                            max_epochs=4, logger=False, num_sanity_val_steps=0)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*num_workers")
+        trainer.fit(RecordingVAE(), loader(), loader())
+    assert kept == sorted(kept)
+    assert (kept[0], kept[-1]) == (0, 24)
+
+
+def test_the_command_line_saves_whole_files_unless_told_otherwise():
+    class Built(VAECLI):
+        def _run_subcommand(self, subcommand):
+            pass
+
+    assert type(command_line(Built, ["fit", *LINEAR]).trainer.strategy.checkpoint_io) is AtomicCheckpointIO
+    named = ["fit", *LINEAR, "--trainer.plugins+=AsyncCheckpointIO"]
+    assert type(command_line(Built, named).trainer.strategy.checkpoint_io) is AsyncCheckpointIO
+
+
+def test_the_curves_are_on_the_disk_before_a_checkpoint_is(tmp_path):
+    class Looks(TorchCheckpointIO):
+        seen = ()
+
+        def save_checkpoint(self, *arguments, **options):
+            self.seen = [step for step, _ in scalars(tmp_path / "a")["train/loss"]]
+            super().save_checkpoint(*arguments, **options)
+
+    looks = Looks()
+    trainer = Trainer(accelerator="cpu", logger=TensorBoardLogger(tmp_path, "", "a"), max_steps=6, log_every_n_steps=2,
+                      callbacks=[FlushedCurves()], plugins=[looks], enable_progress_bar=False,
+                      enable_model_summary=False)  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*num_workers")
+        trainer.fit(RecordingVAE(), loader())
+    assert looks.seen == [1, 3, 5]
+
+
+# ---- from the command line
+
+
+def test_one_command_begins_goes_on_and_knows_when_it_is_done(capsys):
+    main(LOOP)
+    assert step_of(CHECKPOINTS / "last.ckpt") == 18
+    before = {path: path.stat().st_mtime_ns for path in RUN.rglob("*")}
+    assert "has finished after 18 steps: nothing is left to do" in exits(LOOP, 0, capsys)
+    assert {path: path.stat().st_mtime_ns for path in RUN.rglob("*")} == before
+    main([*LOOP, "--trainer.max_epochs=4"])
+    assert f"Going on from {CHECKPOINTS / 'last.ckpt'}" in capsys.readouterr().out
+    assert step_of(CHECKPOINTS / "last.ckpt") == 24
+    assert [step for step, _ in scalars(RUN)["val/loss"]] == [5, 11, 17, 23]
+    main(["fit", *LINEAR, "--ckpt_path=last", "--trainer.max_epochs=5"])  # a run of its own, from there
+    assert step_of("logs/linear/version_1/checkpoints/last.ckpt") == 30
+
+
+def test_a_run_without_a_checkpoint_begins_anew_in_its_folder(capsys):
+    RUN.mkdir(parents=True)
+    (RUN / "config.yaml").write_text("cut o")
+    (RUN / "events.out.tfevents.1.killed.1.0").write_bytes(b"\x18\0")
+    main(LOOP)
+    assert "it begins anew" in capsys.readouterr().out
+    assert [path.name for path in RUN.parent.iterdir()] == [RUN.name]
+    assert [step for step, _ in scalars(RUN)["train/elbo"]] == [3, 7, 11, 15]
+    assert [path.name for path in RUN.glob("*.yaml") if path.name != "hparams.yaml"] == ["config.yaml"]
+    assert "model:" in (RUN / "config.yaml").read_text()
+
+
+def test_the_folder_of_an_evaluation_is_no_run(capsys):
+    main(["fit", *LINEAR])
+    main(["validate", *LINEAR, f"--ckpt_path={RUN}"])
+    assert (RUN.with_name("version_1") / "config.yaml").is_file()
+    assert str(RUN) in exits(LOOP, 0, capsys)
+    main(["validate", *LINEAR, "--ckpt_path=last"])
+    assert f"Going on from {CHECKPOINTS / 'last.ckpt'}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["best.ckpt", "last.ckpt"])
+def test_a_full_disk_ends_the_run_and_loses_nothing_that_was_saved(place, capsys, monkeypatch):
+    save, calls = AtomicCheckpointIO.save_checkpoint, []
+
+    def full_later(self, checkpoint, path, storage_options=None):
+        calls.append(path)
+        if len(calls) > 4 and Path(path).name == place:
+            with disk_full():
+                save(self, checkpoint, path, storage_options)
+        save(self, checkpoint, path, storage_options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AtomicCheckpointIO, "save_checkpoint", full_later)
+        error = exits(LOOP, 1, capsys)
+    assert f"{CHECKPOINTS / place} can't be saved: File too large" in error
+    assert "`--ckpt_path last --same_run true` goes on" in error
+    assert not (RUN / "fit.json").exists()
+    assert step_of(CHECKPOINTS / place) == 12
+    assert not list(CHECKPOINTS.glob(".*"))
+    main(LOOP)
+    assert step_of(CHECKPOINTS / "last.ckpt") == 18
+    assert [step for step, _ in scalars(RUN)["val/loss"]] == [5, 11, 17]
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_before_the_first_step(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert "file" in exits(["fit", *LINEAR, f"--trainer.logger.save_dir={tmp_path / 'file' / 'logs'}"], 2, capsys)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(capsys):
+    each = ["--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename={step}",
+            "--trainer.callbacks.save_top_k=-1"]  # fmt: skip
+    main(["fit", *LINEAR, *each])
+    last = CHECKPOINTS / "last.ckpt"
+    (CHECKPOINTS / "best.ckpt").unlink()
+    (CHECKPOINTS / "step=18.ckpt").unlink()
+    for content in damaged(last.read_bytes()):
+        last.write_bytes(content)
+        with pytest.warns(UserWarning, match=r"last\.ckpt' can't be read\. .* It is passed over"):
+            assert newest_checkpoint(RUN, resumes=True) == CHECKPOINTS / "step=12.ckpt"
+        error = exits(["fit", *LINEAR, f"--ckpt_path={last}"], 2, capsys)
+        assert f"'{last}' can't be read" in error
+        assert f"The newest whole one beside it is {CHECKPOINTS / 'step=12.ckpt'}" in error
+    with pytest.warns(UserWarning, match=r"last\.ckpt"):
+        main([*LOOP, *each, "--trainer.max_epochs=4"])
+    for path in CHECKPOINTS.iterdir():
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="passed over"):
+        error = exits([*LOOP, "--trainer.max_epochs=5"], 2, capsys)
+    assert f"No checkpoint in {RUN} can be read" in error
+
+
+def test_what_cannot_be_found_is_said(capsys):
+    for arguments, message in (
+        ([], "there is no checkpoint in any run of this config"),
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"], "TensorBoardLogger alone"),
+        (["--trainer.callbacks.dirpath=elsewhere"], "`dirpath` of ModelCheckpoint is another"),
+    ):
+        assert message in exits(["fit", *LINEAR, "--ckpt_path=last", *arguments], 2, capsys)
+
+
+def test_events_that_a_kill_cut_short_are_read_up_to_there(tmp_path):
+    main(LOOP)
+    events = next(RUN.glob("events*"))
+    whole = events.read_bytes()
+    for cut in range(len(whole) // 2, len(whole) // 2 + 40):
+        events.write_bytes(whole[:cut])
+        assert scalars(RUN)["train/elbo"][0][0] == 3
+    main([*LOOP, "--trainer.max_epochs=4"])
+    assert scalars(RUN)["val/loss"][-1][0] == 23
+
+
+def test_the_file_that_says_a_run_is_done_says_within_which_limits():
+    main(LOOP)
+    assert json.loads((RUN / "fit.json").read_text())["limits"] == {
+        "max_epochs": "3", "max_steps": "-1", "max_time": None
+    }  # fmt: skip
