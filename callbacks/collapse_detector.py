@@ -123,6 +123,7 @@ class CollapseDetector(Callback):
         self._reported = ""
         self._rates: list[Tensor] = []
         self._variances: list[Tensor] = []
+        self._begun: dict[str, Any] = {}
 
     @property
     @override
@@ -137,10 +138,13 @@ class CollapseDetector(Callback):
         self._start(trainer)
 
     @override
-    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Watch the training epochs where there is no validation."""
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Watch the training epochs where there is no validation; the first may have begun in the run that goes on."""
         self._watches_training = not _validates(trainer)
         if self._watches_training:
+            self._pass = _Pass(self.observations)
+            self._pass.load(self._begun, _exact_device(pl_module.device))
+            self._begun = {}
             rank_zero_info(f"{self._title}: this run has no validation, so each training epoch is measured instead.")
 
     @override
@@ -212,6 +216,7 @@ class CollapseDetector(Callback):
             "reported": self._reported,
             "rates": torch.stack(self._rates) if self._rates else torch.empty(0),
             "variances": torch.stack(self._variances) if self._variances else torch.empty(0),
+            "begun": self._pass.state() if self._watches_training and self._pass is not None else {},
         }
 
     @override
@@ -222,6 +227,7 @@ class CollapseDetector(Callback):
         self._reported = state_dict["reported"]
         self._rates = list(state_dict["rates"])
         self._variances = list(state_dict["variances"])
+        self._begun = state_dict.get("begun", {})
 
     def _start(self, trainer: Trainer) -> None:
         detectors = [each for each in trainer.callbacks if isinstance(each, CollapseDetector)]  # type: ignore[attr-defined]
@@ -341,9 +347,9 @@ class _Pass:
 
     def __init__(self, observations: int) -> None:
         self._observations = observations
-        self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._batches: list[tuple[Tensor, ...]] = []
         self._rows = 0
-        self._shape: tuple[int, ...] | None = None
+        self._shape: torch.Size | None = None
         self._dim = 0
         self._units: ActiveUnits
         self._information: MutualInformation
@@ -391,6 +397,22 @@ class _Pass:
             mutual_information=None if math.isnan(information) else information,
             observations=len(mean),
         )
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs to go on amid the pass."""
+        moments = (self._units.moments, self._information.rows, self._rate_sum) if self._dim else ()
+        return {"batches": list(self._batches), "rows": self._rows, "shape": self._shape, "moments": moments}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from a saved state, if there is one."""
+        if not state:
+            return
+        self._batches = [tuple(column.to(device) for column in batch) for batch in state["batches"]]
+        self._rows, self._shape = state["rows"], state["shape"]
+        if state["moments"]:
+            units, rows, rate_sum = (moment.to(device) for moment in state["moments"])
+            self._open(len(rate_sum), device)
+            self._units.moments, self._information.rows, self._rate_sum = units, rows, rate_sum
 
     def _mean(self, posterior: Distribution) -> Tensor:
         try:

@@ -102,6 +102,16 @@ class ScheduledKnob(Callback):
                 raise
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Asking how long the run is has had the loaders made before Lightning read where they were in the run that is
+        # resumed, and it would forget that.
+        loaders, places = trainer.fit_loop._combined_loader, trainer.fit_loop._combined_loader_states_to_load
+        if loaders is not None and places:
+            loaders._load_state_dicts(places)
+            trainer.fit_loop._combined_loader_states_to_load = []
+            iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._knob is None:
             self._begin(trainer, pl_module)

@@ -33,6 +33,7 @@ from .flushed_curves import FlushedCurves
 from .latents_writer import LatentsWriter
 from .messages import readable
 from .report import EvaluationReport
+from .resuming import first_step
 from .vae import VAE
 from .whole_file import whole_file
 
@@ -111,8 +112,8 @@ class VAECLI(LightningCLI):
         config = self.config[subcommand]
         _say_what_was_replaced(before, config["model"].as_dict().get("init_args", {}))
         if config.get("same_run"):
-            step = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
-            run_folders.go_on_in(run_folders.of_checkpoint(Path(path), checkpoint), step, config["trainer"])
+            run = run_folders.of_checkpoint(Path(path), checkpoint)
+            run_folders.go_on_in(run, first_step(checkpoint), config["trainer"])
 
     @override
     def before_instantiate_classes(self) -> None:

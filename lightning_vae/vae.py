@@ -27,6 +27,7 @@ from .objective import (
     limited_rate_loss,
     weighted_loss,
 )
+from .resuming import end_first_epoch, finish_batch, say_what_is_lost, seed_batch, unfinished_batch
 from .running_sums import RunningSums
 from .specification import build, specification
 
@@ -144,6 +145,8 @@ class VAE(LightningModule):
         self._train_sums = RunningSums(len(_TERMS))
         self._evaluation_sums: dict[int, RunningSums] = {}
         self._position = 0
+        self._seed = 0
+        self._unfinished: dict[str, Any] | None = None
         self._warn_of_feedback()
 
     # ---- the model
@@ -216,6 +219,12 @@ class VAE(LightningModule):
 
     # ---- training
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Make the batch's noise its own, whatever has drawn random numbers before: a resumed run draws the same."""
+        del batch
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        seed_batch(self.device, self._seed, step, batch_idx, self.global_rank)
+
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss at the knobs as they are now."""
         x = self._observations(batch, check=batch_idx == 0)
@@ -225,24 +234,33 @@ class VAE(LightningModule):
         loss = weighted_loss(distortion, floored, self.beta)
         values = torch.stack([distortion, terms.rate.mean(), floored, loss]).detach()
         self._train_sums.add(values * len(x), len(x))
+        self._log_training()
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log the knobs, and the mean of the training terms since they were last logged, on logging steps alone."""
+        """Let go of the posterior: callbacks have read it, and its graph need not live on."""
         del outputs, batch, batch_idx
-        trainer: Any = self.trainer
+        self.posterior = None
+
+    def on_train_epoch_end(self) -> None:
+        """Offer the epoch's means to callbacks that monitor them; the loggers have the curve already."""
+        means = self._mean_over_processes(self._train_sums.epoch())
+        self.log_dict(_named("train", means), logger=False, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        if self._unfinished is not None:
+            end_first_epoch(self.trainer)
+            self._unfinished = None
+
+    def _log_training(self) -> None:
+        """Log the knobs, and the mean of the training terms since they were last logged, on logging steps alone."""
+        trainer: Any = self._trainer
+        if trainer is None:
+            return  # somebody's own loop
         logs_now = trainer._logger_connector.should_update_logs or trainer.fast_dev_run
         if logs_now and not trainer.fit_loop._should_accumulate():
             means = _named("train", _mean(self._train_sums.flush()))
             shown = {name: means.pop(name) for name in ("train/elbo", "train/rate")}
             self.log_dict({**shown, "knobs/beta": self.beta}, prog_bar=True, batch_size=1)
             self.log_dict({**means, "knobs/free_bits": self.free_bits}, batch_size=1)
-        self.posterior = None  # callbacks have read it; its graph need not live on
-
-    def on_train_epoch_end(self) -> None:
-        """Offer the epoch's means to callbacks that monitor them; the loggers have the curve already."""
-        means = self._mean_over_processes(self._train_sums.epoch())
-        self.log_dict(_named("train", means), logger=False, batch_size=1, sync_dist=self.trainer.world_size > 1)
 
     def configure_optimizers(self) -> Any:
         """Use Adam with a learning rate of 1e-3; a config's ``optimizer`` and ``lr_scheduler`` take its place."""
@@ -339,6 +357,8 @@ class VAE(LightningModule):
         if stage == "fit":
             self._train_sums.reset()
             self.rate_limit = None
+            self._seed = self.trainer.strategy.broadcast(int(torch.randint(2**31, ())))
+            self._unfinished = None
 
     def on_fit_start(self) -> None:
         """Refuse monitors that would select a wrong model."""
@@ -354,6 +374,12 @@ class VAE(LightningModule):
         if "beta" not in self.configured_knobs:  # else the constructor has
             self._warn_of_feedback()
 
+    def on_train_start(self) -> None:
+        """Do what the run that is resumed left undone."""
+        if self._unfinished is not None:
+            finish_batch(self.trainer, self._unfinished)
+            say_what_is_lost(self.trainer)
+
     def on_fit_end(self) -> None:
         """Leave the knobs at their targets, also where a callback averaged the buffers."""
         for name, target in self.knob_targets.items():
@@ -367,12 +393,15 @@ class VAE(LightningModule):
             "chosen": {name: value for name, value in variant.items() if value != self.hparams[name]},
             "train_sums": self._train_sums.state(),
             "rate_limit": self.rate_limit,
+            "seed": self._seed,
+            "unfinished": unfinished_batch(self.trainer, checkpoint),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what callbacks set: knobs left at their defaults or moved by a controller, the floor's variant."""
         saved = checkpoint.get("lightning_vae", {})
         self.rate_limit = saved.get("rate_limit")
+        self._seed, self._unfinished = saved.get("seed", self._seed), saved.get("unfinished")
         for name, target in saved.get("knob_targets", {}).items():
             # What a controller was configured with is where it began, and not what it found.
             if name not in self.configured_knobs or (name == "beta" and self.rate_limit is not None):

@@ -1,0 +1,185 @@
+"""A run that stopped at any moment at which it is saved, and went on, is the run that never stopped."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+
+from lightning_vae import VAE, MLPDecoder, MLPEncoder
+from lightning_vae.callbacks import (
+    CollapseDetector,
+    Cosine,
+    Cyclical,
+    FreeBits,
+    Join,
+    KLAnnealing,
+    Linear,
+    Schedule,
+    Sigmoid,
+    Staged,
+    TargetRate,
+)
+from lightning_vae.datamodules import Digits
+from tests.doubles import quiet_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:FreeBits"),  # what is trained for six steps is no model
+    pytest.mark.filterwarnings("ignore:CollapseDetector"),
+]
+
+
+class Scheduled(VAE):
+    """A small VAE under a learning rate schedule that knows the length of the run, or that looks at the validation."""
+
+    def __init__(self, plateau: bool) -> None:
+        narrow = {"encoder": partial(MLPEncoder, hidden=(8,)), "decoder": partial(MLPDecoder, hidden=(8,))}
+        super().__init__(Digits.shape, Digits.levels, latent_dim=4, **narrow)
+        self.plateau = plateau
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
+        if self.plateau:  # a threshold that no epoch meets: the rate falls each time
+            scheduler = {"scheduler": ReduceLROnPlateau(optimizer, patience=0, threshold=10.0), "monitor": "val/loss"}
+            return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        total = int(self.trainer.estimated_stepping_batches)
+        return [optimizer], [{"scheduler": OneCycleLR(optimizer, 0.01, total_steps=total), "interval": "step"}]
+
+
+class AtValidationEnd(ModelCheckpoint):
+    """Saves when a validation ends, under a name of its own."""
+
+    @property
+    def state_key(self) -> str:
+        return "AtValidationEnd"
+
+
+def saving(folder: Path) -> list[Callback]:
+    """Save after every training batch, validation and epoch."""
+    common = {"filename": "{step}", "save_top_k": -1}
+    return [
+        ModelCheckpoint(folder / "batch", every_n_train_steps=1, **common),
+        ModelCheckpoint(folder / "epoch", every_n_epochs=1, save_on_train_epoch_end=True, **common),
+        AtValidationEnd(folder / "validation", monitor="val/loss", save_on_train_epoch_end=False, **common),
+    ]
+
+
+def run(folder: Path, callbacks: list[Callback], more: list[Callback], ckpt: Path | None, **options: Any) -> Any:
+    """Fit, writing to TensorBoard; return all that training has made."""
+    torch.manual_seed(0 if ckpt is None else 1)  # nothing may depend on what the new process has drawn before
+    plateau = options.pop("plateau", False)
+    saved = torch.load(ckpt, weights_only=True)["lightning_vae"] if ckpt else {}
+    purge = saved["unfinished"]["step"] if ckpt else None
+    logger = TensorBoardLogger(folder, name="", version="run", default_hp_metric=False, purge_step=purge)
+    options = {
+        "max_epochs": 2,
+        "log_every_n_steps": 2,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": True,
+        **options,
+    }
+    trainer = quiet_trainer(folder, logger=logger, callbacks=[*callbacks, *more], **options)
+    vae = Scheduled(plateau)
+    # 3 batches an epoch; the seed of the data's order is the module's own
+    trainer.fit(vae, datamodule=Digits(batch_size=450), ckpt_path=ckpt, weights_only=True if ckpt else None)
+    return {
+        "parameters": vae.state_dict(),
+        "optimizer": trainer.optimizers[0].state_dict(),
+        "learning rate": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "knobs": (float(vae.beta), float(vae.free_bits)),
+        "callbacks": {each.state_key: each.state_dict() for each in callbacks},
+        "steps": (trainer.global_step, trainer.current_epoch, trainer.fit_loop.epoch_loop._batches_that_stepped),
+    }
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder / "run"))
+    events.Reload()
+    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_identical(found: Any, expected: Any, where: str = "") -> None:
+    """Compare nested values bit by bit."""
+    if isinstance(expected, torch.Tensor):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{where}: {text}")
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            assert_identical(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple) and not all(isinstance(each, float | int) for each in expected):
+        assert len(found) == len(expected), where
+        for number, pair in enumerate(zip(found, expected, strict=True)):
+            assert_identical(*pair, f"{where}/{number}")
+    else:
+        assert found == expected, where
+
+
+def annealed() -> list[Callback]:
+    return [
+        KLAnnealing(Linear(fraction=0.5)),
+        FreeBits(Linear(stop=0.2, steps=4)),
+        CollapseDetector(warmup=0, patience=1),
+    ]
+
+
+def steered() -> list[Callback]:
+    return [TargetRate(1.0), EMAWeightAveraging(decay=0.9)]
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (annealed, {}),
+        (annealed, {"plateau": True}),
+        (annealed, {"accumulate_grad_batches": 2}),
+        (annealed, {"val_check_interval": 2}),
+        (annealed, {"check_val_every_n_epoch": 2}),
+        (annealed, {"limit_val_batches": 0}),
+        (steered, {"gradient_clip_val": 1.0}),
+    ],
+    ids=["plain", "plateau", "accumulation", "validation amid epochs", "each second epoch", "no validation", "steered"],
+)
+def test_resumed_from_any_save_a_run_ends_bit_by_bit_as_the_uninterrupted_one(
+    make: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    monitor: list[Callback] = (
+        [] if "accumulate_grad_batches" in options else [LearningRateMonitor()]
+    )  # which writes steps twice there
+    whole = tmp_path / "whole"
+    ends = 2 if "limit_val_batches" in options else 3
+    expected = run(whole, make(), [*monitor, *saving(whole)[:ends]], None, **options)
+    expected_curves = curves(whole)
+    checkpoints = [path for path in whole.glob("*/*.ckpt") if path.stem != f"step={expected['steps'][0]}"]
+    assert len(checkpoints) >= 3
+    for path in checkpoints:
+        folder = tmp_path / f"from {path.parent.name} {path.stem}"
+        shutil.copytree(whole / "run", folder / "run")  # what the run wrote before it was killed, long after the save
+        for events in (folder / "run").glob("events*"):  # TensorBoard reads files by name: time, host, process, number
+            events.rename(events.with_name("events.out.tfevents.0"))
+        found = run(folder, make(), [*monitor, *saving(folder)[:ends]], path, **options)
+        assert_identical(found, expected, folder.name)
+        assert curves(folder) == expected_curves, folder.name
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Sigmoid(steps=5), Cosine(epochs=1.5), Cyclical(period_steps=4), Staged([0.0, 0.5, 1.0], at_steps=[2, 4]),
+     Join([Linear(stop=1.0, steps=2), Linear(start=1.0, stop=0.5, steps=3)])],
+    ids=lambda schedule: type(schedule).__name__,
+)  # fmt: skip
+def test_every_schedule_goes_on_where_it_was(schedule: Schedule, tmp_path: Path) -> None:
+    whole = run(tmp_path, [KLAnnealing(schedule)], saving(tmp_path), None)
+    for step in (1, 4):
+        folder, path = tmp_path / f"from {step}", tmp_path / "batch" / f"step={step}.ckpt"
+        found = run(folder, [KLAnnealing(schedule)], saving(folder), path)
+        assert_identical(found, whole, f"step {step}")
