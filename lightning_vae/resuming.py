@@ -137,7 +137,7 @@ def say_what_is_lost(trainer: Trainer) -> None:
         trainer: What resumes.
     """
     loaders = trainer.fit_loop._combined_loader
-    amid = trainer.fit_loop.epoch_loop.batch_progress.current.completed % trainer.num_training_batches
+    amid = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.num_training_batches
     for loader in loaders.flattened if loaders is not None else ():
         ordered = isinstance(getattr(loader, "sampler", None), SequentialSampler)
         if not hasattr(loader, "load_state_dict") and (amid or not ordered):

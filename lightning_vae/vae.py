@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch import distributions as td
 
+from .changed_options import length, say_what_changed
 from .likelihoods import Likelihood, default_likelihood
 from .networks import MLPDecoder, MLPEncoder, Shape
 from .noise import sample_by_index
@@ -361,8 +362,9 @@ class VAE(LightningModule):
             self._unfinished = None
 
     def on_fit_start(self) -> None:
-        """Refuse monitors that would select a wrong model."""
+        """Refuse monitors that would select a wrong model, and say what has changed since the run was saved."""
         trainer: Any = self.trainer
+        say_what_changed(trainer, dict(self.hparams))
         schedulers = [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs]
         for callback, monitor in [(each, getattr(each, "monitor", None)) for each in trainer.callbacks] + schedulers:
             mode = getattr(callback, "mode", None)
@@ -394,6 +396,7 @@ class VAE(LightningModule):
             "train_sums": self._train_sums.state(),
             "rate_limit": self.rate_limit,
             "seed": self._seed,
+            "length": length(self.trainer),
             "unfinished": unfinished_batch(self.trainer, checkpoint),
         }
 

@@ -310,6 +310,7 @@ def test_a_changed_schedule_is_said(tmp_path: Path) -> None:
     assert betas(model) == pytest.approx([0.6, 0.8, 1.0])
 
 
+@pytest.mark.filterwarnings("ignore:The run goes on with other options of the model")  # the VAE says it too
 def test_a_changed_target_is_said(tmp_path: Path) -> None:
     path = checkpoint_of(tmp_path, Linear(steps=6), RecordingVAE(beta=2.0))
     model = RecordingVAE(beta=4.0)

@@ -1,6 +1,7 @@
 """A run that stopped at any moment at which it is saved, and went on, is the run that never stopped."""
 
 import shutil
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor,
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_vae import VAE, MLPDecoder, MLPEncoder
 from lightning_vae.callbacks import (
@@ -183,3 +185,63 @@ def test_every_schedule_goes_on_where_it_was(schedule: Schedule, tmp_path: Path)
         folder, path = tmp_path / f"from {step}", tmp_path / "batch" / f"step={step}.ckpt"
         found = run(folder, [KLAnnealing(schedule)], saving(folder), path)
         assert_identical(found, whole, f"step {step}")
+
+
+# ---- what is said of a run that goes on otherwise
+
+
+class Adams(VAE):
+    lr = 1e-3
+
+    def __init__(self, beta: float = 1.0) -> None:
+        super().__init__(Digits.shape, Digits.levels, latent_dim=4, beta=beta)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    trainer.fit(Adams(), datamodule=Digits())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    return tmp_path / "saved.ckpt"
+
+
+def go_on(path: Path, vae: VAE, data: Any = None, **options: Any) -> None:
+    options = {"max_epochs": 2, "limit_train_batches": 2, "limit_val_batches": 0, **options}
+    quiet_trainer(path.parent, **options).fit(vae, data or Digits(), ckpt_path=path, weights_only=True)
+
+
+def test_another_option_of_the_model_is_said(saved: Path) -> None:
+    with pytest.warns(UserWarning, match=r"other options of the model than it was saved with: beta 1.0 -> 4.0"):
+        go_on(saved, Adams(beta=4.0))
+
+
+def test_an_option_of_the_optimizer_that_the_checkpoint_overrides_is_said(saved: Path) -> None:
+    vae = Adams()
+    vae.lr = 0.5
+    with pytest.warns(UserWarning, match=r"Adam keeps the options in the checkpoint, .*: lr 0.001 -> 0.5"):
+        go_on(saved, vae)
+    assert vae.trainer.optimizers[0].param_groups[0]["lr"] == 1e-3
+
+
+def test_another_length_of_the_run_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        go_on(saved, Adams())
+    assert "not as long as when it was saved: max_epochs 1 -> 2" in caplog.text
+
+
+@pytest.mark.parametrize(("shuffle", "batches", "says"), [(True, 2, True), (False, 2, False), (False, 3, True)])
+def test_a_loader_that_keeps_no_place_is_named_unless_nothing_is_lost(
+    shuffle: bool, batches: int, says: bool, tmp_path: Path
+) -> None:
+    data = TensorDataset(torch.randint(0, 17, (8, 1, 8, 8), dtype=torch.uint8))
+    loader = DataLoader(data, batch_size=4, shuffle=shuffle)  # 2 batches
+    options = {"max_epochs": 3, "enable_checkpointing": True, "logger": False}
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=batches, save_top_k=-1)
+    quiet_trainer(tmp_path, callbacks=[saves], **options).fit(Adams(), loader)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        go_on(tmp_path / f"step={batches}.ckpt", Adams(), loader, max_epochs=3, limit_train_batches=None)
+    assert any("come from a DataLoader, which keeps" in str(each.message) for each in caught) is says
