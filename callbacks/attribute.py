@@ -65,8 +65,7 @@ class Attribute:
         """
         owner, current = self._find()
         if isinstance(current, Tensor):
-            with torch.no_grad():
-                current.fill_(value)
+            current.detach().fill_(value)
             self._place = (current.data_ptr(), current._version)
         else:
             value = float(value) if isinstance(value, Tensor) else value
@@ -191,6 +190,8 @@ def look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
     tried = []
     while owner is not None:
         try:
+            if isinstance(owner, torch.nn.Module):
+                return owner, getattr(owner, name)
             if isinstance(owner, Mapping):
                 return owner, owner[_key(owner, name)]
             return owner, owner[int(name)] if _is_element(owner, name) else getattr(owner, name)

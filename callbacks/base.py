@@ -55,9 +55,8 @@ class Callback(_Callback):
 
         Meant for ``on_train_batch_end``; a batch that only accumulates gradients never logs.
         """
-        if Callback.accumulates(trainer):
-            return False
-        return bool(trainer._logger_connector.should_update_logs) or bool(getattr(trainer, "fast_dev_run", False))
+        logs = trainer._logger_connector.should_update_logs or getattr(trainer, "fast_dev_run", False)
+        return bool(logs) and not Callback.accumulates(trainer)
 
     @staticmethod
     def log_now(

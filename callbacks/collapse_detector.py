@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -125,7 +126,7 @@ class CollapseDetector(Callback):
         self._variances: list[Tensor] = []
         self._begun: dict[str, Any] = {}
 
-    @property
+    @cached_property  # Lightning asks for it at every hook of every step
     @override
     def state_key(self) -> str:
         """Key of the saved state: detectors of different posteriors stand side by side."""

@@ -78,7 +78,7 @@ class KLAnnealing(ScheduledKnob):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(trainer, pl_module)
-        if self.probe and self.step(trainer) == 0 and batch_idx == 0 and self._is_foreign(pl_module):
+        if batch_idx == 0 and self.probe and self.step(trainer) == 0 and self._is_foreign(pl_module):
             self._report(trainer, pl_module, batch, batch_idx)
 
     def _is_foreign(self, pl_module: LightningModule) -> bool:

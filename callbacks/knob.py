@@ -56,21 +56,18 @@ class Knob:
             self._setter(self._pl_module, float(value) if isinstance(value, Tensor) else value)
         waiting = self._attributes
         while waiting:
-            refused = [(each, error) for each in waiting if (error := _refusal(each, value)) is not None]
+            refused: list[tuple[Attribute, Exception]] = []
+            for each in waiting:
+                try:
+                    each.write(value)
+                except Exception as error:
+                    refused.append((each, error))
             if len(refused) == len(waiting):
-                attribute, error = refused[0]
-                reason = str(error).removeprefix(f"`attribute={attribute.path!r}`: ")
-                raise ValueError(f"`attribute={attribute.path!r}` can't be set to {value:g}: {reason}") from error
+                attribute, cause = refused[0]
+                reason = str(cause).removeprefix(f"`attribute={attribute.path!r}`: ")
+                raise ValueError(f"`attribute={attribute.path!r}` can't be set to {value:g}: {reason}") from cause
             waiting = [each for each, _ in refused]
 
     def overwritten(self) -> Attribute | None:
         """Return the place that no longer holds what was written to it, if there is one."""
         return next((each for each in self._attributes if not each.holds()), None)
-
-
-def _refusal(attribute: Attribute, value: float | Tensor) -> Exception | None:
-    try:
-        attribute.write(value)
-    except Exception as error:
-        return error
-    return None

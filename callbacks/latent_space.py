@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ class LatentSpace(Callback):
         self._rows: list[_Rows] = []
         self._latest: _Rows | None = None
 
-    @property
+    @cached_property  # Lightning asks for it at every hook of every step
     @override
     def state_key(self) -> str:
         """Key of the saved state: those of different posteriors stand side by side."""

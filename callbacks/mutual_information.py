@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 # Unlike a seed that data are drawn with: the same noise in data and samples would look like information.
 _SEED = 0x5EED
+_ROWS = 64  # of the matrix at a time: they stay in the processor's cache, which is three times as fast
 
 
 def mutual_information(mean: Tensor, variance: Tensor, seed: int = _SEED) -> Tensor:
@@ -49,10 +50,14 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = _SEED) -> Ten
     noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     sample = mean + variance.sqrt() * noise.to(mean.device)
     precision = 1 / variance
-    squares = sample.square() @ precision.T - 2 * sample @ (mean * precision).T + (mean.square() * precision).sum(dim=1)
-    log_density = -0.5 * (squares + variance.log().sum(dim=1))  # [n, m]: log q(z_n|x_m) without its constant
-    excess = log_density - log_density.diagonal().unsqueeze(1)
-    return (math.log(max(len(mean), 1)) - excess.logsumexp(dim=1)).mean()
+    # log q(z|x_m) is linear in (z^2, z); its constant is the same for all.
+    rows, slopes = torch.cat([sample.square(), sample], dim=1), torch.cat([-0.5 * precision, mean * precision], dim=1)
+    offset = -0.5 * (mean.square() * precision + variance.log()).sum(dim=1)
+    excess = []
+    for block, first in zip(rows.split(_ROWS), range(0, len(mean) + 1, _ROWS), strict=False):
+        log_density = torch.addmm(offset, block, slopes.T)  # [n, m]: log q(z_n|x_m)
+        excess.append(log_density.sub_(log_density.diagonal(first).clone().unsqueeze(1)).logsumexp(dim=1))
+    return (math.log(max(len(mean), 1)) - torch.cat(excess)).mean()
 
 
 def first_rows(rows: Tensor, number: int) -> Tensor:

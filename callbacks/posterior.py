@@ -176,6 +176,8 @@ class PosteriorReader:
         Raises:
             ValueError: If a path leads nowhere.
         """
+        if not self._paths:
+            return
         if not self._handles:
             modules = {path: _submodule(pl_module, path) for path in self._paths}
             self._handles = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -81,7 +82,7 @@ class ScheduledKnob(Callback):
         self._witness: Witness | None = None
         self._conflicts = 0
 
-    @property
+    @cached_property  # Lightning asks for it at every hook of every step
     @override
     def state_key(self) -> str:
         return self._generate_state_key(attribute=self.attribute, name=self.name)

@@ -98,7 +98,7 @@ class Bernoulli(Likelihood):
     def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
         """Return ``x`` binarised: afresh, or by the observations' own noise where ``index`` is given."""
         noise = torch.rand_like(x) if index is None else uniform_by_index(index, math.prod(self.shape), self.seed)
-        return (noise.view_as(x) < x).to(x.dtype)
+        return noise.view_as(x).lt_(x).to(x.dtype)  # in place, as 0 or 1: no pass to turn bools into numbers
 
     def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Bernoulli distribution with these logits."""

@@ -121,12 +121,13 @@ def free_bits(
         raise ValueError(f"`average` must be 'batch' or 'sample', got {average!r}.")
     rates = group_rates(kl_per_dimension, per)
     if average == "batch":
-        rates = rates.mean(0, keepdim=True)
+        rates = rates.mean(0)
     # A number is filled in on the device: copying it there would wait for it.
     threshold = threshold.to(rates) if isinstance(threshold, Tensor) else rates.new_full((), threshold)
     # At 0 the floor is off, rather than max(0, rate): a Monte Carlo estimate of the rate may be negative.
     floor = torch.where(threshold > 0, threshold, -torch.inf)
-    return rates.clamp(min=floor).sum(-1).mean()
+    floored = rates.clamp(min=floor).sum(-1)
+    return floored.mean() if average == "sample" else floored
 
 
 def group_rates(kl_per_dimension: Tensor, per: FreeBitsPer = "dimension") -> Tensor:

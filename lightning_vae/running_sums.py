@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 class RunningSums:
@@ -21,32 +22,37 @@ class RunningSums:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._window = torch.zeros(self.size + 1, dtype=torch.float32)
+        self._window, self._count = torch.zeros(self.size, dtype=torch.float32), 0
         self._epoch = torch.zeros(self.size + 1, dtype=torch.float32)
 
     def add(self, values: Tensor, count: int) -> None:
         """Add one batch's sums, shape ``(size,)``, over ``count`` observations."""
         if self._window.device != values.device:
             self._window, self._epoch = self._window.to(values.device), self._epoch.to(values.device)
-        self._window[:-1] += values
-        self._window[-1] += count
+        self._window.add_(values)
+        self._count += count
 
     def flush(self) -> Tensor:
         """Return the sums and the count since the last flush, shape ``(size + 1,)``, and start again."""
-        window, self._window = self._window, torch.zeros_like(self._window)
+        window = self._since_flush()
+        self._window, self._count = torch.zeros_like(self._window), 0
         self._epoch += window
         return window
 
     def epoch(self) -> Tensor:
         """Return the epoch's sums and count, shape ``(size + 1,)``, and start a new epoch; the window goes on."""
-        total = self._epoch + self._window
-        self._epoch = -self._window
+        window = self._since_flush()
+        total, self._epoch = self._epoch + window, -window
         return total
 
     def state(self) -> dict[str, Tensor]:
         """Return what a resumed run needs to go on."""
-        return {"window": self._window.cpu().clone(), "epoch": self._epoch.cpu().clone()}
+        return {"window": self._since_flush().cpu(), "epoch": self._epoch.cpu().clone()}
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Go on from a saved state."""
-        self._window, self._epoch = state["window"].clone(), state["epoch"].clone()
+        self._window, self._count = state["window"][:-1].clone(), int(state["window"][-1])
+        self._epoch = state["epoch"].clone()
+
+    def _since_flush(self) -> Tensor:
+        return pad(self._window, (0, 1), value=self._count)

@@ -233,8 +233,9 @@ class VAE(LightningModule):
         floored = free_bits(terms.rate_per_dimension, self.free_bits, self.free_bits_per, self.free_bits_average)
         distortion = terms.distortion.mean()
         loss = weighted_loss(distortion, floored, self.beta)
-        values = torch.stack([distortion, terms.rate.mean(), floored, loss]).detach()
-        self._train_sums.add(values * len(x), len(x))
+        with torch.no_grad():
+            values = torch.stack([distortion, terms.rate_per_dimension.sum() / len(x), floored, loss])
+            self._train_sums.add(values * len(x), len(x))
         self._log_training()
         return loss
 
@@ -417,7 +418,11 @@ class VAE(LightningModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Fill a knob that is given a value; outside of a fit, that is to configure it."""
-        if name in _KNOBS and name in self.__dict__.get("_buffers", {}):
+        if name in self.__dict__ and (value is None or type(value) is str):
+            # Neither a tensor nor a module, nor in the place of one. Lightning notes the hook it is in here, almost
+            # fifty times a step, and nn.Module takes four times as long.
+            self.__dict__[name] = value
+        elif name in _KNOBS and name in self.__dict__.get("_buffers", {}):
             self._fill(name, value)
             if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING or self._trainer.state.stopped:
                 self.knob_targets[name] = float(value)
