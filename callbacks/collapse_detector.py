@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from .active_units import ActiveUnits
 from .base import Callback
+from .board import Board
 from .collapse import Diagnosis, diagnose
 from .heat_map import heat_map
 from .mutual_information import MutualInformation, mutual_information
@@ -318,14 +319,12 @@ class CollapseDetector(Callback):
         if measured.rate is not None:
             self._rates.append(measured.rate.float().cpu())
             pictures["latent/rate_per_dimension"] = heat_map(torch.stack(self._rates))
-        for experiment in _experiments(trainer, "add_image"):
-            for tag, picture in pictures.items():
-                experiment.add_image(self._key(tag), picture, self.step(trainer))
+        for tag, picture in pictures.items():
+            Board(trainer).image(self._key(tag), picture, self.step(trainer))
 
     def _raise_alarm(self, trainer: Trainer, pl_module: LightningModule, diagnosis: Diagnosis) -> None:
         message = _message(self._title, diagnosis)
-        for experiment in _experiments(trainer, "add_text"):
-            experiment.add_text(self._key("collapse/message"), message, self.step(trainer))
+        Board(trainer).text(self._key("collapse/message"), message, self.step(trainer))
         if callable(self.on_alarm):
             self.on_alarm(trainer, pl_module, diagnosis)
             return
@@ -487,14 +486,6 @@ def _validates(trainer: Trainer) -> bool:
     if every is not None and epochs is not None and 0 <= epochs < every:
         return False
     return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
-
-
-def _experiments(trainer: Trainer, method: str) -> list[Any]:
-    """Return what writes for each logger that has this method, on the process that writes."""
-    if not trainer.is_global_zero:
-        return []
-    experiments = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [experiment for experiment in experiments if hasattr(experiment, method)]
 
 
 def _message(title: str, diagnosis: Diagnosis) -> str:

@@ -68,7 +68,7 @@ class BatchLoader(ABC):
         global_batch = processes * self.batch_size
         first = self._epoch * length + self._position // global_batch if self.shuffle else 0
         places = [divmod(number, length) for number in range(first, first + length)]
-        orders = {epoch: self._order(epoch) for epoch, _ in places}
+        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
         shares = []
         for epoch, number in places:
             stop = (number + 1) * global_batch if number + 1 < length else self.size

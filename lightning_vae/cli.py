@@ -349,6 +349,9 @@ def main(args: ArgsType = None) -> None:
     Args:
         args: Arguments in place of the process's own, for use from Python.
     """
+    if not torch.cuda.is_available():
+        # With Lightning's settings torch searches the disk for NVIDIA's library at each step of Adam: nothing is there.
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
     # Lightning redraws its bar at each step, which takes a small model longer than the step.
     os.environ.setdefault("TQDM_MINITERS", "20")
     sys.path.insert(0, os.getcwd())  # a config may name classes that lie where the command is run

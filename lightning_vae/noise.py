@@ -26,11 +26,12 @@ def uniform_by_index(index: Tensor, size: int, seed: int = 0) -> Tensor:
     Returns:
         float32, shape ``(B, size)``, on the device of ``index``; multiples of 2**-24, never 0 or 1.
     """
-    rows = _mix(_mix(torch.full_like(index, seed)) + (index & _MASK) * _GOLDEN + (index >> 32))
-    columns = torch.arange(1, size + 1, device=index.device) * _GOLDEN
+    seeds = _mix(torch.full_like(index, seed & _MASK).to(torch.int32))
+    rows = _mix((seeds + (index & _MASK) * _GOLDEN + (index >> 32)).to(torch.int32))
+    columns = (torch.arange(1, size + 1, device=index.device) * _GOLDEN).to(torch.int32)
     bits = _mix(rows[:, None] + columns[None, :])
     # 23 bits and a half are exact in float32, which is named because half precision changes the default.
-    return ((bits >> 9).to(torch.float32) + 0.5) / 2**23
+    return _shifted(bits, 9).to(torch.float32).add_(0.5).div_(2**23)
 
 
 def sample_by_index(posterior: Distribution, index: Tensor, number: int = 0) -> Tensor:
@@ -52,8 +53,12 @@ def sample_by_index(posterior: Distribution, index: Tensor, number: int = 0) -> 
 
 
 def _mix(key: Tensor) -> Tensor:
-    """Scramble 32-bit keys, held in int64, by the finaliser of MurmurHash3."""
-    key = key & _MASK
-    key = ((key ^ (key >> 16)) * 0x85EBCA6B) & _MASK
-    key = ((key ^ (key >> 13)) * 0xC2B2AE35) & _MASK
-    return key ^ (key >> 16)
+    """Scramble int32 keys in place by the finaliser of MurmurHash3; products overflow, and mean to."""
+    key.bitwise_xor_(_shifted(key, 16)).mul_(0x85EBCA6B - 2**32)
+    key.bitwise_xor_(_shifted(key, 13)).mul_(0xC2B2AE35 - 2**32)
+    return key.bitwise_xor_(_shifted(key, 16))
+
+
+def _shifted(key: Tensor, bits: int) -> Tensor:
+    """Shift to the right, with zeros from the left."""
+    return (key >> bits).bitwise_and_(0xFFFFFFFF >> bits)

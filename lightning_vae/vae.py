@@ -143,6 +143,7 @@ class VAE(LightningModule):
             self.register_buffer(name, torch.tensor(target, dtype=torch.float32), persistent=False)
         self.register_buffer("_prior_parameters", torch.tensor([0.0, 1.0]), persistent=False)
         self.posterior: td.Distribution | None = None
+        self._network_dtype = _dtype(self.encoder)  # looking each time takes as long as a small layer
         self._train_sums = RunningSums(len(_TERMS))
         self._evaluation_sums: dict[int, RunningSums] = {}
         self._position = 0
@@ -441,6 +442,7 @@ class VAE(LightningModule):
             moved = self._buffers[name]
             if knob is not None and moved is not None and moved.dtype != torch.float32:
                 self._buffers[name] = knob.to(moved.device)
+        self._network_dtype = _dtype(self.encoder)
         self._prior_parameters = self._prior_parameters.to(self._working_dtype)
         return self
 
@@ -467,10 +469,6 @@ class VAE(LightningModule):
             raise ValueError(f"`decoder` must give shape {(len(z), *self.shape)}, got {tuple(output.shape)}.")
         distribution: td.Distribution = self.likelihood(output, x)
         return distribution
-
-    @property
-    def _network_dtype(self) -> torch.dtype:
-        return next((parameter.dtype for parameter in self.encoder.parameters()), torch.float32)
 
     @property
     def _working_dtype(self) -> torch.dtype:
@@ -534,6 +532,10 @@ class VAE(LightningModule):
                 "the reconstruction, which widens the scale, which weakens the reconstruction again, until all "
                 "has collapsed. Fix the variance (train once at beta 1 and take its variance), or keep beta at 1."
             )
+
+
+def _dtype(network: nn.Module) -> torch.dtype:
+    return next((parameter.dtype for parameter in network.parameters()), torch.float32)
 
 
 def _mean(sums: Tensor) -> Tensor:
