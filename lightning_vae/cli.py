@@ -8,11 +8,14 @@ import logging
 import os
 import sys
 import threading
+import traceback
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -24,8 +27,8 @@ from lightning_utilities.core import rank_zero
 from typing_extensions import override
 
 from . import callbacks as callbacks  # importing them gives them short names in configs
+from . import config_text, finished_fit, run_folders
 from . import datamodules as datamodules
-from . import finished_fit, run_folders
 from . import likelihoods as likelihoods
 from . import networks as networks
 from .checkpoint_io import AtomicCheckpointIO, SaveError, read
@@ -34,11 +37,33 @@ from .latents_writer import LatentsWriter
 from .messages import readable
 from .report import EvaluationReport
 from .resuming import first_step
+from .specification import check_descriptions
 from .vae import VAE
 from .whole_file import whole_file
 
-# What is wrong with the input, as opposed to with the program.
-_INPUT_ERRORS = (ValueError, TypeError, OSError, MisconfigurationException)
+# What says by itself what is wrong with the input.
+_INPUT_ERRORS = (ValueError, OSError, MisconfigurationException)
+
+# The least that options of the Trainer may be, where it does not look or fails on it later.
+_LEAST = {
+    "min_epochs": 0,
+    "min_steps": 0,
+    "limit_train_batches": 0,
+    "limit_val_batches": 0,
+    "limit_test_batches": 0,
+    "limit_predict_batches": 0,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": -1,
+    "log_every_n_steps": 0,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": 0,
+}
+# What the parts of a checkpoint are.
+_CHECKPOINT = {"global_step": int, "epoch": int, "state_dict": dict, "hyper_parameters": dict}
+_LARGEST = {int: 2**63 - 1, float: torch.finfo(torch.float32).max}
+
+# Options of the model that are not for a config to give.
+_FROM_DATA = ("shape", "levels")
 
 # Warnings on the way that a user can do nothing about.
 _NOT_FOR_USERS = (
@@ -52,7 +77,19 @@ _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class Parser(LightningArgumentParser):
-    """A parser that says what is wrong, without the page of all options."""
+    """A parser that says what is wrong, without the page of all options, and takes nothing for something else."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    @override
+    def validate(self, namespace: Namespace, _skip_unset: bool = True, **kwargs: Any) -> None:
+        # A `null` must fit its option as any value must, but for those that the data will give.
+        given = namespace.clone()
+        for name in _FROM_DATA:
+            if given.get(name, "") is None:
+                given.pop(name)
+        super().validate(given, False, **kwargs)  # the second argument's name is another in each version
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -87,6 +124,15 @@ class VAECLI(LightningCLI):
         return parser
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        with _readable():
+            super().parse_arguments(parser, args)
+            config = self.config[self.config["subcommand"]].as_dict()
+            _check_values(config)
+        model = config["model"].get("init_args") or {}
+        self._given = {name: model[name] for name in _FROM_DATA if model.get(name) is not None}
+
+    @override
     def _parse_ckpt_path(self) -> None:
         subcommand = self.config["subcommand"]
         config = self.config[subcommand]
@@ -108,7 +154,8 @@ class VAECLI(LightningCLI):
         checkpoint = _read_checkpoint(path, resumes=subcommand == "fit")
         self._resumed_step = checkpoint["global_step"]
         before = self.config[subcommand]["model"].as_dict().get("init_args", {})
-        super()._parse_ckpt_path()
+        with _readable():
+            super()._parse_ckpt_path()
         config = self.config[subcommand]
         _say_what_was_replaced(before, config["model"].as_dict().get("init_args", {}))
         if config.get("same_run"):
@@ -132,41 +179,39 @@ class VAECLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        try:
+        with _readable():
             super().instantiate_classes()
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not where the config names another
                 self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+            for name, given in self._given.items():
+                if getattr(self.datamodule, name) != (tuple(given) if isinstance(given, list) else given):
+                    raise ValueError(
+                        f"`model.{name}` is for the data to give: leave it out. The data have "
+                        f"{getattr(self.datamodule, name)}, got {given}."
+                    )
             if self.subcommand == "test":
                 self.trainer.callbacks.append(self.config_init["test"]["evaluation"])  # type: ignore[attr-defined]
-        except _INPUT_ERRORS as error:
-            _exit(error)
-        except RuntimeError as error:
-            if "more than one stateful callback" not in str(error):
-                raise
-            _exit(f"`trainer.callbacks`: {error}")  # two files that each bring the same one
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
-        except _INPUT_ERRORS as error:
-            began = self.trainer.global_step > self._resumed_step
+        except Exception as error:
+            steps = self.trainer.global_step - self._resumed_step
+            known = isinstance(error, MisconfigurationException | SaveError)
+            said = _said(error)
             if isinstance(error, OSError) and error.errno in _NO_PLACE and not error.filename:
-                error = OSError(f"{error.strerror}: {getattr(self.trainer.logger, 'log_dir', None) or os.getcwd()}.")
-            elif began and not isinstance(error, (MisconfigurationException, SaveError)):
-                raise  # no longer the input, but a fault, whose traceback is worth having
-            print(file=sys.stderr)  # ends the progress bar's line
-            if not began:
-                _exit(error)
-            _exit(
-                f"{error} The same command with `--ckpt_path last --same_run true` goes on from the last save.", code=1
-            )
-        except RuntimeError as error:
-            if "Error(s) in loading state_dict" in str(error):
-                _exit(_misfit(str(error)))
-            if "which is not available" not in str(error):
+                known = True
+                said = f"{error.strerror}: {getattr(self.trainer.logger, 'log_dir', None) or os.getcwd()}."
+            # Until the first step and what follows from it is done it is the input; later on a fault, whose traceback
+            # is worth having, but for what EarlyStopping says of a metric that does not exist.
+            if steps > 1 and not known and "which is not available" not in said:
                 raise
-            _exit(error)  # what EarlyStopping says of a metric that does not exist
+            print(file=sys.stderr)  # ends the progress bar's line
+            if known and steps > 0:
+                again = "The same command with `--ckpt_path last --same_run true` goes on from the last save."
+                _exit(f"{said} {again}", code=1)
+            _exit(_misfit(said) if "Error(s) in loading state_dict" in said else said)
 
     def predict(self, **kwargs: Any) -> None:
         """Write the latents as they come, instead of gathering them in memory.
@@ -287,8 +332,16 @@ def _read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
         raise ValueError(f"{error}{_beside(path, resumes)}") from None
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
         raise ValueError(f"{path!r} is no checkpoint of a Lightning Trainer.")
-    if resumes and not {"loops", "optimizer_states"} <= checkpoint.keys():
+    if resumes and not (checkpoint.get("loops") and checkpoint.get("optimizer_states")):
         raise ValueError(f"{path!r} holds weights alone, without the state that a run could be resumed from.")
+    for name, kind in _CHECKPOINT.items():
+        if not isinstance(found := checkpoint.get(name), kind):
+            raise ValueError(f"{path!r} is damaged: `{name}` must be a {kind.__name__}, got {found!r}.")
+    for name, weight in checkpoint["state_dict"].items():
+        if isinstance(weight, torch.Tensor) and not weight.isfinite().all():
+            raise ValueError(f"{path!r} holds weights that are not finite, {name} first. Take an earlier one.")
+    for name, value in checkpoint["hyper_parameters"].items():
+        check_descriptions(name, value)
     return checkpoint
 
 
@@ -322,6 +375,60 @@ def _beside(path: str, resumes: bool) -> str:
         if whole := run_folders.newest_checkpoint(Path(path).parent, resumes):
             return f" The newest whole one beside it is {whole}."
     return ""
+
+
+def _check_values(config: dict[str, Any]) -> None:
+    """Refuse what no option of anybody's takes, and what the Trainer takes without a word."""
+    if not isinstance(config["trainer"], dict):
+        raise ValueError(f"`trainer` must be a mapping of options, got {config['trainer']}.")
+    for name, value in _leaves(config):
+        if isinstance(value, int | float) and not abs(value) <= _LARGEST[float if isinstance(value, float) else int]:
+            raise ValueError(f"`{name}` must be a finite number that fits its type, got {value}.")
+    for name, least in _LEAST.items():
+        value = config["trainer"].get(name)
+        if value is not None and value < least:
+            raise ValueError(f"`trainer.{name}` must be at least {least}, got {value}.")
+    interval = config["trainer"].get("val_check_interval")
+    if isinstance(interval, int | float) and interval <= 0:
+        raise ValueError(f"`trainer.val_check_interval` must be above 0, got {interval}.")
+    seed = config["seed_everything"]
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"`seed_everything` must be from 0 to {2**32 - 1}, got {seed}.")
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a nested config with their dotted names, as they are given on the command line."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    if items is None:
+        yield name, value
+        return
+    for key, item in items:
+        yield from _leaves(item, name if key == "init_args" else f"{name}.{key}".lstrip("."))
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """End with one message on whatever is wrong before a run has begun."""
+    try:
+        yield
+    except Exception as error:
+        _exit(_said(error))
+
+
+def _said(error: Exception) -> str:
+    """Say an error in a line; one that does not name an option says where it comes from, one's own code if it can."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"`--config`: a file is no text in UTF-8 ({error})."
+    if "more than one stateful callback" in str(error):
+        return f"`trainer.callbacks`: {error}"  # two files that each bring the same one
+    text = str(error).partition("\nException raised from")[0]  # torch adds a page on its own functions
+    if isinstance(error, _INPUT_ERRORS) or "`" in text:
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.filename.endswith("checkpoint_connector.py") for frame in frames):
+        return f"`--ckpt_path`: what the checkpoint holds does not fit: {type(error).__name__}: {text}"
+    place = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]
+    return f"{type(error).__name__}: {text} (in {place.filename}, line {place.lineno})"
 
 
 def _no_advertisement(record: logging.LogRecord) -> bool:
@@ -371,6 +478,7 @@ def command_line(kind: type[VAECLI], args: ArgsType = None) -> VAECLI:
         kind: Its class.
         args: Arguments in place of the process's own.
     """
+    config_text.guard()
     return kind(
         VAE,
         LightningDataModule,

@@ -12,6 +12,7 @@ _NOISE = re.compile(
     r"|Expected a path but|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with"
     r"|Problem with given class_path"
 )
+_LONGEST = 800
 _STRUCTURE = re.compile(r"\.? Got value: (Namespace|NestedArg)\(.*")
 
 
@@ -39,11 +40,20 @@ def readable(message: str, known_names: Iterable[str] = ()) -> str:
             given = f", got {value[1]}"
         elif text and not _NOISE.match(text) and not text.startswith("Given value: "):
             faults.append(_STRUCTURE.sub("", text))
-    if not faults:
-        return message
     where = ".".join(dict.fromkeys(keys))
+    if keys and not faults and (kind := re.search(r"Not a valid subclass of (\w+)", message)):
+        faults = [f"Expected a {kind[1]}: its class path, or a mapping of `class_path` and `init_args`"]
+    if not faults:
+        return _shortened(message)
     what = "; ".join(dict.fromkeys(faults)) + (given if len(faults) == 1 and given[6:] not in faults[0] else "")
-    return (f"{where}: " if where else "") + what + _suggestion(what, known_names)
+    return _shortened((f"{where}: " if where else "") + what) + _suggestion(what, known_names)
+
+
+def _shortened(text: str) -> str:
+    """Leave out what is not for reading: a file that is no config, a value of a thousand letters, a list of all."""
+    text = re.sub(r"(Unexpected config)\b.*", r"\1: it must be a mapping of options to values", text, flags=re.DOTALL)
+    text = re.sub(r"(\S{80})\S{120,}", r"\1...", text)
+    return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def _suggestion(what: str, known_names: Iterable[str]) -> str:

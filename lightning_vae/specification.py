@@ -42,7 +42,11 @@ def build(name: str, part: Any, *args: Any) -> nn.Module:
     """
     if isinstance(part, Mapping):
         part = partial(_constructor(name, part), **part.get("init_args", {}))
-    built = part if isinstance(part, nn.Module) or not callable(part) else part(*args)
+    try:
+        built = part if isinstance(part, nn.Module) or not callable(part) else part(*args)
+    except (TypeError, RuntimeError) as error:  # not made for such arguments, or for numbers such as these
+        made_of = ", ".join(map(str, args))
+        raise ValueError(f"`{name}` can't be made of {made_of} by {_name(part)}: {error}") from error
     if not isinstance(built, nn.Module):
         raise TypeError(
             f"`{name}` must be an nn.Module, or a class or callable that makes one, got {type(built).__name__}."
@@ -50,8 +54,30 @@ def build(name: str, part: Any, *args: Any) -> nn.Module:
     return built
 
 
+def check_descriptions(name: str, value: Any) -> None:
+    """Refuse hyper-parameters in a checkpoint that name anything but networks, at whatever depth.
+
+    Config parsers call whatever a ``class_path`` names, a function such as ``os.system`` too.
+
+    Args:
+        name: Name of the value, for messages.
+        value: The value.
+
+    Raises:
+        ValueError: If a ``class_path`` names no subclass of ``torch.nn.Module``.
+    """
+    if isinstance(value, Mapping):
+        if "class_path" in value:
+            _constructor(name, value)
+        for key, item in value.items():
+            check_descriptions(f"{name}.{key}", item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            check_descriptions(name, item)
+
+
 def _constructor(name: str, description: Mapping[str, Any]) -> type[nn.Module]:
-    remedy = f"Pass one to load its weights into: `VAE.load_from_checkpoint(path, {name}=...)`."
+    remedy = f"Pass one to load its weights into: `VAE.load_from_checkpoint(path, {name.rpartition('.')[2]}=...)`."
     if "instance_of" in description:
         raise ValueError(
             f"`{name}` was given as an instance of {description['instance_of']}, which a checkpoint can't make again. "
@@ -67,6 +93,11 @@ def _constructor(name: str, description: Mapping[str, Any]) -> type[nn.Module]:
     if not (isinstance(constructor, type) and issubclass(constructor, nn.Module)):
         raise ValueError(f"`{name}` must name a subclass of torch.nn.Module, got {path!r}. {remedy}")
     return constructor
+
+
+def _name(part: Any) -> str:
+    part = part.func if isinstance(part, partial) else part
+    return str(getattr(part, "__qualname__", type(part).__name__))
 
 
 def _path(constructor: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import torch
+from lightning.fabric.utilities.cloud_io import _load
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -30,7 +31,7 @@ from .objective import (
 )
 from .resuming import end_first_epoch, finish_batch, say_what_is_lost, seed_batch, unfinished_batch
 from .running_sums import RunningSums
-from .specification import build, specification
+from .specification import build, check_descriptions, specification
 
 _KNOBS = {"beta": 1.0, "free_bits": 0.0}
 _TERMS = ("distortion", "rate", "floored_rate", "loss")
@@ -401,6 +402,28 @@ class VAE(LightningModule):
             "length": length(self.trainer),
             "unfinished": unfinished_batch(self.trainer, checkpoint),
         }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a model as Lightning does, after a look at what its checkpoint names.
+
+        Args:
+            checkpoint_path: A path, a URL or a file.
+            *args: What Lightning's takes.
+            **kwargs: What Lightning's takes, and replacements of constructor arguments.
+
+        Raises:
+            ValueError: If the checkpoint names something to be built that is no network.
+        """
+        if kwargs.get("weights_only") is not False:
+            place = checkpoint_path.tell() if hasattr(checkpoint_path, "seek") else None
+            saved = _load(checkpoint_path, map_location="cpu", weights_only=True).get("hyper_parameters", {})
+            if place is not None:
+                checkpoint_path.seek(place)
+            for name, value in saved.items():
+                if name not in kwargs:
+                    check_descriptions(name, value)
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what callbacks set: knobs left at their defaults or moved by a controller, the floor's variant."""

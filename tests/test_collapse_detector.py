@@ -544,10 +544,10 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"patience": 0}, "`patience` must be at least 1, got 0"),
-        ({"warmup": -1}, "`warmup` must be at least 0, got -1"),
-        ({"min_rate": float("nan")}, "`min_rate` must be at least 0, got nan"),
-        ({"observations": 1}, "`observations` must be at least 2, got 1"),
+        ({"patience": 0}, "`patience` must be a finite number of at least 1, got 0"),
+        ({"warmup": -1}, "`warmup` must be a finite number of at least 0, got -1"),
+        ({"min_rate": float("nan")}, "`min_rate` must be a finite number of at least 0, got nan"),
+        ({"observations": 1}, "`observations` must be a finite number of at least 2, got 1"),
         ({"on_alarm": "raise"}, "`on_alarm` must be 'warn', 'stop' or a callable.*'raise'"),
         ({"second": "std"}, "`second` must be one of"),
         ({"chunk": 0}, "`chunk` must be the axis"),
