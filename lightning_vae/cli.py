@@ -198,7 +198,7 @@ class VAECLI(LightningCLI):
             super()._run_subcommand(subcommand)
         except Exception as error:
             steps = self.trainer.global_step - self._resumed_step
-            known = isinstance(error, MisconfigurationException | SaveError)
+            known = isinstance(error, MisconfigurationException | SaveError | FloatingPointError)
             said = _said(error)
             if isinstance(error, OSError) and error.errno in _NO_PLACE and not error.filename:
                 known = True
@@ -208,6 +208,8 @@ class VAECLI(LightningCLI):
             if steps > 1 and not known and "which is not available" not in said:
                 raise
             print(file=sys.stderr)  # ends the progress bar's line
+            if isinstance(error, FloatingPointError):
+                _exit(said, code=1)
             if known and steps > 0:
                 again = "The same command with `--ckpt_path last --same_run true` goes on from the last save."
                 _exit(f"{said} {again}", code=1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from .changed_options import length, say_what_changed
+from .finite import refuse_not_finite
 from .likelihoods import Likelihood, default_likelihood
 from .networks import MLPDecoder, MLPEncoder, Shape
 from .noise import sample_by_index
@@ -148,7 +149,7 @@ class VAE(LightningModule):
         self._train_sums = RunningSums(len(_TERMS))
         self._evaluation_sums: dict[int, RunningSums] = {}
         self._position = 0
-        self._seed = 0
+        self._seed = self._step = 0
         self._unfinished: dict[str, Any] | None = None
         self._warn_of_feedback()
 
@@ -225,8 +226,8 @@ class VAE(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the batch's noise its own, whatever has drawn random numbers before: a resumed run draws the same."""
         del batch
-        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        seed_batch(self.device, self._seed, step, batch_idx, self.global_rank)
+        self._step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        seed_batch(self.device, self._seed, self._step, batch_idx, self.global_rank)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss at the knobs as they are now."""
@@ -261,10 +262,21 @@ class VAE(LightningModule):
             return  # somebody's own loop
         logs_now = trainer._logger_connector.should_update_logs or trainer.fast_dev_run
         if logs_now and not trainer.fit_loop._should_accumulate():
+            self._refuse_not_finite()
             means = _named("train", _mean(self._train_sums.flush()))
             shown = {name: means.pop(name) for name in ("train/elbo", "train/rate")}
             self.log_dict({**shown, "knobs/beta": self.beta}, prog_bar=True, batch_size=1)
             self.log_dict({**means, "knobs/free_bits": self.free_bits}, batch_size=1)
+
+    def _refuse_not_finite(self) -> None:
+        if found := self._train_sums.first_not_finite():
+            term, batches = found
+            first = self._step - batches // self.trainer.accumulate_grad_batches
+            raise FloatingPointError(
+                f"`train/{_TERMS[term]}` is not a finite number since step {first}, so training ends at step "
+                f"{self._step}; nothing was saved since. A run that goes on from the last checkpoint comes here again "
+                "unless something is changed: `gradient_clip_val` for one; or begin anew with a lower learning rate."
+            )
 
     def configure_optimizers(self) -> Any:
         """Use Adam with a learning rate of 1e-3; a config's ``optimizer`` and ``lr_scheduler`` take its place."""
@@ -391,7 +403,13 @@ class VAE(LightningModule):
             self._fill(name, target)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save what a callback may have chosen after the constructor: the knobs' targets and the floor's variant."""
+        """Save what a callback may have chosen, and what resuming exactly takes; nothing that is not finite.
+
+        Raises:
+            FloatingPointError: If a term of the loss or a parameter is not a finite number.
+        """
+        self._refuse_not_finite()
+        refuse_not_finite(self)
         variant = {name: getattr(self, name) for name in ("free_bits_per", "free_bits_average")}
         checkpoint["lightning_vae"] = {
             "knob_targets": dict(self.knob_targets),
@@ -442,7 +460,7 @@ class VAE(LightningModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Fill a knob that is given a value; outside of a fit, that is to configure it."""
-        if name in self.__dict__ and (value is None or type(value) is str):
+        if name in self.__dict__ and (value is None or type(value) in (str, int)):
             # Neither a tensor nor a module, nor in the place of one. Lightning notes the hook it is in here, almost
             # fifty times a step, and nn.Module takes four times as long.
             self.__dict__[name] = value
