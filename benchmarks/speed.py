@@ -1,0 +1,199 @@
+"""What a step costs: the whole stack against Lightning's bare Trainer, loops written by hand and other projects."""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import os
+import platform
+import pstats
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from runs import header, heading, row
+from ways import (
+    Case,
+    TimedVAE,
+    bare_trainer,
+    hand_written_loop,
+    loop_over_data_loader,
+    pythae,
+    typical_lightning,
+    whole_stack,
+)
+
+from lightning_vae import ConvDecoder, ConvEncoder, MLPDecoder, MLPEncoder
+from lightning_vae.datamodules import Digits, FashionMNIST
+from lightning_vae.datamodules.base import DataModule, Tensors
+
+WIDTHS = (42, 12, 26)
+Ways = dict[str, Callable[[Case], float]]
+OURS: Ways = {
+    "ours, the whole stack": whole_stack,
+    "the same module in a bare Trainer": bare_trainer,
+    "a loop written by hand, same tensors": hand_written_loop,
+}
+UNSAVED: Ways = {"ours without its two checkpoints an epoch": partial(whole_stack, saves=False)}
+OTHERS: Ways = {
+    "a loop written by hand, DataLoader": loop_over_data_loader,
+    "a typical Lightning VAE": typical_lightning,
+    "pythae": pythae,
+}
+
+
+class RandomImages(DataModule):
+    """Noise of 64 by 64 pixels."""
+
+    shape, levels = (1, 64, 64), 256
+
+    def _read_train(self) -> dict[str, Tensors]:
+        sizes = {"train": 2048, "val": 256}
+        return {name: {"x": torch.randint(256, (n, *self.shape), dtype=torch.uint8)} for name, n in sizes.items()}
+
+    def _read_test(self) -> dict[str, Tensors]:
+        raise NotImplementedError
+
+
+def matrix_products(case: Case) -> float:
+    """Compute what the MLP's layers multiply in an epoch's steps, forward and backward."""
+    widths, size = (784, 400, 64, 32, 400, 784), case.data.batch_size
+    layers = [
+        (torch.randn(size, into), torch.randn(into, out), torch.randn(size, out))
+        for into, out in pairwise(widths)
+        if (into, out) != (64, 32)  # the mean and the log-variance become a sample
+    ]
+    started = time.perf_counter()
+    for _ in range(case.steps):
+        for number, (x, weight, gradient) in enumerate(layers):
+            x @ weight
+            x.T @ gradient
+            if number:  # nothing asks for the images' gradient
+                gradient @ weight.T
+    return time.perf_counter() - started
+
+
+def compare(title: str, case: Case, rounds: int, ways: Ways) -> None:
+    """Let each train in turn, several times; print a table."""
+    print(f"\n{title}; {case.steps} steps and a validation an epoch, {case.epochs} epochs, {rounds} rounds in turn")
+    header(("", "ms a step", "ours is: median (range)"), WIDTHS)
+    hand_written_loop(case)  # what is loaded once
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    names = list(ways)
+    for number in range(rounds):
+        start = number % len(names)  # nobody is always first
+        for name in names[start:] + names[:start]:
+            seconds[name].append(ways[name](case))
+    ours = next(iter(seconds.values()))
+    for name, taken in seconds.items():
+        ratios = [us / them for us, them in zip(ours, taken, strict=True)]
+        cells = (f"{1000 * median(taken) / case.steps:.3f}", ratio(ratios) if taken is not ours else "")
+        row((name, *cells), WIDTHS)
+
+
+def ratio(values: Sequence[float]) -> str:
+    return f"{median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+class Profile(pl.Callback):
+    """Profiles whole steps in the middle of an epoch."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last = first, last
+        self.profile = cProfile.Profile()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        batch_idx = args[-1]
+        if batch_idx == self.first:
+            self.profile.enable()
+        elif batch_idx == self.last:
+            self.profile.disable()
+
+
+def hooks(case: Case, rounds: int) -> None:
+    """Print what our hooks take of a step that does not log."""
+    print(
+        "\nOur hooks in a step of the MLP that does not log, by cProfile's self time: all of callbacks/ and of"
+        "\nrunning_sums.py; the VAE's hooks, its check of the batch and its logging; and its __setattr__, which Lightning"
+        "\ntells in what hook it is. Neither the model nor the loss, nor what torch and Lightning take that they call."
+    )
+    header(("", "us a step", "calls a step"), WIDTHS)
+    parts: dict[str, list[tuple[float, float]]] = {}
+    for _ in range(rounds):
+        watch = Profile(50, 350)
+        whole_stack(case, watch=[watch], log_every_n_steps=10**6)
+        sums: dict[str, tuple[float, float]] = {}
+        for (file, _, name), (_, calls, own, _, _) in pstats.Stats(watch.profile).stats.items():  # type: ignore[attr-defined]
+            part = part_of(Path(file), name)
+            time_sum, call_sum = sums.get(part, (0.0, 0.0))
+            sums[part] = (time_sum + own, call_sum + calls)
+        for part, pair in sums.items():
+            parts.setdefault(part, []).append(pair)
+    parts.pop("")
+    for part, pairs in parts.items():
+        times, calls = zip(*pairs, strict=True)
+        row((part, f"{1e6 * median(times) / 300:.1f}", f"{median(calls) / 300:.0f}"), WIDTHS)
+
+
+def part_of(file: Path, name: str) -> str:
+    """Say which of our parts a function belongs to; none where it is not counted."""
+    if "site-packages" in file.parts:
+        return ""
+    if file.parent.name == "callbacks":
+        return "callbacks"
+    if file.name == "vae.py" and name == "__setattr__":
+        return "VAE.__setattr__"
+    own = file.name == "running_sums.py" or (
+        file.name == "vae.py" and (name.startswith("on_") or name in ("_observations", "_log_training"))
+    )
+    return "the VAE's hooks and sums" if own else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, as in the data module")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each trains")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if not torch.cuda.is_available():
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as the command does
+    heading(
+        "Seconds of training and validation, for each way of training the same VAE; median over the rounds. Ratios are "
+        "of neighbours in a round: below 1 ours takes less.",
+        f"{os.cpu_count()} x {processor()}",
+    )
+    fashion, digits, noise = FashionMNIST(options.root), Digits(batch_size=64), RandomImages(batch_size=64)
+    for data in (fashion, digits, noise):
+        data.prepare_data()
+        data.setup("fit")
+    mlp = Case(fashion, partial(TimedVAE, latent_dim=32))
+    wide, deep = {"hidden": (256, 256)}, {"channels": (32, 64, 128, 256)}
+    tiny = partial(TimedVAE, encoder=partial(MLPEncoder, **wide), decoder=partial(MLPDecoder, **wide))
+    conv = partial(TimedVAE, encoder=partial(ConvEncoder, **deep), decoder=partial(ConvDecoder, **deep))
+    others = {name: other for name, other in OTHERS.items() if name != "pythae" or find_spec("pythae")}
+    if len(others) < len(OTHERS):
+        print("pythae is not installed and left out (pip install pythae==0.1.2).")
+    floor = {"the matrix products alone": matrix_products}
+    compare("MLP 784-400-32, Fashion-MNIST, batches of 128", mlp, options.rounds, OURS | others | floor)
+    compare("Convolutions, 64 by 64, batches of 64", Case(noise, conv), options.rounds, OURS)
+    small = Case(digits, tiny, epochs=20, log_every_n_steps=10)
+    compare("The model of configs/digits.yaml", small, options.rounds, OURS | UNSAVED)
+    hooks(mlp, 3)
+
+
+def processor() -> str:
+    """Name the processor, as far as the system says."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
+
+
+if __name__ == "__main__":
+    main()
