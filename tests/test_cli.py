@@ -354,3 +354,12 @@ def test_the_commands_themselves(command):
     assert result.returncode == 2
     assert "`beta` must be" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_without_a_gpu_torch_need_not_look_for_one_at_each_step(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "to be put back")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""

@@ -491,6 +491,8 @@ def test_state_key_and_pickle():
     assert keys[1] == "CollapseDetector{'posterior': 'encoder', 'name': None}"
     assert len(set(keys)) == 5
     assert pickle.loads(pickle.dumps(detect("encoder"))).state_key == keys[1]
+    detector = detect("encoder")
+    assert detector.state_key is detector.state_key  # Lightning asks at every hook
 
 
 class Shared(Known):

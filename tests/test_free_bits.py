@@ -474,5 +474,6 @@ def test_an_option_out_of_its_range(options: dict[str, Any], message: str) -> No
 def test_state_key_and_pickling(tmp_path: Path) -> None:
     callback = FreeBits(Linear(stop=0.5, steps=3))
     assert callback.state_key == "FreeBits{'attribute': 'free_bits', 'name': 'free_bits'}"
+    assert callback.state_key is callback.state_key  # Lightning asks at every hook
     logged(tmp_path, RecordingVAE(), callback)
     assert pickle.loads(pickle.dumps(callback)).state_dict() == callback.state_dict()

@@ -1,3 +1,5 @@
+import itertools
+
 import torch
 from scipy import stats
 
@@ -43,3 +45,18 @@ def test_noise_leaves_the_random_state_alone():
 def test_noise_of_far_indices_differs():
     index = torch.tensor([5, 5 + 2**32, 5 + 2**33])
     assert len(uniform_by_index(index, 3).unique(dim=0)) == 3
+
+
+def test_noise_is_the_same_in_every_version():
+    """MurmurHash3's finaliser in Python's own integers; int32 overflows, and has no unsigned shift."""
+
+    def mixed(key: int) -> int:
+        key = (key ^ (key >> 16)) * 0x85EBCA6B % 2**32
+        key = (key ^ (key >> 13)) * 0xC2B2AE35 % 2**32
+        return key ^ (key >> 16)
+
+    for index, seed in itertools.product((0, 7, 2**31, 2**32 - 1, 2**40 + 3), (0, 3, 0x9057E101)):
+        row = mixed((mixed(seed) + (index % 2**32) * 0x9E3779B9 + (index >> 32)) % 2**32)
+        bits = [mixed((row + column * 0x9E3779B9) % 2**32) for column in (1, 2, 3)]
+        expected = torch.tensor([[((each >> 9) + 0.5) / 2**23 for each in bits]])
+        assert torch.equal(uniform_by_index(torch.tensor([index]), 3, seed), expected)

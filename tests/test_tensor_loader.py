@@ -65,6 +65,13 @@ def test_every_epoch_is_another_permutation_and_depends_on_the_seed():
     )
 
 
+def test_an_epoch_draws_its_order_once(monkeypatch):
+    drawn, order = [], TensorLoader._order
+    monkeypatch.setattr(TensorLoader, "_order", lambda self, epoch: drawn.append(epoch) or order(self, epoch))
+    assert len(list(TensorLoader(numbers(20), batch_size=2, shuffle=True))) == 10
+    assert drawn == [0]
+
+
 def test_the_order_ignores_the_global_generator_and_leaves_it_alone():
     torch.manual_seed(0)
     state = torch.get_rng_state()

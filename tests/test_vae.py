@@ -614,3 +614,17 @@ def test_two_processes_validate_as_one(tmp_path):
         parameter.data.copy_(weight)
     alone = trainer(tmp_path).validate(vae, loader(71), verbose=False)[0]
     assert {name: one["metrics"][name] for name in alone} == pytest.approx(alone, rel=1e-5)
+
+
+def test_assignments_past_nn_module_do_what_its_own_do():
+    vae = VAE((4,), latent_dim=2)
+    vae.note = "one"
+    vae.note = None
+    assert vae.note is None
+    vae.note = nn.Linear(1, 1)  # a plain attribute makes way
+    assert "note" in vae._modules
+    assert "note" not in vars(vae)
+    vae.note = None  # and what is registered stays so
+    assert vae._modules["note"] is None
+    with pytest.raises(TypeError, match="cannot assign"):
+        vae.decoder = "a string"
