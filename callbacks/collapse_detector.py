@@ -102,8 +102,8 @@ class CollapseDetector(Callback):
             ("patience", patience, 1),
             ("warmup", warmup, 0),
         ):
-            if not value >= least:
-                raise ValueError(f"`{option}` must be at least {least}, got {value}.")
+            if not least <= value < math.inf:
+                raise ValueError(f"`{option}` must be a finite number of at least {least}, got {value}.")
         if not (on_alarm in ("warn", "stop") or callable(on_alarm)):
             raise ValueError(
                 f"`on_alarm` must be 'warn', 'stop' or a callable `(trainer, pl_module, diagnosis)`, got {on_alarm!r}."

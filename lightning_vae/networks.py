@@ -71,7 +71,7 @@ class MLPEncoder(nn.Module):
         activation: What follows each hidden layer, ``"relu"`` or ``"tanh"``.
 
     Raises:
-        ValueError: On another activation.
+        ValueError: On another activation, or a width below 1.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class MLPDecoder(nn.Module):
         activation: What follows each hidden layer, ``"relu"`` or ``"tanh"``.
 
     Raises:
-        ValueError: On another activation.
+        ValueError: On another activation, or a width below 1.
     """
 
     def __init__(
@@ -122,12 +122,12 @@ class ConvEncoder(nn.Module):
         hidden: Width of the fully connected layer.
 
     Raises:
-        ValueError: If the observations are no images.
+        ValueError: If the observations are no images, or a width is below 1.
     """
 
     def __init__(self, shape: Shape, latent_dim: int, channels: Sequence[int] = (32, 64), hidden: int = 256) -> None:
         super().__init__()
-        sizes = _conv_sizes(shape, channels)
+        sizes = _conv_sizes(shape, channels, hidden)
         layers: list[nn.Module] = []
         for previous, current in pairwise([shape[0], *channels]):
             layers += [nn.Conv2d(previous, current, kernel_size=3, stride=2, padding=1), nn.ReLU()]
@@ -152,12 +152,12 @@ class ConvDecoder(nn.Module):
         hidden: Width of the fully connected layer.
 
     Raises:
-        ValueError: If the observations are no images.
+        ValueError: If the observations are no images, or a width is below 1.
     """
 
     def __init__(self, latent_dim: int, shape: Shape, channels: Sequence[int] = (32, 64), hidden: int = 256) -> None:
         super().__init__()
-        sizes = _conv_sizes(shape, channels)
+        sizes = _conv_sizes(shape, channels, hidden)
         layers: list[nn.Module] = [
             nn.Linear(latent_dim, hidden),
             nn.ReLU(),
@@ -187,13 +187,19 @@ class ConvDecoder(nn.Module):
 def _mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
     if activation not in _ACTIVATIONS:
         raise ValueError(f"`activation` must be 'relu' or 'tanh', got {activation!r}.")
+    _check_widths("hidden", widths[1:-1])
     layers: list[nn.Module] = []
     for previous, current in pairwise(widths):
         layers += [nn.Linear(previous, current), _ACTIVATIONS[activation]()]
     return nn.Sequential(*layers[:-1])
 
 
-def _conv_sizes(shape: Shape, channels: Sequence[int]) -> list[tuple[int, int]]:
+def _check_widths(name: str, widths: Sequence[int]) -> None:
+    if any(width < 1 for width in widths):
+        raise ValueError(f"`{name}` must be at least 1, got {list(widths)}.")
+
+
+def _conv_sizes(shape: Shape, channels: Sequence[int], hidden: int) -> list[tuple[int, int]]:
     """List height and width before the first convolution and after each."""
     if len(shape) != 3:
         raise ValueError(
@@ -202,6 +208,8 @@ def _conv_sizes(shape: Shape, channels: Sequence[int]) -> list[tuple[int, int]]:
         )
     if not channels:
         raise ValueError("`channels` must name at least one convolution's channels, got none.")
+    _check_widths("channels", channels)
+    _check_widths("hidden", [hidden])
     sizes = [(shape[1], shape[2])]
     for _ in channels:
         height, width = sizes[-1]

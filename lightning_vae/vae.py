@@ -120,7 +120,7 @@ class VAE(LightningModule):
             raise ValueError(f"`latent_dim` must be at least 1, got {latent_dim}.")
         configured = {"beta": beta, "free_bits": free_bits}
         for name, value in configured.items():
-            if value is not None and not 0 <= value < math.inf:
+            if value is not None and not 0 <= value <= torch.finfo(torch.float32).max:
                 raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
         group_rates(torch.zeros(1, latent_dim), free_bits_per)  # raises on a value that does not fit
         if free_bits_average not in ("batch", "sample"):
