@@ -5,9 +5,11 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from .compare import compare_latents as compare_latents
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
+    from .flushed_curves import FlushedCurves as FlushedCurves
     from .likelihoods import Bernoulli as Bernoulli
     from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
@@ -33,8 +35,10 @@ except _PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
+    "checkpoint_io": ("AtomicCheckpointIO",),
     "compare": ("compare_latents",),
     "evaluation": ("Evaluation", "evaluate"),
+    "flushed_curves": ("FlushedCurves",),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),

@@ -107,7 +107,7 @@ class VAECLI(LightningCLI):
             "--same_run",
             type=bool,
             default=False,
-            help="With --ckpt_path: go on in the run folder that the checkpoint lies in, instead of a new one.",
+            help="With --ckpt_path, a file, a folder or `last`: go on in that run's folder, instead of a new one.",
         )
         for name in ("shape", "levels"):
             parser.link_arguments(
@@ -309,7 +309,7 @@ def _find_checkpoint(config: Namespace, resumes: bool) -> None:
             raise SystemExit(0)
         if found := run_folders.newest_checkpoint(run, resumes):
             config["ckpt_path"] = str(found)
-            _say(f"Going on from {found}.")
+            _say(f"The newest checkpoint is {found}.")
             return
     if not (same_run and path == "last"):
         raise ValueError(f"there is no checkpoint in {', '.join(map(str, runs)) or 'any run of this config'}.")

@@ -221,7 +221,7 @@ def test_one_command_begins_goes_on_and_knows_when_it_is_done(capsys):
     assert "has finished after 18 steps: nothing is left to do" in exits(LOOP, 0, capsys)
     assert {path: path.stat().st_mtime_ns for path in RUN.rglob("*")} == before
     main([*LOOP, "--trainer.max_epochs=4"])
-    assert f"Going on from {CHECKPOINTS / 'last.ckpt'}" in capsys.readouterr().out
+    assert f"The newest checkpoint is {CHECKPOINTS / 'last.ckpt'}" in capsys.readouterr().out
     assert step_of(CHECKPOINTS / "last.ckpt") == 24
     assert [step for step, _ in scalars(RUN)["val/loss"]] == [5, 11, 17, 23]
     main(["fit", *LINEAR, "--ckpt_path=last", "--trainer.max_epochs=5"])  # a run of its own, from there
@@ -246,7 +246,7 @@ def test_the_folder_of_an_evaluation_is_no_run(capsys):
     assert (RUN.with_name("version_1") / "config.yaml").is_file()
     assert str(RUN) in exits(LOOP, 0, capsys)
     main(["validate", *LINEAR, "--ckpt_path=last"])
-    assert f"Going on from {CHECKPOINTS / 'last.ckpt'}" in capsys.readouterr().out
+    assert f"The newest checkpoint is {CHECKPOINTS / 'last.ckpt'}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("place", ["best.ckpt", "last.ckpt"])
