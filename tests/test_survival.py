@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
@@ -193,22 +193,36 @@ def test_the_command_line_saves_whole_files_unless_told_otherwise():
     assert type(command_line(Built, named).trainer.strategy.checkpoint_io) is AsyncCheckpointIO
 
 
-def test_the_curves_are_on_the_disk_before_a_checkpoint_is(tmp_path):
+class LogsEpochs(RecordingVAE):
+    def on_train_epoch_end(self):
+        super().on_train_epoch_end()
+        self.log("epoch/end", 1.0)
+
+
+class SavesEarly(Callback):
+    def on_train_epoch_end(self, trainer, pl_module):
+        trainer.save_checkpoint("early.ckpt")
+
+
+@pytest.mark.parametrize("early", [[], [SavesEarly()]])
+def test_the_curves_are_on_the_disk_before_a_checkpoint_is(tmp_path, early):
+    seen = []
+
     class Looks(TorchCheckpointIO):
-        seen = ()
+        def save_checkpoint(self, checkpoint, path, storage_options=None):
+            seen.append(
+                [[step for step, _ in scalars(tmp_path / "a").get(tag, [])] for tag in ("train/loss", "epoch/end")]
+            )
+            super().save_checkpoint(checkpoint, path, storage_options)
 
-        def save_checkpoint(self, *arguments, **options):
-            self.seen = [step for step, _ in scalars(tmp_path / "a")["train/loss"]]
-            super().save_checkpoint(*arguments, **options)
-
-    looks = Looks()
-    trainer = Trainer(accelerator="cpu", logger=TensorBoardLogger(tmp_path, "", "a"), max_steps=6, log_every_n_steps=2,
-                      callbacks=[FlushedCurves()], plugins=[looks], enable_progress_bar=False,
-                      enable_model_summary=False)  # fmt: skip
+    trainer = Trainer(accelerator="cpu", logger=TensorBoardLogger(tmp_path, "", "a"), max_epochs=2, log_every_n_steps=2,
+                      callbacks=[*early, FlushedCurves(), ModelCheckpoint(tmp_path / "checkpoints", save_last=True)],
+                      plugins=[Looks()], enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*num_workers")
-        trainer.fit(RecordingVAE(), loader())
-    assert looks.seen == [1, 3, 5]
+        trainer.fit(LogsEpochs(), loader())
+    assert seen[-1] == [[1, 3, 5, 7, 9, 11], [5] if early else [5, 11]]
+    assert [step for step, _ in scalars(tmp_path / "a")["epoch/end"]] == [5, 11]
 
 
 # ---- from the command line
