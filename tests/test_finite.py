@@ -91,6 +91,7 @@ def test_the_command_line_says_it_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
     config = Path(__file__).parent.parent / "configs" / "digits.yaml"
     with pytest.raises(SystemExit) as exit_:
         main(["fit", f"--config={config}", "--optimizer.lr=1e20", "--trainer.max_epochs=1"])
