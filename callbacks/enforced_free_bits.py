@@ -41,8 +41,8 @@ class EnforcedFreeBits(ScheduledKnob):
     and adds what each rate is short of its floor, :math:`\max(\lambda, \mathrm{KL}) = \mathrm{KL} + \max(0, \lambda -
     \mathrm{KL})`, with the same :math:`w c`, right before the backward pass. All gradients are then those of
     ``loss = reconstruction + w * c * free_bits(kl_per_dimension, threshold)``, up to rounding, under any optimizer,
-    accumulation and clipping; what the module logs as its loss is still without the floor. As in that line, each
-    process and each accumulated batch floors its own mean.
+    accumulation and clipping; what the module logs as its loss is still without the floor. The mean that the floor is
+    under is the global batch's, of all processes; each accumulated batch has a floor of its own.
 
     The KL has to be that of the very output that ``posterior`` names, which nothing clamps or changes on the way,
     against N(0, I) or a ``Normal`` that the module offers as ``prior``; it has to enter with the weight and the
@@ -137,7 +137,8 @@ class EnforcedFreeBits(ScheduledKnob):
         if rates is None:
             return
         if self._threshold > 0:  # a floor of 0 is none, also where a rate rounds to 0
-            missing = self.factor(rates) * shortfall(rates, self._threshold, self.per, self.average)
+            means = mean_over_processes(rates) if self.average == "batch" and trainer.world_size > 1 else None
+            missing = self.factor(rates) * shortfall(rates, self._threshold, self.per, self.average, means)
             # Lightning has divided the loss already, into a tensor that it keeps to itself.
             loss.add_((self._read_weight(pl_module) * missing / trainer.accumulate_grad_batches).reshape(loss.shape))
         self._rates = rates.detach()
@@ -286,7 +287,21 @@ def normal_rates(posterior: Normal, prior: Normal) -> Tensor:
     return 0.5 * (ratio.square() + ((posterior.loc - prior.loc) / prior.scale).square() - 1) - ratio.log()
 
 
-def shortfall(rates: Tensor, threshold: float, per: Literal["dimension", "whole"] | int, average: str) -> Tensor:
+@torch.no_grad()
+def mean_over_processes(rates: Tensor) -> Tensor:
+    """Average rates of shape ``(B, k)`` over the observations of all processes, shape ``(k,)``."""
+    sums = torch.cat([rates.sum(0), rates.new_full((1,), len(rates))])
+    torch.distributed.all_reduce(sums)
+    return sums[:-1] / sums[-1]
+
+
+def shortfall(
+    rates: Tensor,
+    threshold: float,
+    per: Literal["dimension", "whole"] | int,
+    average: str,
+    global_mean: Tensor | None = None,
+) -> Tensor:
     """Compute what the rates are short of their floors.
 
     Args:
@@ -294,6 +309,8 @@ def shortfall(rates: Tensor, threshold: float, per: Literal["dimension", "whole"
         threshold: The floor in nats, above 0.
         per: What each floor is under, as in :class:`EnforcedFreeBits`.
         average: Whether the floors are under the ``"batch"``'s mean or under each ``"sample"``.
+        global_mean: Where the batch is a process's share of a larger one, the rates' mean over that, shape ``(k,)``: it
+            decides, and the gradient reaches the share.
 
     Returns:
         Nats per observation, a scalar.
@@ -302,6 +319,8 @@ def shortfall(rates: Tensor, threshold: float, per: Literal["dimension", "whole"
     grouped = rates.unflatten(1, (-1, size)).sum(-1)
     if average == "batch":
         grouped = grouped.mean(0, keepdim=True)
+    if global_mean is not None:
+        grouped = grouped - grouped.detach() + global_mean.unflatten(0, (-1, size)).sum(-1)
     # The clamp that floors the rate, so that a rate right at its floor has the same gradient too.
     missing: Tensor = grouped.clamp(min=torch.full_like(grouped, threshold)) - grouped
     return missing.sum(-1).mean()

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .objective import group_rates as group_rates
     from .objective import kl_per_dimension as kl_per_dimension
     from .objective import weighted_loss as weighted_loss
+    from .processes import mean_over_processes as mean_over_processes
     from .vae import VAE as VAE
 
 try:
@@ -42,6 +43,7 @@ _MODULES = {
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
+    "processes": ("mean_over_processes",),
     "vae": ("VAE",),
 }
 __all__ = [name for names in _MODULES.values() for name in names]

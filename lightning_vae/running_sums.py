@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 _BLOCK = 64  # batches that are added up at once
 
@@ -23,7 +22,7 @@ class RunningSums:
     _window: Tensor
     _finite: Tensor  # in how many batches each value was
     _latest: list[Tensor]
-    _count: float
+    _count: float | Tensor
     _batches: int
 
     def __init__(self, size: int) -> None:
@@ -35,7 +34,7 @@ class RunningSums:
         self._epoch = torch.zeros(self.size + 1, dtype=torch.float32)
         self._start_window()
 
-    def add(self, values: Tensor, count: int) -> None:
+    def add(self, values: Tensor, count: int | Tensor) -> None:
         """Add one batch's sums, shape ``(size,)``, over ``count`` observations."""
         self._latest.append(values)
         self._count += count
@@ -93,4 +92,5 @@ class RunningSums:
         return self._window.to(device) + latest.sum(0), self._finite.to(device) + latest.isfinite().sum(0)
 
     def _since_flush(self) -> Tensor:
-        return pad(self._with_latest()[0], (0, 1), value=self._count)
+        window = self._with_latest()[0]
+        return torch.cat([window, window.new_ones(1) * self._count])

@@ -29,6 +29,7 @@ from .objective import (
     limited_rate_loss,
     weighted_loss,
 )
+from .processes import mean_and_count, several_processes
 from .resuming import end_first_epoch, finish_batch, say_what_is_lost, seed_batch, unfinished_batch
 from .running_sums import RunningSums
 from .specification import build, check_descriptions, specification
@@ -72,7 +73,7 @@ class VAE(LightningModule):
         free_bits: Floor of the rate in nats, 0 for none, the default; see :func:`lightning_vae.free_bits`.
         free_bits_per: What each floor is under: ``"dimension"``, ``"whole"``, or a number of consecutive dimensions.
         free_bits_average: Whether the floor acts on the mean over the ``"batch"`` or on each ``"sample"``. The batch is
-            what one training step of one process sees: gradient accumulation and each process apply it to theirs.
+            that of all processes; of accumulated batches each has a floor of its own.
 
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
@@ -233,13 +234,25 @@ class VAE(LightningModule):
         x = self._observations(batch, check=batch_idx == 0)
         terms = self.elbo_terms(x)
         floored = free_bits(terms.rate_per_dimension, self.free_bits, self.free_bits_per, self.free_bits_average)
-        distortion = terms.distortion.mean()
+        distortion, rates = terms.distortion.mean(), terms.rate_per_dimension
+        count: int | Tensor = len(x)
+        if several_processes():
+            distortion, rates, floored, count = self._over_processes(terms, floored)
         loss = weighted_loss(distortion, floored, self.beta)
         with torch.no_grad():
-            values = torch.stack([distortion, terms.rate_per_dimension.sum() / len(x), floored, loss])
-            self._train_sums.add(values * len(x), len(x))
+            values = torch.stack([distortion, rates.sum() / len(rates), floored, loss])
+            self._train_sums.add(values * count, count)
         self._log_training()
         return loss
+
+    def _over_processes(self, terms: ELBOTerms, floored: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Average the terms over the global batch, the rates to a single row; decide the floor on it; count it."""
+        columns = (terms.distortion[:, None], floored.expand(len(terms.distortion), 1), terms.rate_per_dimension)
+        means, count = mean_and_count(torch.cat(columns, dim=1))
+        distortion, floored, rates = means[0], means[1], means[None, 2:]
+        if self.free_bits_average == "batch":
+            floored = free_bits(rates, self.free_bits, self.free_bits_per)
+        return distortion, rates, floored, count
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let go of the posterior: callbacks have read it, and its graph need not live on."""
@@ -248,8 +261,8 @@ class VAE(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Offer the epoch's means to callbacks that monitor them; the loggers have the curve already."""
-        means = self._mean_over_processes(self._train_sums.epoch())
-        self.log_dict(_named("train", means), logger=False, batch_size=1, sync_dist=self.trainer.world_size > 1)
+        sync = self.trainer.world_size > 1  # for Lightning: every process has the global means already
+        self.log_dict(_named("train", _mean(self._train_sums.epoch())), logger=False, batch_size=1, sync_dist=sync)
         if self._unfinished is not None:
             end_first_epoch(self.trainer)
             self._unfinished = None

@@ -371,30 +371,6 @@ def test_a_resumed_run_goes_on_under_the_same_floor(tmp_path: Path) -> None:
     assert relative_error(resumed.gradients, model.gradients[5:]) == 0
 
 
-class Sharing(Foreign):
-    """Leaves its weights behind for the process that started it."""
-
-    def __init__(self, folder: Path, **options: Any) -> None:
-        super().__init__(**options)
-        self.folder = folder
-
-    def on_train_end(self) -> None:
-        torch.save(self.gradients, self.folder / f"{self.own_floor is None}{self.global_rank}.pt")
-
-
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
-def test_two_processes_floor_their_own_batches_as_the_one_line_does(tmp_path: Path) -> None:
-    model = Sharing(tmp_path)
-    twin = Sharing(tmp_path, own_floor={})
-    twin.load_state_dict(model.state_dict())
-    # Forked, as spawned processes import torch and Lightning anew.
-    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"), devices=2, strategy="ddp_fork")
-    fit(tmp_path, twin, FreeBits(THRESHOLD), devices=2, strategy="ddp_fork")
-    for rank in range(2):
-        ours, theirs = (torch.load(tmp_path / f"{enforced}{rank}.pt") for enforced in (True, False))
-        assert relative_error(ours, theirs) < 1e-5
-
-
 def test_the_rates_of_a_posterior_that_is_all_but_a_point() -> None:
     """As a loss that is written in log-variances has them; torch's own formula gives an infinite KL there."""
     log_variance = torch.tensor([-120.0, -1.0, 0.0, 1.0], requires_grad=True)
