@@ -13,7 +13,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader
 
@@ -84,6 +86,17 @@ class Keyed(VAE):
         return torch.optim.Adam(self.parameters(), self.lr) if self.lr else torch.optim.SGD(self.parameters(), 0.0)
 
 
+class Sharded(Keyed):
+    """Networks that FSDP shards."""
+
+    def configure_model(self) -> None:
+        for network in (self.encoder, self.decoder):
+            fully_shard(network, mesh=self.device_mesh["data_parallel"], reshard_after_forward=True)
+
+    def on_before_optimizer_step(self, _: Any) -> None:
+        self.gradients.append(flat(parameter.grad.full_tensor() for parameter in self.parameters()))
+
+
 class Foreign(LightningModule):
     """Somebody else's module; with ``own_floor`` its loss has the global floor, written out."""
 
@@ -130,6 +143,12 @@ def scenarios(root: Path, rank: int | None = None) -> Iterator[tuple[str, dict[s
             trainer = run(max_epochs=1)
             trainer.fit(vae, batches)
             yield f"{name} {variant}", {"gradients": vae.gradients, "metrics": metrics(trainer)}
+        if rank is not None:
+            vae = Sharded(**FLOORS["dimension batch"])
+            fsdp = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            trainer = run(max_epochs=1, strategy=fsdp)
+            trainer.fit(vae, batches)
+            yield f"{name} sharded", {"gradients": vae.gradients, "metrics": metrics(trainer)}
         vae = Keyed(**FLOORS["dimension batch"])
         trainer = run(max_epochs=1, accumulate_grad_batches=2)
         trainer.fit(vae, batches)
@@ -179,10 +198,10 @@ def assert_gradients(ours: list[Tensor], theirs: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("shares", SHARES)
-@pytest.mark.parametrize("variant", [*FLOORS, "accumulated"])
+@pytest.mark.parametrize("variant", [*FLOORS, "accumulated", "sharded"])
 def test_the_floor_has_the_gradient_of_the_global_batch(results: Any, shares: str, variant: str) -> None:
-    one, *two = (each[f"{shares} {variant}"] for each in results)
-    for rank in two:
+    one = results[0][f"{shares} {'dimension batch' if variant == 'sharded' else variant}"]
+    for rank in (each[f"{shares} {variant}"] for each in results[1:]):
         assert_gradients(rank["gradients"], one["gradients"])
         assert rank["metrics"] == pytest.approx(one["metrics"], rel=1e-6)  # train/floored_rate and train/loss too
 
