@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -169,6 +169,16 @@ def scenarios(root: Path, rank: int | None = None) -> Iterator[tuple[str, dict[s
         result = {"parameters": flat(vae.parameters()), "metrics": metrics(trainer), "epoch": trainer.current_epoch}
         yield name, result
 
+    if rank is not None:
+        for name, start in (("whole", None), ("resumed", root / "step=8.ckpt")):
+            torch.manual_seed(3)
+            vae = VAE((3,), latent_dim=LATENTS, free_bits=0.3)
+            saves = ModelCheckpoint(root, "{step}", every_n_train_steps=8, save_top_k=-1)
+            trainer = run(max_epochs=2, callbacks=[saves], enable_checkpointing=True)
+            loaders = TensorLoader(rows(71, 5), 6, shuffle=True), TensorLoader(rows(29), 6)
+            trainer.fit(vae, *loaders, ckpt_path=start)
+            yield name, {"parameters": flat(vae.parameters()), "metrics": metrics(trainer)}
+
 
 def metrics(trainer: Any) -> dict[str, float]:
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -224,3 +234,10 @@ def test_a_fit_ends_the_same_in_two_processes(results: Any, name: str) -> None:
         torch.testing.assert_close(rank["parameters"], one["parameters"], rtol=0, atol=1e-7)
         assert rank["metrics"] == pytest.approx(one["metrics"], rel=1e-6)
     assert (one["epoch"] < EPOCHS) == name.startswith("stopped")
+
+
+def test_a_resumed_run_of_two_processes_is_the_whole_one(results: Any) -> None:
+    """With each process's own noise, saved amid the second epoch, after uneven shares."""
+    for rank in results[1:]:
+        assert torch.equal(rank["resumed"]["parameters"], rank["whole"]["parameters"])
+        assert rank["resumed"]["metrics"] == rank["whole"]["metrics"]
