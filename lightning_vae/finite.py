@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @torch.no_grad()
-def refuse_not_finite(module: nn.Module) -> None:
-    """Raise if a parameter holds a value that is infinite or no number.
+def parameter_not_finite(module: nn.Module) -> str | None:
+    """Look for a parameter that holds a value that is infinite or no number.
 
     Args:
-        module: What has the parameters.
+        module: What has the parameters; of those that are sharded, this process's part is looked at.
 
-    Raises:
-        FloatingPointError: If one does; it names the first.
+    Returns:
+        The name of the first.
     """
-    named = dict(module.named_parameters())
+    named = {name: _own_part(parameter) for name, parameter in module.named_parameters()}
     # One look at the device for all of them.
-    finite = torch.stack([parameter.isfinite().all() for parameter in named.values()]).tolist()
-    if not all(finite):
-        raise FloatingPointError(
-            f"The parameter `{list(named)[finite.index(False)]}` holds values that are not finite numbers, so nothing "
-            "is saved; the checkpoints saved before are as they were."
-        )
+    finite = torch.stack([part.isfinite().all() for part in named.values()]).tolist()
+    return None if all(finite) else list(named)[finite.index(False)]
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return part

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from .changed_options import length, say_what_changed
-from .finite import refuse_not_finite
+from .finite import parameter_not_finite
 from .likelihoods import Likelihood, default_likelihood
 from .networks import MLPDecoder, MLPEncoder, Shape
 from .noise import sample_by_index
@@ -421,7 +421,12 @@ class VAE(LightningModule):
             FloatingPointError: If a term of the loss or a parameter is not a finite number.
         """
         self._refuse_not_finite()
-        refuse_not_finite(self)
+        found = parameter_not_finite(self)
+        if self.trainer.strategy.reduce_boolean_decision(found is not None, all=False):
+            raise FloatingPointError(
+                f"The parameter `{found or 'of another process'}` holds values that are not finite numbers, so nothing "
+                "is saved; the checkpoints saved before are as they were."
+            )
         variant = {name: getattr(self, name) for name in ("free_bits_per", "free_bits_average")}
         checkpoint["lightning_vae"] = {
             "knob_targets": dict(self.knob_targets),
