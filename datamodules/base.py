@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from .batch_loader import BatchLoader
+from .batch_loader import BatchLoader, check_batch_size
 from .seeding import seeded_generator
 from .tensor_loader import TensorLoader
 
@@ -38,8 +38,7 @@ class DataModule(pl.LightningDataModule, ABC):
     levels: int | None
 
     def __init__(self, batch_size: int = 128, seed: int = 0) -> None:
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_batch_size(batch_size)
         super().__init__()
         self.batch_size = batch_size
         self.seed = seed

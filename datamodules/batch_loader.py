@@ -42,8 +42,7 @@ class BatchLoader(ABC):
     def __init__(self, size: int, batch_size: int, shuffle: bool = False, flip: bool = False, seed: int = 0) -> None:
         if size < 1:
             raise ValueError(f"`size` must be at least 1, got {size}. Give the loader some observations.")
-        if batch_size < 1:
-            raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
+        check_batch_size(batch_size)
         self.size = size
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -105,6 +104,12 @@ class BatchLoader(ABC):
         coins = torch.rand(self.size, generator=seeded_generator(self.seed, epoch, "flip")) < 0.5
         mirrored = coins[batch["index"]].view(-1, 1, 1, 1)
         return batch | {"x": torch.where(mirrored, batch["x"].flip(-1), batch["x"])}
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise a ValueError unless a batch size is an integer of at least 1."""
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """Linear-Gaussian data, on which a linear VAE's optimum is known."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -37,7 +38,7 @@ class Gaussian(DataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
-        if not eigenvalues or min(eigenvalues) <= 0:
+        if not eigenvalues or not all(0 < value < math.inf for value in eigenvalues):
             raise ValueError(f"`eigenvalues` must be one or more positive numbers, got {list(eigenvalues)}.")
         if size <= len(eigenvalues):
             raise ValueError(

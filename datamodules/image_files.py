@@ -56,10 +56,12 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
     from PIL import Image, ImageOps
 
     channels, height, width = shape
+    if not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path} is no file. Repair or remove it.")
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} can't be read as an image ({error}). Repair or remove it.") from error
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"{path} has more than 8 bits per channel (mode {image.mode}). Convert it to 8 bits.")

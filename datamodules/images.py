@@ -56,12 +56,12 @@ class Images(DataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
-        height, width = (size, size) if isinstance(size, int) else size
-        if min(height, width) < 1:
-            raise ValueError(f"`size` must be at least 1, got {size}.")
+        sides = (size, size) if isinstance(size, int) else tuple(size)
+        if len(sides) != 2 or min(sides) < 1:
+            raise ValueError(f"`size` must be at least 1, got {size}: one number, or height and width.")
         if channels not in (1, 3):
             raise ValueError(f"`channels` must be 1 (grey) or 3 (colour), got {channels}.")
-        if memory_budget < 0:
+        if not memory_budget >= 0:
             raise ValueError(f"`memory_budget` must be at least 0 GiB, got {memory_budget}.")
         if num_workers < 0:
             raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
@@ -74,7 +74,7 @@ class Images(DataModule):
         self.test_fraction = test_fraction
         self.memory_budget = memory_budget
         self.num_workers = num_workers
-        self.shape: tuple[int, int, int] = (channels, height, width)
+        self.shape: tuple[int, int, int] = (channels, *sides)
         self._files: dict[str, ImageFiles] = {}
 
     def setup(self, stage: str) -> None:

@@ -1,7 +1,9 @@
 """MNIST and the data sets that share its file format."""
 
 import gzip
+import math
 import struct
+import zlib
 from pathlib import Path
 
 import torch
@@ -38,7 +40,13 @@ class MNIST(TorchVision):
             raise FileNotFoundError(
                 f"{type(self).__name__} was not found in `root` ({self.root}). Put {self._layout()} there."
             )
-        return {"x": read_idx(images).unsqueeze(1), "label": read_idx(labels).to(torch.int64)}
+        x, label = read_idx(images).unsqueeze(1), read_idx(labels).to(torch.int64)
+        if x.shape[1:] != self.shape or label.shape != (len(x),):
+            raise ValueError(
+                f"{images} and {labels} must hold images of 28 by 28 and a label for each, got shapes"
+                f" {(len(x), *x.shape[2:])} and {tuple(label.shape)}. Download them again."
+            )
+        return {"x": x, "label": label}
 
     def _find(self, part: str, kind: str) -> Path | None:
         folders = (self.root / type(self).__name__ / "raw", self.root)
@@ -61,16 +69,20 @@ def read_idx(path: Path) -> Tensor:
         path: The file, packed if its name ends in `.gz`.
 
     Raises:
-        ValueError: If it is no such file, or is cut off.
+        ValueError: If it is no such file, or its size is not what its header says.
     """
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+    packed = path.suffix == ".gz"
+    most = path.stat().st_size * (1032 if packed else 1)  # deflate packs no tighter
+    with gzip.open(path) if packed else path.open("rb") as file:
         try:
-            data = bytearray(file.read())
-        except (EOFError, OSError) as error:
+            start = file.read(4)
+            sizes = file.read(4 * start[3]) if start[:3] == b"\0\0\x08" and len(start) == 4 else b""
+            shape = struct.unpack(f">{len(sizes) // 4}I", sizes) if len(sizes) % 4 == 0 else ()
+            size = math.prod(shape)
+            # Not a byte more is read than the header says, and none where the file can't hold them.
+            data = bytearray(file.read(size + 1)) if shape and 0 < size <= most else bytearray()
+        except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} can't be unpacked ({error}). Download it again.") from error
-    dimensions = data[3] if data[:3] == b"\0\0\x08" else 0
-    header = 4 + 4 * dimensions
-    shape = struct.unpack(f">{dimensions}I", data[4:header]) if len(data) >= header else ()
-    if not dimensions or len(data) != header + torch.Size(shape).numel():
+    if not shape or not size or len(data) != size:
         raise ValueError(f"{path} is no complete IDX file of unsigned bytes. Download it again.")
-    return torch.frombuffer(data, dtype=torch.uint8, offset=header).view(shape)
+    return torch.frombuffer(data, dtype=torch.uint8).view(shape)

@@ -22,7 +22,8 @@ class TensorLoader(BatchLoader):
         seed: Seed of the order and of the flips.
 
     Raises:
-        ValueError: If the tensors differ in length or are empty, or `batch_size` is below 1.
+        ValueError: If the tensors differ in length or are empty, `"x"` holds a NaN or an infinity, or `batch_size` is
+            below 1.
 
     Example::
 
@@ -44,8 +45,20 @@ class TensorLoader(BatchLoader):
             raise ValueError(f"`tensors` must be equally long and at least one, got lengths {lengths}.")
         super().__init__(next(iter(lengths.values())), batch_size, shuffle=shuffle, flip=flip, seed=seed)
         self.tensors = dict(tensors)
+        if "x" in tensors:
+            _check_finite(tensors["x"])
 
     def _fetch(self, shares: Sequence[Tensor]) -> Iterator[Batch]:
         for index in shares:
             batch = {name: torch.index_select(tensor, 0, index) for name, tensor in self.tensors.items()}
             yield batch | {"index": index}
+
+
+def _check_finite(x: Tensor) -> None:
+    if not (x.is_floating_point() and x.numel()) or torch.stack(torch.aminmax(x)).isfinite().all():
+        return
+    places = (~x.flatten(1).isfinite()).any(dim=1).nonzero().flatten() if x.dim() > 1 else (~x.isfinite()).nonzero()
+    raise ValueError(
+        f"The data ('x') must be finite, got NaN or infinity in {len(places)} of {len(x)} observations, first in number"
+        f" {int(places[0])}. Remove or mend them."
+    )

@@ -554,6 +554,8 @@ class VAE(LightningModule):
 
     def _check_scale(self, x: Tensor) -> None:
         low, high = x.min().item(), x.max().item()
+        if not math.isfinite(low + high):
+            raise ValueError(f"The data must be finite, but a batch holds values from {low:g} to {high:g}. Mend them.")
         if self.levels is not None and x.is_floating_point() and high <= 1 < self.levels - 1:
             raise ValueError(
                 f"`levels` is {self.levels}, so the data should be integers from 0 to {self.levels - 1}, but a batch "
