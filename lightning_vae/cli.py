@@ -200,9 +200,10 @@ class VAECLI(LightningCLI):
             steps = self.trainer.global_step - self._resumed_step
             known = isinstance(error, MisconfigurationException | SaveError | FloatingPointError)
             said = _said(error)
-            if isinstance(error, OSError) and error.errno in _NO_PLACE and not error.filename:
+            if isinstance(error, OSError) and error.errno in _NO_PLACE:
                 known = True
-                said = f"{error.strerror}: {getattr(self.trainer.logger, 'log_dir', None) or os.getcwd()}."
+                place = error.filename or getattr(self.trainer.logger, "log_dir", None) or os.getcwd()
+                said = f"{error.strerror}: {place}."
             # Until the first step and what follows from it is done it is the input; later on a fault, whose traceback
             # is worth having, but for what EarlyStopping says of a metric that does not exist.
             if steps > 1 and not known and "which is not available" not in said:
