@@ -122,7 +122,7 @@ def hooks(case: Case, rounds: int) -> None:
     print(
         "\nOur hooks in a step of the MLP that does not log, by cProfile's self time: all of callbacks/ and of"
         "\nrunning_sums.py; the VAE's hooks, its check of the batch and its logging; its __setattr__, which Lightning"
-        "\ncalls to note in what hook it is. Neither model nor loss, nor what torch and Lightning take themselves."
+        "\ncalls to note in what hook it is. Neither the model nor the loss, nor what torch and Lightning take."
     )
     header(("", "us a step", "calls a step"), WIDTHS)
     parts: dict[str, list[tuple[float, float]]] = {}
