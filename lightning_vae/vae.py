@@ -376,7 +376,8 @@ class VAE(LightningModule):
     def _mean_over_processes(self, sums: Tensor) -> Tensor:
         """Divide sums, whose last entry is the count, by it, over all processes."""
         if self.trainer.world_size > 1:
-            sums = self.trainer.strategy.reduce(sums.to(self.device), reduce_op="sum")
+            # Of one type in every process, also in one whose share was empty.
+            sums = self.trainer.strategy.reduce(sums.to(self.device, self._working_dtype), reduce_op="sum")
         return _mean(sums)
 
     # ---- one run and the next
