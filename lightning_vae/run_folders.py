@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,8 @@ def go_on_in(run: Path, step: int, trainer: Namespace) -> None:
     Raises:
         ValueError: If the logger is another.
     """
+    while list(run.glob(f"events.out.tfevents.{int(time.time())}.*")):
+        time.sleep(0.05)  # TensorBoard reads the files in the order of the seconds in their names
     described = _logger(trainer)
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
     trainer["logger"] = {
