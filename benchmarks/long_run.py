@@ -50,9 +50,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000_000, help="a multiple of 1000")
     steps = parser.parse_args().steps
     heading(
-        f"A long run. A linear VAE on Gaussian data, {steps} steps of 8 observations in epochs of {BATCHES}, with cyclical"
-        " annealing, a floor that rises over the whole run, the detector and a checkpoint every 10 epochs, and "
-        "TensorBoard every 1000 steps. The memory is that of the process."
+        f"A long run. A linear VAE on Gaussian data, {steps} steps of 8 observations in epochs of {BATCHES}: cyclical "
+        "annealing, a floor that rises over the whole run, the detector and a checkpoint every 10 epochs, TensorBoard "
+        "every 1000 steps. The memory is that of the process."
     )
     header(("step", "memory MB", "ms a step", "beta", "free bits"), WIDTHS)
     data = GaussianData(size=8 * BATCHES, batch_size=8)

@@ -89,8 +89,7 @@ class RunningSums:
             return self._window, self._finite
         device = self._latest[-1].device
         latest = torch.stack([values.to(device) for values in self._latest])
-        # Always in float32: a process without a batch must not differ in that from one that has some.
-        return self._window.to(device) + latest.sum(0).float(), self._finite.to(device) + latest.isfinite().sum(0)
+        return self._window.to(device) + latest.sum(0), self._finite.to(device) + latest.isfinite().sum(0)
 
     def _since_flush(self) -> Tensor:
         window = self._with_latest()[0]
