@@ -39,11 +39,12 @@ Ways = dict[str, Callable[[Case], float]]
 OURS: Ways = {
     "ours, the whole stack": whole_stack,
     "the same module in a bare Trainer": bare_trainer,
-    "a loop written by hand, same tensors": hand_written_loop,
+    "a loop by hand: same tensors, fused Adam": hand_written_loop,
 }
 UNSAVED: Ways = {"ours without its two checkpoints an epoch": partial(whole_stack, saves=False)}
 OTHERS: Ways = {
-    "a loop written by hand, DataLoader": loop_over_data_loader,
+    "the same loop, torch's default Adam": partial(hand_written_loop, fused=False),
+    "that loop over torch's DataLoader": loop_over_data_loader,
     "a typical Lightning VAE": typical_lightning,
     "pythae": pythae,
 }

@@ -190,13 +190,13 @@ def test_predict_runs(run):
 
 
 def test_optimizer_and_scheduler_come_from_the_config():
-    main(["fit", *DIGITS, *SHORT, "--optimizer=SGD", "--optimizer.lr=0.5", "--lr_scheduler=StepLR",
+    main(["fit", *DIGITS, *SHORT, "--optimizer=SGD", "--optimizer.lr=1e-4", "--lr_scheduler=StepLR",
           "--lr_scheduler.step_size=1", "--lr_scheduler.gamma=0.1"])  # fmt: skip
     checkpoint = torch.load("logs/digits/version_0/checkpoints/last.ckpt", weights_only=True)
     group = checkpoint["optimizer_states"][0]["param_groups"][0]
     assert "momentum" in group
-    assert group["initial_lr"] == 0.5
-    assert group["lr"] < 0.5
+    assert group["initial_lr"] == 1e-4
+    assert group["lr"] < 1e-4
 
 
 @pytest.mark.parametrize("overlay", sorted((ROOT / "configs" / "overlays").glob("*.yaml")), ids=lambda path: path.stem)
