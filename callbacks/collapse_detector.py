@@ -27,6 +27,9 @@ from .scheduled_knob import MisconfigurationException
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+_MOST_ROWS = 256  # passes in a picture, and in a checkpoint
+_MOST_PICTURES = 16  # drawn until the run is twice as long
+
 
 class CollapseDetector(Callback):
     """Tell when a VAE's posterior collapses, and what to do about it.
@@ -40,9 +43,10 @@ class CollapseDetector(Callback):
     Logged are ``latent/active_units``, ``latent/active_fraction``, ``latent/mutual_information``,
     ``latent/marginal_kl`` (rate minus mutual information) and ``collapse/alarm`` (1 while an alarm is on). TensorBoard
     also gets the pictures ``latent/rate_per_dimension`` and ``latent/variance_per_dimension``, with a column for each
-    pass, and the alarm's text as ``collapse/message``. The mutual information can't exceed the logarithm of the number
-    of observations it comes from (7.6 nats for 2048): above 90 % of that read it as "at least". For a posterior that is
-    not a diagonal Gaussian there are only the active units; with a prior that is not one there is no rate.
+    pass (for each second, fourth and so on of a long run), and the alarm's text as ``collapse/message``. The mutual
+    information can't exceed the logarithm of the number of observations it comes from (7.6 nats for 2048): above 90 %
+    of that read it as "at least". For a posterior that is not a diagonal Gaussian there are only the active units;
+    with a prior that is not one there is no rate.
 
     Latents with several axes, ``(N, k, H, W)``, have a dimension at each position. A step may have several posteriors,
     one for each view, say: each counts as that of an observation of its own.
@@ -205,6 +209,12 @@ class CollapseDetector(Callback):
             self._finish(trainer, pl_module)
 
     @override
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        """Draw the whole run, if the last pass was not drawn."""
+        if self._passes and (self._passes - 1) % _stride(self._passes, _MOST_PICTURES):
+            self._draw(trainer)
+
+    @override
     def on_save_checkpoint(self, *_: Any) -> None:
         """Leave no hook in what is saved."""
         self._reader.unhook()
@@ -284,7 +294,9 @@ class CollapseDetector(Callback):
         alarm = self._count(diagnosis) if fitting else diagnosis.alarm
         self._log(trainer, pl_module, measured, alarm)
         if fitting:
-            self._draw(trainer, measured)
+            self._keep(measured)
+            if (self._passes - 1) % _stride(self._passes, _MOST_PICTURES) == 0:
+                self._draw(trainer)
         if trainer.strategy.reduce_boolean_decision(alarm and diagnosis.state != self._reported, all=False):
             self._raise_alarm(trainer, pl_module, diagnosis)
         if fitting and self._reported and not alarm:
@@ -313,14 +325,21 @@ class CollapseDetector(Callback):
         self.log_now(pl_module, {self._key("latent/active_units"): float(units)}, prog_bar=True, sync=sync)
         self.log_now(pl_module, {self._key(key): value for key, value in values.items()}, sync=sync)
 
-    def _draw(self, trainer: Trainer, measured: _Measured) -> None:
-        self._variances.append(measured.variance.float().cpu())
-        pictures = {"latent/variance_per_dimension": heat_map(torch.stack(self._variances))}
-        if measured.rate is not None:
-            self._rates.append(measured.rate.float().cpu())
-            pictures["latent/rate_per_dimension"] = heat_map(torch.stack(self._rates))
-        for tag, picture in pictures.items():
-            Board(trainer).image(self._key(tag), picture, self.step(trainer))
+    def _keep(self, measured: _Measured) -> None:
+        """Add a row to the pictures, unless a long run has come to keep each second, fourth, ... pass alone."""
+        if (self._passes - 1) % _stride(self._passes, _MOST_ROWS):
+            return
+        for rows, values in ((self._variances, measured.variance), (self._rates, measured.rate)):
+            if len(rows) == _MOST_ROWS:
+                del rows[1::2]
+            if values is not None:
+                rows.append(values.float().cpu())
+
+    def _draw(self, trainer: Trainer) -> None:
+        for tag, rows in (("variance", self._variances), ("rate", self._rates)):
+            if rows:
+                picture = heat_map(torch.stack(rows))
+                Board(trainer).image(self._key(f"latent/{tag}_per_dimension"), picture, self.step(trainer))
 
     def _raise_alarm(self, trainer: Trainer, pl_module: LightningModule, diagnosis: Diagnosis) -> None:
         message = _message(self._title, diagnosis)
@@ -330,6 +349,11 @@ class CollapseDetector(Callback):
             return
         rank_zero_warn(message, category=UserWarning)
         trainer.should_stop = trainer.should_stop or self.on_alarm == "stop"
+
+
+def _stride(passes: int, most: int) -> int:
+    """Return the power of two at which no more than ``most`` of the passes are taken."""
+    return 1 << ((passes - 1) // most).bit_length()
 
 
 @dataclass(frozen=True)

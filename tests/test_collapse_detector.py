@@ -349,8 +349,8 @@ def test_the_variance_is_exact_beside_a_large_mean(tmp_path):
     assert means.dtype == torch.float32
     detector = detect(posterior=lambda _, batch: (means[batch["index"]], torch.zeros(len(batch["index"]), 4)))
     measured = []
-    draw = detector._draw
-    detector._draw = lambda trainer, each: (measured.append(each), draw(trainer, each))
+    keep = detector._keep
+    detector._keep = lambda each: (measured.append(each), keep(each))
     fit(tmp_path, detector, Known(size=7), epochs=1)
     exact = means.double()
     exact = (exact - exact.mean(0)).square().mean(0)
@@ -451,6 +451,20 @@ def test_tensorboard_gets_pictures_and_the_message(tmp_path):
     [message] = events.Tensors("collapse/message/text_summary")
     assert b"the posterior is offset" in message.tensor_proto.string_val[0]
     assert [event.value for event in events.Scalars("collapse/alarm")] == [0, 0, 1]
+
+
+def test_a_long_run_keeps_and_draws_ever_fewer_passes(tmp_path):
+    """So that neither the memory, nor a checkpoint, nor what a pass costs grows with the number of passes."""
+    detector = detect(warmup=10_000)
+    logger = TensorBoardLogger(tmp_path)
+    trainer = fit(tmp_path, detector, Known(), epochs=300, logger=logger, limit_train_batches=1, limit_val_batches=1)
+    assert detector.state_dict()["passes"] == 300
+    assert detector.state_dict()["rates"].shape == detector.state_dict()["variances"].shape == (150, 4)
+    events = EventAccumulator(trainer.logger.log_dir, size_guidance={"images": 0}).Reload()
+    steps = [image.step for image in events.Images("latent/rate_per_dimension")]
+    assert steps[:19] == [*range(17), 18, 20]
+    assert steps[-1] == 299 + 1  # at the end of the run, which was not due
+    assert len(steps) < 60
 
 
 class Remember(Callback):
