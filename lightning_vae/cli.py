@@ -128,6 +128,8 @@ class VAECLI(LightningCLI):
         with _readable():
             super().parse_arguments(parser, args)
             config = self.config[self.config["subcommand"]].as_dict()
+            for file in filter(None, config.get("config") or ()):  # None for a config that is given as text
+                config_text.check_empty(file.get_content(), config)
             _check_values(config)
         model = config["model"].get("init_args") or {}
         self._given = {name: model[name] for name in _FROM_DATA if model.get(name) is not None}

@@ -32,8 +32,9 @@ def check(text: str) -> None:
         text: The text.
 
     Raises:
-        yaml.YAMLError: If a key is given twice in a mapping, of which YAML's reader would take the last; if aliases
-            refer to themselves or stand for a mass of values; or if it is no YAML.
+        yaml.YAMLError: If a key is given twice in a mapping, of which YAML's reader would take the last; if a
+            `class_path` is no name or `init_args` no mapping; if aliases refer to themselves or stand for a mass of
+            values; or if it is no YAML.
     """
     try:
         pending = [yaml.compose(text, Loader=yaml.SafeLoader)]
@@ -49,6 +50,35 @@ def check(text: str) -> None:
             key, times = Counter(str(key.value) for key, _ in node.value).most_common(1)[0] if node.value else ("", 1)
             if times > 1:
                 raise yaml.YAMLError(f"`{key}` is given {times} times in the mapping{node.start_mark}")
-            pending.extend(value for _, value in node.value)
+            for key, value in node.value:
+                if key.value == "class_path" and not value.tag.endswith(":str"):
+                    raise yaml.YAMLError(f"`class_path` must be the name of a class{value.start_mark}")
+                if key.value == "init_args" and not isinstance(value, yaml.MappingNode):
+                    raise yaml.YAMLError(f"`init_args` must be a mapping of options to values{value.start_mark}")
+                pending.append(value)
         elif isinstance(node, yaml.SequenceNode):
             pending.extend(node.value)
+
+
+def check_empty(text: str, config: dict[str, Any]) -> None:
+    """Refuse empty mappings that jsonargparse drops, or takes for a class that nobody has named.
+
+    Args:
+        text: What was given, in YAML.
+        config: What was made of it.
+
+    Raises:
+        ValueError: If an empty mapping stands under a name that is no option, or in the place of a class.
+    """
+    pending: list[tuple[str, Any, Any]] = [("", yaml.safe_load(text), config)]
+    while pending:
+        name, given, made = pending.pop()
+        if given == {} and made is None:
+            raise ValueError(f"`{name[1:]}` is no option.")
+        if given == {} and isinstance(made, dict) and "class_path" in made:
+            raise ValueError(f"`{name[1:]}` must name a class by its `class_path`, got an empty mapping.")
+        if isinstance(given, dict) and isinstance(made, dict):
+            kept = ((key, item) for key, item in given.items() if item or key not in ("init_args", "dict_kwargs"))
+            pending.extend((f"{name}.{key}", item, made.get(key)) for key, item in kept)
+        elif isinstance(given, list) and isinstance(made, list):
+            pending.extend((f"{name}.{n}", *both) for n, both in enumerate(zip(given, made, strict=False)))

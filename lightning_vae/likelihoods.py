@@ -55,7 +55,7 @@ class Likelihood(nn.Module):
             output: The decoder's output, shape ``(B, *shape)``.
             x: While training, the data it will be evaluated on, for a scale that is computed from the error.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"`likelihood`: {type(self).__name__} has no `forward` of its own: give a subclass.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Under `bf16-true` a learned scale would round each optimizer step away.

@@ -31,8 +31,9 @@ def readable(message: str, known_names: Iterable[str] = ()) -> str:
         trainer.max_epochs: Expected a <class 'int'>
     """
     keys, faults, given = [], [], ""
+    message = re.sub(r"Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
     for line in message.splitlines():
-        text = re.sub(r"^Call to compute_fn of link .* failed: ", "", line.strip().removeprefix("- "))
+        text = line.strip().removeprefix("- ")
         if key := re.search(r'Parser key "([^"]+)":?\s*(.*)', text):
             keys.append(key[1])
             text = key[2]

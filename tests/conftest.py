@@ -12,8 +12,8 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 # The models of the tests are small: threads cost them more than they give.
 torch.set_num_threads(1)
 
-# How many examples hypothesis tries, the same ones each time: `--hypothesis-profile=thorough` for 1,000.
+# How many examples hypothesis tries, the same ones each time: `--hypothesis-profile=thorough` for 1,300.
 _ALWAYS = {"deadline": None, "database": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("ordinary", max_examples=150, **_ALWAYS)
-settings.register_profile("thorough", max_examples=1000, **_ALWAYS)
+settings.register_profile("ordinary", max_examples=30, **_ALWAYS)
+settings.register_profile("thorough", max_examples=1300, **_ALWAYS)
 settings.load_profile("ordinary")
