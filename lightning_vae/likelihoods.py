@@ -32,6 +32,8 @@ class Likelihood(nn.Module):
     """Whether its scale adapts to the reconstruction error while training."""
     unit_interval = False
     """Whether data in the network's scale must lie in [0, 1]."""
+    starts = False
+    """Whether it takes something from the first training batch, and has not seen it yet."""
 
     def __init__(self, shape: Shape, levels: int | None = None) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class Bernoulli(Likelihood):
         super().__init__(shape, levels)
         self.seed = seed
         self.start_at_mean = start_at_mean
-        self._starts = start_at_mean
+        self.starts = start_at_mean
         if start_at_mean:
             self.register_buffer("offset", torch.zeros(self.shape))
             self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
@@ -102,8 +104,8 @@ class Bernoulli(Likelihood):
 
     def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Bernoulli distribution with these logits."""
-        if self._starts and x is not None:
-            self._starts = False
+        if self.starts and x is not None:
+            self.starts = False
             self.offset.copy_(_mean_logits(x))
         logits = output + self.offset if self.start_at_mean else output
         return self._independent(td.Bernoulli(logits=logits, validate_args=False))
@@ -163,7 +165,7 @@ class Gaussian(Likelihood):
             raise ValueError(f"`variance` must be a positive number, 'learned' or 'optimal', got {variance!r}.")
         self.variance = variance
         self.learns_scale = not number
-        self._starts = variance == "learned"
+        self.starts = variance == "learned"
         if variance == "learned":
             self.log_variance = nn.Parameter(torch.tensor(0.0))
             self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
@@ -176,8 +178,8 @@ class Gaussian(Likelihood):
 
     def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Gaussian with this mean."""
-        if self._starts and x is not None:
-            self._starts = False
+        if self.starts and x is not None:
+            self.starts = False
             with torch.no_grad():
                 self.log_variance.copy_(self._optimal(output, x) + math.log(self.start_share))
         if self.variance == "optimal" and x is not None:
@@ -210,7 +212,7 @@ class Gaussian(Likelihood):
 
 def _has_started(module: nn.Module, _keys: object) -> None:
     """Keep what was loaded: a learned variance or an offset that started from another first batch."""
-    module._starts = False  # type: ignore[assignment]
+    module.starts = False  # type: ignore[assignment]
 
 
 def _over_processes(sums: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, kl, kl_divergence
 
 FreeBitsPer = Literal["dimension", "whole"] | int
 FreeBitsAverage = Literal["batch", "sample"]
@@ -67,6 +67,8 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
             f"`posterior` must have one batch entry per latent dimension and no event dimension, got event shape "
             f"{tuple(posterior.event_shape)}; unwrap `Independent` with `.base_dist`."
         )
+    if torch.compiler.is_compiling():
+        _look_up(type(posterior), type(prior))
     try:
         return kl_divergence(posterior, prior)
     except NotImplementedError:
@@ -76,6 +78,12 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
                 "pass `z`, a sample of the posterior, for an estimate."
             ) from None
         return posterior.log_prob(z) - prior.log_prob(z)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _look_up(posterior: type[Distribution], prior: type[Distribution]) -> None:
+    """Fill the table that `kl_divergence` keeps of formulas: a graph can hold what it finds there, but no search."""
+    kl._KL_MEMOIZE[posterior, prior] = kl._dispatch_kl(posterior, prior)
 
 
 def free_bits(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 
 from .changed_options import length, say_what_changed
+from .compiling import CompileMode, check_mode, compiled
 from .finite import parameter_not_finite
 from .likelihoods import Likelihood, default_likelihood
 from .networks import MLPDecoder, MLPEncoder, Shape
@@ -75,6 +76,9 @@ class VAE(LightningModule):
         free_bits_per: What each floor is under: ``"dimension"``, ``"whole"``, or a number of consecutive dimensions.
         free_bits_average: Whether the floor acts on the mean over the ``"batch"`` or on each ``"sample"``. The batch is
             that of all processes; of accumulated batches each has a floor of its own.
+        compile: Whether ``torch.compile`` makes one graph of the loss while training, or in which of its modes: with
+            ``"reduce-overhead"`` a GPU replays CUDA graphs. Evaluation is not compiled. The noise is drawn by other
+            means than without, so the numbers are others.
 
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
@@ -110,6 +114,7 @@ class VAE(LightningModule):
         free_bits: float | None = None,
         free_bits_per: FreeBitsPer = "dimension",
         free_bits_average: FreeBitsAverage = "batch",
+        compile: CompileMode = False,  # noqa: A002
     ) -> None:
         super().__init__()
         given, shape = shape, tuple(shape) if isinstance(shape, list | tuple) else ()
@@ -126,6 +131,7 @@ class VAE(LightningModule):
         group_rates(torch.zeros(1, latent_dim), free_bits_per)  # raises on a value that does not fit
         if free_bits_average not in ("batch", "sample"):
             raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
+        check_mode(compile)
 
         self._save_hyperparameters(encoder=encoder, decoder=decoder, likelihood=likelihood)
         self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
@@ -136,6 +142,8 @@ class VAE(LightningModule):
             raise TypeError(f"`likelihood` must derive from lightning_vae.Likelihood, got {type(built).__name__}.")
         self.likelihood = built
         self.free_bits_per, self.free_bits_average = free_bits_per, free_bits_average
+        self._compile_mode = compile
+        self._compiled: Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]] | None = None
 
         self.configured_knobs = {name for name, value in configured.items() if value is not None}
         self.knob_targets = {
@@ -233,6 +241,13 @@ class VAE(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss at the knobs as they are now."""
         x = self._observations(batch, check=batch_idx == 0)
+        loss, values, count = self._compiled_loss(x) if self._compile_mode else self._loss(x)
+        self._train_sums.add(values * count, count)
+        self._log_training()
+        return loss
+
+    def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Compute the loss, the terms to log, and the number of observations that they are the mean of."""
         terms = self.elbo_terms(x)
         floored = free_bits(terms.rate_per_dimension, self.free_bits, self.free_bits_per, self.free_bits_average)
         distortion, rates = terms.distortion.mean(), terms.rate_per_dimension
@@ -241,10 +256,21 @@ class VAE(LightningModule):
             distortion, rates, floored, count = self._over_processes(terms, floored)
         loss = weighted_loss(distortion, floored, self.beta)
         with torch.no_grad():
-            values = torch.stack([distortion, rates.sum() / len(rates), floored, loss])
-            self._train_sums.add(values * count, count)
-        self._log_training()
-        return loss
+            return loss, torch.stack([distortion, rates.sum() / len(rates), floored, loss]), count
+
+    def _compiled_loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        if self.likelihood.starts:
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.no_grad(), torch.random.fork_rng(devices):  # what is done once is no part of the graph
+                self._loss(x)
+        self.posterior = None  # validation leaves one, and another kind of value here would be another graph
+        if self._compiled is None:
+            self._compiled = compiled(self._loss, self._compile_mode)
+        return self._compiled(x)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is compiled: a copy compiles its own."""
+        return {**super().__getstate__(), "_compiled": None}
 
     def _over_processes(self, terms: ELBOTerms, floored: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Average the terms over the global batch, the rates to a single row; decide the floor on it; count it."""
