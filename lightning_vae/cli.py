@@ -151,6 +151,8 @@ class VAECLI(LightningCLI):
                 self._read_ckpt_path(subcommand, path)
         except (ValueError, OSError) as error:
             _exit(f"`--ckpt_path`: {error}")
+        except (KeyError, TypeError, AttributeError) as error:
+            _exit(f"`--ckpt_path`: what the checkpoint holds does not fit: {type(error).__name__}: {error}")
 
     def _read_ckpt_path(self, subcommand: str, path: str) -> None:
         checkpoint = _read_checkpoint(path, resumes=subcommand == "fit")
@@ -347,7 +349,20 @@ def _read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
             raise ValueError(f"{path!r} holds weights that are not finite, {name} first. Take an earlier one.")
     for name, value in checkpoint["hyper_parameters"].items():
         check_descriptions(name, value)
+    if resumes:
+        _check_counts("loops", checkpoint["loops"])
     return checkpoint
+
+
+def _check_counts(name: str, state: dict[str, Any]) -> None:
+    """Refuse counts of steps, batches and epochs that are none; Lightning would count on from them."""
+    for key, item in state.items():
+        if key in ("total", "current", "epoch_loop.state_dict"):
+            counts = item.values() if isinstance(item, dict) else ()
+            if not counts or not all(type(count) is int and count >= 0 for count in counts):
+                raise ValueError(f"the checkpoint is damaged: `{name}.{key}` must hold counts, got {item!r}.")
+        elif isinstance(item, dict):
+            _check_counts(f"{name}.{key}", item)
 
 
 def _misfit(error: str) -> str:

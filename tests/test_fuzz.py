@@ -5,12 +5,15 @@ The ordinary run tries 30 drawn configs and one wrong value of each option; with
 """
 
 import contextlib
+import copy
 import io
+import json
 import logging
 import sys
 import warnings
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,11 +51,19 @@ BASE = {
 
 
 class FitAlone(VAECLI):
-    """The command line without the parsers of the other subcommands, which take three quarters of its start."""
+    """The command line with the parser of `fit` alone, made once: most of a case's time would be the parsers'."""
+
+    made = None
 
     @staticmethod
     def subcommands():
         return {"fit": VAECLI.subcommands()["fit"]}
+
+    def setup_parser(self, *arguments):
+        if not FitAlone.made:
+            super().setup_parser(*arguments)
+            FitAlone.made = dict(vars(self))
+        vars(self).update(FitAlone.made)
 
 
 def outcome(*arguments: str) -> tuple[int, str]:
@@ -302,3 +313,48 @@ def test_a_text_that_is_no_config(case, tmp_path):
 )  # fmt: skip
 def test_nothing_is_taken_for_something_else(option):
     refused(*outcome("--config=base.yaml", option))
+
+
+# ---- checkpoints with something wrong anywhere
+
+
+@st.composite
+def damage(draw):
+    """Which place of a checkpoint, as a fraction of all of them, and what becomes of it."""
+    return (
+        draw(st.floats(0, 1, exclude_max=True)),
+        draw(st.sampled_from(["remove", "replace", "tensor"])),
+        draw(GARBAGE),
+    )
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
+    where = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(folder), "filename": "whole"}}
+    saves = ("--trainer.enable_checkpointing=true", f"--trainer.callbacks+={json.dumps(where)}")
+    assert outcome(f"--config={folder / 'base.yaml'}", *saves)[0] == 0
+    return torch.load(folder / "whole.ckpt", weights_only=True)
+
+
+@given(damage())
+@settings(max_examples=settings.default.max_examples // 3)
+def test_a_broken_checkpoint_ends_in_one_message_or_a_run(checkpoint, broken):
+    where, action, garbage = broken
+    checkpoint = copy.deepcopy(checkpoint)
+    everywhere = [path for path in places(checkpoint) if path[0] != "pytorch-lightning_version"]
+    path = everywhere[int(where * len(everywhere))]
+    holder = checkpoint
+    for key in path[:-1]:
+        holder = holder[key]
+    if action == "remove":
+        del holder[path[-1]]
+    elif action == "tensor" and isinstance(holder[path[-1]], torch.Tensor):
+        holder[path[-1]] = torch.zeros(3, 1, 2, dtype=torch.int32)
+    else:
+        holder[path[-1]] = garbage
+    torch.save(checkpoint, "broken.ckpt")
+    code, said = outcome("--config=base.yaml", "--ckpt_path=broken.ckpt", "--trainer.max_steps=3")
+    if code:
+        refused(code, said)
