@@ -493,7 +493,8 @@ def _by_row(values: Tensor) -> Tensor:
 def _rate(posterior: Normal, prior: Normal) -> Tensor:
     """Compute the KL divergence of posterior and prior of each observation and dimension, in float64."""
     posterior = Normal(_exact(posterior.loc), _exact(posterior.scale), validate_args=False)
-    prior = Normal(_exact(prior.loc).to(posterior.loc.device), _exact(prior.scale).to(posterior.loc.device))
+    loc, scale = (_exact(each).to(posterior.loc.device) for each in (prior.loc, prior.scale))
+    prior = Normal(loc, scale, validate_args=False)  # looking at them would wait for the device
     return _by_row(same_shape(kl_divergence(posterior, prior), posterior, prior))
 
 

@@ -48,6 +48,7 @@ class BatchLoader(ABC):
         self.shuffle = shuffle
         self.flip = flip
         self.seed = seed
+        self.device = torch.device("cpu")  # of the indices
         self._epoch = 0
         self._position = 0
 
@@ -67,7 +68,9 @@ class BatchLoader(ABC):
         global_batch = processes * self.batch_size
         first = self._epoch * length + self._position // global_batch if self.shuffle else 0
         places = [divmod(number, length) for number in range(first, first + length)]
-        orders = {epoch: self._order(epoch) for epoch in {epoch for epoch, _ in places}}
+        epochs = {epoch for epoch, _ in places}
+        orders = {epoch: self._order(epoch).to(self.device) for epoch in epochs}
+        coins = {epoch: self._coins(epoch).to(self.device) for epoch in epochs} if self.flip else {}
         shares = []
         for epoch, number in places:
             stop = (number + 1) * global_batch if number + 1 < length else self.size
@@ -76,7 +79,7 @@ class BatchLoader(ABC):
             # The state moves on before the batch is handed out: who saves while working on it has seen it.
             last = number + 1 == length
             self._epoch, self._position = (epoch + 1, 0) if last else (epoch, (number + 1) * global_batch)
-            yield self._flipped(batch, epoch) if self.flip else batch
+            yield _flipped(batch, coins[epoch]) if self.flip else batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and the number of its observations that all processes together have taken."""
@@ -100,10 +103,13 @@ class BatchLoader(ABC):
             return torch.arange(self.size)
         return torch.randperm(self.size, generator=seeded_generator(self.seed, epoch, "order"))
 
-    def _flipped(self, batch: Batch, epoch: int) -> Batch:
-        coins = torch.rand(self.size, generator=seeded_generator(self.seed, epoch, "flip")) < 0.5
-        mirrored = coins[batch["index"]].view(-1, 1, 1, 1)
-        return batch | {"x": torch.where(mirrored, batch["x"].flip(-1), batch["x"])}
+    def _coins(self, epoch: int) -> Tensor:
+        return torch.rand(self.size, generator=seeded_generator(self.seed, epoch, "flip")) < 0.5
+
+
+def _flipped(batch: Batch, coins: Tensor) -> Batch:
+    mirrored = coins[batch["index"]].view(-1, 1, 1, 1)
+    return batch | {"x": torch.where(mirrored, batch["x"].flip(-1), batch["x"])}
 
 
 def check_batch_size(batch_size: int) -> None:

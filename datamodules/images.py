@@ -101,7 +101,7 @@ class Images(DataModule):
     def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
         flip = self.flip and split == "train"
         if self._fits_in_memory():
-            return TensorLoader(self._splits[split], self.batch_size, shuffle=shuffle, flip=flip, seed=self.seed)
+            return TensorLoader(self._resident(split), self.batch_size, shuffle=shuffle, flip=flip, seed=self.seed)
         return StreamLoader(
             self._files[split],
             self.batch_size,

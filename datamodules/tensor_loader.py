@@ -15,7 +15,8 @@ class TensorLoader(BatchLoader):
     leaves the set alone, and has an entry `"index"` with the observations' positions in the tensors.
 
     Args:
-        tensors: Tensors by name, with one observation per row.
+        tensors: Tensors by name, with one observation per row. Where they lie, the batches are made: a set on a GPU
+            has nothing left to be copied there.
         batch_size: Observations in a batch of one process.
         shuffle: Whether the order is drawn anew each epoch.
         flip: Whether each image in `"x"` is mirrored with probability one half, decided by seed, epoch and index.
@@ -45,6 +46,7 @@ class TensorLoader(BatchLoader):
             raise ValueError(f"`tensors` must be equally long and at least one, got lengths {lengths}.")
         super().__init__(next(iter(lengths.values())), batch_size, shuffle=shuffle, flip=flip, seed=seed)
         self.tensors = dict(tensors)
+        self.device = next(iter(tensors.values())).device
         if "x" in tensors:
             _check_finite(tensors["x"])
 

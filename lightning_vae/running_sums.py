@@ -88,8 +88,9 @@ class RunningSums:
         if not self._latest:
             return self._window, self._finite
         device = self._latest[-1].device
-        latest = torch.stack([values.to(device) for values in self._latest])
-        return self._window.to(device) + latest.sum(0), self._finite.to(device) + latest.isfinite().sum(0)
+        latest = torch.stack([values.to(device, non_blocking=True) for values in self._latest])
+        window, finite = (sums.to(device, non_blocking=True) for sums in (self._window, self._finite))
+        return window + latest.sum(0), finite + latest.isfinite().sum(0)
 
     def _since_flush(self) -> Tensor:
         window = self._with_latest()[0]

@@ -240,7 +240,7 @@ class VAE(LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss at the knobs as they are now."""
-        x = self._observations(batch, check=batch_idx == 0)
+        x = self._observations(batch, check=batch_idx == 0 and self._step == 0)  # which waits for the device
         loss, values, count = self._compiled_loss(x) if self._compile_mode else self._loss(x)
         self._train_sums.add(values * count, count)
         self._log_training()

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from lightning_vae.datamodules import BatchLoader, StreamLoader, TensorLoader
 from lightning_vae.datamodules import batch_loader as batch_loader_module
+from lightning_vae.datamodules.resident import resident
 from lightning_vae.datamodules.seeding import seeded_generator
 
 
@@ -290,3 +291,31 @@ def test_a_resumed_fit_sees_the_batches_an_uninterrupted_one_sees(tmp_path, chec
     assert len(whole) == 10
     resumed = train(tmp_path, tmp_path / f"step={step}.ckpt", limit=limit, **checkpoint)
     assert resumed == whole[step:]
+
+
+class Sized:
+    """A tensor of a size, which remembers where it was sent."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.at = size, "cpu"
+
+    numel = element_size = lambda self: self.size
+
+    def to(self, device: torch.device) -> "Sized":
+        moved = Sized(self.size)
+        moved.at = device.type
+        return moved
+
+
+@pytest.mark.parametrize(("device", "free", "at"), [("cuda", 800, "cuda"), ("cuda", 799, "cpu"), ("cpu", 800, "cpu")])
+def test_a_set_lies_on_the_gpu_where_it_takes_a_quarter_of_what_is_free(monkeypatch, device, free, at):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 10**9))
+    tensors = {"x": Sized(10), "label": Sized(10)}  # 100 bytes each
+    assert {tensor.at for tensor in resident(tensors, torch.device(device)).values()} == {at}  # type: ignore[arg-type]
+
+
+def test_batches_are_made_where_the_tensors_are():
+    tensors = {"x": torch.zeros(6, 1, 2, 2, dtype=torch.uint8, device="meta")}
+    batches = list(TensorLoader(tensors, 4, shuffle=True, flip=True))
+    assert [(batch["x"].shape[0], batch["x"].dtype) for batch in batches] == [(4, torch.uint8), (2, torch.uint8)]
+    assert {tensor.device.type for batch in batches for tensor in batch.values()} == {"meta"}

@@ -1,0 +1,144 @@
+"""Nothing in a step between logging steps waits for the device: seen on a GPU, and as far as can be without one."""
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_vae import VAE, Bernoulli, Gaussian, MLPDecoder, MLPEncoder
+from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear, TargetRate
+from lightning_vae.datamodules import Digits
+from tests.doubles import quiet_trainer
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:FreeBits"),  # what is trained for a few steps is no model
+    pytest.mark.filterwarnings("ignore:CollapseDetector"),
+]
+needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+ROOT = Path(__file__).parent.parent
+OURS = tuple(str(ROOT / folder) for folder in ("lightning_vae", "callbacks", "datamodules"))
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"}
+
+
+class Looks(TorchDispatchMode):
+    """Refuses, within this package, whatever would wait for a GPU: values and shapes that Python is to know."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function._overloadpacket.__name__
+        by_mask = name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1])
+        assert not ((name in WAITING or by_mask) and caller().startswith(OURS)), f"{name} in {caller()}"
+        return function(*args, **(kwargs or {}))
+
+
+def caller() -> str:
+    """Name the innermost file that is neither torch's nor this one."""
+    frame: Any = sys._getframe(1)
+    while frame and ("/torch/" in frame.f_code.co_filename or frame.f_code.co_filename == __file__):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else ""
+
+
+class Watched(VAE):
+    """Watches its steps but the first, from a callback's start to the end of its own."""
+
+    def __init__(self, **options: Any) -> None:
+        narrow = {"encoder": partial(MLPEncoder, hidden=(8,)), "decoder": partial(MLPDecoder, hidden=(8,))}
+        super().__init__(Digits.shape, Digits.levels, latent_dim=4, **narrow, **options)
+        self.watched = 0
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        super().on_train_batch_end(*args)
+        self.watch(False)
+
+    def watch(self, on: bool) -> None:
+        raise NotImplementedError
+
+
+class WatchedHere(Watched):
+    looks: Looks | None = None
+
+    def watch(self, on: bool) -> None:
+        if on:
+            self.watched += 1
+            self.looks = Looks()
+            self.looks.__enter__()
+        elif self.looks is not None:
+            self.looks.__exit__(None, None, None)
+            self.looks = None
+
+
+class WatchedThere(Watched):
+    def watch(self, on: bool) -> None:
+        self.watched += on
+        torch.cuda.set_sync_debug_mode("error" if on else "default")
+
+
+class First(Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        if trainer.global_step > 0:  # the first looks at the data
+            pl_module.watch(True)
+
+
+STACKS = {
+    "annealed": lambda: [KLAnnealing(Linear(fraction=0.5)), FreeBits(Linear(stop=0.2, steps=50))],
+    "steered": lambda: [TargetRate(1.0)],
+}
+
+
+def fit(folder: Path, vae: Watched, stack: str, **options: Any) -> None:
+    options = {"max_epochs": 4, "log_every_n_steps": 1000, "gradient_clip_val": 1.0, **options}
+    trainer = quiet_trainer(folder, callbacks=[First(), *STACKS[stack](), CollapseDetector()], **options)
+    trainer.fit(vae, datamodule=Digits(batch_size=32))  # 43 steps an epoch: the sums have blocks of 64
+    assert vae.watched == 4 * 43 - 1
+
+
+@pytest.mark.parametrize("stack", list(STACKS))
+@pytest.mark.parametrize("validation", [1.0, 0])
+@pytest.mark.parametrize("likelihood", [partial(Bernoulli, start_at_mean=True), Gaussian])
+def test_no_step_between_logging_steps_looks_at_a_tensor(
+    stack: str, validation: float, likelihood: Any, tmp_path: Path
+) -> None:
+    fit(tmp_path, WatchedHere(likelihood=likelihood), stack, limit_val_batches=validation)
+
+
+def test_the_watch_sees_what_would_wait(tmp_path: Path) -> None:
+    class Waits(WatchedHere):
+        def _log_training(self) -> None:
+            bool(self.beta > 0)
+            super()._log_training()
+
+    Waits._log_training.__code__ = Waits._log_training.__code__.replace(co_filename=OURS[0] + "/vae.py")
+    with pytest.raises(AssertionError, match=r"_local_scalar_dense in .*vae\.py"):
+        fit(tmp_path, Waits(), "annealed")
+
+
+@needs_a_gpu
+@pytest.mark.parametrize("stack", list(STACKS))
+@pytest.mark.parametrize("compile_", [False, True, "reduce-overhead"])
+def test_no_step_between_logging_steps_waits_for_the_gpu(stack: str, compile_: Any, tmp_path: Path) -> None:
+    vae = WatchedThere(compile=compile_)
+    try:
+        fit(tmp_path, vae, stack, accelerator="gpu")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert vae.trainer.train_dataloader.tensors["x"].is_cuda
+    assert vae.trainer.callback_metrics["train/loss"].isfinite()
+
+
+@needs_a_gpu
+def test_cuda_graphs_leave_what_is_kept_alone(tmp_path: Path) -> None:
+    def loss(mode: Any) -> torch.Tensor:
+        torch.manual_seed(0)
+        vae = WatchedThere(compile=mode, likelihood=partial(Gaussian, variance=0.5))
+        vae.watch = lambda on: None  # type: ignore[method-assign]
+        trainer = quiet_trainer(tmp_path, max_epochs=4, accelerator="gpu", limit_val_batches=0)
+        trainer.fit(vae, datamodule=Digits(batch_size=32))
+        return trainer.callback_metrics["train/loss"]
+
+    torch.testing.assert_close(loss("reduce-overhead"), loss(False), rtol=0.05, atol=0.0)
