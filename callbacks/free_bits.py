@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
 from typing_extensions import override
@@ -35,6 +35,9 @@ class FreeBits(ScheduledKnob):
     of their own; where it is not Gaussian, they are measured against the module's own ``prior``. Warns once, from half
     of the run on, when the floors together exceed the measured rate or hold more than 90 % of the dimensions: the floor
     then sets the model and not the data. A single floor under the whole rate is there to do so, and does not warn.
+
+    With ``accumulate_grad_batches`` each of the accumulated batches has a floor under its own mean: a mean of floored
+    rates, which is at least the floored rate of the mean.
 
     On the threshold: 0.1 to 2 nats per dimension, start at 0.5. Too much: all dimensions at the floor, a rate of about
     threshold times dimensions, a mutual information well below it, a worse ELBO. Too little: as without it, inactive
@@ -93,6 +96,11 @@ class FreeBits(ScheduledKnob):
         self._choose_variant(pl_module)
         super().on_fit_start(trainer, pl_module)
         self._warned, self._latest = False, None
+        if trainer.accumulate_grad_batches > 1 and getattr(pl_module, "free_bits_average", "batch") == "batch":
+            rank_zero_info(
+                f"FreeBits: gradients are accumulated over {trainer.accumulate_grad_batches} batches, and the floor is "
+                "under the mean of each by itself, which is a little stricter than under the mean of all."
+            )
 
     @override
     def on_train_batch_end(
