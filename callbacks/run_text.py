@@ -81,8 +81,8 @@ def comparable(trainer: Trainer, pl_module: LightningModule) -> dict[str, bool |
     # What the data module has too is its, linked: the shape, say.
     own = {name: value for name, value in options(pl_module).items() if str(getattr(data, name, None)) != str(value)}
     beta = {name: value for name, value in getattr(pl_module, "knob_targets", {}).items() if name == "beta"}
-    numbers = {name: value for name, value in own.items() if not isinstance(value, str)}
-    rest = {name: value for name, value in own.items() if isinstance(value, str)}
+    numbers = {name: value for name, value in own.items() if not isinstance(value, str | bool)}
+    rest = {name: value for name, value in own.items() if isinstance(value, str | bool)}
     setup = _call(pl_module, rest) + (f" on {_call(data, options(data))}" if data is not None else "")
     method = ", ".join(f"{type(each).__name__}({_schedule(each)})" for each in _knobs(trainer))
     return {**beta, **numbers, "method": method or "none", "setup": setup}

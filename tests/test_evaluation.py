@@ -343,11 +343,15 @@ def test_an_iterator_is_refused(x):
 
 def test_a_model_or_data_with_nan_are_no_balanced_model(x):
     vae = optimal_linear_vae(x, 4, VARIANCE)
-    with pytest.raises(ValueError, match="posteriors are not finite"):
+    with pytest.raises(ValueError, match="data must be finite"):
         evaluate(vae, [torch.where(torch.arange(6) == 2, math.nan, x)], importance_samples=1)
     with torch.no_grad():
         vae.decoder.map.bias[0] = math.nan
     with pytest.raises(ValueError, match="distortion is nan"):
+        evaluate(vae, loader(x), importance_samples=1)
+    with torch.no_grad():
+        vae.encoder.mean.bias[0] = math.nan
+    with pytest.raises(ValueError, match="posteriors are not finite"):
         evaluate(vae, loader(x), importance_samples=1)
 
 

@@ -94,7 +94,10 @@ STACKS = {
 def fit(folder: Path, vae: Watched, stack: str, **options: Any) -> None:
     options = {"max_epochs": 4, "log_every_n_steps": 1000, "gradient_clip_val": 1.0, **options}
     trainer = quiet_trainer(folder, callbacks=[First(), *STACKS[stack](), CollapseDetector()], **options)
-    trainer.fit(vae, datamodule=Digits(batch_size=32))  # 43 steps an epoch: the sums have blocks of 64
+    try:
+        trainer.fit(vae, datamodule=Digits(batch_size=32))  # 43 steps an epoch: the sums have blocks of 64
+    finally:
+        vae.watch(False)  # which would go on into the tests that follow
     assert vae.watched == 4 * 43 - 1
 
 
