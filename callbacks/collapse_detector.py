@@ -130,6 +130,7 @@ class CollapseDetector(Callback):
         self._rates: list[Tensor] = []
         self._variances: list[Tensor] = []
         self._begun: dict[str, Any] = {}
+        self._goes_on = False
 
     @cached_property  # Lightning asks for it at every hook of every step
     @override
@@ -147,6 +148,8 @@ class CollapseDetector(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Watch the training epochs where there is no validation; the first may have begun in the run that goes on."""
         self._watches_training = not _validates(trainer)
+        # Of several processes a checkpoint holds one's share: the rest of the epoch is measured then.
+        self._goes_on = self._watches_training and trainer.world_size == 1
         if self._watches_training:
             self._pass = _Pass(self.observations)
             self._pass.load(self._begun, _exact_device(pl_module.device))
@@ -228,7 +231,7 @@ class CollapseDetector(Callback):
             "reported": self._reported,
             "rates": torch.stack(self._rates) if self._rates else torch.empty(0),
             "variances": torch.stack(self._variances) if self._variances else torch.empty(0),
-            "begun": self._pass.state() if self._watches_training and self._pass is not None else {},
+            "begun": self._pass.state() if self._goes_on and self._pass is not None else {},
         }
 
     @override

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch.optim import Optimizer
 
 
 def say_what_changed(trainer: Trainer, options: dict[str, Any]) -> None:
@@ -22,16 +24,17 @@ def say_what_changed(trainer: Trainer, options: dict[str, Any]) -> None:
         return
     if changed := _differences(checkpoint.get("hyper_parameters", {}), options):
         rank_zero_warn(f"The run goes on with other options of the model than it was saved with: {changed}.")
-    moved = ("lr",) if any(each.reduce_on_plateau for each in trainer.lr_scheduler_configs) else ()
-    for optimizer, saved in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=False):
-        groups = zip(saved["param_groups"], optimizer.param_groups, strict=False)
-        changes = [_differences(_configured(kept, moved), _configured(given, moved)) for kept, given in groups]
+    own = checkpoint.get("lightning_vae", {})
+    for optimizer, before, now in zip(
+        trainer.optimizers, own.get("optimizers", ()), configured(trainer.optimizers), strict=False
+    ):
+        changes = [_differences(*groups) for groups in zip(before, now, strict=False)]
         if any(changes):
             rank_zero_warn(
                 f"{type(optimizer).__name__} keeps the options in the checkpoint, although they were changed since: "
                 f"{next(filter(None, changes))}."
             )
-    if changed := _differences(checkpoint.get("lightning_vae", {}).get("length", {}), length(trainer)):
+    if changed := _differences(own.get("length", {}), length(trainer)):
         rank_zero_info(f"The run is not as long as when it was saved: {changed}.")
 
 
@@ -44,12 +47,20 @@ def length(trainer: Trainer) -> dict[str, int | None]:
     return {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
 
 
-def _configured(group: dict[str, Any], moved: tuple[str, ...]) -> dict[str, Any]:
-    """Return of a group of parameters what a config gives and nothing moves in training."""
-    options = {"lr": group.get("initial_lr", group["lr"]), "weight_decay": group.get("weight_decay")}
-    return {name: value for name, value in options.items() if name not in moved}
+def configured(optimizers: Sequence[Optimizer]) -> list[list[dict[str, Any]]]:
+    """Return of optimizers that have not stepped yet, for each group of parameters, what a config gives.
+
+    Args:
+        optimizers: As they were made; training may move their options.
+    """
+    names = ("lr", "weight_decay")
+    return [
+        [{name: float(group[name]) for name in names if name in group} for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    names = [name for name in before if not name.startswith("_") and name in now and before[name] != now[name]]
-    return ", ".join(f"{name} {before[name]!r} -> {now[name]!r}" for name in names)
+    # By their texts: tensors and arrays have no single answer to whether they differ.
+    texts = {name: (repr(before[name]), repr(now[name])) for name in before if name in now and not name.startswith("_")}
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in texts.items() if old != new)

@@ -252,8 +252,9 @@ class VAECLI(LightningCLI):
             if "latent/active_units" in metrics:
                 units = int(metrics["latent/active_units"])
                 lines["At the end"] += f", {units} of {self.model.latent_dim} units active"
-        for checkpoint in self.trainer.checkpoint_callbacks:
-            if isinstance(checkpoint, ModelCheckpoint) and checkpoint.best_model_path:
+        kept = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
+        for checkpoint in sorted(kept, key=lambda each: each.monitor is not None):  # last the one that has a best
+            if checkpoint.best_model_path:
                 score = checkpoint.best_model_score
                 monitored = f"  ({checkpoint.monitor} {score:.4g})" if score is not None else ""
                 lines["Checkpoint"] = os.path.relpath(checkpoint.best_model_path) + monitored

@@ -17,8 +17,10 @@ def parameter_not_finite(module: nn.Module) -> str | None:
         The name of the first.
     """
     named = {name: _own_part(parameter) for name, parameter in module.named_parameters()}
-    # One look at the device for all of them.
-    finite = torch.stack([part.isfinite().all() for part in named.values()]).tolist()
+    if not named:
+        return None
+    device = next(iter(named.values())).device  # one look at it for all of them
+    finite = torch.stack([part.isfinite().all().to(device) for part in named.values()]).tolist()
     return None if all(finite) else list(named)[finite.index(False)]
 
 

@@ -19,6 +19,10 @@ class FlushedCurves(Callback):
     """
 
     @override
+    def on_exception(self, trainer: Trainer, *_: Any) -> None:
+        vars(trainer._logger_connector).pop("log_metrics", None)  # the epoch's end is not reached any more
+
+    @override
     def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if trainer.training and epochs.processed == epochs.completed + 1:
@@ -29,7 +33,7 @@ class FlushedCurves(Callback):
             logger.save()
             if isinstance(logger, TensorBoardLogger):
                 for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
-                    with events.open("rb") as file:
+                    with events.open("r+b") as file:  # Windows flushes only what can be written to
                         os.fsync(file.fileno())
 
 

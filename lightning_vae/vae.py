@@ -15,7 +15,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch import distributions as td
 
-from .changed_options import length, say_what_changed
+from .changed_options import configured, length, say_what_changed
 from .compiling import CompileMode, check_mode, compiled
 from .finite import parameter_not_finite
 from .likelihoods import Likelihood, default_likelihood
@@ -159,6 +159,7 @@ class VAE(LightningModule):
         self._evaluation_sums: dict[int, RunningSums] = {}
         self._position = 0
         self._seed = self._step = 0
+        self._configured_optimizers: list[list[dict[str, Any]]] = []
         self._unfinished: dict[str, Any] | None = None
         self._warn_of_feedback()
 
@@ -235,11 +236,13 @@ class VAE(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the batch's noise its own, whatever has drawn random numbers before: a resumed run draws the same."""
         del batch
-        self._step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        seed_batch(self.device, self._seed, self._step, batch_idx, self.global_rank)
+        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
+        seed_batch(self.device, self._seed, step, batch_idx, self.global_rank)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss at the knobs as they are now."""
+        if self._trainer is not None:  # else it is somebody's own loop
+            self._step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
         x = self._observations(batch, check=batch_idx == 0 and self._step == 0)  # which waits for the device
         loss, values, count = self._compiled_loss(x) if self._compile_mode else self._loss(x)
         self._train_sums.add(values * count, count)
@@ -422,6 +425,7 @@ class VAE(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse monitors that would select a wrong model, and say what has changed since the run was saved."""
         trainer: Any = self.trainer
+        self._configured_optimizers = configured(trainer.optimizers)  # before a checkpoint brings its own
         say_what_changed(trainer, dict(self.hparams))
         if trainer.gradient_clip_val:
             for optimizer in trainer.optimizers:
@@ -471,6 +475,7 @@ class VAE(LightningModule):
             "rate_limit": self.rate_limit,
             "seed": self._seed,
             "length": length(self.trainer),
+            "optimizers": self._configured_optimizers,
             "unfinished": unfinished_batch(self.trainer, checkpoint),
         }
 
@@ -508,7 +513,7 @@ class VAE(LightningModule):
                 self._fill(name, target)
         for name, value in saved.get("chosen", {}).items():
             setattr(self, name, value)
-        if "train_sums" in saved:
+        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING and "train_sums" in saved:
             self._train_sums.load(saved["train_sums"])
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -47,7 +47,8 @@ def whole_file(target: Path) -> Iterator[IO[bytes]]:
     if os.name == "posix":
         folder = os.open(target.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            with suppress(OSError):  # some network filesystems know no such thing; the file is in its place
+                os.fsync(folder)
         finally:
             os.close(folder)
 

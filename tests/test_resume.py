@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -224,6 +224,32 @@ def test_an_option_of_the_optimizer_that_the_checkpoint_overrides_is_said(saved:
     with pytest.warns(UserWarning, match=r"Adam keeps the options in the checkpoint, .*: lr 0.001 -> 0.5"):
         go_on(saved, vae)
     assert vae.trainer.optimizers[0].param_groups[0]["lr"] == 1e-3
+
+
+def test_what_something_else_has_moved_was_not_changed(tmp_path: Path) -> None:
+    class WarmsUp(Callback):
+        def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+            trainer.optimizers[0].param_groups[0]["lr"] = 1e-4
+
+    callbacks: list[Callback] = [WarmsUp()]
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=0, callbacks=callbacks)
+    trainer.fit(Adams(), datamodule=Digits())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    go_on(tmp_path / "saved.ckpt", Adams(), callbacks=callbacks)  # a warning would be an error here
+
+
+def test_options_of_any_kind_are_compared(tmp_path: Path) -> None:
+    class Weighted(Adams):
+        def __init__(self, weights: torch.Tensor) -> None:
+            super().__init__()
+            self.save_hyperparameters("weights")
+
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2, limit_val_batches=0)
+    trainer.fit(Weighted(torch.ones(3)), datamodule=Digits())
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    go_on(tmp_path / "saved.ckpt", Weighted(torch.ones(3)))
+    with pytest.warns(UserWarning, match=r"weights tensor\(\[1., 1., 1.\]\) -> tensor\(\[2., 2., 2.\]\)"):
+        go_on(tmp_path / "saved.ckpt", Weighted(2 * torch.ones(3)))
 
 
 def test_another_length_of_the_run_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:

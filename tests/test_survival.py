@@ -340,3 +340,20 @@ def test_the_file_that_says_a_run_is_done_says_within_which_limits():
     assert json.loads((RUN / "fit.json").read_text())["limits"] == {
         "max_epochs": "3", "max_steps": "-1", "max_time": None
     }  # fmt: skip
+
+
+def test_a_fit_after_one_that_failed_at_an_epochs_end_logs_as_any_other(tmp_path: Path) -> None:
+    """What takes the place of Lightning's logging at an epoch's end goes with the run."""
+
+    class Fails(Callback):
+        def on_save_checkpoint(self, *_: object) -> None:
+            raise OSError("no space")
+
+    saves = ModelCheckpoint(tmp_path, every_n_epochs=1, save_on_train_epoch_end=True)
+    trainer = quiet_trainer(
+        tmp_path, callbacks=[FlushedCurves(), saves, Fails()], max_epochs=2, enable_checkpointing=True
+    )
+    for _ in range(2):
+        with pytest.raises(OSError, match="no space"):
+            trainer.fit(RecordingVAE(), loader())
+    assert "log_metrics" not in vars(trainer._logger_connector)

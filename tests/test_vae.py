@@ -641,3 +641,15 @@ def test_the_fused_optimizer_is_clipped_in_every_precision(precision, tmp_path):
     trainer(tmp_path, precision=precision, gradient_clip_val=0.5, max_epochs=1).fit(vae, loader())
     assert len(gradients) == 5
     assert all(float(each.norm()) == pytest.approx(0.5, rel=1e-2) for each in gradients[1:])
+
+
+def test_a_subclass_may_take_a_hook_for_itself(tmp_path):
+    """Noise of its own and exact resume need `super`; the curves do not."""
+
+    class Silent(VAE):
+        def on_train_batch_start(self, batch, batch_idx):
+            pass
+
+    loop = trainer(tmp_path, max_epochs=1, logger=CSVLogger(tmp_path), log_every_n_steps=2)
+    loop.fit(Silent(shape=SHAPE, levels=LEVELS, latent_dim=3), loader())
+    assert loop.logged_metrics["train/loss"].isfinite()
