@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-FREE_SHARE = 0.25  # what a set may take of the memory that the model and its optimizer have left
+FREE_SHARE = 0.25  # of the memory that is free as a loader is made: the optimizer and the activations come later
 
 
 def resident(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:

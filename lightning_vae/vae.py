@@ -323,7 +323,7 @@ class VAE(LightningModule):
     def configure_optimizers(self) -> Any:
         """Use Adam with a learning rate of 1e-3; a config's ``optimizer`` and ``lr_scheduler`` take its place.
 
-        Its fused form takes a third of the time of torch's default on a CPU.
+        Its fused form, one operation for all parameters, is the faster one on a CPU too.
         """
         return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
 

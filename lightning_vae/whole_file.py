@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import platform
 import re
@@ -47,8 +48,10 @@ def whole_file(target: Path) -> Iterator[IO[bytes]]:
     if os.name == "posix":
         folder = os.open(target.parent, os.O_RDONLY)
         try:
-            with suppress(OSError):  # some network filesystems know no such thing; the file is in its place
-                os.fsync(folder)
+            os.fsync(folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # network filesystems that know no such thing
+                raise
         finally:
             os.close(folder)
 

@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -357,3 +357,20 @@ def test_a_fit_after_one_that_failed_at_an_epochs_end_logs_as_any_other(tmp_path
         with pytest.raises(OSError, match="no space"):
             trainer.fit(RecordingVAE(), loader())
     assert "log_metrics" not in vars(trainer._logger_connector)
+
+
+@pytest.mark.parametrize(("code", "raises"), [(errno.EINVAL, False), (errno.ENOTSUP, False), (errno.EIO, True)])
+def test_a_folder_that_knows_no_flushing_is_no_fault_and_a_failing_disk_is(
+    code: int, raises: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flush = os.fsync
+
+    def of_files_alone(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(code, "no")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", of_files_alone)
+    with pytest.raises(OSError, match="no") if raises else nullcontext(), whole_file(tmp_path / "file") as file:
+        file.write(b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
