@@ -10,8 +10,7 @@ from collections.abc import Mapping, MutableMapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -63,9 +62,10 @@ class Attribute:
 
         Only what is no tensor waits for the device of a 0-dim one.
         """
-        owner, current = self._find()
+        owner = self._owner() if self._parents else self._root
+        owner, current = look_up(owner, self._name, self.path)
         if isinstance(current, Tensor):
-            current.detach().fill_(value)
+            (current.detach() if current.requires_grad else current).fill_(value)
             self._place = (current.data_ptr(), current._version)
         else:
             value = float(value) if isinstance(value, Tensor) else value
@@ -89,10 +89,13 @@ class Attribute:
 
     def _find(self) -> tuple[Any, Any]:
         """Return what keeps the number, and what it keeps."""
+        return look_up(self._owner(), self._name, self.path)
+
+    def _owner(self) -> Any:
         owner: Any = self._root
         for name in self._parents:
             owner = look_up(owner, name, self.path)[1]
-        return look_up(owner, self._name, self.path)
+        return owner
 
     def _check(self, owner: Any, value: Any) -> None:
         """Find out before the first step whether this is a number that can be set."""
@@ -190,7 +193,7 @@ def look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
     tried = []
     while owner is not None:
         try:
-            if isinstance(owner, torch.nn.Module):
+            if isinstance(owner, nn.Module):
                 return owner, getattr(owner, name)
             if isinstance(owner, Mapping):
                 return owner, owner[_key(owner, name)]
@@ -233,9 +236,9 @@ def _computed_from(owner: Any, name: str) -> list[str]:
 
 def _unwrapped(owner: Any) -> Any:
     """Return what a wrapper wraps, if it is one."""
-    if isinstance(owner, torch.nn.Module):
+    if isinstance(owner, nn.Module):
         for name in ("_orig_mod", "module"):
-            if isinstance(inner := owner._modules.get(name), torch.nn.Module):
+            if isinstance(inner := owner._modules.get(name), nn.Module):
                 return inner
     return None
 
@@ -249,7 +252,7 @@ def _names(owner: Any) -> list[str]:
     if _is_indexed(owner):
         return [str(index) for index in range(len(owner))]
     names = dict.fromkeys(getattr(owner, "__dict__", ()))
-    if isinstance(owner, torch.nn.Module):
+    if isinstance(owner, nn.Module):
         names.update(dict.fromkeys((*owner._buffers, *owner._parameters, *owner._modules)))
     for of_project in type(owner).__mro__:
         if not _is_lightnings(of_project):
@@ -266,7 +269,7 @@ def _near(owner: Any, name: str) -> list[str]:
 def _elsewhere(owner: Any, name: str) -> list[str]:
     """Return where in a module's submodules, and in the objects that these hold, a name exists."""
     found = []
-    for prefix, module in owner.named_modules() if isinstance(owner, torch.nn.Module) else ():
+    for prefix, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
         start = [prefix] if prefix else []
         if prefix and name in _names(module):
             found.append(".".join([*start, name]))

@@ -56,8 +56,10 @@ class Callback(_Callback):
         Meant for ``on_train_batch_end``; a batch that only accumulates gradients never logs.
         """
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        logs = every and (Callback.step(trainer) + 1) % every == 0  # as Lightning decides it, in a tenth of the time
-        return bool(logs or getattr(trainer, "fast_dev_run", False)) and not Callback.accumulates(trainer)
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
+        # As Lightning decides it, in a tenth of the time.
+        logs = (every and step % every == 0) or getattr(trainer, "fast_dev_run", False)
+        return bool(logs) and not Callback.accumulates(trainer)
 
     @staticmethod
     def log_now(

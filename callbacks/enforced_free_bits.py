@@ -126,10 +126,9 @@ class EnforcedFreeBits(ScheduledKnob):
         super().on_fit_start(trainer, pl_module)
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(trainer, pl_module)
-        if self.step(trainer) == 0 and batch_idx == 0 and isinstance(self.weight, str):
-            self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx), self.weight)
+    def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if isinstance(self.weight, str):
+            self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx=0), self.weight)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -148,10 +147,13 @@ class EnforcedFreeBits(ScheduledKnob):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._reader.forget()
-        rates, self._rates = self._rates, None
-        if rates is not None and self.logs_now(trainer):
-            at_floor = count_at_floor(rates.float(), self._threshold, self.per, self.average).at_floor
+        self._rates = None
+
+    @override
+    def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        super()._log(trainer, pl_module, batch)
+        if self._rates is not None:
+            at_floor = count_at_floor(self._rates.float(), self._threshold, self.per, self.average).at_floor
             self.log_now(pl_module, {"latent/at_floor": at_floor})
 
     def factor(self, rates: Tensor) -> float:

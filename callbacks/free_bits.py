@@ -103,12 +103,9 @@ class FreeBits(ScheduledKnob):
             )
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        rates = self._rates(pl_module, batch) if self.logs_now(trainer) else None
-        self._reader.forget()
+    def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        super()._log(trainer, pl_module, batch)
+        rates = self._rates(pl_module, batch)
         if rates is not None:
             threshold = self._resolved(self.step(trainer))
             per = getattr(pl_module, "free_bits_per", self.per or "dimension")

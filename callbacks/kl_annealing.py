@@ -76,20 +76,19 @@ class KLAnnealing(ScheduledKnob):
         self.probe = probe
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        super().on_train_batch_start(trainer, pl_module)
-        if batch_idx == 0 and self.probe and self.step(trainer) == 0 and self._is_foreign(pl_module):
-            self._report(trainer, pl_module, batch, batch_idx)
+    def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        if self.probe and self._is_foreign(pl_module):
+            self._report(trainer, pl_module, batch)
 
     def _is_foreign(self, pl_module: LightningModule) -> bool:
         """Whether it is unknown what the number does; what a setter does besides is unknown too, so it isn't tried."""
         return self.setter is None and not set(self._paths) & set(getattr(pl_module, "knob_targets", ()))
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         others = [each for each in callbacks_of(trainer) if isinstance(each, KLAnnealing) and each is not self]
         # Two weights may be multiplied, and the other be 0 now.
         held = {tuple(each._paths): each._target for each in others if each._paths and each._target is not None}
-        probe = LossProbe(trainer, pl_module, batch, batch_idx)
+        probe = LossProbe(trainer, pl_module, batch, batch_idx=0)
         try:
             effect = weight_effect(probe, tuple(self._paths), held, batch, self._target or 1.0)
         except Exception as reason:  # a report that fails must not end somebody's training

@@ -54,6 +54,13 @@ class Knob:
         """
         if self._setter is not None:
             self._setter(self._pl_module, float(value) if isinstance(value, Tensor) else value)
+        try:
+            for each in self._attributes:
+                each.write(value)
+        except Exception:
+            self._write_in_turn(value)
+
+    def _write_in_turn(self, value: float | Tensor) -> None:
         waiting = self._attributes
         while waiting:
             refused: list[tuple[Attribute, Exception]] = []

@@ -163,7 +163,7 @@ class PosteriorReader:
         self.posterior = posterior
         self.second = second
         self.chunk = chunk
-        self._paths = list(paths)
+        self.paths = list(paths)
         self._outputs: dict[str, list[Any]] | None = None  # of this step's calls by path; None between the steps
         self._handles: list[RemovableHandle] = []
         self._has_heard = False
@@ -176,14 +176,14 @@ class PosteriorReader:
         Raises:
             ValueError: If a path leads nowhere.
         """
-        if not self._paths:
+        if not self.paths:
             return
         if not self._handles:
-            modules = {path: _submodule(pl_module, path) for path in self._paths}
+            modules = {path: _submodule(pl_module, path) for path in self.paths}
             self._handles = [
                 module.register_forward_hook(partial(self._keep, path)) for path, module in modules.items()
             ]
-        self._outputs = {path: [] for path in self._paths}
+        self._outputs = {path: [] for path in self.paths}
 
     def forget(self) -> None:
         """Keep nothing until the next :meth:`listen`: a step has ended."""
@@ -197,7 +197,7 @@ class PosteriorReader:
         Raises:
             ValueError: If the module did not produce one, or produced something else.
         """
-        if self._paths:
+        if self.paths:
             values = self._watched(pl_module)
         else:
             value = self._call(pl_module, batch) if callable(self.posterior) else _own_posterior(pl_module)
@@ -234,17 +234,17 @@ class PosteriorReader:
         if self._has_heard and self._outputs is not None and not any(self._outputs.values()):
             return []
         outputs, self._outputs = self._outputs or {}, None
-        for path in self._paths:
+        for path in self.paths:
             if not outputs.get(path):
                 raise ValueError(_silent(pl_module, path))
         self._has_heard = True
-        calls = [len(outputs[path]) for path in self._paths]
+        calls = [len(outputs[path]) for path in self.paths]
         if len(set(calls)) > 1:
             raise ValueError(
-                f"`posterior`: {self._paths[0]!r} was called {calls[0]} times in this step and {self._paths[1]!r} "
+                f"`posterior`: {self.paths[0]!r} was called {calls[0]} times in this step and {self.paths[1]!r} "
                 f"{calls[1]} times, so that their outputs are no pairs. Pass a callable `(pl_module, batch) -> q(z|x)`."
             )
-        parts = [[part_of_output(output, path) for output in outputs[path]] for path in self._paths]
+        parts = [[part_of_output(output, path) for output in outputs[path]] for path in self.paths]
         if len(parts) == 2:
             return list(zip(*parts, strict=True))
         for value in parts[0]:

@@ -26,6 +26,7 @@ except ImportError:  # a copied folder, in a project that has pytorch_lightning 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
+_FIRST_LOOKS = 10  # batches after which the number is read back, whether they log or not
 _MOST_CONFLICTS = 3  # batches in which the number was moved, before that is said without knowing by whom
 _MOVING = re.compile(r"train(ing)?[/_]loss(_step|_epoch)?")
 
@@ -74,6 +75,10 @@ class ScheduledKnob(Callback):
         self._paths = paths if setter is None else []
         self._reader = PosteriorReader()  # for a subclass that reads the posterior of each training batch
         self._resolved: Callable[[int], float] = schedule
+        self._settled, self._last = (
+            math.inf,
+            math.nan,
+        )  # the step from which on a schedule holds its last value, and that
         self._restored: dict[str, Any] = {}
         self._base: float | None = None
         self._run: dict[str, int | None] = {}
@@ -81,6 +86,7 @@ class ScheduledKnob(Callback):
         self._knob: Knob | None = None
         self._witness: Witness | None = None
         self._conflicts = 0
+        self._looks = 0
 
     @cached_property  # Lightning asks for it at every hook of every step
     @override
@@ -113,23 +119,29 @@ class ScheduledKnob(Callback):
             iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._knob is None:
             self._begin(trainer, pl_module)
-        assert self._knob is not None
-        self._knob.write(self._value(trainer))
+        self._knob.write(self._value(trainer))  # type: ignore[union-attr]
         if self._witness is not None:
             self._witness.watch()
-        self._reader.listen(pl_module)
+        if self._reader.paths:
+            self._reader.listen(pl_module)
+        if batch_idx == 0 and self.step(trainer) == 0:
+            self._try_out(trainer, pl_module, batch)
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         logs_now = self.logs_now(trainer)
         # Where a tensor has other elements that move too, looking waits for the device.
-        if logs_now or self._witness is not None or self.step(trainer) < 10:
+        if logs_now or self._looks:
             self._look_for_conflict(trainer, pl_module)
-        if logs_now and self.name not in getattr(pl_module, "knob_targets", ()):  # else it logs them itself
-            self.log_now(pl_module, {f"knobs/{self.name}": self._value(trainer)}, prog_bar=True)
+        if logs_now:
+            self._log(trainer, pl_module, batch)
+        if self._reader.paths:
+            self._reader.forget()
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,17 +186,28 @@ class ScheduledKnob(Callback):
         self._agree_on_target(pl_module)
         self._refuse_moving_monitor(trainer)
         self._knob = knob
-        self._conflicts = 0
+        self._conflicts, self._looks = 0, _FIRST_LOOKS
 
     def _value(self, trainer: Trainer) -> float | Tensor:
         """Return the number of the step that begins, or that has just been taken."""
-        value = self._resolved(self.step(trainer))
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        if step >= self._settled:
+            return self._last
+        value = self._resolved(step)
         if not math.isfinite(value):
             raise ValueError(
                 f"{type(self).__name__}({self.name}): the schedule must give finite numbers, got {value} at step "
-                f"{self.step(trainer)}."
+                f"{step}."
             )
         return value
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:  # noqa: ARG002
+        """Log the number that the step was taken with; from ``on_train_batch_end`` on logging steps."""
+        if self.name not in getattr(pl_module, "knob_targets", ()):  # else it logs them itself
+            self.log_now(pl_module, {f"knobs/{self.name}": self._value(trainer)}, prog_bar=True)
+
+    def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Look at what the number does, from the very first batch."""
 
     def _find(self, pl_module: LightningModule) -> Knob:
         return Knob(pl_module, self._paths, self.setter)
@@ -208,6 +231,7 @@ class ScheduledKnob(Callback):
     def _look_for_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once that something else moves the number; who it is takes another batch to see."""
         assert self._knob is not None
+        self._looks = max(0, self._looks - 1)
         witness, self._witness = self._witness, None
         if witness is not None:
             witness.rest()
@@ -217,6 +241,7 @@ class ScheduledKnob(Callback):
         self._conflicts += 1
         if self._conflicts < _MOST_CONFLICTS and (witness is None or witness.seen is None):
             self._witness = Witness(place.holds)
+            self._looks += 1
             return
         self._conflicts = _MOST_CONFLICTS
         step, who = self.step(trainer), (witness and witness.seen) or "something else"
@@ -249,6 +274,7 @@ class ScheduledKnob(Callback):
         if not isinstance(self.schedule, Schedule):
             return
         self._resolved = resolved = self.schedule.resolve(self._base, **self._run)
+        self._settled, self._last = resolved.length, resolved.final
         title = f"{type(self).__name__}({self.name})"
         if "schedule" in restored and restored["schedule"] != repr(self.schedule):
             rank_zero_warn(

@@ -188,8 +188,8 @@ class _Ramp(Schedule):
 
     @override
     def _value(self, step: int) -> float:
-        ratio = min(1.0, step / _known("steps", self.steps))
-        return interpolate(self.start, self.final, self._curve(ratio))
+        steps, stop = _known("steps", self.steps), _known("stop", self.stop)
+        return interpolate(self.start, stop, self._curve(min(1.0, step / steps)))
 
     @override
     def resolve(

@@ -159,13 +159,13 @@ class TargetRate(ScheduledKnob):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         measured = self._measure(pl_module, batch)
         self._measured = measured if self._measured is None else self._measured + measured
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not self.accumulates(trainer):
             self._steer(trainer)
         if self.logs_now(trainer):
-            self._log(trainer, pl_module)
+            self._log_rate(trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -210,7 +210,7 @@ class TargetRate(ScheduledKnob):
             torch.distributed.all_reduce(measured)
         self._state = self._controller(self._state, measured[0] / measured[1], self.target(self.step(trainer)))
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _log_rate(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._state is not None
         target = self.target(self.step(trainer))
         self.log_now(pl_module, {self._log_key: target, self._rate_key: self._state.rate})

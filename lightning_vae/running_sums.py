@@ -39,7 +39,7 @@ class RunningSums:
         self._latest.append(values)
         self._count += count
         self._batches += 1
-        if len(self._latest) == _BLOCK:
+        if self._batches % _BLOCK == 0:
             self._window, self._finite = self._with_latest()
             self._latest = []
 

@@ -236,8 +236,9 @@ class VAE(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the batch's noise its own, whatever has drawn random numbers before: a resumed run draws the same."""
         del batch
-        step = self.trainer.fit_loop.epoch_loop._batches_that_stepped
-        seed_batch(self.device, self._seed, step, batch_idx, self.global_rank)
+        trainer: Any = self._trainer
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        seed_batch(self.device, self._seed, step, batch_idx, trainer.global_rank)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss at the knobs as they are now."""
@@ -582,7 +583,8 @@ class VAE(LightningModule):
         return x if self.levels is None else x * (self.levels - 1)
 
     def _observations(self, batch: Any, check: bool) -> Tensor:
-        x = batch["x"] if isinstance(batch, Mapping) else batch[0] if isinstance(batch, tuple | list) else batch
+        is_mapping = type(batch) is dict or isinstance(batch, Mapping)  # as a rule it is, and asking takes its time
+        x = batch["x"] if is_mapping else batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(x, Tensor) or x.shape[1:] != self.shape:
             raise ValueError(
                 f"`shape` is {self.shape}, but a batch holds "
