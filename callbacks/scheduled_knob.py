@@ -179,6 +179,12 @@ class ScheduledKnob(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         knob = self._find(pl_module)
+        if getattr(trainer, "ckpt_path", None) and not self._restored:
+            rank_zero_warn(
+                f"{type(self).__name__}({self.name}): the checkpoint holds nothing of this callback, so it was saved "
+                "without it, or is damaged. The schedule is taken up at the step that the run is at, over the run's "
+                "length as it is now; what is measured begins anew."
+            )
         goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
         restored = self._restored or (self.state_dict() if goes_on else {})
         self._base = self._configured(pl_module, knob.read(), restored)

@@ -1,6 +1,7 @@
 """A folder of one's own images."""
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -154,15 +155,17 @@ def find_images(root: Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: If the folder is missing or has no images.
+        PermissionError: If a folder can't be read.
         ValueError: If some images lie in it and others in sub-folders.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}. Name the one that holds the images.")
-    paths = sorted(
-        path
-        for path in root.rglob("*")
-        if path.suffix.lower() in SUFFIXES and not any(part.startswith(".") for part in path.relative_to(root).parts)
-    )
+    paths: list[Path] = []
+    for folder, subfolders, names in os.walk(root, onerror=_refuse):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found = (Path(folder, name) for name in (*names, *subfolders) if not name.startswith("."))
+        paths += [path for path in found if path.suffix.lower() in SUFFIXES]
+    paths.sort()
     if not paths:
         raise FileNotFoundError(f"{root} has no images. Put some there that end in one of {sorted(SUFFIXES)}.")
     if len({path.parent == root for path in paths}) == 2:
@@ -170,6 +173,10 @@ def find_images(root: Path) -> list[Path]:
             f"{root} has images beside folders of images. Put all of them in class folders, or all in {root} itself."
         )
     return paths
+
+
+def _refuse(error: OSError) -> None:
+    raise PermissionError(f"{error.filename} can't be read ({error.strerror}). Change its rights, or move it away.")
 
 
 def _class(root: Path, path: Path) -> str:

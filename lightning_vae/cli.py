@@ -20,10 +20,11 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback, instantiate_class
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core import rank_zero
+from torch import nn
 from typing_extensions import override
 
 from . import callbacks as callbacks  # importing them gives them short names in configs
@@ -193,6 +194,8 @@ class VAECLI(LightningCLI):
                         f"`model.{name}` is for the data to give: leave it out. The data have "
                         f"{getattr(self.datamodule, name)}, got {given}."
                     )
+            if self.subcommand == "fit":
+                _try_schedule(self._get(self.config_init, "optimizer"), self._get(self.config_init, "lr_scheduler"))
             if self.subcommand == "test":
                 self.trainer.callbacks.append(self.config_init["test"]["evaluation"])  # type: ignore[attr-defined]
 
@@ -345,6 +348,8 @@ def _read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
     for name, kind in _CHECKPOINT.items():
         if not isinstance(found := checkpoint.get(name), kind):
             raise ValueError(f"{path!r} is damaged: `{name}` must be a {kind.__name__}, got {found!r}.")
+    if "lightning_vae" in checkpoint and not checkpoint["hyper_parameters"]:
+        raise ValueError(f"{path!r} is damaged: it holds none of the model's options (`hyper_parameters`).")
     for name, weight in checkpoint["state_dict"].items():
         if isinstance(weight, torch.Tensor) and not weight.isfinite().all():
             raise ValueError(f"{path!r} holds weights that are not finite, {name} first. Take an earlier one.")
@@ -415,6 +420,24 @@ def _check_values(config: dict[str, Any]) -> None:
     seed = config["seed_everything"]
     if not 0 <= seed < 2**32:
         raise ValueError(f"`seed_everything` must be from 0 to {2**32 - 1}, got {seed}.")
+
+
+def _try_schedule(optimizer: Any, lr_scheduler: Any) -> None:
+    """Take a step of a learning rate schedule: some fail on a length of 0 when the first epoch ends, and not before."""
+    if not optimizer or not lr_scheduler:
+        return
+    trial = instantiate_class([nn.Parameter(torch.zeros(1))], optimizer)
+    schedule = instantiate_class(trial, lr_scheduler)
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        return
+    trial.step()
+    try:
+        schedule.step()
+    except Exception as error:
+        raise ValueError(
+            f"`lr_scheduler` {type(schedule).__name__} fails at its first step ({type(error).__name__}: {error}): a "
+            "length of 0, say. Give it others."
+        ) from error
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

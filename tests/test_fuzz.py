@@ -145,6 +145,8 @@ KNOWN_BAD = [
     *((CONV, f"model.{name}.channels", ("[]", "[0]", "[-1]", "x", "null", "3")) for name in ("encoder", "decoder")),
     ((), "model.likelihood.variance", NOT_POSITIVE),
     *(((), f"optimizer.{name}", ("-1", "x", "null", *NOT_FINITE)) for name in ("lr", "eps", "weight_decay")),
+    (("--lr_scheduler=StepLR",), "lr_scheduler.step_size", ("0", "1.5", "x", "null")),
+    (("--lr_scheduler=CosineAnnealingLR",), "lr_scheduler.T_max", ("0", "1.5", "x", "null")),
     ((), "optimizer.betas", ("[2, 2]", "[-1, 0.9]", "x", "null", "3")),
     *(((), f"trainer.{name}", ("-7", "1.5", "x", "[]", str(10**30), *NOT_FINITE))
       for name in ("max_epochs", "max_steps", "min_epochs", "min_steps", "log_every_n_steps", "num_sanity_val_steps",
@@ -336,6 +338,12 @@ def checkpoint(tmp_path_factory):
     saves = ("--trainer.enable_checkpointing=true", f"--trainer.callbacks+={json.dumps(where)}")
     assert outcome(f"--config={folder / 'base.yaml'}", *saves)[0] == 0
     return torch.load(folder / "whole.ckpt", weights_only=True)
+
+
+@pytest.mark.parametrize("emptied", ["hyper_parameters", "loops", "state_dict"])
+def test_an_emptied_part_of_a_checkpoint_is_named(checkpoint, emptied):
+    torch.save({**checkpoint, emptied: {}}, "broken.ckpt")
+    refused(*outcome("--config=base.yaml", "--ckpt_path=broken.ckpt"), "hyper_parameters", "weights alone", "misfit")
 
 
 @given(damage())

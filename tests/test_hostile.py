@@ -13,6 +13,7 @@ from PIL import Image
 from lightning_vae import VAE
 from lightning_vae.datamodules import TensorLoader
 from lightning_vae.datamodules.image_files import read_image
+from lightning_vae.datamodules.images import find_images
 from lightning_vae.datamodules.mnist import read_idx
 
 
@@ -82,3 +83,20 @@ def test_data_that_are_not_finite_are_named(value):
     x[3, 1] = value
     with pytest.raises(ValueError, match="in 1 of 5 observations, first in number 3"):
         TensorLoader({"x": x}, 2)
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_not_passed_over(tmp_path, monkeypatch):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / name / "0.png")
+    scandir = os.scandir
+
+    def refusing(path):  # root may read everything
+        if os.path.basename(path) == "b":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    assert len(find_images(tmp_path)) == 2
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError, match=r"b can't be read \(Permission denied\)"):
+        find_images(tmp_path)

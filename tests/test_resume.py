@@ -252,6 +252,11 @@ def test_options_of_any_kind_are_compared(tmp_path: Path) -> None:
         go_on(tmp_path / "saved.ckpt", Weighted(2 * torch.ones(3)))
 
 
+def test_a_callback_that_the_checkpoint_holds_nothing_of_is_said(saved: Path) -> None:
+    with pytest.warns(UserWarning, match=r"KLAnnealing\(beta\): the checkpoint holds nothing of this callback"):
+        go_on(saved, Adams(), callbacks=[KLAnnealing(Linear(steps=4))])
+
+
 def test_another_length_of_the_run_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         go_on(saved, Adams())
