@@ -15,7 +15,7 @@ from .attribute import is_number, look_up
 from .base import callbacks_of
 from .free_bits import count_at_floor
 from .loss_probe import LossProbe
-from .posterior import PosteriorReader, is_compiled, read_prior, same_shape
+from .posterior import PosteriorReader, is_compiled, read_prior, same_shape, widened
 from .scheduled_knob import MisconfigurationException, ScheduledKnob
 from .schedules import Constant, Schedule
 
@@ -70,10 +70,10 @@ class EnforcedFreeBits(ScheduledKnob):
     Raises:
         ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere.
         lightning.pytorch.utilities.exceptions.MisconfigurationException: Where the gradients could not be exact. When
-            fitting starts: under manual optimization, a precision other than 32-true and 64-true, a strategy other than
-            a single device or DDP, ``torch.compile``, and for a module with ``free_bits`` of its own. In the first
-            step: if the posterior is not a diagonal ``Normal``, has no gradient, or is not the only one of the step, or
-            if the loss does not rise with the weight as declared.
+            fitting starts: under manual optimization, a precision other than 32-true, 64-true and bf16-mixed (whose
+            rounding they are within), a strategy other than a single device or DDP, ``torch.compile``, and for a module
+            with ``free_bits`` of its own. In the first step: if the posterior is not a diagonal ``Normal``, has no
+            gradient, or is not the only one of the step, or if the loss does not rise with the weight as declared.
 
     Example::
 
@@ -218,6 +218,7 @@ class EnforcedFreeBits(ScheduledKnob):
                 f"`posterior={self.posterior!r}` must have a gradient for its mean and for its second parameter, and "
                 "has it for one. (Within activation checkpointing, `use_reentrant=True` hides it.)"
             )
+        posterior = Normal(widened(posterior.loc), widened(posterior.scale), validate_args=False)
         rates = same_shape(normal_rates(posterior, prior), posterior, prior).flatten(1)
         if isinstance(self.per, int) and rates.shape[1] % self.per:
             raise ValueError(
@@ -267,9 +268,15 @@ class EnforcedFreeBits(ScheduledKnob):
             raise _refusal(
                 f"{name} optimizes manually: which of its losses the KL is in, and scaled how, is not known."
             )
-        if trainer.precision not in ("32-true", "64-true"):
+        if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
             raise _refusal(
-                f"`precision` must be '32-true' or '64-true', got {trainer.precision!r}, which rounds the KL."
+                f"`precision` must be '32-true', '64-true' or 'bf16-mixed', got {trainer.precision!r}, which scales "
+                "the loss or rounds all of it."
+            )
+        if trainer.precision == "bf16-mixed":
+            rank_zero_info(
+                "EnforcedFreeBits: bfloat16 rounds the module's own KL, so a dimension under its floor keeps that much "
+                "of its gradient, some thousandths."
             )
         if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
             raise _refusal(f"`strategy` must be a single device or DDP, got {strategy}, which may shard the posterior.")

@@ -55,7 +55,7 @@ def as_distribution(value: Any, second: str = "log_variance", chunk: int | None 
     if _is_pair(value):
         if not _fits(value[1], value[0]):
             raise _no_pair(value, second)
-        return Normal(value[0], _TO_SCALE[second](value[1]), validate_args=False)
+        return Normal(widened(value[0]), _TO_SCALE[second](widened(value[1])), validate_args=False)
     if isinstance(value, Tensor):
         hint = f"If it holds the mean and then the {second} along an axis, split it there: `chunk=1`."
     elif distributions:
@@ -66,6 +66,11 @@ def as_distribution(value: Any, second: str = "log_variance", chunk: int | None 
         f"The posterior must be a torch.distributions.Distribution or a pair of tensors (mean, {second}), got "
         f"{_describe(value)}. {hint} Or compute it with `posterior=lambda pl_module, batch: ...`."
     )
+
+
+def widened(values: Tensor) -> Tensor:
+    """Return half precision as float32: a rate near 0 is a difference of larger numbers."""
+    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def read_prior(pl_module: LightningModule) -> Distribution:

@@ -169,6 +169,22 @@ def test_any_form_of_the_posterior(tmp_path: Path, form: str, second: Any, preci
     assert_twins(tmp_path, floor, {"form": form, "second": second}, precision=precision)
 
 
+@pytest.mark.parametrize(("per", "threshold"), [("dimension", THRESHOLD), ("whole", 40.0)])
+@pytest.mark.parametrize("form", list(PLACES))
+def test_under_bfloat16_the_gradients_are_within_its_rounding(
+    tmp_path: Path, form: str, per: Any, threshold: float
+) -> None:
+    torch.manual_seed(0)
+    model = Foreign(form)
+    bare, twin = copy.deepcopy(model), Foreign(form, own_floor={"per": per, "average": "batch"})
+    twin.load_state_dict(model.state_dict())
+    floor = EnforcedFreeBits(threshold, weight="weight", per=per, **PLACES[form])
+    for each, callbacks in ((model, [floor]), (twin, [FreeBits(threshold)]), (bare, [])):
+        fit(tmp_path, each, *callbacks, precision="bf16-mixed", max_steps=1)
+    missed, all_of_it = (relative_error(each.gradients, twin.gradients) for each in (model, bare))
+    assert missed < 0.01 * all_of_it
+
+
 @pytest.mark.parametrize("form", ["pair", "map"])
 @pytest.mark.parametrize("average", ["batch", "sample"])
 @pytest.mark.parametrize(("per", "threshold"), [("dimension", 0.4), (2, 0.6), ("whole", 40.0)])
@@ -483,9 +499,10 @@ def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, model, "Foreign optimizes manually")
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "16-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
 def test_a_lower_precision_is_refused(tmp_path: Path, precision: Any) -> None:
-    refused(tmp_path, Foreign(), rf"`precision` must be '32-true' or '64-true', got '{precision}'", precision=precision)
+    message = rf"`precision` must be '32-true', '64-true' or 'bf16-mixed', got '{precision}'"
+    refused(tmp_path, Foreign(), message, precision=precision)
 
 
 def test_a_sharded_strategy_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.distributions import Independent, Laplace, MultivariateNormal, Normal
+from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 from lightning_vae.callbacks import CollapseDetector, FreeBits
@@ -666,3 +666,11 @@ def test_a_callable_takes_no_random_numbers_from_training():
     state = torch.random.get_rng_state()
     reader.read(model, None)
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_small_rate_of_half_precision_is_not_rounded_again(dtype: torch.dtype) -> None:
+    mean, log_variance = (0.05 * torch.randn(100, 2)).to(dtype).split(1, dim=1)
+    exact = 0.5 * (mean.double() ** 2 + log_variance.double().exp() - 1 - log_variance.double())
+    rate = kl_divergence(as_distribution((mean, log_variance)), Normal(0.0, 1.0))
+    torch.testing.assert_close(rate.double(), exact, rtol=1e-3, atol=1e-6)
