@@ -14,14 +14,17 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import SequentialSampler
 
 
-def seed_batch(device: torch.device, *key: int) -> None:
+def seed_batch(device: torch.device, seed: int, step: int, batch_idx: int, rank: int) -> None:
     """Start the random numbers of one training batch, so that they depend on nothing that came before.
 
     Args:
         device: Where the batch is; the CPU's numbers start anew in any case.
-        key: What tells this batch from all others.
+        seed: Of the run.
+        step: Number of batches that stepped before this one.
+        batch_idx: Its number in the epoch, which tells batches apart that accumulate gradients.
+        rank: The process.
     """
-    seed = zlib.crc32(repr(key).encode())
+    seed = zlib.crc32(b"(%d, %d, %d, %d)" % (seed, step, batch_idx, rank))
     # `torch.manual_seed` would take thirty times as long: it asks every kind of device.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
