@@ -70,8 +70,8 @@ class EnforcedFreeBits(ScheduledKnob):
     Raises:
         ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere.
         lightning.pytorch.utilities.exceptions.MisconfigurationException: Where the gradients could not be exact. When
-            fitting starts: under manual optimization, a precision other than 32-true, 64-true and bf16-mixed (whose
-            rounding they are within), a strategy other than a single device or DDP, ``torch.compile``, and for a module
+            fitting starts: under manual optimization, a precision other than 32-true, 64-true and bf16-mixed (within
+            its rounding), a strategy other than a single device or DDP, ``torch.compile``, and for a module
             with ``free_bits`` of its own. In the first step: if the posterior is not a diagonal ``Normal``, has no
             gradient, or is not the only one of the step, or if the loss does not rise with the weight as declared.
 
@@ -128,7 +128,7 @@ class EnforcedFreeBits(ScheduledKnob):
     @override
     def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if isinstance(self.weight, str):
-            self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx=0), self.weight)
+            self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx=0, autocast=False), self.weight)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -249,6 +249,10 @@ class EnforcedFreeBits(ScheduledKnob):
             return
         noise = 4 * probe.epsilon * max(abs(zero), abs(one)) + 4 * abs(again - zero)
         if noise > 1e-2 * abs(declared):
+            rank_zero_info(
+                "EnforcedFreeBits takes `weight` and `reduction` on trust: in the loss of the first batch, "
+                f"{zero:.6g}, a KL of {declared:.6g} can't be told from rounding and noise."
+            )
             return
         if not abs(one - zero - declared) <= 1e-3 * abs(declared) + noise:
             raise _refusal(
@@ -275,8 +279,8 @@ class EnforcedFreeBits(ScheduledKnob):
             )
         if trainer.precision == "bf16-mixed":
             rank_zero_info(
-                "EnforcedFreeBits: bfloat16 rounds the module's own KL, so a dimension under its floor keeps that much "
-                "of its gradient, some thousandths."
+                "EnforcedFreeBits: bfloat16 rounds the module's own KL. A dimension under its floor keeps a gradient "
+                "of that size: small beside those of active dimensions, and not beside a collapsed one's."
             )
         if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
             raise _refusal(f"`strategy` must be a single device or DDP, got {strategy}, which may shard the posterior.")

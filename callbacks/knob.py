@@ -61,6 +61,7 @@ class Knob:
             self._write_in_turn(value)
 
     def _write_in_turn(self, value: float | Tensor) -> None:
+        """Write, again and again, to whichever places accept it; those that had it already get it once more."""
         waiting = self._attributes
         while waiting:
             refused: list[tuple[Attribute, Exception]] = []

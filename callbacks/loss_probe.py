@@ -7,7 +7,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +38,7 @@ class LossProbe:
         pl_module: The module.
         batch: The batch, as the training step gets it.
         batch_idx: Its number.
+        autocast: Whether the copies compute in mixed precision, as the training step does; else in full.
 
     Raises:
         NotPossible: When called, where that can't be done cheaply and safely.
@@ -46,8 +47,11 @@ class LossProbe:
     class NotPossible(Exception):  # noqa: N818 - it is an answer and no error
         """The loss can't be evaluated without side effects, or without a considerable cost."""
 
-    def __init__(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, autocast: bool = True
+    ) -> None:
         self._trainer = trainer
+        self._in_full = not autocast and str(trainer.precision).endswith("mixed")
         self._pl_module = pl_module
         self._batch = batch
         self._batch_idx = batch_idx
@@ -55,7 +59,7 @@ class LossProbe:
     @property
     def epsilon(self) -> float:
         """Relative rounding of the loss."""
-        precision = str(self._trainer.precision)
+        precision = "32" if self._in_full else str(self._trainer.precision)
         dtypes = {"64": torch.float64, "32": torch.float32, "16": torch.float16}
         return torch.finfo(torch.bfloat16 if "bf16" in precision else dtypes.get(precision[:2], torch.bfloat16)).eps
 
@@ -108,7 +112,7 @@ class LossProbe:
             look_on(twin)
         batch = copy.deepcopy(self._batch)
         twin.on_train_batch_start(batch, self._batch_idx)
-        with self._trainer.precision_plugin.train_step_context():
+        with nullcontext() if self._in_full else self._trainer.precision_plugin.train_step_context():
             output = twin.training_step(*_accepted(twin.training_step, batch, self._batch_idx))
         loss = output["loss"] if isinstance(output, dict) else output
         if not isinstance(loss, Tensor):

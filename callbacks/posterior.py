@@ -55,7 +55,7 @@ def as_distribution(value: Any, second: str = "log_variance", chunk: int | None 
     if _is_pair(value):
         if not _fits(value[1], value[0]):
             raise _no_pair(value, second)
-        return Normal(widened(value[0]), _TO_SCALE[second](widened(value[1])), validate_args=False)
+        return Normal(value[0], _TO_SCALE[second](value[1]), validate_args=False)
     if isinstance(value, Tensor):
         hint = f"If it holds the mean and then the {second} along an axis, split it there: `chunk=1`."
     elif distributions:
@@ -68,9 +68,11 @@ def as_distribution(value: Any, second: str = "log_variance", chunk: int | None 
     )
 
 
-def widened(values: Tensor) -> Tensor:
-    """Return half precision as float32: a rate near 0 is a difference of larger numbers."""
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+def widened(value: Any) -> Any:
+    """Return a tensor of half precision, or a pair, as float32: a small rate is a difference of larger numbers."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return [widened(each) for each in value] if _is_pair(value) else value
 
 
 def read_prior(pl_module: LightningModule) -> Distribution:
@@ -197,7 +199,8 @@ class PosteriorReader:
     def read(self, pl_module: LightningModule, batch: Any) -> list[Distribution]:
         """Return the posteriors of the batch just processed, in the order of the calls, and forget them.
 
-        A step that skips its batch, once others have not, has none.
+        They are of float32 where the module gives tensors of half precision. A step that skips its batch, once others
+        have not, has none.
 
         Raises:
             ValueError: If the module did not produce one, or produced something else.
@@ -207,7 +210,7 @@ class PosteriorReader:
         else:
             value = self._call(pl_module, batch) if callable(self.posterior) else _own_posterior(pl_module)
             values = list(value) if _is_several(value) else [value]
-        return [as_distribution(value, self.second, self.chunk) for value in values]
+        return [as_distribution(widened(value), self.second, self.chunk) for value in values]
 
     def unhook(self) -> None:
         """Remove every hook until the next :meth:`listen`; a module that is saved as an object would take it along.

@@ -75,10 +75,8 @@ class ScheduledKnob(Callback):
         self._paths = paths if setter is None else []
         self._reader = PosteriorReader()  # for a subclass that reads the posterior of each training batch
         self._resolved: Callable[[int], float] = schedule
-        self._settled, self._last = (
-            math.inf,
-            math.nan,
-        )  # the step from which on a schedule holds its last value, and that
+        self._settled = math.inf  # the step from which on the schedule holds its last value,
+        self._last = math.nan  # which is this
         self._restored: dict[str, Any] = {}
         self._base: float | None = None
         self._run: dict[str, int | None] = {}
@@ -179,18 +177,18 @@ class ScheduledKnob(Callback):
 
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         knob = self._find(pl_module)
-        if getattr(trainer, "ckpt_path", None) and not self._restored:
-            rank_zero_warn(
-                f"{type(self).__name__}({self.name}): the checkpoint holds nothing of this callback, so it was saved "
-                "without it, or is damaged. The schedule is taken up at the step that the run is at, over the run's "
-                "length as it is now; what is measured begins anew."
-            )
         goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
         restored = self._restored or (self.state_dict() if goes_on else {})
         self._base = self._configured(pl_module, knob.read(), restored)
         self._resolve(trainer, restored)
         self._agree_on_target(pl_module)
         self._refuse_moving_monitor(trainer)
+        if getattr(trainer, "ckpt_path", None) and not self._restored and not self._is_constant:
+            rank_zero_warn(
+                f"{type(self).__name__}({self.name}): the checkpoint holds nothing of this callback, so it was saved "
+                "without it, or is damaged. The schedule is taken up at the step that the run is at, over the run's "
+                "length as it is now; what is measured begins anew."
+            )
         self._knob = knob
         self._conflicts, self._looks = 0, _FIRST_LOOKS
 
@@ -213,7 +211,7 @@ class ScheduledKnob(Callback):
             self.log_now(pl_module, {f"knobs/{self.name}": self._value(trainer)}, prog_bar=True)
 
     def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Look at what the number does, from the very first batch."""
+        """Look at what the number does, before the very first batch, whose index is 0."""
 
     def _find(self, pl_module: LightningModule) -> Knob:
         return Knob(pl_module, self._paths, self.setter)
@@ -237,7 +235,7 @@ class ScheduledKnob(Callback):
     def _look_for_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once that something else moves the number; who it is takes another batch to see."""
         assert self._knob is not None
-        self._looks = max(0, self._looks - 1)
+        self._looks = max(0, self._looks - (not self.accumulates(trainer)))
         witness, self._witness = self._witness, None
         if witness is not None:
             witness.rest()
@@ -275,6 +273,7 @@ class ScheduledKnob(Callback):
 
     def _resolve(self, trainer: Trainer, restored: dict[str, Any]) -> None:
         """Turn the schedule's lengths into steps, once: a resumed run keeps the ones it began with."""
+        self._resolved, self._settled, self._last = self.schedule, math.inf, math.nan
         now = _run_length(trainer)
         self._run = {name: length if restored.get(name) is None else restored[name] for name, length in now.items()}
         if not isinstance(self.schedule, Schedule):

@@ -94,7 +94,10 @@ class Schedule(ABC):
     @property
     @abstractmethod
     def length(self) -> float:
-        """Steps until the value no longer changes; ``math.inf`` if it never stops changing."""
+        """Steps until the value no longer changes; ``math.inf`` if it never stops changing.
+
+        From then on callbacks take :attr:`final`, without asking.
+        """
 
     @property
     @abstractmethod

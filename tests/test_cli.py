@@ -199,6 +199,11 @@ def test_optimizer_and_scheduler_come_from_the_config():
     assert group["lr"] < 1e-4
 
 
+def test_a_scheduler_runs_with_an_optimizer_that_needs_a_closure():
+    main(["fit", *DIGITS, *SHORT, "--optimizer=LBFGS", "--optimizer.lr=1e-3", "--lr_scheduler=StepLR",
+          "--lr_scheduler.step_size=1"])  # fmt: skip
+
+
 @pytest.mark.parametrize("overlay", sorted((ROOT / "configs" / "overlays").glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("base", ["collapse", "collapse_variance"])
 def test_every_overlay_adds_a_callback_to_a_config(base, overlay, capsys):

@@ -169,20 +169,24 @@ def test_any_form_of_the_posterior(tmp_path: Path, form: str, second: Any, preci
     assert_twins(tmp_path, floor, {"form": form, "second": second}, precision=precision)
 
 
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
 @pytest.mark.parametrize(("per", "threshold"), [("dimension", THRESHOLD), ("whole", 40.0)])
 @pytest.mark.parametrize("form", list(PLACES))
-def test_under_bfloat16_the_gradients_are_within_its_rounding(
-    tmp_path: Path, form: str, per: Any, threshold: float
+def test_under_bfloat16_what_is_missed_of_the_gradient_is_its_rounding(
+    tmp_path: Path, form: str, per: Any, threshold: float, size: float
 ) -> None:
     torch.manual_seed(0)
     model = Foreign(form)
-    bare, twin = copy.deepcopy(model), Foreign(form, own_floor={"per": per, "average": "batch"})
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter *= size  # the nearer the rate is to 0, the more of it is rounding
+    twin = Foreign(form, own_floor={"per": per, "average": "batch"})
     twin.load_state_dict(model.state_dict())
     floor = EnforcedFreeBits(threshold, weight="weight", per=per, **PLACES[form])
-    for each, callbacks in ((model, [floor]), (twin, [FreeBits(threshold)]), (bare, [])):
+    for each, callbacks in ((model, [floor]), (twin, [FreeBits(threshold)])):
         fit(tmp_path, each, *callbacks, precision="bf16-mixed", max_steps=1)
-    missed, all_of_it = (relative_error(each.gradients, twin.gradients) for each in (model, bare))
-    assert missed < 0.01 * all_of_it
+    found, expected = (torch.cat([part.flatten() for part in each.gradients[0]]) for each in (model, twin))
+    assert (found - expected).norm() < 0.01 * expected.norm()
 
 
 @pytest.mark.parametrize("form", ["pair", "map"])
@@ -627,11 +631,14 @@ def test_an_option_out_of_its_range(options: dict[str, Any], message: str) -> No
         {"weight": "unused"},
     ],
 )
-def test_a_wrong_declaration_is_refused_at_the_first_batch(tmp_path: Path, wrong: dict[str, Any]) -> None:
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_wrong_declaration_is_refused_at_the_first_batch(
+    tmp_path: Path, wrong: dict[str, Any], precision: Any
+) -> None:
     model = Foreign(reduction=1.5)
     model.unused = 1.0  # type: ignore[assignment]
     before = copy.deepcopy(model.state_dict())
     right: dict[str, Any] = {"posterior": "encoder", "weight": "weight", "reduction": 1.5}
     with pytest.raises(MisconfigurationException, match=r"rises by .* for a weight of 1"):
-        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, **{**right, **wrong}))
+        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, **{**right, **wrong}), precision=precision)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

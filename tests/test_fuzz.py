@@ -336,14 +336,17 @@ def checkpoint(tmp_path_factory):
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE))
     where = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(folder), "filename": "whole"}}
     saves = ("--trainer.enable_checkpointing=true", f"--trainer.callbacks+={json.dumps(where)}")
-    assert outcome(f"--config={folder / 'base.yaml'}", *saves)[0] == 0
+    assert outcome(f"--config={folder / 'base.yaml'}", *saves, f"--trainer.default_root_dir={folder}")[0] == 0
     return torch.load(folder / "whole.ckpt", weights_only=True)
 
 
-@pytest.mark.parametrize("emptied", ["hyper_parameters", "loops", "state_dict"])
-def test_an_emptied_part_of_a_checkpoint_is_named(checkpoint, emptied):
+@pytest.mark.parametrize(
+    ("emptied", "says"),
+    [("hyper_parameters", "`hyper_parameters`"), ("loops", "weights alone"), ("state_dict", "The first misfit")],
+)
+def test_an_emptied_part_of_a_checkpoint_is_named(checkpoint, emptied, says):
     torch.save({**checkpoint, emptied: {}}, "broken.ckpt")
-    refused(*outcome("--config=base.yaml", "--ckpt_path=broken.ckpt"), "hyper_parameters", "weights alone", "misfit")
+    refused(*outcome("--config=base.yaml", "--ckpt_path=broken.ckpt"), says)
 
 
 @given(damage())

@@ -672,5 +672,6 @@ def test_a_callable_takes_no_random_numbers_from_training():
 def test_a_small_rate_of_half_precision_is_not_rounded_again(dtype: torch.dtype) -> None:
     mean, log_variance = (0.05 * torch.randn(100, 2)).to(dtype).split(1, dim=1)
     exact = 0.5 * (mean.double() ** 2 + log_variance.double().exp() - 1 - log_variance.double())
-    rate = kl_divergence(as_distribution((mean, log_variance)), Normal(0.0, 1.0))
+    [posterior] = PosteriorReader().read(SimpleNamespace(posterior=(mean, log_variance)), None)
+    rate = kl_divergence(posterior, Normal(0.0, 1.0))
     torch.testing.assert_close(rate.double(), exact, rtol=1e-3, atol=1e-6)

@@ -257,6 +257,10 @@ def test_a_callback_that_the_checkpoint_holds_nothing_of_is_said(saved: Path) ->
         go_on(saved, Adams(), callbacks=[KLAnnealing(Linear(steps=4))])
 
 
+def test_nothing_is_said_of_a_callback_that_would_do_the_same(saved: Path) -> None:
+    go_on(saved, Adams(), callbacks=[FreeBits(0.1)])  # a warning would be an error here
+
+
 def test_another_length_of_the_run_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         go_on(saved, Adams())

@@ -93,6 +93,18 @@ def test_another_callback_is_named(tmp_path: Path) -> None:
     assert "`Other.on_train_batch_start`" in message
 
 
+def test_the_first_steps_are_looked_at_however_many_batches_they_take(tmp_path: Path) -> None:
+    class Late(Other):
+        def on_train_batch_start(self, trainer: Any, *others: Any) -> None:
+            if trainer.global_step >= 6:
+                super().on_train_batch_start(trainer, *others)
+
+    annealing = KLAnnealing(Linear(stop=1.0, steps=10), probe=False)
+    options: dict[str, Any] = {"max_steps": 10, "accumulate_grad_batches": 4, "log_every_n_steps": 1000}
+    with pytest.warns(UserWarning, match=r"`beta` was set to 0.6 for step 6, and after it is 0.75"):
+        quiet_trainer(tmp_path, callbacks=[annealing, Late()], **options).fit(ForeignModule(), loader())
+
+
 def test_a_profiler_that_is_there_is_left_alone(tmp_path: Path) -> None:
     class Profiles(Callback):
         def on_train_batch_start(self, *_: Any) -> None:
