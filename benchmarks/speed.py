@@ -56,7 +56,7 @@ class RandomImages(DataModule):
     shape, levels = (1, 64, 64), 256
 
     def _read_train(self) -> dict[str, Tensors]:
-        sizes = {"train": 2048, "val": 256}
+        sizes = {"train": 8192, "val": 256}
         return {name: {"x": torch.randint(256, (n, *self.shape), dtype=torch.uint8)} for name, n in sizes.items()}
 
     def _read_test(self) -> dict[str, Tensors]:
