@@ -152,7 +152,7 @@ class VAECLI(LightningCLI):
                 self._read_ckpt_path(subcommand, path)
         except (ValueError, OSError) as error:
             _exit(f"`--ckpt_path`: {error}")
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, RecursionError) as error:
             _exit(f"`--ckpt_path`: what the checkpoint holds does not fit: {type(error).__name__}: {error}")
 
     def _read_ckpt_path(self, subcommand: str, path: str) -> None:

@@ -205,7 +205,7 @@ def test_a_value_out_of_range_is_never_taken(row):
 # ---- configs with something wrong anywhere
 
 GARBAGE = st.one_of(
-    st.none(), st.booleans(), st.just({}), st.integers(), st.floats(), st.text(max_size=20),
+    st.none(), st.booleans(), st.builds(dict), st.integers(), st.floats(), st.text(max_size=20),
     st.sampled_from(["", "null", "1e400", "é\u202e", "a" * 5000, "os.system", "..", "!!python/x", "${HOME}", 10**30]),
     st.lists(st.integers(), max_size=3), st.dictionaries(st.text(min_size=1, max_size=5), st.integers(), max_size=2),
     st.recursive(st.integers(), lambda inner: st.lists(inner, max_size=2), max_leaves=9),
@@ -347,6 +347,13 @@ def checkpoint(tmp_path_factory):
 def test_an_emptied_part_of_a_checkpoint_is_named(checkpoint, emptied, says):
     torch.save({**checkpoint, emptied: {}}, "broken.ckpt")
     refused(*outcome("--config=base.yaml", "--ckpt_path=broken.ckpt"), says)
+
+
+def test_a_checkpoint_that_holds_itself_is_refused(checkpoint):
+    checkpoint = copy.deepcopy(checkpoint)
+    checkpoint["loops"]["fit_loop"] = checkpoint["loops"]
+    torch.save(checkpoint, "broken.ckpt")
+    refused(*outcome("--config=base.yaml", "--ckpt_path=broken.ckpt"), "does not fit: RecursionError")
 
 
 @given(damage())
