@@ -36,6 +36,7 @@ from .checkpoint_io import AtomicCheckpointIO, SaveError, read
 from .flushed_curves import FlushedCurves
 from .latents_writer import LatentsWriter
 from .messages import readable
+from .processes import leave_processes
 from .report import EvaluationReport
 from .resuming import first_step
 from .specification import check_descriptions
@@ -508,6 +509,7 @@ def main(args: ArgsType = None) -> None:
         sweep(given[1:])
     else:
         command_line(VAECLI, args)
+        leave_processes()
 
 
 def command_line(kind: type[VAECLI], args: ArgsType = None) -> VAECLI:

@@ -257,13 +257,26 @@ def test_a_run_with_another_folder_goes_on_in_it(tmp_path):
     assert "hp_metric" not in scalars(run)
 
 
+# A thread of gloo that lets go of a tensor while the interpreter ends would abort the process.
+COMMAND = """
+from pathlib import Path
+from lightning_vae.cli import main
+
+main()
+names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+print("gloo's threads:", sum("gloo" in name for name in names))
+"""
+
+
 def test_two_processes_from_the_command_line(tmp_path):
+    (tmp_path / "command.py").write_text(COMMAND)
     result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "fit", *DIGITS, *SHORT, "--trainer.devices=2",
-         "--trainer.strategy=ddp"],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        [sys.executable, "command.py", "fit", *DIGITS, *SHORT, "--trainer.devices=2", "--trainer.strategy=ddp"],
+        capture_output=True, text=True, check=False, cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
+    assert result.stdout.count("gloo's threads: 0") == 2
     assert result.stdout.count("Look at it: tensorboard --logdir logs") == 1
     assert VAE.load_from_checkpoint("logs/digits/version_0/checkpoints/best.ckpt", weights_only=True).latent_dim == 16
 
