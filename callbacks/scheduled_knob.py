@@ -85,6 +85,8 @@ class ScheduledKnob(Callback):
         self._witness: Witness | None = None
         self._conflicts = 0
         self._looks = 0
+        self._every = math.inf  # how often a step asks for more than the number that it gets,
+        self._attends = False  # and whether this one does
 
     @cached_property  # Lightning asks for it at every hook of every step
     @override
@@ -120,25 +122,27 @@ class ScheduledKnob(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._knob is None:
             self._begin(trainer, pl_module)
-        self._knob.write(self._value(trainer))  # type: ignore[union-attr]
-        if self._witness is not None:
-            self._witness.watch()
-        if self._reader.paths:
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._knob.write(self._last if step >= self._settled else self._value(step))  # type: ignore[union-attr]
+        self._attends = self._looks > 0 or (step + 1) % self._every == 0
+        if self._attends:
+            if self._witness is not None:
+                self._witness.watch()
             self._reader.listen(pl_module)
-        if batch_idx == 0 and self.step(trainer) == 0:
-            self._try_out(trainer, pl_module, batch)
+            if batch_idx == 0 and step == 0:
+                self._try_out(trainer, pl_module, batch)
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        logs_now = self.logs_now(trainer)
-        # Where a tensor has other elements that move too, looking waits for the device.
-        if logs_now or self._looks:
-            self._look_for_conflict(trainer, pl_module)
-        if logs_now:
-            self._log(trainer, pl_module, batch)
-        if self._reader.paths:
+        if self._attends:
+            logs_now = self.logs_now(trainer)
+            # Where a tensor has other elements that move too, looking waits for the device.
+            if logs_now or self._looks:
+                self._look_for_conflict(trainer, pl_module)
+            if logs_now:
+                self._log(trainer, pl_module, batch)
             self._reader.forget()
 
     @override
@@ -191,12 +195,11 @@ class ScheduledKnob(Callback):
             )
         self._knob = knob
         self._conflicts, self._looks = 0, _FIRST_LOOKS
+        often = self._reader.paths or getattr(trainer, "fast_dev_run", False)
+        self._every = 1 if often else trainer.log_every_n_steps or math.inf  # type: ignore[attr-defined]
 
-    def _value(self, trainer: Trainer) -> float | Tensor:
+    def _value(self, step: int) -> float | Tensor:
         """Return the number of the step that begins, or that has just been taken."""
-        step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        if step >= self._settled:
-            return self._last
         value = self._resolved(step)
         if not math.isfinite(value):
             raise ValueError(
@@ -208,7 +211,7 @@ class ScheduledKnob(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:  # noqa: ARG002
         """Log the number that the step was taken with; from ``on_train_batch_end`` on logging steps."""
         if self.name not in getattr(pl_module, "knob_targets", ()):  # else it logs them itself
-            self.log_now(pl_module, {f"knobs/{self.name}": self._value(trainer)}, prog_bar=True)
+            self.log_now(pl_module, {f"knobs/{self.name}": self._value(self.step(trainer))}, prog_bar=True)
 
     def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Look at what the number does, before the very first batch, whose index is 0."""
@@ -250,7 +253,7 @@ class ScheduledKnob(Callback):
         self._conflicts = _MOST_CONFLICTS
         step, who = self.step(trainer), (witness and witness.seen) or "something else"
         rank_zero_warn(
-            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._value(trainer):g} for step {step}, "
+            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._value(step):g} for step {step}, "
             f"and after it is {place.read()}: {who} sets it too, so that one of the two has no effect. "
             f"{_take_out(pl_module)}"
         )

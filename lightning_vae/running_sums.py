@@ -23,7 +23,7 @@ class RunningSums:
     _finite: Tensor  # in how many batches each value was
     _latest: list[Tensor]
     _count: float | Tensor
-    _batches: int
+    _folded: int  # batches that are in the window already
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -38,10 +38,9 @@ class RunningSums:
         """Add one batch's sums, shape ``(size,)``, over ``count`` observations."""
         self._latest.append(values)
         self._count += count
-        self._batches += 1
-        if self._batches % _BLOCK == 0:
+        if len(self._latest) == _BLOCK:
             self._window, self._finite = self._with_latest()
-            self._latest = []
+            self._latest, self._folded = [], self._folded + _BLOCK
 
     def flush(self) -> Tensor:
         """Return the sums and the count since the last flush, shape ``(size + 1,)``, and start again."""
@@ -65,24 +64,25 @@ class RunningSums:
         # From then on none is, as a rule, so that the batches before it are those that were.
         finite = self._with_latest()[1].tolist()
         first = min(range(self.size), key=finite.__getitem__)
-        return None if finite[first] == self._batches else (first, self._batches - 1 - int(finite[first]))
+        batches = self._folded + len(self._latest)
+        return None if finite[first] == batches else (first, batches - 1 - int(finite[first]))
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on."""
         latest = torch.stack(self._latest).cpu() if self._latest else torch.zeros(0, self.size)
         tensors = {"window": self._window, "finite": self._finite, "epoch": self._epoch}
         copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-        return {**copies, "latest": latest, "count": float(self._count), "batches": self._batches}
+        return {**copies, "latest": latest, "count": float(self._count), "folded": self._folded}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self._window, self._finite, self._epoch = (state[name].clone() for name in ("window", "finite", "epoch"))
         self._latest = list(state["latest"])
-        self._count, self._batches = state["count"], state["batches"]
+        self._count, self._folded = state["count"], state["folded"]
 
     def _start_window(self) -> None:
         self._window, self._finite = torch.zeros(2, self.size, dtype=torch.float32).unbind()
-        self._latest, self._count, self._batches = [], 0, 0
+        self._latest, self._count, self._folded = [], 0, 0
 
     def _with_latest(self) -> tuple[Tensor, Tensor]:
         if not self._latest:

@@ -589,6 +589,15 @@ def test_the_value_is_logged_at_the_step_of_the_other_curves(tmp_path: Path, acc
     assert all(row["train/elbo"] for row in logged)
 
 
+def test_a_foreign_module_is_logged_for_as_long_as_it_runs(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    annealing = KLAnnealing(Linear(steps=30), probe=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1, logger=logger, log_every_n_steps=7)
+    trainer.fit(ForeignModule(), loader(rows=60))
+    logged = {int(row["step"]): float(row["knobs/beta"]) for row in rows(Path(logger.log_dir)) if row["knobs/beta"]}
+    assert logged == pytest.approx({step: step / 30 for step in (6, 13, 20, 27)})
+
+
 @pytest.mark.parametrize(("every", "expected"), [(1, 6), (3, 2), (4, 1)])
 def test_nothing_is_logged_between_logging_steps(tmp_path: Path, every: int, expected: int) -> None:
     class Counts(ForeignModule):

@@ -332,8 +332,8 @@ def fit(package: str, model: Any, root: Path, ckpt_path: Path | None = None, **o
     )
     quiet = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = import_module(package).Trainer(
-        default_root_dir=root, logger=False, callbacks=[callback, save], log_every_n_steps=1,
-        **{"max_epochs": 4, **quiet, **options},
+        default_root_dir=root, logger=False, callbacks=[callback, save],
+        **{"max_epochs": 4, "log_every_n_steps": 1, **quiet, **options},
     )  # fmt: skip
     trainer.fit(model, loader(), ckpt_path=ckpt_path)
     return trainer
@@ -367,6 +367,13 @@ def test_a_foreign_module_is_steered_and_resumes_bit_by_bit(package: str, tensor
         assert again.used == whole.used[saved:]
         twin = next(each for each in resumed.callbacks if isinstance(each, TargetRate))
         assert str(twin.state_dict()) == str(callback.state_dict())
+
+
+def test_a_run_that_hardly_logs_is_steered_the_same(tmp_path: Path) -> None:
+    often, seldom = foreign(), foreign()
+    fit("lightning.pytorch", often, tmp_path / "often")
+    fit("lightning.pytorch", seldom, tmp_path / "seldom", log_every_n_steps=23)
+    assert often.used == seldom.used
 
 
 def test_resuming_the_vae_goes_on_bit_by_bit(tmp_path: Path) -> None:

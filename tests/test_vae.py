@@ -594,11 +594,18 @@ class Sharer(VAE):
     def __init__(self, folder):
         super().__init__(SHAPE, LEVELS, latent_dim=3, free_bits=0.2)
         self.folder = folder
+        self.seeds = []
+
+    def training_step(self, batch, batch_idx):
+        self.seeds.append(torch.initial_seed())
+        return super().training_step(batch, batch_idx)
 
     def on_train_end(self):
         metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         weights = [parameter.detach() for parameter in self.parameters()]
-        torch.save({"metrics": metrics, "weights": weights}, self.folder / f"{self.global_rank}.pt")
+        torch.save(
+            {"metrics": metrics, "weights": weights, "seeds": self.seeds}, self.folder / f"{self.global_rank}.pt"
+        )
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
@@ -608,6 +615,7 @@ def test_two_processes_validate_as_one(tmp_path):
     run.fit(Sharer(tmp_path), loader(64, batch_size=8), loader(71, batch_size=8))
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one["metrics"] == pytest.approx(other["metrics"])
+    assert len({*one["seeds"], *other["seeds"]}) == 2 * 4, "noise of its own for each process and batch"
 
     vae = small(free_bits=0.2)
     for parameter, weight in zip(vae.parameters(), one["weights"], strict=True):
