@@ -121,9 +121,10 @@ class Profile(pl.Callback):
 def hooks(case: Case, rounds: int) -> None:
     """Print what our hooks take of a step that does not log."""
     print(
-        "\nOur hooks in a step of the MLP that does not log, by cProfile's self time: all of callbacks/, of running"
-        "\nsums and seeds; the VAE's hooks, its check of the batch and its logging; its __setattr__, which Lightning"
-        "\ncalls to note in what hook it is. Neither the model nor the loss, nor what torch and Lightning take."
+        "\nOurs in a step of the MLP that does not log, by cProfile's self time: all of callbacks/; the VAE's hooks,"
+        "\nwhich seed; beside the loss in its step the sums, the check of the batch and whether to log; its"
+        "\n__setattr__, which Lightning calls to note in what hook it is. Neither the model and the loss nor what torch"
+        "\nand Lightning take."
     )
     header(("", "us a step", "calls a step"), WIDTHS)
     parts: dict[str, list[tuple[float, float]]] = {}
@@ -151,10 +152,10 @@ def part_of(file: Path, name: str) -> str:
         return "callbacks"
     if file.name == "vae.py" and name == "__setattr__":
         return "VAE.__setattr__"
-    own = file.name in ("running_sums.py", "resuming.py") or (
-        file.name == "vae.py" and (name.startswith("on_") or name in ("_observations", "_log_training"))
-    )
-    return "the VAE's hooks and sums" if own else ""
+    if file.name == "resuming.py" or (file.name == "vae.py" and name.startswith("on_")):
+        return "the VAE's hooks"
+    beside = file.name == "running_sums.py" or (file.name == "vae.py" and name in ("_observations", "_log_training"))
+    return "beside the loss in its step" if beside else ""
 
 
 def main() -> None:

@@ -44,8 +44,7 @@ class Attribute:
         self._root = pl_module
         *self._parents, self._name = path.split(".")
         self._written: float | Tensor = math.nan
-        self._filled: Tensor | None = None
-        self._version = 0
+        self._place: tuple[int, int] | None = None
         try:
             owner, value = self._find()
         except _NowhereError as error:
@@ -64,13 +63,13 @@ class Attribute:
         Only what is no tensor waits for the device of a 0-dim one.
         """
         owner: Any = self._root
-        if self._name in owner._buffers and not self._parents:  # the usual place, which `getattr` comes to last
+        if not self._parents and self._name in owner._buffers:  # where `getattr` would look last
             current = owner._buffers[self._name]
         else:
             owner, current = self._find()
         if isinstance(current, Tensor):
             (current.detach() if current.requires_grad else current).fill_(value)
-            self._filled, self._version = current, current._version
+            self._place = (current.data_ptr(), current._version)
         else:
             value = float(value) if isinstance(value, Tensor) else value
             if isinstance(current, _Returns):
@@ -82,12 +81,11 @@ class Attribute:
     def holds(self) -> bool:
         """Whether what was written is still there. As long as it is, no device is waited for."""
         current = self._find()[1]
-        filled = self._filled
-        if isinstance(current, Tensor) and filled is not None:
-            # Nobody has filled it; or it is a parameter, which its optimizer moves, but only after the loss.
-            untouched = current.data_ptr() == filled.data_ptr() and current._version == self._version
-            if untouched or current.requires_grad:
-                return True
+        # Nobody has filled it; or it is a parameter, which its optimizer moves, but only after the loss.
+        if isinstance(current, Tensor) and (
+            current.requires_grad or (current.data_ptr(), current._version) == self._place
+        ):
+            return True
         value = _number(current)
         # Half precision keeps 8 bits, and a setter may round.
         return value is not None and math.isclose(value, float(self._written), rel_tol=1e-2, abs_tol=1e-7)

@@ -84,9 +84,10 @@ class ScheduledKnob(Callback):
         self._knob: Knob | None = None
         self._witness: Witness | None = None
         self._conflicts = 0
-        self._looks = 0
-        self._every = math.inf  # how often a step asks for more than the number that it gets,
-        self._attends = False  # and whether this one does
+        self._looks: float = 0
+        self._current: float | Tensor = math.nan  # the number of this step
+        self._attends = True  # whether there is more to this batch: a look, a posterior to read, values to log
+        self._listens = False
 
     @cached_property  # Lightning asks for it at every hook of every step
     @override
@@ -123,8 +124,10 @@ class ScheduledKnob(Callback):
         if self._knob is None:
             self._begin(trainer, pl_module)
         step = trainer.fit_loop.epoch_loop._batches_that_stepped
-        self._knob.write(self._last if step >= self._settled else self._value(step))  # type: ignore[union-attr]
-        self._attends = self._looks > 0 or (step + 1) % self._every == 0
+        self._current = self._last if step >= self._settled else self._value(step)
+        self._knob.write(self._current)  # type: ignore[union-attr]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        self._attends = self._looks > 0 or self._listens or not every or (step + 1) % every == 0
         if self._attends:
             if self._witness is not None:
                 self._witness.watch()
@@ -144,6 +147,7 @@ class ScheduledKnob(Callback):
             if logs_now:
                 self._log(trainer, pl_module, batch)
             self._reader.forget()
+        self._attends = True  # a batch that is None has an end alone
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,12 +198,12 @@ class ScheduledKnob(Callback):
                 "length as it is now; what is measured begins anew."
             )
         self._knob = knob
-        self._conflicts, self._looks = 0, _FIRST_LOOKS
-        often = self._reader.paths or getattr(trainer, "fast_dev_run", False)
-        self._every = 1 if often else trainer.log_every_n_steps or math.inf  # type: ignore[attr-defined]
+        self._current = math.nan if self._base is None else self._base
+        self._listens = bool(self._reader.paths)
+        self._conflicts, self._looks = 0, math.inf if getattr(trainer, "fast_dev_run", False) else _FIRST_LOOKS
 
     def _value(self, step: int) -> float | Tensor:
-        """Return the number of the step that begins, or that has just been taken."""
+        """Return the number of the step that begins, as long as the schedule has not come to its end."""
         value = self._resolved(step)
         if not math.isfinite(value):
             raise ValueError(
@@ -211,7 +215,7 @@ class ScheduledKnob(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:  # noqa: ARG002
         """Log the number that the step was taken with; from ``on_train_batch_end`` on logging steps."""
         if self.name not in getattr(pl_module, "knob_targets", ()):  # else it logs them itself
-            self.log_now(pl_module, {f"knobs/{self.name}": self._value(self.step(trainer))}, prog_bar=True)
+            self.log_now(pl_module, {f"knobs/{self.name}": self._current}, prog_bar=True)
 
     def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Look at what the number does, before the very first batch, whose index is 0."""
@@ -253,7 +257,7 @@ class ScheduledKnob(Callback):
         self._conflicts = _MOST_CONFLICTS
         step, who = self.step(trainer), (witness and witness.seen) or "something else"
         rank_zero_warn(
-            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._value(step):g} for step {step}, "
+            f"{type(self).__name__}({self.name}): `{place.path}` was set to {self._current:g} for step {step}, "
             f"and after it is {place.read()}: {who} sets it too, so that one of the two has no effect. "
             f"{_take_out(pl_module)}"
         )

@@ -259,7 +259,7 @@ class TargetRate(ScheduledKnob):
         restored = self._restored or (self.state_dict() if self.step(trainer) > 0 else {})
         self._targets = {}
         super()._begin(trainer, pl_module)
-        self._settled = math.inf  # the target may have come to its end, the weight goes on
+        self._settled = math.inf  # where the target has come to its end the weight goes on moving
         self._state = ControllerState.start(math.log(self._base or 0), pl_module.device)
         if all(name in restored for name in ControllerState._fields):
             saved = (torch.as_tensor(restored[name]) for name in ControllerState._fields)

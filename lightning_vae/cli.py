@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import itertools
 import logging
@@ -36,7 +37,7 @@ from .checkpoint_io import AtomicCheckpointIO, SaveError, read
 from .flushed_curves import FlushedCurves
 from .latents_writer import LatentsWriter
 from .messages import readable
-from .processes import leave_processes
+from .processes import in_group, leave_processes
 from .report import EvaluationReport
 from .resuming import first_step
 from .specification import check_descriptions
@@ -508,8 +509,10 @@ def main(args: ArgsType = None) -> None:
 
         sweep(given[1:])
     else:
+        is_callers = in_group()
         command_line(VAECLI, args)
-        leave_processes()
+        if not is_callers:
+            atexit.register(leave_processes)  # not yet: there may be another run
 
 
 def command_line(kind: type[VAECLI], args: ArgsType = None) -> VAECLI:

@@ -35,15 +35,19 @@ def mean_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
 
 def several_processes() -> bool:
     """Tell whether several processes train together."""
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+    return in_group() and torch.distributed.get_world_size() > 1
+
+
+def in_group() -> bool:
+    """Tell whether this process is in a group, be it of one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def leave_processes() -> None:
-    """Leave the other processes, if there are any, when a run has ended as it should.
+    """Leave the group of processes, if there is one, before the interpreter ends.
 
     One of gloo's threads may hold a tensor of the last exchange for a moment longer than the run does, and a thread
-    that lets go of a tensor while the interpreter ends aborts the process. Lightning leaves NCCL's groups alone.
+    that lets go of a tensor while the interpreter ends aborts the process. Lightning itself sees to NCCL's alone.
     """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if in_group():
         torch.distributed.destroy_process_group()

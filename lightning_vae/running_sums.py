@@ -64,21 +64,24 @@ class RunningSums:
         # From then on none is, as a rule, so that the batches before it are those that were.
         finite = self._with_latest()[1].tolist()
         first = min(range(self.size), key=finite.__getitem__)
-        batches = self._folded + len(self._latest)
-        return None if finite[first] == batches else (first, batches - 1 - int(finite[first]))
+        return None if finite[first] == self._batches else (first, self._batches - 1 - int(finite[first]))
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on."""
         latest = torch.stack(self._latest).cpu() if self._latest else torch.zeros(0, self.size)
         tensors = {"window": self._window, "finite": self._finite, "epoch": self._epoch}
         copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
-        return {**copies, "latest": latest, "count": float(self._count), "folded": self._folded}
+        return {**copies, "latest": latest, "count": float(self._count), "batches": self._batches}
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
         self._window, self._finite, self._epoch = (state[name].clone() for name in ("window", "finite", "epoch"))
         self._latest = list(state["latest"])
-        self._count, self._folded = state["count"], state["folded"]
+        self._count, self._folded = state["count"], state["batches"] - len(self._latest)
+
+    @property
+    def _batches(self) -> int:
+        return self._folded + len(self._latest)
 
     def _start_window(self) -> None:
         self._window, self._finite = torch.zeros(2, self.size, dtype=torch.float32).unbind()

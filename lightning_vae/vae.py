@@ -158,7 +158,7 @@ class VAE(LightningModule):
         self._train_sums = RunningSums(len(_TERMS))
         self._evaluation_sums: dict[int, RunningSums] = {}
         self._position = 0
-        self._seed = self._rank = self._step = 0
+        self._seed = self._step = 0
         self._configured_optimizers: list[list[dict[str, Any]]] = []
         self._unfinished: dict[str, Any] | None = None
         self._warn_of_feedback()
@@ -236,8 +236,9 @@ class VAE(LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Make the batch's noise its own, whatever has drawn random numbers before: a resumed run draws the same."""
         del batch
-        step = self._trainer.fit_loop.epoch_loop._batches_that_stepped  # type: ignore[union-attr]
-        seed_batch(self.device, self._seed, step, batch_idx, self._rank)
+        trainer: Any = self._trainer
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        seed_batch(self.device, self._seed, step, batch_idx, trainer.global_rank)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the loss at the knobs as they are now."""
@@ -420,7 +421,6 @@ class VAE(LightningModule):
             self._train_sums.reset()
             self.rate_limit = None
             self._seed = self.trainer.strategy.broadcast(int(torch.randint(2**31, ())))
-            self._rank = self.trainer.global_rank  # asked for at each step
             self._unfinished = None
 
     def on_fit_start(self) -> None:
@@ -519,11 +519,12 @@ class VAE(LightningModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Fill a knob that is given a value; outside of a fit, that is to configure it."""
-        if name in self.__dict__ and (value is None or type(value) in (str, int)):
+        own = self.__dict__
+        if name in own and (value is None or type(value) in (str, int)):
             # Neither a tensor nor a module, nor in the place of one. Lightning notes the hook it is in here, almost
             # fifty times a step, and nn.Module takes four times as long.
-            self.__dict__[name] = value
-        elif name in _KNOBS and name in self.__dict__.get("_buffers", {}):
+            own[name] = value
+        elif name in _KNOBS and name in own.get("_buffers", {}):
             self._fill(name, value)
             if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING or self._trainer.state.stopped:
                 self.knob_targets[name] = float(value)

@@ -589,13 +589,43 @@ def test_the_value_is_logged_at_the_step_of_the_other_curves(tmp_path: Path, acc
     assert all(row["train/elbo"] for row in logged)
 
 
-def test_a_foreign_module_is_logged_for_as_long_as_it_runs(tmp_path: Path) -> None:
+class Unclamped(Schedule):
+    """It goes on past its end, where it is not asked any more."""
+
+    length, final = 15.0, 0.5
+
+    def resolve(self, *_: Any, **__: Any) -> Schedule:
+        return self
+
+    def _value(self, step: int) -> float:
+        return step / 30
+
+
+class LogsAsItLikes(ForeignModule):
+    def on_train_start(self) -> None:
+        self.trainer.log_every_n_steps = 7  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("schedule", [Linear(steps=30), Unclamped()])
+def test_a_foreign_module_is_logged_for_as_long_as_it_runs(tmp_path: Path, schedule: Schedule) -> None:
+    logger = CSVLogger(tmp_path)
+    annealing = KLAnnealing(schedule, probe=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1, logger=logger, log_every_n_steps=50)
+    trainer.fit(module := LogsAsItLikes(), loader(rows=60))
+    logged = {int(row["step"]): float(row["knobs/beta"]) for row in rows(Path(logger.log_dir)) if row["knobs/beta"]}
+    assert logged == pytest.approx({step: module.used[step] for step in (6, 13, 20, 27)})
+    assert module.used[20] == pytest.approx(20 / 30 if schedule == Linear(steps=30) else 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:train_dataloader yielded None")
+def test_a_batch_that_is_none_is_logged_too(tmp_path: Path) -> None:
+    batches = [None if number == 20 else torch.ones(2, 2) for number in range(30)]
     logger = CSVLogger(tmp_path)
     annealing = KLAnnealing(Linear(steps=30), probe=False)
     trainer = quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1, logger=logger, log_every_n_steps=7)
-    trainer.fit(ForeignModule(), loader(rows=60))
+    trainer.fit(ForeignModule(), DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch))
     logged = {int(row["step"]): float(row["knobs/beta"]) for row in rows(Path(logger.log_dir)) if row["knobs/beta"]}
-    assert logged == pytest.approx({step: step / 30 for step in (6, 13, 20, 27)})
+    assert logged == pytest.approx({6: 6 / 30, 13: 13 / 30, 20: 19 / 30, 27: 27 / 30})
 
 
 @pytest.mark.parametrize(("every", "expected"), [(1, 6), (3, 2), (4, 1)])
