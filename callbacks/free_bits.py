@@ -107,7 +107,7 @@ class FreeBits(ScheduledKnob):
         super()._log(trainer, pl_module, batch)
         rates = self._rates(pl_module, batch)
         if rates is not None:
-            threshold = self._resolved(self.step(trainer))
+            threshold = float(self._current)
             per = getattr(pl_module, "free_bits_per", self.per or "dimension")
             average = getattr(pl_module, "free_bits_average", self.average or "batch")
             self._latest = count_at_floor(rates, threshold, per, average)
