@@ -87,7 +87,6 @@ class ScheduledKnob(Callback):
         self._looks: float = 0
         self._current: float | Tensor = math.nan  # the number of this step
         self._attends = True  # whether there is more to this batch: a look, a posterior to read, values to log
-        self._listens = False
 
     @cached_property  # Lightning asks for it at every hook of every step
     @override
@@ -127,7 +126,7 @@ class ScheduledKnob(Callback):
         self._current = self._last if step >= self._settled else self._value(step)
         self._knob.write(self._current)  # type: ignore[union-attr]
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        self._attends = self._looks > 0 or self._listens or not every or (step + 1) % every == 0
+        self._attends = bool(self._looks or self._reader.paths) or not every or (step + 1) % every == 0
         if self._attends:
             if self._witness is not None:
                 self._witness.watch()
@@ -199,7 +198,6 @@ class ScheduledKnob(Callback):
             )
         self._knob = knob
         self._current = math.nan if self._base is None else self._base
-        self._listens = bool(self._reader.paths)
         self._conflicts, self._looks = 0, math.inf if getattr(trainer, "fast_dev_run", False) else _FIRST_LOOKS
 
     def _value(self, step: int) -> float | Tensor:

@@ -509,10 +509,11 @@ def main(args: ArgsType = None) -> None:
 
         sweep(given[1:])
     else:
-        is_callers = in_group()
+        group_is_callers = in_group()
         command_line(VAECLI, args)
-        if not is_callers:
-            atexit.register(leave_processes)  # not yet: there may be another run
+        # Not yet, as another run may follow; nor after a failure, where gloo's threads may wait for other processes.
+        if not group_is_callers:
+            atexit.register(leave_processes)
 
 
 def command_line(kind: type[VAECLI], args: ArgsType = None) -> VAECLI:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import Any, cast
-from zlib import crc32
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,7 +11,6 @@ from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import default_generator
 from torch.utils.data import SequentialSampler
 
 
@@ -25,9 +24,9 @@ def seed_batch(device: torch.device, seed: int, step: int, batch_idx: int, rank:
         batch_idx: Its number in the epoch, which tells batches apart that accumulate gradients.
         rank: The process.
     """
-    seed = crc32(b"(%d, %d, %d, %d)" % (seed, step, batch_idx, rank))
+    seed = zlib.crc32(b"(%d, %d, %d, %d)" % (seed, step, batch_idx, rank))
     # `torch.manual_seed` would take thirty times as long: it asks every kind of device.
-    default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
 

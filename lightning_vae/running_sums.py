@@ -23,7 +23,7 @@ class RunningSums:
     _finite: Tensor  # in how many batches each value was
     _latest: list[Tensor]
     _count: float | Tensor
-    _folded: int  # batches that are in the window already
+    _batches: int
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -38,9 +38,10 @@ class RunningSums:
         """Add one batch's sums, shape ``(size,)``, over ``count`` observations."""
         self._latest.append(values)
         self._count += count
-        if len(self._latest) == _BLOCK:
+        self._batches += 1
+        if self._batches % _BLOCK == 0:
             self._window, self._finite = self._with_latest()
-            self._latest, self._folded = [], self._folded + _BLOCK
+            self._latest = []
 
     def flush(self) -> Tensor:
         """Return the sums and the count since the last flush, shape ``(size + 1,)``, and start again."""
@@ -77,15 +78,11 @@ class RunningSums:
         """Go on from a saved state."""
         self._window, self._finite, self._epoch = (state[name].clone() for name in ("window", "finite", "epoch"))
         self._latest = list(state["latest"])
-        self._count, self._folded = state["count"], state["batches"] - len(self._latest)
-
-    @property
-    def _batches(self) -> int:
-        return self._folded + len(self._latest)
+        self._count, self._batches = state["count"], state["batches"]
 
     def _start_window(self) -> None:
         self._window, self._finite = torch.zeros(2, self.size, dtype=torch.float32).unbind()
-        self._latest, self._count, self._folded = [], 0, 0
+        self._latest, self._count, self._batches = [], 0, 0
 
     def _with_latest(self) -> tuple[Tensor, Tensor]:
         if not self._latest:

@@ -12,7 +12,7 @@ os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 # The models of the tests are small: threads cost them more than they give.
 torch.set_num_threads(1)
 
-# What torch.compile loads has the first backward pass of a process start threads, and after that none may be forked.
+# A first backward pass that comes after torch.compile starts threads, with which no process can be forked.
 torch.zeros((), requires_grad=True).backward()
 
 # How many examples hypothesis tries, the same ones each time: `--hypothesis-profile=thorough` for 1,300. It is not
