@@ -97,6 +97,55 @@ def test_validation_and_sanity_batches_neither_advance_nor_see_the_schedule(tmp_
     assert model.validated == [3.0] * (2 + 6 * 2)
 
 
+class Move(Callback):
+    """Move the number from outside, in a hook and at a step, or at all steps."""
+
+    def __init__(self, hook: str, step: int | None) -> None:
+        def move(trainer: Any, pl_module: Any, *_: Any) -> None:
+            if step in (trainer.fit_loop.epoch_loop._batches_that_stepped, None):
+                pl_module.beta = 9.0
+
+        setattr(self, hook, move)
+
+
+@pytest.mark.parametrize(
+    ("hook", "step", "batches"),
+    [
+        ("on_validation_end", 23, 0),
+        ("on_validation_end", 35, 0),
+        ("on_train_epoch_start", 24, 0),
+        ("on_train_batch_end", 20, 3),  # until the next epoch
+        ("on_train_batch_end", 27, 2),  # until the logging step, which is the thirtieth
+        ("on_train_batch_end", 5, 1),  # at first, every batch is looked at
+    ],
+)
+def test_a_number_at_its_end_is_written_again_where_something_may_have_moved_it(
+    tmp_path: Path, hook: str, step: int, batches: int
+) -> None:
+    model = ForeignModule(beta=3.0)
+    trainer = quiet_trainer(
+        tmp_path,
+        callbacks=[KLAnnealing(Linear(steps=4)), Move(hook, step)],
+        max_epochs=2,
+        val_check_interval=12,
+        log_every_n_steps=30,
+    )
+    trainer.fit(model, loader(48), loader(4) if hook == "on_validation_end" else None)
+    expected = [3.0 * min(1, number / 4) for number in range(48)]
+    expected[step + 1 : step + 1 + batches] = [9.0] * batches
+    assert model.used == pytest.approx(expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*on_train_batch_end.* sets it too|.*something else sets it too")
+def test_a_number_at_its_end_is_written_at_every_step_where_something_moves_it(tmp_path: Path) -> None:
+    model = ForeignModule(beta=3.0)
+    callbacks = [KLAnnealing(Linear(steps=4)), Move("on_train_batch_end", None)]
+    quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(model, loader(48))
+    expected = [3.0 * min(1, number / 4) for number in range(24)]
+    expected[5] = 9.0  # the first step that the number was left alone for, after which that is noticed
+    assert model.used == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("attribute", [["beta", "gamma"], ["gamma", "beta"]])
 def test_several_paths_move_together(tmp_path: Path, attribute: list[str]) -> None:
     model = ForeignModule()
