@@ -41,7 +41,7 @@ OURS: Ways = {
     "the same module in a bare Trainer": bare_trainer,
     "a loop by hand: same tensors, fused Adam": hand_written_loop,
 }
-UNSAVED: Ways = {"ours without its two checkpoints an epoch": partial(whole_stack, saves=False)}
+UNSAVED: Ways = {"ours without its checkpoints": partial(whole_stack, saves=False)}
 OTHERS: Ways = {
     "the same loop, torch's default Adam": partial(hand_written_loop, fused=False),
     "that loop over torch's DataLoader": loop_over_data_loader,
@@ -186,8 +186,8 @@ def main() -> None:
     floor = {"the matrix products alone": matrix_products}
     compare("MLP 784-400-32, Fashion-MNIST, batches of 128", mlp, options.rounds, OURS | others | floor)
     compare("Convolutions, 64 by 64, batches of 64", Case(noise, conv), options.rounds, OURS)
-    small = Case(digits, tiny, epochs=20, log_every_n_steps=10)
-    compare("The model of configs/digits.yaml", small, options.rounds, OURS | UNSAVED)
+    small = Case(digits, tiny, epochs=120, log_every_n_steps=10)
+    compare("The model and the length of configs/digits.yaml", small, options.rounds, OURS | UNSAVED)
     hooks(mlp, 3)
 
 

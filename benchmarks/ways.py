@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from lightning_vae import VAE
+from lightning_vae import VAE, AtomicCheckpointIO, FlushedCurves
 from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules.base import DataModule
 
@@ -60,16 +60,18 @@ class Case:
 
 
 def whole_stack(case: Case, saves: bool = True, watch: Sequence[pl.Callback] = (), **options: Any) -> float:
-    """Train with all that `configs/digits.yaml` has but for the callbacks that draw; the bar as the command has it."""
+    """Train with all that `configs/digits.yaml` and the command have, but for the callbacks that draw."""
+    best, last = {"monitor": "val/loss", "filename": "best"}, {"monitor": "step", "mode": "max", "filename": "last"}
     callbacks = [
         KLAnnealing(Linear(fraction=0.3)),
         FreeBits(FREE_BITS),
         CollapseDetector(),
         TQDMProgressBar(refresh_rate=20),
-        *([ModelCheckpoint(monitor="val/loss", filename="best", save_last=True)] if saves else []),
+        FlushedCurves(),
+        *(ModelCheckpoint(**each) for each in (best, last) if saves),
         *watch,
     ]
-    options |= {"enable_checkpointing": saves}
+    options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}
     with tempfile.TemporaryDirectory() as folder:
         logger = TensorBoardLogger(folder, default_hp_metric=False)
         return fit(case, case.module(), *loaders(case), logger=logger, callbacks=callbacks, **options)

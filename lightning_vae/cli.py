@@ -35,6 +35,7 @@ from . import likelihoods as likelihoods
 from . import networks as networks
 from .checkpoint_io import AtomicCheckpointIO, SaveError, read
 from .flushed_curves import FlushedCurves
+from .kept_checkpoints import keeper_of_best, path_of_newest
 from .latents_writer import LatentsWriter
 from .messages import readable
 from .processes import in_group, leave_processes
@@ -242,8 +243,8 @@ class VAECLI(LightningCLI):
         if self.config["fit"]["same_run"] and self.trainer.global_step == self._resumed_step:
             # Nothing was left to train, but the run may have been killed between its last two saves.
             for checkpoint in self.trainer.checkpoint_callbacks:
-                if isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
-                    self.trainer.save_checkpoint(checkpoint.last_model_path)
+                if isinstance(checkpoint, ModelCheckpoint) and (path := path_of_newest(checkpoint)):
+                    self.trainer.save_checkpoint(path)
         if not self.trainer.is_global_zero:
             return
         lines = {}
@@ -257,12 +258,10 @@ class VAECLI(LightningCLI):
             if "latent/active_units" in metrics:
                 units = int(metrics["latent/active_units"])
                 lines["At the end"] += f", {units} of {self.model.latent_dim} units active"
-        kept = [each for each in self.trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-        for checkpoint in sorted(kept, key=lambda each: each.monitor is not None):  # last the one that has a best
-            if checkpoint.best_model_path:
-                score = checkpoint.best_model_score
-                monitored = f"  ({checkpoint.monitor} {score:.4g})" if score is not None else ""
-                lines["Checkpoint"] = os.path.relpath(checkpoint.best_model_path) + monitored
+        if best := keeper_of_best(self.trainer):
+            score = best.best_model_score
+            monitored = f"  ({best.monitor} {score:.4g})" if score is not None else ""
+            lines["Checkpoint"] = os.path.relpath(best.best_model_path) + monitored
         for logger in self.trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 lines["Look at it"] = f"tensorboard --logdir {logger.save_dir}"

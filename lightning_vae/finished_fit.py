@@ -12,9 +12,9 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 from . import __version__
+from .kept_checkpoints import keeper_of_best
 from .whole_file import whole_file
 
 _NAME = "fit.json"
@@ -28,10 +28,9 @@ def write(folder: Path, trainer: Trainer, limits: Mapping[str, Any]) -> None:
         trainer: What has trained.
         limits: By the Trainer's names.
     """
-    kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    best = next((each.best_model_path for each in kept if each.best_model_path), None)
+    best = keeper_of_best(trainer)
     found = {
-        "checkpoint": os.path.relpath(best, folder) if best else None,
+        "checkpoint": os.path.relpath(best.best_model_path, folder) if best else None,
         "steps": trainer.global_step,
         "limits": dict(limits),
         "versions": {

@@ -8,7 +8,6 @@ from typing import Any, Self
 
 import torch
 from lightning.fabric.utilities.cloud_io import _load
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -19,6 +18,7 @@ from .changed_options import configured, length, say_what_changed
 from .compiling import CompileMode, check_mode, compiled
 from .finite import parameter_not_finite
 from .likelihoods import Likelihood, default_likelihood
+from .monitors import check_monitors
 from .networks import MLPDecoder, MLPEncoder, Shape
 from .noise import sample_by_index
 from .objective import (
@@ -433,14 +433,7 @@ class VAE(LightningModule):
                 # Lightning doesn't clip under mixed precision where an optimizer unscales by itself, as fused ones do
                 # unless told not to.
                 optimizer._step_supports_amp_scaling = False
-        schedulers = [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs]
-        for callback, monitor in [(each, getattr(each, "monitor", None)) for each in trainer.callbacks] + schedulers:
-            mode = getattr(callback, "mode", None)
-            if isinstance(monitor, str) and monitor.rpartition("/")[2] == "elbo" and mode == "min":
-                raise MisconfigurationException(
-                    f"{type(callback).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: "
-                    "the ELBO is higher when better. Use mode='max', or monitor 'val/loss'."
-                )
+        check_monitors(trainer)
         if "beta" not in self.configured_knobs:  # else the constructor has
             self._warn_of_feedback()
 

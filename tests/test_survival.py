@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -20,6 +22,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning_vae.checkpoint_io import AtomicCheckpointIO, SaveError, read
 from lightning_vae.cli import VAECLI, command_line, main
 from lightning_vae.flushed_curves import FlushedCurves
+from lightning_vae.kept_checkpoints import keeps_newest
 from lightning_vae.run_folders import newest_checkpoint
 from lightning_vae.whole_file import _HOST, whole_file
 from tests.doubles import RecordingVAE, loader, quiet_trainer
@@ -29,7 +32,9 @@ ROOT = Path(__file__).parent.parent
 LINEAR = ["--config", str(ROOT / "configs" / "linear.yaml"), "--data.size=96", "--data.batch_size=16",
           "--trainer.log_every_n_steps=4", "--trainer.max_epochs=3", "--trainer.callbacks=null",
           "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss",
-          "--trainer.callbacks.filename=best", "--trainer.callbacks.save_last=true",
+          "--trainer.callbacks.filename=best",
+          "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=last",
+          "--trainer.callbacks.monitor=step", "--trainer.callbacks.mode=max",
           "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
 LOOP = ["fit", *LINEAR, "--ckpt_path=last", "--same_run=true"]
 RUN = Path("logs/linear/version_0")
@@ -258,6 +263,33 @@ def test_one_command_begins_goes_on_and_knows_when_it_is_done(capsys):
     assert [step for step, _ in scalars(RUN)["val/loss"]] == [5, 11, 17, 23]
     main(["fit", *LINEAR, "--ckpt_path=last", "--trainer.max_epochs=5"])  # a run of its own, from there
     assert step_of("logs/linear/version_1/checkpoints/last.ckpt") == 30
+
+
+def test_what_is_no_better_is_saved_too(capsys):
+    main(["fit", *LINEAR, "--optimizer.lr=0"])
+    assert step_of(CHECKPOINTS / "best.ckpt") == 6
+    assert step_of(CHECKPOINTS / "last.ckpt") == 18
+    assert str(CHECKPOINTS / "best.ckpt") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_saves_after_each_validation(config):
+    callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
+    kept = [ModelCheckpoint(**each["init_args"]) for each in callbacks if each["class_path"] == "ModelCheckpoint"]
+    assert [each.filename for each in kept if keeps_newest(each)] == ["last"]
+
+
+def test_a_run_that_ends_between_two_saves_makes_up_for_the_second(capsys):
+    main(["fit", *LINEAR])
+    main(["fit", *LINEAR, "--trainer.max_epochs=2"])
+    shutil.copy("logs/linear/version_1/checkpoints/last.ckpt", CHECKPOINTS / "last.ckpt")
+    shutil.rmtree("logs/linear/version_1")
+    (RUN / "fit.json").unlink()
+    capsys.readouterr()
+    main(LOOP)
+    assert f"The newest checkpoint is {CHECKPOINTS / 'best.ckpt'}" in capsys.readouterr().out
+    assert step_of(CHECKPOINTS / "last.ckpt") == 18
+    assert sorted(path.name for path in CHECKPOINTS.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
 def test_a_run_without_a_checkpoint_begins_anew_in_its_folder(capsys):

@@ -184,8 +184,8 @@ def test_a_learned_variance_settles_with_the_weight(tmp_path: Path) -> None:
 def test_a_reachable_target_is_met_after_an_unreachable_one(tmp_path: Path) -> None:
     def configure() -> Any:
         optimizer = torch.optim.Adam(model.parameters(), 0.02)
-        # In full until the target is near: it takes Adam 200 steps to move the log-variances there.
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 4 * (1 - step / 1600)) ** 2)
+        # In full until the target is near, which takes Adam 200 steps; then ever less, and with it the noise.
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, 3 * (1 - step / 1600)) ** 3)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     callback = TargetRate(Staged([100.0, 2.0], at_steps=[800]), patience=200)

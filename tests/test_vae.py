@@ -3,6 +3,7 @@ import csv
 import functools
 import math
 from collections import defaultdict
+from contextlib import nullcontext
 
 import lightning.pytorch as pl
 import pytest
@@ -10,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.imports import RequirementCache
 from torch import distributions as td
 from torch import nn
 
@@ -315,6 +317,18 @@ def test_an_epoch_mean_can_be_monitored(tmp_path):
     checkpoint = ModelCheckpoint(tmp_path, monitor="train/elbo", mode="max", save_on_train_epoch_end=True)
     trainer(tmp_path, callbacks=[checkpoint], enable_checkpointing=True, log_every_n_steps=1000).fit(small(), loader())
     assert checkpoint.best_model_score is not None
+
+
+@pytest.mark.skipif(not RequirementCache("lightning>=2.6"), reason="before, the last was always saved")
+@pytest.mark.parametrize(
+    ("others", "warns"),
+    [([], True), ([{"monitor": "step", "mode": "max"}], False), ([{}], False), ([{"monitor": "val/rate"}], True)],
+)
+def test_a_last_checkpoint_that_is_not_the_last_is_said(tmp_path, others, warns):
+    options = [{"monitor": "val/loss", "save_last": True}, *others]
+    callbacks = [ModelCheckpoint(tmp_path, filename=str(n), **each) for n, each in enumerate(options)]
+    with pytest.warns(UserWarning, match="only when the model is among the best") if warns else nullcontext():
+        trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True).fit(small(), loader(), loader())
 
 
 @pytest.mark.parametrize("callback", [EarlyStopping("val/elbo"), ModelCheckpoint(monitor="train/elbo", mode="min")])
