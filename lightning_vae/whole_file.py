@@ -37,7 +37,7 @@ def whole_file(target: Path) -> Iterator[IO[bytes]]:
     _sweep(target.parent)
     part = target.with_name(f".{target.name}.{_HOST}-{os.getpid()}.part")
     try:
-        with part.open("wb") as file:
+        with part.open("wb", buffering=1 << 20) as file:  # torch writes each tensor by itself
             yield file
             file.flush()
             os.fsync(file.fileno())  # otherwise a power cut may keep the new name and lose what it names
