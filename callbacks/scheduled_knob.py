@@ -41,9 +41,7 @@ class ScheduledKnob(Callback):
     The number moves in training batches alone: validation and checkpoints see its target, so that a validation loss
     selects models under any schedule, and a checkpoint that is loaded holds the value that was meant.
 
-    On logging steps, and at first after every step, the number is read back. If something else moves it, that is said
-    once, with the function that does. A number at its end is written when an epoch begins, after a validation, and once
-    it is no longer what was written; a setter is called at every step.
+    After a step the number is read back. If something else has moved it, that is said once, with the function that did.
 
     Args:
         schedule: Value per step: one of this package's schedules, or any callable.
@@ -88,7 +86,6 @@ class ScheduledKnob(Callback):
         self._conflicts = 0
         self._looks: float = 0
         self._current: float | Tensor = math.nan  # the number of this step
-        self._stays = False  # whether it was written to stay: then it is only looked at, until an epoch or a pass ends
         self._attends = True  # whether there is more to this batch: a look, a posterior to read, values to log
 
     @cached_property  # Lightning asks for it at every hook of every step
@@ -125,13 +122,11 @@ class ScheduledKnob(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._knob is None:
             self._begin(trainer, pl_module)
-        step, every = trainer.fit_loop.epoch_loop._batches_that_stepped, trainer.log_every_n_steps  # type: ignore[attr-defined]
+        step = trainer.fit_loop.epoch_loop._batches_that_stepped
+        self._current = self._last if step >= self._settled else self._value(step)
+        self._knob.write(self._current)  # type: ignore[union-attr]
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         self._attends = bool(self._looks or self._reader.paths) or not every or (step + 1) % every == 0
-        settled = step >= self._settled
-        if not (settled and self._stays) or batch_idx == 0:
-            self._current = self._last if settled else self._value(step)
-            self._knob.write(self._current)  # type: ignore[union-attr]
-            self._stays = settled and self.setter is None and not self._conflicts
         if self._attends:
             if self._witness is not None:
                 self._witness.watch()
@@ -201,7 +196,7 @@ class ScheduledKnob(Callback):
                 "without it, or is damaged. The schedule is taken up at the step that the run is at, over the run's "
                 "length as it is now; what is measured begins anew."
             )
-        self._knob, self._stays = knob, False
+        self._knob = knob
         self._current = math.nan if self._base is None else self._base
         self._conflicts, self._looks = 0, math.inf if getattr(trainer, "fast_dev_run", False) else _FIRST_LOOKS
 
@@ -241,7 +236,6 @@ class ScheduledKnob(Callback):
         """Set the number to where it is meant to end, until the next training batch, if any."""
         if self._knob is not None and self._target is not None:
             self._knob.write(self._target)
-            self._stays = False
 
     def _look_for_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say once that something else moves the number; who it is takes another batch to see."""
@@ -254,7 +248,6 @@ class ScheduledKnob(Callback):
         if place is None:
             return
         self._conflicts += 1
-        self._stays = False
         if self._conflicts < _MOST_CONFLICTS and (witness is None or witness.seen is None):
             self._witness = Witness(place.holds)
             self._looks += 1

@@ -97,53 +97,37 @@ def test_validation_and_sanity_batches_neither_advance_nor_see_the_schedule(tmp_
     assert model.validated == [3.0] * (2 + 6 * 2)
 
 
-class Move(Callback):
-    """Move the number from outside, in a hook and at a step, or at all steps."""
+class Moved(ForeignModule):
+    """Something else moves the number, too: its optimizer, or a line that leaves no trace on the tensor."""
 
-    def __init__(self, hook: str, step: int | None) -> None:
-        def move(trainer: Any, pl_module: Any, *_: Any) -> None:
-            if step in (trainer.fit_loop.epoch_loop._batches_that_stepped, None):
-                pl_module.beta = 9.0
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        del self.beta
+        if how == "an optimizer":
+            self.beta = torch.nn.Parameter(torch.tensor(3.0))
+        else:
+            self.register_buffer("beta", torch.tensor(3.0))
+        self.how = how
 
-        setattr(self, hook, move)
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx) + 0 * self.beta.clone()  # whose weight decays
+        if self.how == "at each step":
+            self.beta.data.mul_(0.5)
+        elif self.how == "once" and self.global_step == 15:
+            self.beta.fill_(9.0)
+        return loss
 
-
-@pytest.mark.parametrize(
-    ("hook", "step", "batches"),
-    [
-        ("on_validation_end", 23, 0),
-        ("on_validation_end", 35, 0),
-        ("on_train_epoch_start", 24, 0),
-        ("on_train_batch_end", 20, 3),  # until the next epoch
-        ("on_train_batch_end", 27, 2),  # until the logging step, which is the thirtieth
-        ("on_train_batch_end", 5, 1),  # at first, every batch is looked at
-    ],
-)
-def test_a_number_at_its_end_is_written_again_where_something_may_have_moved_it(
-    tmp_path: Path, hook: str, step: int, batches: int
-) -> None:
-    model = ForeignModule(beta=3.0)
-    trainer = quiet_trainer(
-        tmp_path,
-        callbacks=[KLAnnealing(Linear(steps=4)), Move(hook, step)],
-        max_epochs=2,
-        val_check_interval=12,
-        log_every_n_steps=30,
-    )
-    trainer.fit(model, loader(48), loader(4) if hook == "on_validation_end" else None)
-    expected = [3.0 * min(1, number / 4) for number in range(48)]
-    expected[step + 1 : step + 1 + batches] = [9.0] * batches
-    assert model.used == pytest.approx(expected)
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), 0.01)
 
 
-@pytest.mark.filterwarnings("ignore:.*on_train_batch_end.* sets it too|.*something else sets it too")
-def test_a_number_at_its_end_is_written_at_every_step_where_something_moves_it(tmp_path: Path) -> None:
-    model = ForeignModule(beta=3.0)
-    callbacks = [KLAnnealing(Linear(steps=4)), Move("on_train_batch_end", None)]
-    quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(model, loader(48))
-    expected = [3.0 * min(1, number / 4) for number in range(24)]
-    expected[5] = 9.0  # the first step that the number was left alone for, after which that is noticed
-    assert model.used == pytest.approx(expected)
+@pytest.mark.filterwarnings("ignore:.* sets it too")
+@pytest.mark.parametrize("how", ["an optimizer", "at each step", "once"])
+def test_a_number_at_its_end_is_the_schedules_at_every_step(tmp_path: Path, how: str) -> None:
+    model = Moved(how)
+    trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=4))], max_epochs=1, log_every_n_steps=50)
+    trainer.fit(model, loader(48))
+    assert model.used == pytest.approx([3.0 * min(1, step / 4) for step in range(24)])
 
 
 @pytest.mark.parametrize("attribute", [["beta", "gamma"], ["gamma", "beta"]])
