@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from lightning_vae import VAE, AtomicCheckpointIO, FlushedCurves
+from lightning_vae import VAE, AtomicCheckpointIO, FlushedCurves, LastCheckpoint
 from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules.base import DataModule
 
@@ -61,14 +61,13 @@ class Case:
 
 def whole_stack(case: Case, saves: bool = True, watch: Sequence[pl.Callback] = (), **options: Any) -> float:
     """Train with all that `configs/digits.yaml` and the command have, but for the callbacks that draw."""
-    best, last = {"monitor": "val/loss", "filename": "best"}, {"monitor": "step", "mode": "max", "filename": "last"}
     callbacks = [
         KLAnnealing(Linear(fraction=0.3)),
         FreeBits(FREE_BITS),
         CollapseDetector(),
         TQDMProgressBar(refresh_rate=20),
         FlushedCurves(),
-        *(ModelCheckpoint(**each) for each in (best, last) if saves),
+        *([ModelCheckpoint(monitor="val/loss", filename="best"), LastCheckpoint()] if saves else []),
         *watch,
     ]
     options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}

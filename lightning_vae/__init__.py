@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .evaluation import Evaluation as Evaluation
     from .evaluation import evaluate as evaluate
     from .flushed_curves import FlushedCurves as FlushedCurves
+    from .last_checkpoint import LastCheckpoint as LastCheckpoint
     from .likelihoods import Bernoulli as Bernoulli
     from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
@@ -40,6 +41,7 @@ _MODULES = {
     "compare": ("compare_latents",),
     "evaluation": ("Evaluation", "evaluate"),
     "flushed_curves": ("FlushedCurves",),
+    "last_checkpoint": ("LastCheckpoint",),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),

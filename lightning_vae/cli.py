@@ -35,7 +35,7 @@ from . import likelihoods as likelihoods
 from . import networks as networks
 from .checkpoint_io import AtomicCheckpointIO, SaveError, read
 from .flushed_curves import FlushedCurves
-from .kept_checkpoints import keeper_of_best, path_of_newest
+from .last_checkpoint import LastCheckpoint
 from .latents_writer import LatentsWriter
 from .messages import readable
 from .processes import in_group, leave_processes
@@ -243,8 +243,10 @@ class VAECLI(LightningCLI):
         if self.config["fit"]["same_run"] and self.trainer.global_step == self._resumed_step:
             # Nothing was left to train, but the run may have been killed between its last two saves.
             for checkpoint in self.trainer.checkpoint_callbacks:
-                if isinstance(checkpoint, ModelCheckpoint) and (path := path_of_newest(checkpoint)):
-                    self.trainer.save_checkpoint(path)
+                if isinstance(checkpoint, LastCheckpoint):
+                    self.trainer.save_checkpoint(checkpoint.path)
+                elif isinstance(checkpoint, ModelCheckpoint) and checkpoint.last_model_path:
+                    self.trainer.save_checkpoint(checkpoint.last_model_path)
         if not self.trainer.is_global_zero:
             return
         lines = {}
@@ -258,7 +260,7 @@ class VAECLI(LightningCLI):
             if "latent/active_units" in metrics:
                 units = int(metrics["latent/active_units"])
                 lines["At the end"] += f", {units} of {self.model.latent_dim} units active"
-        if best := keeper_of_best(self.trainer):
+        if best := finished_fit.keeper_of_best(self.trainer):
             score = best.best_model_score
             monitored = f"  ({best.monitor} {score:.4g})" if score is not None else ""
             lines["Checkpoint"] = os.path.relpath(best.best_model_path) + monitored

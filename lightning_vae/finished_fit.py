@@ -12,9 +12,10 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from . import __version__
-from .kept_checkpoints import keeper_of_best
+from .last_checkpoint import LastCheckpoint
 from .whole_file import whole_file
 
 _NAME = "fit.json"
@@ -42,6 +43,16 @@ def write(folder: Path, trainer: Trainer, limits: Mapping[str, Any]) -> None:
     }
     with whole_file(folder / _NAME) as file:
         file.write(json.dumps(found, indent=2).encode())
+
+
+def keeper_of_best(trainer: Trainer) -> ModelCheckpoint | None:
+    """Return the first callback that has kept the best checkpoint; where none monitors, the one that keeps the last.
+
+    Args:
+        trainer: What has trained.
+    """
+    kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
+    return min(kept, key=lambda each: (each.monitor is None, not isinstance(each, LastCheckpoint)), default=None)
 
 
 def read(folder: Path) -> dict[str, Any] | None:

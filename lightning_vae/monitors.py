@@ -10,8 +10,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from .kept_checkpoints import keeps_newest
-
 _SKIPS_LAST = RequirementCache("lightning>=2.6.0")
 
 
@@ -25,20 +23,26 @@ def check_monitors(trainer: Trainer) -> None:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: If an ELBO is to be made small.
     """
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    schedulers = [(each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs]
-    for owner, monitor in [(each, getattr(each, "monitor", None)) for each in callbacks] + schedulers:
+    for owner, monitor in [(each, getattr(each, "monitor", None)) for each in callbacks] + [
+        (each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs
+    ]:
         mode = getattr(owner, "mode", None)
         if isinstance(monitor, str) and monitor.rpartition("/")[2] == "elbo" and mode == "min":
             raise MisconfigurationException(
                 f"{type(owner).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: "
                 "the ELBO is higher when better. Use mode='max', or monitor 'val/loss'."
             )
-    kept = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
-    for each in kept:
-        if each.save_last and not any(map(keeps_newest, kept)) and _SKIPS_LAST:
+    savers = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
+    if not _SKIPS_LAST or any(_saves_regardless(each) for each in savers):
+        return
+    for each in savers:
+        if each.save_last and each.every_n_epochs and each.save_top_k > 0:
             rank_zero_warn(
                 f"ModelCheckpoint(monitor={each.monitor!r}, save_last={each.save_last!r}): since Lightning 2.6 "
                 "`last.ckpt` is written only when the model is among the best, so a run that goes on from it loses all "
-                "steps since then. Leave `save_last` out, and add ModelCheckpoint(monitor='step', mode='max', "
-                "filename='last')."
+                "steps since then. Leave `save_last` out, and add `lightning_vae.LastCheckpoint` to the callbacks."
             )
+
+
+def _saves_regardless(callback: ModelCheckpoint) -> bool:
+    return callback.monitor is None and callback.save_top_k != 0 and not callback.save_weights_only

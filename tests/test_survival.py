@@ -22,7 +22,6 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning_vae.checkpoint_io import AtomicCheckpointIO, SaveError, read
 from lightning_vae.cli import VAECLI, command_line, main
 from lightning_vae.flushed_curves import FlushedCurves
-from lightning_vae.kept_checkpoints import keeps_newest
 from lightning_vae.run_folders import newest_checkpoint
 from lightning_vae.whole_file import _HOST, whole_file
 from tests.doubles import RecordingVAE, loader, quiet_trainer
@@ -32,9 +31,7 @@ ROOT = Path(__file__).parent.parent
 LINEAR = ["--config", str(ROOT / "configs" / "linear.yaml"), "--data.size=96", "--data.batch_size=16",
           "--trainer.log_every_n_steps=4", "--trainer.max_epochs=3", "--trainer.callbacks=null",
           "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss",
-          "--trainer.callbacks.filename=best",
-          "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.filename=last",
-          "--trainer.callbacks.monitor=step", "--trainer.callbacks.mode=max",
+          "--trainer.callbacks.filename=best", "--trainer.callbacks+=LastCheckpoint",
           "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
 LOOP = ["fit", *LINEAR, "--ckpt_path=last", "--same_run=true"]
 RUN = Path("logs/linear/version_0")
@@ -272,11 +269,17 @@ def test_what_is_no_better_is_saved_too(capsys):
     assert str(CHECKPOINTS / "best.ckpt") in capsys.readouterr().out
 
 
+def test_a_run_that_goes_on_from_its_first_best_keeps_the_newest_under_the_same_name(capsys):
+    unchanging = ["fit", *LINEAR, "--optimizer.lr=0"]
+    main(unchanging)
+    main([*unchanging, f"--ckpt_path={CHECKPOINTS / 'best.ckpt'}", "--same_run=true", "--trainer.max_epochs=4"])
+    assert {path.name: step_of(path) for path in CHECKPOINTS.iterdir()} == {"best.ckpt": 6, "last.ckpt": 24}
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_config_saves_after_each_validation(config):
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    kept = [ModelCheckpoint(**each["init_args"]) for each in callbacks if each["class_path"] == "ModelCheckpoint"]
-    assert [each.filename for each in kept if keeps_newest(each)] == ["last"]
+    assert {"class_path": "LastCheckpoint"} in callbacks
 
 
 def test_a_run_that_ends_between_two_saves_makes_up_for_the_second(capsys):

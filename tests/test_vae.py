@@ -23,6 +23,7 @@ from lightning_vae import (
     ConvEncoder,
     DiscretisedLogistic,
     Gaussian,
+    LastCheckpoint,
     MLPDecoder,
     MLPEncoder,
 )
@@ -321,12 +322,20 @@ def test_an_epoch_mean_can_be_monitored(tmp_path):
 
 @pytest.mark.skipif(not RequirementCache("lightning>=2.6"), reason="before, the last was always saved")
 @pytest.mark.parametrize(
-    ("others", "warns"),
-    [([], True), ([{"monitor": "step", "mode": "max"}], False), ([{}], False), ([{"monitor": "val/rate"}], True)],
+    ("options", "others", "warns"),
+    [
+        ({}, [], True),
+        ({}, [LastCheckpoint()], False),
+        ({}, [ModelCheckpoint()], False),
+        ({}, [ModelCheckpoint(save_top_k=0)], True),
+        ({}, [ModelCheckpoint(save_weights_only=True)], True),
+        ({}, [ModelCheckpoint(monitor="val/rate")], True),
+        ({"save_top_k": -1}, [], False),
+        ({"every_n_train_steps": 2}, [], False),
+    ],
 )
-def test_a_last_checkpoint_that_is_not_the_last_is_said(tmp_path, others, warns):
-    options = [{"monitor": "val/loss", "save_last": True}, *others]
-    callbacks = [ModelCheckpoint(tmp_path, filename=str(n), **each) for n, each in enumerate(options)]
+def test_a_last_checkpoint_that_is_not_the_last_is_said(tmp_path, options, others, warns):
+    callbacks = [ModelCheckpoint(monitor="val/loss", filename="best", save_last=True, **options), *others]
     with pytest.warns(UserWarning, match="only when the model is among the best") if warns else nullcontext():
         trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True).fit(small(), loader(), loader())
 
