@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from lightning_vae import VAE, AtomicCheckpointIO, FlushedCurves, LastCheckpoint
+from lightning_vae import VAE, AtomicCheckpointIO, FlushedCurves, LastCheckpoint, NullProfiler
 from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules.base import DataModule
 
@@ -70,7 +70,7 @@ def whole_stack(case: Case, saves: bool = True, watch: Sequence[pl.Callback] = (
         *([ModelCheckpoint(monitor="val/loss", filename="best"), LastCheckpoint()] if saves else []),
         *watch,
     ]
-    options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}
+    options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()], "profiler": NullProfiler()}
     with tempfile.TemporaryDirectory() as folder:
         logger = TensorBoardLogger(folder, default_hp_metric=False)
         return fit(case, case.module(), *loaders(case), logger=logger, callbacks=callbacks, **options)

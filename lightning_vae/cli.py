@@ -38,6 +38,7 @@ from .flushed_curves import FlushedCurves
 from .last_checkpoint import LastCheckpoint
 from .latents_writer import LatentsWriter
 from .messages import readable
+from .null_profiler import NullProfiler
 from .processes import in_group, leave_processes
 from .report import EvaluationReport
 from .resuming import first_step
@@ -183,6 +184,8 @@ class VAECLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        if config["profiler"] is None and not config["barebones"]:  # which refuses any
+            config["profiler"] = NullProfiler()
         return super()._instantiate_trainer(config, [*callbacks, FlushedCurves()])
 
     @override
