@@ -36,7 +36,7 @@ def check_monitors(trainer: Trainer) -> None:
     if not _SKIPS_LAST or any(_saves_regardless(each) for each in savers):
         return
     for each in savers:
-        if each.save_last and each.every_n_epochs and each.save_top_k > 0:
+        if each.save_last and each.monitor and each.every_n_epochs and each.save_top_k > 0:
             rank_zero_warn(
                 f"ModelCheckpoint(monitor={each.monitor!r}, save_last={each.save_last!r}): since Lightning 2.6 "
                 "`last.ckpt` is written only when the model is among the best, so a run that goes on from it loses all "

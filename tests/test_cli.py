@@ -393,7 +393,7 @@ def test_without_a_gpu_torch_need_not_look_for_one_at_each_step(monkeypatch):
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
-def test_nothing_is_profiled_unless_it_is_asked_for(tmp_path):
+def test_nothing_is_profiled_unless_it_is_asked_for():
     class Built(VAECLI):
         def _run_subcommand(self, subcommand):
             pass

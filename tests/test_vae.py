@@ -332,10 +332,12 @@ def test_an_epoch_mean_can_be_monitored(tmp_path):
         ({}, [ModelCheckpoint(monitor="val/rate")], True),
         ({"save_top_k": -1}, [], False),
         ({"every_n_train_steps": 2}, [], False),
+        ({"monitor": None, "save_weights_only": True}, [], False),  # its last is the last
     ],
 )
 def test_a_last_checkpoint_that_is_not_the_last_is_said(tmp_path, options, others, warns):
-    callbacks = [ModelCheckpoint(monitor="val/loss", filename="best", save_last=True, **options), *others]
+    options = {"monitor": "val/loss", "filename": "best", "save_last": True, **options}
+    callbacks = [ModelCheckpoint(**options), *others]
     with pytest.warns(UserWarning, match="only when the model is among the best") if warns else nullcontext():
         trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True).fit(small(), loader(), loader())
 
