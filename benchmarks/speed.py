@@ -186,7 +186,7 @@ def main() -> None:
     floor = {"the matrix products alone": matrix_products}
     compare("MLP 784-400-32, Fashion-MNIST, batches of 128", mlp, options.rounds, OURS | others | floor)
     compare("Convolutions, 64 by 64, batches of 64", Case(noise, conv), options.rounds, OURS)
-    small = Case(digits, tiny, epochs=120, log_every_n_steps=10)
+    small = Case(digits, tiny, epochs=120, log_every_n_steps=10, keep_every_n_epochs=10)
     compare("The model and the length of configs/digits.yaml", small, options.rounds, OURS | UNSAVED)
     hooks(mlp, 3)
 

@@ -48,6 +48,7 @@ class Case:
     model: Callable[..., TimedVAE]  # called with the data's shape and levels, and options
     epochs: int = 1
     log_every_n_steps: int = 50
+    keep_every_n_epochs: int = 1
 
     def module(self, **options: Any) -> TimedVAE:
         """Make the model anew."""
@@ -67,13 +68,18 @@ def whole_stack(case: Case, saves: bool = True, watch: Sequence[pl.Callback] = (
         CollapseDetector(),
         TQDMProgressBar(refresh_rate=20),
         FlushedCurves(),
-        *([ModelCheckpoint(monitor="val/loss", filename="best"), LastCheckpoint()] if saves else []),
+        *(checkpoints(case) if saves else []),
         *watch,
     ]
     options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()], "profiler": NullProfiler()}
     with tempfile.TemporaryDirectory() as folder:
         logger = TensorBoardLogger(folder, default_hp_metric=False)
         return fit(case, case.module(), *loaders(case), logger=logger, callbacks=callbacks, **options)
+
+
+def checkpoints(case: Case) -> list[pl.Callback]:
+    best, newest = ModelCheckpoint(monitor="val/loss", filename="best"), LastCheckpoint(None, case.keep_every_n_epochs)
+    return [best, newest]
 
 
 def bare_trainer(case: Case) -> float:

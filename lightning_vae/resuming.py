@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import SequentialSampler
@@ -53,7 +55,7 @@ def unfinished_batch(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, 
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if not (trainer.training and total.completed + 1 == total.processed == total.ready):
         epochs, step = cast(_ProcessedTracker, fit_loop.epoch_progress.total), step + int(trainer.validating)
-        plateaus = epochs.completed + 1 == epochs.processed
+        plateaus = epochs.completed + 1 == epochs.processed and batches.is_last_batch
         return {"step": step, "logged": {}, "follows": "plateaus" if plateaus else None, "metrics": metrics}
 
     logs = trainer._logger_connector.should_update_logs and not fit_loop._should_accumulate()
@@ -101,13 +103,23 @@ def finish_batch(trainer: Trainer, unfinished: dict[str, Any]) -> None:
         trainer: What resumes.
         unfinished: What :func:`unfinished_batch` found.
     """
-    loaders, validation = trainer.fit_loop._combined_loader, trainer.fit_loop.epoch_loop.val_loop
-    if loaders is not None and (places := trainer.fit_loop._combined_loader_states_to_load):
+    fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    validation = loop.val_loop
+    loaders = fit_loop._combined_loader
+    if loaders is not None and (places := fit_loop._combined_loader_states_to_load):
         # Who asks for `trainer.estimated_stepping_batches` early, as learning rate schedules do, has the loaders made
         # before Lightning has read where they were, and it would forget that.
         loaders._load_state_dicts(places)
-        trainer.fit_loop._combined_loader_states_to_load = []
-        iter(trainer.fit_loop._data_fetcher)  # type: ignore[arg-type]
+        fit_loop._combined_loader_states_to_load = []
+        iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
+    if fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end:
+        _take_up_the_epoch(fit_loop)
+    between = loop.restarted_on_last and not validation.restarted_mid_evaluation and unfinished["follows"] is None
+    if between and not fit_loop._should_accumulate():
+        # Where a validation is due, Lightning passes over the one that has been and counts the step; else it does not.
+        assert fit_loop._data_fetcher is not None
+        is_due = loop._should_check_val_fx(fit_loop._data_fetcher)
+        loop._batches_that_stepped = unfinished["step"] - int(is_due)
     trainer._logger_connector._callback_metrics.update(
         {name: torch.tensor(value) for name, value in unfinished["metrics"].items()}
     )
@@ -120,7 +132,7 @@ def finish_batch(trainer: Trainer, unfinished: dict[str, Any]) -> None:
     elif unfinished["follows"] == "epoch_end":
         validation._has_run = True
     elif unfinished["follows"] == "plateaus":
-        trainer.fit_loop.epoch_loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
+        loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
 
 
 def end_first_epoch(trainer: Trainer) -> None:
@@ -129,8 +141,24 @@ def end_first_epoch(trainer: Trainer) -> None:
     Args:
         trainer: What has resumed.
     """
-    trainer.fit_loop.restarting = False  # else schedulers that monitor a metric are not updated
+    _set_restarting(trainer.fit_loop, False)  # else schedulers that monitor a metric are not updated
     trainer.fit_loop.epoch_loop.on_iteration_done()
+
+
+def _take_up_the_epoch(fit_loop: _FitLoop) -> None:
+    """Leave an epoch that has ended behind, and go on with one that the end of the run has cut short."""
+    loop, epochs = fit_loop.epoch_loop, fit_loop.epoch_progress
+    cut_short = not loop.batch_progress.is_last_batch
+    for progress in (cast(_ProcessedTracker, epochs.total), cast(_ProcessedTracker, epochs.current)):
+        progress.processed = progress.completed = progress.ready - int(cut_short)
+    # Where `max_steps` is given, Lightning would go through the end of the epoch again, and count a step there.
+    _set_restarting(fit_loop, cut_short)
+    fit_loop.update_restart_stage()
+
+
+def _set_restarting(loop: _FitLoop, restarting: bool) -> None:
+    """Say whether a loop resumes; its own setter says that it does wherever `max_steps` is given."""
+    _Loop.restarting.fset(loop, restarting)  # type: ignore[attr-defined]
 
 
 def say_what_is_lost(trainer: Trainer) -> None:

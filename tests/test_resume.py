@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_vae import VAE, MLPDecoder, MLPEncoder
+from lightning_vae import VAE, LastCheckpoint, MLPDecoder, MLPEncoder
 from lightning_vae.callbacks import (
     CollapseDetector,
     Cosine,
@@ -42,16 +42,18 @@ pytestmark = [
 
 
 class Scheduled(VAE):
-    """A small VAE under a learning rate schedule that knows the length of the run, or that looks at the validation."""
+    """A small VAE, under a learning rate schedule that knows the length of the run or looks at the validation."""
 
-    def __init__(self, plateau: bool) -> None:
+    def __init__(self, rate: str) -> None:
         narrow = {"encoder": partial(MLPEncoder, hidden=(8,)), "decoder": partial(MLPDecoder, hidden=(8,))}
         super().__init__(Digits.shape, Digits.levels, latent_dim=4, **narrow)
-        self.plateau = plateau
+        self.rate = rate
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.Adam(self.parameters(), lr=1e-3)
-        if self.plateau:  # a threshold that no epoch meets: the rate falls each time
+        if self.rate == "constant":
+            return optimizer
+        if self.rate == "plateau":  # a threshold that no epoch meets: the rate falls each time
             scheduler = {"scheduler": ReduceLROnPlateau(optimizer, patience=0, threshold=10.0), "monitor": "val/loss"}
             return {"optimizer": optimizer, "lr_scheduler": scheduler}
         total = int(self.trainer.estimated_stepping_batches)
@@ -79,7 +81,7 @@ def saving(folder: Path) -> list[Callback]:
 def run(folder: Path, callbacks: list[Callback], more: list[Callback], ckpt: Path | None, **options: Any) -> Any:
     """Fit, writing to TensorBoard; return all that training has made."""
     torch.manual_seed(0 if ckpt is None else 1)  # nothing may depend on what the new process has drawn before
-    plateau = options.pop("plateau", False)
+    rate = options.pop("rate", "one cycle")
     saved = torch.load(ckpt, weights_only=True)["lightning_vae"] if ckpt else {}
     purge = saved["unfinished"]["step"] if ckpt else None
     logger = TensorBoardLogger(folder, name="", version="run", default_hp_metric=False, purge_step=purge)
@@ -91,13 +93,13 @@ def run(folder: Path, callbacks: list[Callback], more: list[Callback], ckpt: Pat
         **options,
     }
     trainer = quiet_trainer(folder, logger=logger, callbacks=[*callbacks, *more], **options)
-    vae = Scheduled(plateau)
+    vae = Scheduled(rate)
     # 3 batches an epoch; the seed of the data's order is the module's own
     trainer.fit(vae, datamodule=Digits(batch_size=450), ckpt_path=ckpt, weights_only=True if ckpt else None)
     return {
         "parameters": vae.state_dict(),
         "optimizer": trainer.optimizers[0].state_dict(),
-        "learning rate": trainer.lr_scheduler_configs[0].scheduler.state_dict(),
+        "learning rate": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
         "knobs": (float(vae.beta), float(vae.free_bits)),
         "callbacks": {each.state_key: each.state_dict() for each in callbacks},
         "steps": (trainer.global_step, trainer.current_epoch, trainer.fit_loop.epoch_loop._batches_that_stepped),
@@ -142,15 +144,20 @@ def steered() -> list[Callback]:
     ("make", "options"),
     [
         (annealed, {}),
-        (annealed, {"plateau": True}),
+        (annealed, {"rate": "plateau"}),
         (annealed, {"accumulate_grad_batches": 2}),
         (annealed, {"val_check_interval": 2}),
         (annealed, {"check_val_every_n_epoch": 2}),
         (annealed, {"limit_val_batches": 0}),
+        (annealed, {"max_epochs": -1, "max_steps": 8}),
+        (annealed, {"max_epochs": -1, "max_steps": 9, "rate": "plateau"}),
+        (annealed, {"max_epochs": -1, "max_steps": 8, "val_check_interval": 2}),
+        (annealed, {"max_epochs": -1, "max_steps": 9, "limit_val_batches": 0}),
         (steered, {"gradient_clip_val": 1.0}),
     ],
-    ids=["plain", "plateau", "accumulation", "validation amid epochs", "each second epoch", "no validation", "steered"],
-)
+    ids=["plain", "plateau", "accumulation", "validation amid epochs", "each second epoch", "no validation", "steps",
+         "steps, plateau", "steps, validation amid epochs", "steps, no validation", "steered"],
+)  # fmt: skip
 def test_resumed_from_any_save_a_run_ends_bit_by_bit_as_the_uninterrupted_one(
     make: Any, options: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -171,6 +178,41 @@ def test_resumed_from_any_save_a_run_ends_bit_by_bit_as_the_uninterrupted_one(
         found = run(folder, make(), [*monitor, *saving(folder)[:ends]], path, **options)
         assert_identical(found, expected, folder.name)
         assert curves(folder) == expected_curves, folder.name
+
+
+class Stop(Callback):
+    """Ends the run after a step, as a limit on its time does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("ended", [{"max_steps": 8}, {"max_steps": 9}, {"max_epochs": 3}, 7, 8, 9], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"val_check_interval": 2}, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}],
+    ids=["plain", "validation amid epochs", "each second epoch", "no validation"],
+)
+def test_a_run_that_has_ended_anywhere_goes_on_as_the_longer_one(ended: Any, options: Any, tmp_path: Path) -> None:
+    def schedules() -> list[Callback]:
+        return [KLAnnealing(Linear(steps=8)), FreeBits(0.1)]
+
+    longer = {"max_epochs": -1, "max_steps": 12} if "max_steps" in str(ended) else {"max_epochs": 4}
+    more = [Stop(ended)] if isinstance(ended, int) else []
+    shorter = longer if isinstance(ended, int) else longer | ended
+    options = options | {"rate": "constant"}
+    expected = run(tmp_path / "whole", schedules(), [], None, **longer, **options)
+    begun = run(
+        tmp_path, schedules(), [LastCheckpoint(tmp_path, every_n_epochs=100), *more], None, **shorter, **options
+    )
+    last = tmp_path / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == begun["steps"][0] < expected["steps"][0]
+    found = run(tmp_path / "on", schedules(), [LastCheckpoint(tmp_path / "on", 100)], last, **longer, **options)
+    for part in ("parameters", "optimizer", "knobs", "steps"):
+        assert_identical(found[part], expected[part], part)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
 from lightning_vae.checkpoint_io import AtomicCheckpointIO, SaveError, read
 from lightning_vae.cli import VAECLI, command_line, main
 from lightning_vae.flushed_curves import FlushedCurves
+from lightning_vae.last_checkpoint import LastCheckpoint
 from lightning_vae.run_folders import newest_checkpoint
 from lightning_vae.whole_file import _HOST, whole_file
 from tests.doubles import RecordingVAE, loader, quiet_trainer
@@ -276,10 +277,29 @@ def test_a_run_that_goes_on_from_its_first_best_keeps_the_newest_under_the_same_
     assert {path.name: step_of(path) for path in CHECKPOINTS.iterdir()} == {"best.ckpt": 6, "last.ckpt": 24}
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [({"max_epochs": 5}, [12, 24, 30]), ({"max_epochs": 4}, [12, 24]), ({"max_steps": 20}, [12, 20]),
+     ({"max_epochs": 5, "limit_val_batches": 0}, [12, 24, 30]), ({"max_epochs": 2, "val_check_interval": 3}, [9, 12])],
+)  # fmt: skip
+def test_the_newest_is_kept_in_every_so_many_epochs_and_at_the_end(tmp_path, monkeypatch, options, steps):
+    saved = []
+    monkeypatch.setattr(Trainer, "save_checkpoint", lambda trainer, *_: saved.append(trainer.global_step))
+    trainer = quiet_trainer(tmp_path, callbacks=[LastCheckpoint(every_n_epochs=2)], enable_checkpointing=True,
+                            num_sanity_val_steps=0, **options)  # fmt: skip
+    trainer.fit(RecordingVAE(), loader(), loader())
+    assert saved == steps
+
+
+def test_a_number_of_epochs_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="`every_n_epochs` must be at least 1, got 0"):
+        LastCheckpoint(every_n_epochs=0)
+
+
 @pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_config_saves_after_each_validation(config):
+def test_every_config_keeps_the_newest(config):
     callbacks = yaml.safe_load(config.read_text())["trainer"]["callbacks"]
-    assert {"class_path": "LastCheckpoint"} in callbacks
+    assert "LastCheckpoint" in [callback["class_path"] for callback in callbacks]
 
 
 def test_a_run_that_ends_between_two_saves_makes_up_for_the_second(capsys):
