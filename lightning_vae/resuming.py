@@ -112,7 +112,8 @@ def finish_batch(trainer: Trainer, unfinished: dict[str, Any]) -> None:
         loaders._load_state_dicts(places)
         fit_loop._combined_loader_states_to_load = []
         iter(fit_loop._data_fetcher)  # type: ignore[arg-type]
-    if fit_loop.restarted_on_epoch_end or fit_loop.resumed_on_epoch_end:
+    epochs = cast(_ProcessedTracker, fit_loop.epoch_progress.total)
+    if 0 < epochs.ready == epochs.processed:  # saved when an epoch ended, or afterwards
         _take_up_the_epoch(fit_loop)
     between = loop.restarted_on_last and not validation.restarted_mid_evaluation and unfinished["follows"] is None
     if between and not fit_loop._should_accumulate():
@@ -162,11 +163,16 @@ def _set_restarting(loop: _FitLoop, restarting: bool) -> None:
 
 
 def say_what_is_lost(trainer: Trainer) -> None:
-    """Warn of a training loader that does not know its place, so that the order of the data is another one.
+    """Warn of gradients that were not saved, and of a training loader that does not know its place.
 
     Args:
         trainer: What resumes.
     """
+    if trainer.fit_loop._should_accumulate():
+        rank_zero_warn(
+            f"The checkpoint was saved amid {trainer.accumulate_grad_batches} batches whose gradients are accumulated "
+            "(`accumulate_grad_batches`). It does not hold those so far, so the first step takes the others' alone."
+        )
     loaders = trainer.fit_loop._combined_loader
     amid = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.num_training_batches
     for loader in loaders.flattened if loaders is not None else ():

@@ -180,14 +180,17 @@ def test_resumed_from_any_save_a_run_ends_bit_by_bit_as_the_uninterrupted_one(
         assert curves(folder) == expected_curves, folder.name
 
 
-class Stop(Callback):
-    """Ends the run after a step, as a limit on its time does."""
+class Ends(Callback):
+    """Ends the run after a step, as a limit on its time does, and saves when it has ended."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int | None, path: Path) -> None:
+        self.step, self.path = step, path
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step == self.step
+
+    def on_train_end(self, trainer: Trainer, *_: Any) -> None:
+        trainer.save_checkpoint(self.path)
 
 
 @pytest.mark.parametrize("ended", [{"max_steps": 8}, {"max_steps": 9}, {"max_epochs": 3}, 7, 8, 9], ids=str)
@@ -201,18 +204,20 @@ def test_a_run_that_has_ended_anywhere_goes_on_as_the_longer_one(ended: Any, opt
         return [KLAnnealing(Linear(steps=8)), FreeBits(0.1)]
 
     longer = {"max_epochs": -1, "max_steps": 12} if "max_steps" in str(ended) else {"max_epochs": 4}
-    more = [Stop(ended)] if isinstance(ended, int) else []
     shorter = longer if isinstance(ended, int) else longer | ended
     options = options | {"rate": "constant"}
     expected = run(tmp_path / "whole", schedules(), [], None, **longer, **options)
-    begun = run(
-        tmp_path, schedules(), [LastCheckpoint(tmp_path, every_n_epochs=100), *more], None, **shorter, **options
-    )
-    last = tmp_path / "last.ckpt"
-    assert torch.load(last, weights_only=True)["global_step"] == begun["steps"][0] < expected["steps"][0]
-    found = run(tmp_path / "on", schedules(), [LastCheckpoint(tmp_path / "on", 100)], last, **longer, **options)
-    for part in ("parameters", "optimizer", "knobs", "steps"):
-        assert_identical(found[part], expected[part], part)
+    last, afterwards = tmp_path / "last.ckpt", tmp_path / "afterwards.ckpt"
+    ends = Ends(ended if isinstance(ended, int) else None, afterwards)
+    saves = LastCheckpoint(tmp_path, every_n_epochs=100)
+    begun = run(tmp_path, schedules(), [saves, ends], None, **shorter, **options)
+    for path in (last, afterwards):
+        assert torch.load(path, weights_only=True)["global_step"] == begun["steps"][0] < expected["steps"][0]
+        found = run(
+            tmp_path / path.stem, schedules(), [LastCheckpoint(tmp_path / "on", 100)], path, **longer, **options
+        )
+        for part in ("parameters", "optimizer", "knobs", "steps"):
+            assert_identical(found[part], expected[part], f"{path.stem} {part}")
 
 
 @pytest.mark.parametrize(
@@ -307,6 +312,18 @@ def test_another_length_of_the_run_is_said(saved: Path, caplog: pytest.LogCaptur
     with caplog.at_level("INFO"):
         go_on(saved, Adams())
     assert "not as long as when it was saved: max_epochs 1 -> 2" in caplog.text
+
+
+@pytest.mark.parametrize(("interval", "says"), [(3, True), (2, False)])
+def test_accumulated_gradients_that_are_not_saved_are_said(interval: int, says: bool, tmp_path: Path) -> None:
+    options = {"accumulate_grad_batches": 2, "val_check_interval": interval, "limit_train_batches": 4, "logger": False}
+    saves = AtValidationEnd(tmp_path, filename="{step}", save_top_k=-1, save_on_train_epoch_end=False)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[saves], enable_checkpointing=True, **options)
+    trainer.fit(Adams(), datamodule=Digits())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        go_on(min(tmp_path.glob("*.ckpt")), Adams(), limit_val_batches=1, **options)
+    assert any("does not hold those so far" in str(each.message) for each in caught) is says
 
 
 @pytest.mark.parametrize(("shuffle", "batches", "says"), [(True, 2, True), (False, 2, False), (False, 3, True)])
