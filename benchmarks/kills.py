@@ -2,6 +2,7 @@
 
     python benchmarks/kills.py
     python benchmarks/kills.py --every 4
+    python benchmarks/kills.py --in-steps
 
 A small run of `fit ... --ckpt_path last --same_run true` is killed with SIGKILL and started anew, as often as asked
 for, and then left to end. The table compares it with a run that nothing has disturbed. Temporary files lie on another
@@ -171,7 +172,7 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def kill_again_and_again(saves: int, others: int, epochs: int, every: int = 0) -> dict[str, Any]:
+def kill_again_and_again(saves: int, others: int, epochs: int, every: int, in_steps: bool) -> dict[str, Any]:
     """Kill a run in this folder, let it end, and compare it with one that was left alone.
 
     Args:
@@ -179,17 +180,20 @@ def kill_again_and_again(saves: int, others: int, epochs: int, every: int = 0) -
         others: Number of other kills.
         epochs: Length of the run.
         every: Steps between further saves amid the epochs; 0 saves after validation alone.
+        in_steps: Whether the length is given to the Trainer in steps, which it resumes otherwise.
 
     Returns:
         What was seen, by name.
     """
     Path("config.yaml").write_text(CONFIG + (EVERY.format(every) if every else ""))
     reached = mmap(-1, 8)
-    length = f"--trainer.max_epochs={epochs}"
-    if attempt([length, "--trainer.logger.version=alone"], reached):
+    length = [f"--trainer.max_epochs={epochs}"]
+    if in_steps:
+        length = ["--trainer.max_epochs=-1", f"--trainer.max_steps={epochs * EPOCH}"]
+    if attempt([*length, "--trainer.logger.version=alone"], reached):
         raise RuntimeError(Path("log.txt").read_text())
     alone, killed = Path("runs/alone"), Path("runs/killed")
-    command = [length, "--trainer.logger.version=killed", "--ckpt_path=last", "--same_run=true"]
+    command = [*length, "--trainer.logger.version=killed", "--ckpt_path=last", "--same_run=true"]
     draw = random.Random(0)
     places = [IN_SAVE[n % len(IN_SAVE)] for n in range(saves)] + [ELSEWHERE[n % len(ELSEWHERE)] for n in range(others)]
     draw.shuffle(places)
@@ -241,6 +245,7 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=20, help="kills at other places")
     parser.add_argument("--epochs", type=int, default=60)
     parser.add_argument("--every", type=int, default=0, help="steps between further saves amid the epochs")
+    parser.add_argument("--in-steps", action="store_true", help="limit the run by steps and not by epochs")
     parser.add_argument("--temporary", default="/dev/shm", help="folder on another filesystem, for TMPDIR")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -250,7 +255,7 @@ def main() -> None:
         os.chdir(folder)
         tempfile.tempdir = os.environ["TMPDIR"] = options.temporary
         another = os.stat(options.temporary).st_dev != os.stat(folder).st_dev
-        seen = kill_again_and_again(options.saves, options.others, options.epochs, options.every)
+        seen = kill_again_and_again(options.saves, options.others, options.epochs, options.every, options.in_steps)
     print(f"torch {torch.__version__}, TMPDIR on {'another' if another else 'the same'} filesystem")
     for name, value in seen.items():
         print(f"{name:32}{value!s:>8}")

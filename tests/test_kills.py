@@ -5,14 +5,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_run_that_is_killed_in_its_saves_loses_nothing(tmp_path):
+@pytest.mark.parametrize("option", ["--every=4", "--in-steps"])
+def test_a_run_that_is_killed_in_its_saves_loses_nothing(option, tmp_path):
     """One kill at each place but a random one; TMPDIR is where the run is not, in memory, if there is such a folder."""
     temporary = "/dev/shm" if Path("/dev/shm").is_dir() else tmp_path
     ended = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "kills.py", "--saves=5", "--others=3", "--epochs=12", "--every=4",
+        [sys.executable, ROOT / "benchmarks" / "kills.py", "--saves=5", "--others=3", "--epochs=12", option,
          f"--temporary={temporary}"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
