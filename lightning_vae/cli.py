@@ -318,8 +318,9 @@ def _find_checkpoint(config: Namespace, resumes: bool) -> None:
         finished = finished_fit.read(run)
         if same_run and finished and finished.get("limits") == _limits(config["trainer"]):
             _say(
-                f"{run} has finished after {finished['steps']} steps: nothing is left to do. Raise "
-                "`--trainer.max_epochs` to go on with it, or leave `--ckpt_path` out to begin another."
+                f"{run} has finished after {finished['steps']} steps: nothing is left to do. Raise the "
+                "limit that ended it, such as `--trainer.max_epochs`, to go on with it, or leave `--ckpt_path` out to "
+                "begin another."
             )
             raise SystemExit(0)
         if found := run_folders.newest_checkpoint(run, resumes):

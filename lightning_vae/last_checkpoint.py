@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +11,15 @@ from typing_extensions import override
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the newest model as ``last.ckpt``: after every validation, better or not, and when training ends.
+    """Keeps the newest model as ``last.ckpt``, better or not: after each epoch, and each validation amid one.
 
     It stands beside the ``ModelCheckpoint`` that keeps the best. That one's ``save_last`` is not enough: since
     Lightning 2.6 it saves only when the model is among the best, and a run that is killed loses the steps since then.
 
     Args:
         dirpath: Folder; by default ``checkpoints`` in the run's.
-        every_n_epochs: Save in every so many epochs alone. Where one takes a fraction of a second, saving each takes a
-            good part of the run. In a run without validation a save comes at the epoch's end.
+        every_n_epochs: Save in every so many epochs alone, and when a limit of the run is reached or it is told to
+            stop. Where an epoch takes a fraction of a second, saving each takes a good part of the run.
 
     Raises:
         ValueError: If ``every_n_epochs`` is below 1.
@@ -30,16 +29,13 @@ class LastCheckpoint(ModelCheckpoint):
         Trainer(callbacks=[ModelCheckpoint(monitor="val/loss", filename="best"), LastCheckpoint()])
     """
 
+    state_key = "LastCheckpoint"  # whatever the options: a run may go on with others
+
     def __init__(self, dirpath: str | Path | None = None, every_n_epochs: int = 1) -> None:
         if every_n_epochs < 1:
             raise ValueError(f"`every_n_epochs` must be at least 1, got {every_n_epochs}.")
         # Without a number behind its name: a run that goes on from another file keeps the newest here, too.
         super().__init__(dirpath, filename="last", every_n_epochs=every_n_epochs, enable_version_counter=False)
-
-    @cached_property  # Lightning asks for it at every hook of every step
-    @override
-    def state_key(self) -> str:
-        return super().state_key
 
     @property
     def path(self) -> str:
@@ -51,13 +47,24 @@ class LastCheckpoint(ModelCheckpoint):
         """Save nothing after a batch, which ``ModelCheckpoint`` would look into at every step."""
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save after a validation amid an epoch."""
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not _stops(trainer):
+            self._save(trainer)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save as ``ModelCheckpoint`` does, and where training ends, whatever ends it."""
-        super().on_train_epoch_end(trainer, pl_module)
-        ends = (
-            trainer.should_stop
-            or trainer.current_epoch + 1 == trainer.max_epochs
-            or trainer.global_step >= trainer.max_steps != -1
-        )
-        if ends and not self._should_skip_saving_checkpoint(trainer):
+        """Save after an epoch, also one that the end of the run cuts short."""
+        self._save(trainer)
+
+    def _save(self, trainer: Trainer) -> None:
+        epoch = trainer.current_epoch + 1
+        is_due = epoch % self._every_n_epochs == 0 or epoch == trainer.max_epochs or _stops(trainer)
+        if is_due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def _stops(trainer: Trainer) -> bool:
+    """Tell whether the run ends with this batch."""
+    stops: bool = trainer.should_stop and trainer.fit_loop._can_stop_early
+    return stops or trainer.global_step >= trainer.max_steps != -1

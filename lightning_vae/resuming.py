@@ -60,9 +60,8 @@ def unfinished_batch(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, 
 
     logs = trainer._logger_connector.should_update_logs and not fit_loop._should_accumulate()
     logged = {name: float(value) for name, value in trainer._logger_connector.metrics["log"].items()} if logs else {}
-    assert fit_loop._data_fetcher is not None
     ends = "epoch_end" if loop._num_ready_batches_reached() else None
-    follows = "validation" if loop._should_check_val_fx(fit_loop._data_fetcher) else ends
+    follows = "validation" if _validation_is_due(trainer) else ends
     if follows:
         saved = checkpoint["loops"]["fit_loop"]
         for progress in ("total", "current"):
@@ -118,9 +117,9 @@ def finish_batch(trainer: Trainer, unfinished: dict[str, Any]) -> None:
     between = loop.restarted_on_last and not validation.restarted_mid_evaluation and unfinished["follows"] is None
     if between and not fit_loop._should_accumulate():
         # Where a validation is due, Lightning passes over the one that has been and counts the step; else it does not.
-        assert fit_loop._data_fetcher is not None
-        is_due = loop._should_check_val_fx(fit_loop._data_fetcher)
+        is_due = _validation_is_due(trainer)
         loop._batches_that_stepped = unfinished["step"] - int(is_due)
+        validation._has_run = not is_due and loop._num_ready_batches_reached()  # the epoch's end follows
     trainer._logger_connector._callback_metrics.update(
         {name: torch.tensor(value) for name, value in unfinished["metrics"].items()}
     )
@@ -155,6 +154,16 @@ def _take_up_the_epoch(fit_loop: _FitLoop) -> None:
     # Where `max_steps` is given, Lightning would go through the end of the epoch again, and count a step there.
     _set_restarting(fit_loop, cut_short)
     fit_loop.update_restart_stage()
+
+
+def _validation_is_due(trainer: Trainer) -> bool:
+    """Tell whether a validation follows the batch, apart from the one that Lightning adds when a run is to stop."""
+    fit_loop, stops = trainer.fit_loop, trainer.should_stop
+    assert fit_loop._data_fetcher is not None
+    trainer.should_stop = False
+    is_due = fit_loop.epoch_loop._should_check_val_fx(fit_loop._data_fetcher)
+    trainer.should_stop = stops
+    return is_due
 
 
 def _set_restarting(loop: _FitLoop, restarting: bool) -> None:

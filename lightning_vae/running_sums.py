@@ -50,10 +50,16 @@ class RunningSums:
         self._start_window()
         return window
 
-    def epoch(self) -> Tensor:
-        """Return the epoch's sums and count, shape ``(size + 1,)``, and start a new epoch; the window goes on."""
+    def epoch(self, has_ended: bool = True) -> Tensor:
+        """Return the epoch's sums and count, shape ``(size + 1,)``, and start a new epoch; the window goes on.
+
+        Args:
+            has_ended: Whether it has; one that the end of the run cuts short goes on when the run does.
+        """
         window = self._since_flush()
-        total, self._epoch = self._epoch.to(window.device) + window, -window
+        total = self._epoch.to(window.device) + window
+        if has_ended:
+            self._epoch = -window
         return total
 
     def first_not_finite(self) -> tuple[int, int] | None:

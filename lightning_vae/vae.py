@@ -292,7 +292,8 @@ class VAE(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Offer the epoch's means to callbacks that monitor them; the loggers have the curve already."""
-        self.trainer.callback_metrics.update(_named("train", _mean(self._train_sums.epoch())))
+        has_ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        self.trainer.callback_metrics.update(_named("train", _mean(self._train_sums.epoch(has_ended))))
         if self._unfinished is not None:
             end_first_epoch(self.trainer)
             self._unfinished = None

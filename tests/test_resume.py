@@ -190,7 +190,18 @@ class Ends(Callback):
         trainer.should_stop = trainer.global_step == self.step
 
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path / "afterwards.ckpt")
+
+
+class Means(ModelCheckpoint):
+    """Notes each epoch's mean of the loss; a ModelCheckpoint, because these are asked after the module."""
+
+    def __init__(self) -> None:
+        super().__init__(save_top_k=0)
+        self.seen: dict[int, float] = {}
+
+    def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+        self.seen[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
 
 
 @pytest.mark.parametrize("ended", [{"max_steps": 8}, {"max_steps": 9}, {"max_epochs": 3}, 7, 8, 9], ids=str)
@@ -206,18 +217,22 @@ def test_a_run_that_has_ended_anywhere_goes_on_as_the_longer_one(ended: Any, opt
     longer = {"max_epochs": -1, "max_steps": 12} if "max_steps" in str(ended) else {"max_epochs": 4}
     shorter = longer if isinstance(ended, int) else longer | ended
     options = options | {"rate": "constant"}
-    expected = run(tmp_path / "whole", schedules(), [], None, **longer, **options)
-    last, afterwards = tmp_path / "last.ckpt", tmp_path / "afterwards.ckpt"
-    ends = Ends(ended if isinstance(ended, int) else None, afterwards)
-    saves = LastCheckpoint(tmp_path, every_n_epochs=100)
-    begun = run(tmp_path, schedules(), [saves, ends], None, **shorter, **options)
-    for path in (last, afterwards):
+    expected = run(tmp_path / "whole", schedules(), [means := Means()], None, **longer, **options)
+    ends = Ends(ended if isinstance(ended, int) else None, tmp_path)
+    saves = [
+        LastCheckpoint(tmp_path, every_n_epochs=100),
+        *saving(tmp_path)[: 2 if "limit_val_batches" in options else 3],
+    ]
+    begun = run(tmp_path, schedules(), [*saves, ends], None, **shorter, **options)
+    paths = [tmp_path / "last.ckpt", tmp_path / "afterwards.ckpt", *tmp_path.glob(f"*/step={begun['steps'][0]}.ckpt")]
+    assert len(paths) >= 4
+    for path in paths:
         assert torch.load(path, weights_only=True)["global_step"] == begun["steps"][0] < expected["steps"][0]
-        found = run(
-            tmp_path / path.stem, schedules(), [LastCheckpoint(tmp_path / "on", 100)], path, **longer, **options
-        )
+        saves = [LastCheckpoint(tmp_path / "on"), *saving(tmp_path / "on")[: len(saves) - 1]]
+        found = run(tmp_path / path.stem, schedules(), [*saves, seen := Means()], path, **longer, **options)
         for part in ("parameters", "optimizer", "knobs", "steps"):
-            assert_identical(found[part], expected[part], f"{path.stem} {part}")
+            assert_identical(found[part], expected[part], f"{path.relative_to(tmp_path)} {part}")
+        assert seen.seen.items() <= means.seen.items(), path
 
 
 @pytest.mark.parametrize(

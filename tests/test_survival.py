@@ -280,7 +280,9 @@ def test_a_run_that_goes_on_from_its_first_best_keeps_the_newest_under_the_same_
 @pytest.mark.parametrize(
     ("options", "steps"),
     [({"max_epochs": 5}, [12, 24, 30]), ({"max_epochs": 4}, [12, 24]), ({"max_steps": 20}, [12, 20]),
-     ({"max_epochs": 5, "limit_val_batches": 0}, [12, 24, 30]), ({"max_epochs": 2, "val_check_interval": 3}, [9, 12])],
+     ({"max_epochs": 5, "limit_val_batches": 0}, [12, 24, 30]), ({"max_epochs": 2, "val_check_interval": 3}, [9, 12]),
+     ({"max_epochs": 3, "val_check_interval": 4}, [10, 12, 16, 18]),
+     ({"max_epochs": 5, "check_val_every_n_epoch": 3}, [12, 24, 30])],
 )  # fmt: skip
 def test_the_newest_is_kept_in_every_so_many_epochs_and_at_the_end(tmp_path, monkeypatch, options, steps):
     saved = []
