@@ -61,21 +61,29 @@ class Attribute:
         """Set the number: a tensor is filled in place, a method returns it from now on, anything else is replaced.
 
         Only what is no tensor waits for the device of a 0-dim one.
+
+        Raises:
+            ValueError: If the place does not take this value.
         """
-        owner: Any = self._root
-        if not self._parents and self._name in owner._buffers:  # where `getattr` would look last
-            current = owner._buffers[self._name]
-        else:
-            owner, current = self._find()
-        if isinstance(current, Tensor):
-            (current.detach() if current.requires_grad else current).fill_(value)
-            self._place = (current.data_ptr(), current._version)
-        else:
-            value = float(value) if isinstance(value, Tensor) else value
-            if isinstance(current, _Returns):
-                current.value = value
+        try:
+            owner: Any = self._root
+            buffers = {} if self._parents else owner._buffers
+            if self._name in buffers:  # where `getattr` would look last
+                current = buffers[self._name]
             else:
-                _set(owner, self._name, _Returns(value) if callable(current) else value)
+                owner, current = self._find()
+            if isinstance(current, Tensor):
+                (current.detach() if current.requires_grad else current).fill_(value)
+                self._place = (current.data_ptr(), current._version)
+            else:
+                value = float(value) if isinstance(value, Tensor) else value
+                if isinstance(current, _Returns):
+                    current.value = value
+                else:
+                    _set(owner, self._name, _Returns(value) if callable(current) else value)
+        except Exception as error:
+            reason = str(error).removeprefix(f"`attribute={self.path!r}`: ")
+            raise ValueError(f"`attribute={self.path!r}` can't be set to {float(value):g}: {reason}") from error
         self._written = value
 
     def holds(self) -> bool:

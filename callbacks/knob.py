@@ -36,6 +36,8 @@ class Knob:
         self._attributes = [] if setter else [Attribute(pl_module, path) for path in paths]
         self._setter = setter
         self._pl_module = pl_module
+        if len(self._attributes) == 1:
+            self.write = self._attributes[0].write  # type: ignore[method-assign]  # a step's call less
 
     def read(self) -> float | None:
         """Return the number as it is now: where places differ the largest, at which a range ends.
@@ -57,23 +59,21 @@ class Knob:
         try:
             for each in self._attributes:
                 each.write(value)
-        except Exception:
+        except ValueError:
             self._write_in_turn(value)
 
     def _write_in_turn(self, value: float | Tensor) -> None:
         """Write, again and again, to whichever places accept it; those that had it already get it once more."""
         waiting = self._attributes
         while waiting:
-            refused: list[tuple[Attribute, Exception]] = []
+            refused: list[tuple[Attribute, ValueError]] = []
             for each in waiting:
                 try:
                     each.write(value)
-                except Exception as error:
+                except ValueError as error:
                     refused.append((each, error))
             if len(refused) == len(waiting):
-                attribute, cause = refused[0]
-                reason = str(cause).removeprefix(f"`attribute={attribute.path!r}`: ")
-                raise ValueError(f"`attribute={attribute.path!r}` can't be set to {value:g}: {reason}") from cause
+                raise refused[0][1]
             waiting = [each for each, _ in refused]
 
     def overwritten(self) -> Attribute | None:
