@@ -8,7 +8,12 @@ from contextlib import nullcontext
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
@@ -312,6 +317,37 @@ def test_nothing_is_logged_between_logging_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(VAE, "log_dict", lambda self, *args, **kwargs: calls.append(self.trainer.global_step))
     trainer(tmp_path, max_epochs=1, logger=True, log_every_n_steps=4).fit(small(), loader(160))  # 10 batches
     assert calls == [3, 3, 7, 7]  # in the fourth and eighth step
+
+
+class Counting(torch.optim.SGD):
+    calls = 0
+
+    def zero_grad(self, set_to_none=True):
+        self.calls += 1
+        super().zero_grad(set_to_none)
+
+
+def zeroing(parameters, lr):
+    optimizer = torch.optim.SGD(parameters, lr)
+    optimizer.zero_grad = functools.partial(optimizer.zero_grad, set_to_none=False)
+    return optimizer
+
+
+@pytest.mark.parametrize(("optimizer", "left"), [(torch.optim.SGD, 0), (Counting, 0), (zeroing, 1)])
+def test_gradients_are_let_go_of_by_the_optimizers_own_means(optimizer, left, tmp_path):
+    class Watched(VAE):
+        def configure_optimizers(self):
+            self.kept, self.optimizer = [], optimizer(self.parameters(), lr=1e-3)
+            return self.optimizer
+
+        def on_before_backward(self, loss):
+            self.kept.append(sum(each.grad is not None for each in self.parameters()))
+
+    vae = Watched(SHAPE, LEVELS, latent_dim=3)
+    trainer(tmp_path, max_epochs=1, callbacks=[GradientAccumulationScheduler({0: 2})]).fit(vae, loader())
+    every = len(list(vae.parameters()))
+    assert vae.kept == [0, every, left * every, every, left * every]
+    assert getattr(vae.optimizer, "calls", 3) == 3
 
 
 def test_an_epoch_mean_can_be_monitored(tmp_path):
