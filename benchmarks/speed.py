@@ -23,6 +23,7 @@ from ways import (
     Case,
     TimedVAE,
     bare_trainer,
+    default_trainer,
     hand_written_loop,
     loop_over_data_loader,
     pythae,
@@ -39,6 +40,7 @@ Ways = dict[str, Callable[[Case], float]]
 OURS: Ways = {
     "ours, the whole stack": whole_stack,
     "the same module in a bare Trainer": bare_trainer,
+    "Trainer's own logger, bar and checkpoints": default_trainer,
     "a loop by hand: same tensors, fused Adam": hand_written_loop,
 }
 UNSAVED: Ways = {"ours without its checkpoints": partial(whole_stack, saves=False)}
@@ -118,6 +120,13 @@ class Profile(pl.Callback):
             self.profile.disable()
 
 
+class Empty(pl.Callback):
+    """Has a hook that does nothing, for comparison."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        pass
+
+
 def hooks(case: Case, rounds: int) -> None:
     """Print what our hooks take of a step that does not log."""
     print(
@@ -130,7 +139,7 @@ def hooks(case: Case, rounds: int) -> None:
     parts: dict[str, list[tuple[float, float]]] = {}
     for _ in range(rounds):
         watch = Profile(50, 350)
-        whole_stack(case, watch=[watch], log_every_n_steps=10**6)
+        whole_stack(case, watch=[Empty(), watch], log_every_n_steps=10**6)
         sums: dict[str, tuple[float, float]] = {}
         for (file, _, name), (_, calls, own, _, _) in pstats.Stats(watch.profile).stats.items():  # type: ignore[attr-defined]
             part = part_of(Path(file), name)
@@ -148,6 +157,8 @@ def part_of(file: Path, name: str) -> str:
     """Say which of our parts a function belongs to; none where it is not counted."""
     if "site-packages" in file.parts:
         return ""
+    if file == Path(__file__) and name == "on_train_batch_start":
+        return "for comparison: a hook that is empty"
     if file.parent.name == "callbacks":
         return "callbacks"
     if file.name == "vae.py" and name == "__setattr__":

@@ -88,6 +88,13 @@ def bare_trainer(case: Case) -> float:
     return fit(case, case.module(free_bits=FREE_BITS), *loaders(case), **off)
 
 
+def default_trainer(case: Case) -> float:
+    """Train the same module with what Lightning's Trainer has by itself: TensorBoard, a bar, a checkpoint an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"default_root_dir": folder, "callbacks": [TQDMProgressBar()]}
+        return fit(case, case.module(free_bits=FREE_BITS), *loaders(case), **options)
+
+
 def loaders(case: Case) -> tuple[Iterable[Any], Iterable[Any]]:
     return case.data.train_dataloader(), case.data.val_dataloader()
 
