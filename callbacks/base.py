@@ -69,13 +69,14 @@ class Callback(_Callback):
 
         From ``on_train_batch_end`` on logging steps, from an epoch's end, or from ``on_validation_epoch_end``. At the
         end of an epoch Lightning asks for ``sync`` where there are several processes.
+
+        They are copied from the device once: Lightning reads what is for the bar in every step from then on.
         """
         tensors: dict[str, Any] = {
-            name: value.detach().float()
-            if isinstance(value, Tensor)
-            else torch.tensor(float(value), device=pl_module.device)
+            name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
             for name, value in values.items()
         }
+        tensors = {name: value.to(pl_module.device) if sync else value.cpu() for name, value in tensors.items()}
         pl_module.log_dict(tensors, prog_bar=prog_bar, batch_size=1, rank_zero_only=False, sync_dist=sync)
 
     @staticmethod

@@ -308,10 +308,11 @@ class VAE(LightningModule):
         logs_now = trainer.fast_dev_run or (every and (self._step + 1) % every == 0)
         if logs_now and not trainer.fit_loop._should_accumulate():
             self._refuse_not_finite()
-            means = _named("train", _mean(self._train_sums.flush()))
+            # Copied from the device once: Lightning reads what is for the bar in every step from now on.
+            means = _named("train", _mean(self._train_sums.flush()).cpu())
             shown = {name: means.pop(name) for name in ("train/elbo", "train/rate")}
-            self.log_dict({**shown, "knobs/beta": self.beta}, prog_bar=True, batch_size=1)
-            self.log_dict({**means, "knobs/free_bits": self.free_bits}, batch_size=1)
+            self.log_dict({**shown, "knobs/beta": self.beta.cpu()}, prog_bar=True, batch_size=1)
+            self.log_dict({**means, "knobs/free_bits": self.free_bits.cpu()}, batch_size=1)
 
     def _refuse_not_finite(self) -> None:
         if found := self._train_sums.first_not_finite():
