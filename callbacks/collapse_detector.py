@@ -394,7 +394,7 @@ class _Pass:
                 rate = _rate(posterior, prior) if isinstance(prior, Normal) else rate
             index = _index(batch, len(mean))
             if index is None:  # as DistributedSampler deals
-                index = rank + world_size * torch.arange(self._rows, self._rows + len(mean))
+                index = rank + world_size * torch.arange(self._rows, self._rows + len(mean), device=mean.device)
             else:  # two views of an observation are two observations
                 index = index * len(posteriors) + view
             self._batches.append((index.to(mean.device), mean, variance, rate))
@@ -474,8 +474,9 @@ class _Pass:
         """Make the moments as soon as the number of dimensions is known."""
         if self._dim == 0:
             self._dim = dim
-            self._units = ActiveUnits(dim).to(device)
-            self._information = MutualInformation(dim, self._observations).to(device)
+            # Amid an epoch, where there is no validation: nothing there waits for the device.
+            self._units = ActiveUnits(dim).to(device, non_blocking=True)
+            self._information = MutualInformation(dim, self._observations).to(device, non_blocking=True)
             self._rate_sum = torch.zeros(dim, dtype=torch.float64, device=device)
 
 
@@ -496,7 +497,8 @@ def _by_row(values: Tensor) -> Tensor:
 def _rate(posterior: Normal, prior: Normal) -> Tensor:
     """Compute the KL divergence of posterior and prior of each observation and dimension, in float64."""
     posterior = Normal(_exact(posterior.loc), _exact(posterior.scale), validate_args=False)
-    loc, scale = (_exact(each).to(posterior.loc.device) for each in (prior.loc, prior.scale))
+    # Of a module that has none it lies on the CPU.
+    loc, scale = (_exact(each).to(posterior.loc.device, non_blocking=True) for each in (prior.loc, prior.scale))
     prior = Normal(loc, scale, validate_args=False)  # looking at them would wait for the device
     return _by_row(same_shape(kl_divergence(posterior, prior), posterior, prior))
 

@@ -196,7 +196,7 @@ class Gaussian(Likelihood):
         Without a gradient: at its optimum the loss is flat in the variance, so the gradient of the rest is the same.
         """
         error = (output - x).square().sum()
-        sums = _over_processes(torch.stack([error, error.new_tensor(x.numel())]))
+        sums = _over_processes(torch.stack([error, error.new_full((), x.numel())]))
         return (sums[0] / sums[1]).log().clamp(min=self.min_log_variance)
 
     @torch.no_grad()

@@ -21,7 +21,10 @@ pytestmark = [
 ]
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"}
+WAITING = {
+    *("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"),
+    "lift_fresh",  # a number of Python's that becomes a tensor is copied to the device
+}
 
 
 class Copied(torch.Tensor):
@@ -106,18 +109,22 @@ def _mark_copies(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fit(folder: Path, vae: Watched, stack: str, **options: Any) -> None:
-    options = {"max_epochs": 4, "log_every_n_steps": 10, "gradient_clip_val": 1.0, **options}
-    trainer = quiet_trainer(folder, callbacks=[First(), *STACKS[stack](), CollapseDetector()], **options)
+    # Steps enough for a block of 64 of the training sums, observations enough for one of the detector's amid an epoch.
+    options = {"max_epochs": 4, "log_every_n_steps": 70, "gradient_clip_val": 1.0, **options}
+    callbacks = [First(), *STACKS[stack](), CollapseDetector(observations=500)]
+    trainer = quiet_trainer(folder, callbacks=callbacks, **options)
     try:
-        trainer.fit(vae, datamodule=Digits(batch_size=32))  # 43 steps an epoch: the sums have blocks of 64
+        trainer.fit(vae, datamodule=Digits(batch_size=30))  # 45 steps an epoch; a smaller last batch compiles anew
     finally:
         vae.watch(False)  # which would go on into the tests that follow
-    assert vae.watched == 4 * 43 - 1 - 17
+    assert vae.watched == 4 * 45 - 1 - 2
 
 
 @pytest.mark.parametrize("stack", list(STACKS))
 @pytest.mark.parametrize("validation", [1.0, 0])
-@pytest.mark.parametrize("likelihood", [partial(Bernoulli, start_at_mean=True), Gaussian])
+@pytest.mark.parametrize(
+    "likelihood", [partial(Bernoulli, start_at_mean=True), Gaussian, partial(Gaussian, variance="optimal")]
+)
 def test_no_step_between_logging_steps_looks_at_a_tensor(
     stack: str, validation: float, likelihood: Any, tmp_path: Path
 ) -> None:
