@@ -91,6 +91,7 @@ def bare_trainer(case: Case) -> float:
 def default_trainer(case: Case) -> float:
     """Train the same module with what Lightning's Trainer has by itself: TensorBoard, a bar, a checkpoint an epoch."""
     with tempfile.TemporaryDirectory() as folder:
+        # The bar is named, as Lightning takes another where `rich` is installed.
         options = {"default_root_dir": folder, "callbacks": [TQDMProgressBar()]}
         return fit(case, case.module(free_bits=FREE_BITS), *loaders(case), **options)
 

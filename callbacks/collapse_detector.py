@@ -474,7 +474,7 @@ class _Pass:
         """Make the moments as soon as the number of dimensions is known."""
         if self._dim == 0:
             self._dim = dim
-            # Amid an epoch, where there is no validation: nothing there waits for the device.
+            # Without validation this comes amid an epoch, where no step is to wait for a copy to the device.
             self._units = ActiveUnits(dim).to(device, non_blocking=True)
             self._information = MutualInformation(dim, self._observations).to(device, non_blocking=True)
             self._rate_sum = torch.zeros(dim, dtype=torch.float64, device=device)
@@ -497,7 +497,7 @@ def _by_row(values: Tensor) -> Tensor:
 def _rate(posterior: Normal, prior: Normal) -> Tensor:
     """Compute the KL divergence of posterior and prior of each observation and dimension, in float64."""
     posterior = Normal(_exact(posterior.loc), _exact(posterior.scale), validate_args=False)
-    # Of a module that has none it lies on the CPU.
+    # Where the module has no prior, N(0, I) is made on the CPU: its copy is not waited for either.
     loc, scale = (_exact(each).to(posterior.loc.device, non_blocking=True) for each in (prior.loc, prior.scale))
     prior = Normal(loc, scale, validate_args=False)  # looking at them would wait for the device
     return _by_row(same_shape(kl_divergence(posterior, prior), posterior, prior))

@@ -21,10 +21,8 @@ pytestmark = [
 ]
 needs_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
-WAITING = {
-    *("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"),
-    "lift_fresh",  # a number of Python's that becomes a tensor is copied to the device
-}
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim", "_unique2"}
+WAITING |= {"lift_fresh"}  # a number of Python's that becomes a tensor is copied to the device
 
 
 class Copied(torch.Tensor):
@@ -57,7 +55,7 @@ class Watched(VAE):
         narrow = {"encoder": partial(MLPEncoder, hidden=(8,)), "decoder": partial(MLPDecoder, hidden=(8,))}
         super().__init__(Digits.shape, Digits.levels, latent_dim=4, **narrow, **options)
         self.watched = 0
-        self.weight = 1.0
+        self.weight = 1.0  # a number that the module does not log
 
     def watch(self, on: bool) -> None:
         raise NotImplementedError
@@ -97,7 +95,7 @@ class First(Callback):
 STACKS = {
     "annealed": lambda: [KLAnnealing(Linear(fraction=0.5)), FreeBits(Linear(stop=0.2, steps=50))],
     "steered": lambda: [TargetRate(1.0)],
-    "another's": lambda: [KLAnnealing(Linear(stop=2.0, steps=50), attribute="weight")],  # which logs it itself
+    "another's": lambda: [KLAnnealing(Linear(stop=2.0, steps=50), attribute="weight")],
 }
 
 
