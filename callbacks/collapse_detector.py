@@ -160,7 +160,7 @@ class CollapseDetector(Callback):
     def on_train_epoch_start(self, *_: Any) -> None:
         """Begin a pass where there is no validation."""
         if self._watches_training:
-            self._pass = _Pass(self.observations)
+            self._begin()
 
     @override
     def on_train_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -191,7 +191,7 @@ class CollapseDetector(Callback):
     @override
     def on_validation_epoch_start(self, *_: Any) -> None:
         """Begin a pass."""
-        self._pass = _Pass(self.observations)
+        self._begin()
 
     @override
     def on_validation_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -252,6 +252,12 @@ class CollapseDetector(Callback):
             )
         self.at_end(trainer, self._discard)
 
+    def _begin(self) -> None:
+        if self._pass is None:
+            self._pass = _Pass(self.observations)
+        else:
+            self._pass.restart()
+
     @torch.no_grad()
     def _take(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         assert self._pass is not None
@@ -272,7 +278,8 @@ class CollapseDetector(Callback):
 
     def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._pass is not None
-        measured, self._pass = self._pass.measure(trainer, pl_module), None
+        measured = self._pass.measure(trainer, pl_module)
+        self._pass.restart()
         if measured is None:
             rank_zero_warn(
                 f"{self._title}: the module offered no posterior in this pass. Set `self.posterior` in each step, or "
@@ -382,6 +389,14 @@ class _Pass:
         self._information: MutualInformation
         self._rate_sum: Tensor
 
+    def restart(self) -> None:
+        """Begin another pass."""
+        self._batches, self._rows, self._shape = [], 0, None
+        if self._dim:
+            self._units.reset()
+            self._information.reset()
+            self._rate_sum.zero_()
+
     def append(
         self, posteriors: list[Distribution], prior: Distribution, batch: Any, rank: int, world_size: int
     ) -> None:
@@ -427,7 +442,8 @@ class _Pass:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on amid the pass."""
-        moments = (self._units.moments, self._information.rows, self._rate_sum) if self._dim else ()
+        has_folded = self._rows >= self._observations
+        moments = (self._units.moments, self._information.rows, self._rate_sum) if has_folded else ()
         return {"batches": list(self._batches), "rows": self._rows, "shape": self._shape, "moments": moments}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
@@ -471,8 +487,8 @@ class _Pass:
         self._rate_sum += rate.sum(dim=0)
 
     def _open(self, dim: int, device: torch.device) -> None:
-        """Make the moments as soon as the number of dimensions is known."""
-        if self._dim == 0:
+        """Make the moments as soon as the number of dimensions is known, once for all passes alike."""
+        if self._dim != dim:
             self._dim = dim
             # Without validation this comes amid an epoch, where no step is to wait for a copy to the device.
             self._units = ActiveUnits(dim).to(device, non_blocking=True)

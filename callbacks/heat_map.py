@@ -19,14 +19,15 @@ _VIRIDIS = (
     (181, 222, 43),
     (253, 231, 37),
 )
-_SIZE = 512  # largest number of cells along a side, and about the size in pixels
+_MOST_CELLS = 512  # along a side
+_PIXELS = 256  # about as many along a side of fewer cells: four times as many take four times as long to encode
 
 
 def heat_map(values: Tensor) -> Tensor:
     """Draw a matrix of values over time as an image.
 
     Time goes to the right and dimensions go down, in their own order, so that a dimension is the same row in every
-    picture. Dark violet is 0 or less, yellow the largest value in the matrix. Cells are enlarged to about 512 pixels a
+    picture. Dark violet is 0 or less, yellow the largest value in the matrix. Cells are enlarged to about 256 pixels a
     side, time at most eightfold; where there are more than 512, neighbours are averaged.
 
     Args:
@@ -37,10 +38,11 @@ def heat_map(values: Tensor) -> Tensor:
     """
     cells = values.detach().float().cpu().nan_to_num().clamp(min=0).T
     cells = cells / cells.max().clamp(min=torch.finfo(cells.dtype).tiny)
-    height, width = (min(size, _SIZE) for size in cells.shape)
+    height, width = (min(size, _MOST_CELLS) for size in cells.shape)
     cells = adaptive_avg_pool2d(cells[None], (height, width))[0]
     image = colour_map(cells).permute(2, 0, 1)
-    return image.repeat_interleave(_SIZE // height, dim=1).repeat_interleave(min(_SIZE // width, 8), dim=2)
+    down, right = max(_PIXELS // height, 1), min(max(_PIXELS // width, 1), 8)
+    return image.repeat_interleave(down, dim=1).repeat_interleave(right, dim=2)
 
 
 def colour_map(fraction: Tensor) -> Tensor:

@@ -108,7 +108,17 @@ class Bernoulli(Likelihood):
             self.starts = False
             self.offset.copy_(_mean_logits(x))
         logits = output + self.offset if self.start_at_mean else output
-        return self._independent(td.Bernoulli(logits=logits, validate_args=False))
+        bernoulli = td.Bernoulli(logits=logits, validate_args=False)
+        return _IndependentBernoulli(bernoulli, len(self.shape), validate_args=False)
+
+
+class _IndependentBernoulli(td.Independent):  # type: ignore[type-arg]
+    """Bernoullis of an observation, which negate their sum and not each of them: two passes less for the gradient."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        logits, value = torch.broadcast_tensors(self.base_dist.logits, value)
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
+        return -cross_entropy.flatten(cross_entropy.ndim - self.reinterpreted_batch_ndims).sum(-1)
 
 
 class ContinuousBernoulli(Likelihood):

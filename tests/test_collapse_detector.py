@@ -444,9 +444,9 @@ def test_tensorboard_gets_pictures_and_the_message(tmp_path):
     for tag in ("latent/rate_per_dimension", "latent/variance_per_dimension"):
         images = events.Images(tag)
         assert [(image.step, image.width, image.height) for image in images] == [
-            (6, 8, 512),
-            (13, 16, 512),
-            (20, 24, 512),
+            (6, 8, 256),
+            (13, 16, 256),
+            (20, 24, 256),
         ]
     [message] = events.Tensors("collapse/message/text_summary")
     assert b"the posterior is offset" in message.tensor_proto.string_val[0]

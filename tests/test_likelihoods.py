@@ -19,6 +19,17 @@ def test_bernoulli_is_normalised():
     torch.testing.assert_close(total, torch.ones(2))
 
 
+def test_bernoulli_agrees_with_torchs_own():
+    output = torch.randn(2, 1, 3, 4).requires_grad_()
+    distribution = Bernoulli((1, 3, 4))(output)
+    expected = td.Independent(td.Bernoulli(logits=output), 3)
+    for x in (torch.randn(2, 1, 3, 4), torch.randn(5, 2, 1, 3, 4), torch.randn(3, 4)):  # also several, or one for all
+        pair = [each.log_prob((x > 0).float()) for each in (distribution, expected)]
+        assert torch.equal(*pair)
+        assert torch.equal(*(torch.autograd.grad(each.sum(), output)[0] for each in pair))
+    assert distribution.expand((7, 2)).log_prob((x > 0).float()).shape == (7, 2)
+
+
 @pytest.mark.parametrize("levels", [2, 17, 256])
 @pytest.mark.parametrize("location", [-0.4, 0.0, 0.31, 1.0, 3.0])
 @pytest.mark.parametrize("log_scale", [-9.0, -3.0, 2.0])
