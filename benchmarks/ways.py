@@ -12,14 +12,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.callbacks import TQDMProgressBar
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 
-from lightning_vae import VAE, AtomicCheckpointIO, FlushedCurves, LastCheckpoint, NullProfiler
+from lightning_vae import (
+    VAE,
+    AtomicCheckpointIO,
+    BestCheckpoint,
+    FlushedCurves,
+    LastCheckpoint,
+    NullProfiler,
+    QuickTensorBoardLogger,
+)
 from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules.base import DataModule
 
@@ -73,13 +80,12 @@ def whole_stack(case: Case, saves: bool = True, watch: Sequence[pl.Callback] = (
     ]
     options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()], "profiler": NullProfiler()}
     with tempfile.TemporaryDirectory() as folder:
-        logger = TensorBoardLogger(folder, default_hp_metric=False)
+        logger = QuickTensorBoardLogger(folder, default_hp_metric=False)
         return fit(case, case.module(), *loaders(case), logger=logger, callbacks=callbacks, **options)
 
 
 def checkpoints(case: Case) -> list[pl.Callback]:
-    best, newest = ModelCheckpoint(monitor="val/loss", filename="best"), LastCheckpoint(None, case.keep_every_n_epochs)
-    return [best, newest]
+    return [each(every_n_epochs=case.keep_every_n_epochs) for each in (BestCheckpoint, LastCheckpoint)]
 
 
 def bare_trainer(case: Case) -> float:

@@ -5,6 +5,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .best_checkpoint import BestCheckpoint as BestCheckpoint
     from .checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from .compare import compare_latents as compare_latents
     from .evaluation import Evaluation as Evaluation
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .objective import kl_per_dimension as kl_per_dimension
     from .objective import weighted_loss as weighted_loss
     from .processes import mean_over_processes as mean_over_processes
+    from .quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
     from .vae import VAE as VAE
 
 try:
@@ -38,6 +40,7 @@ except _PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
+    "best_checkpoint": ("BestCheckpoint",),
     "checkpoint_io": ("AtomicCheckpointIO",),
     "compare": ("compare_latents",),
     "evaluation": ("Evaluation", "evaluate"),
@@ -48,6 +51,7 @@ _MODULES = {
     "null_profiler": ("NullProfiler",),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
     "processes": ("mean_over_processes",),
+    "quick_tensorboard_logger": ("QuickTensorBoardLogger",),
     "vae": ("VAE",),
 }
 __all__ = [name for names in _MODULES.values() for name in names]

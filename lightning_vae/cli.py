@@ -33,6 +33,7 @@ from . import config_text, finished_fit, run_folders
 from . import datamodules as datamodules
 from . import likelihoods as likelihoods
 from . import networks as networks
+from .best_checkpoint import BestCheckpoint as BestCheckpoint
 from .checkpoint_io import AtomicCheckpointIO, SaveError, read
 from .flushed_curves import FlushedCurves
 from .last_checkpoint import LastCheckpoint
@@ -40,6 +41,7 @@ from .latents_writer import LatentsWriter
 from .messages import readable
 from .null_profiler import NullProfiler
 from .processes import in_group, leave_processes
+from .quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
 from .report import EvaluationReport
 from .resuming import first_step
 from .specification import check_descriptions

@@ -20,8 +20,10 @@ def parameter_not_finite(module: nn.Module) -> str | None:
     if not named:
         return None
     device = next(iter(named.values())).device  # one look at it for all of them
-    finite = torch.stack([part.isfinite().all().to(device) for part in named.values()]).tolist()
-    return None if all(finite) else list(named)[finite.index(False)]
+    if torch.stack([part.sum().to(device) for part in named.values()]).isfinite().all():
+        return None
+    # A sum may overflow where no value is infinite.
+    return next((name for name, part in named.items() if not part.isfinite().all()), None)
 
 
 def _own_part(parameter: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class FlushedCurves(Callback):
         for logger in trainer.loggers:
             logger.save()
             if isinstance(logger, TensorBoardLogger):
+                logger.experiment.flush()
                 for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
                     with events.open("r+b") as file:  # Windows flushes only what can be written to
                         os.fsync(file.fileno())

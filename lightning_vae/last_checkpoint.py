@@ -13,8 +13,9 @@ from typing_extensions import override
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the newest model as ``last.ckpt``, better or not: after each epoch, and each validation amid one.
 
-    It stands beside the ``ModelCheckpoint`` that keeps the best. That one's ``save_last`` is not enough: since
-    Lightning 2.6 it saves only when the model is among the best, and a run that is killed loses the steps since then.
+    It stands beside the :class:`BestCheckpoint` or ``ModelCheckpoint`` that keeps the best. The latter's ``save_last``
+    is not enough: since Lightning 2.6 it saves only when the model is among the best, and a run that is killed loses
+    the steps since then.
 
     Args:
         dirpath: Folder; by default ``checkpoints`` in the run's.
@@ -26,7 +27,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     Example::
 
-        Trainer(callbacks=[ModelCheckpoint(monitor="val/loss", filename="best"), LastCheckpoint()])
+        Trainer(callbacks=[BestCheckpoint(), LastCheckpoint()])
     """
 
     state_key = "LastCheckpoint"  # whatever the options: a run may go on with others
@@ -58,10 +59,14 @@ class LastCheckpoint(ModelCheckpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        epoch = trainer.current_epoch + 1
-        is_due = epoch % self._every_n_epochs == 0 or epoch == trainer.max_epochs or _stops(trainer)
-        if is_due and not self._should_skip_saving_checkpoint(trainer):
+        if is_due(trainer, self._every_n_epochs) and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+def is_due(trainer: Trainer, every_n_epochs: int) -> bool:
+    """Tell whether this epoch is one to save in: one of so many, or the last."""
+    epoch = trainer.current_epoch + 1
+    return epoch % every_n_epochs == 0 or epoch == trainer.max_epochs or _stops(trainer)
 
 
 def _stops(trainer: Trainer) -> bool:

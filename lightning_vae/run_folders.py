@@ -76,7 +76,7 @@ def go_on_in(run: Path, step: int, trainer: Namespace) -> None:
     described = _logger(trainer)
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
     trainer["logger"] = {
-        "class_path": "lightning.pytorch.loggers.TensorBoardLogger",
+        "class_path": described["class_path"],
         "init_args": {**described["init_args"], **place},
         "dict_kwargs": {**(described.get("dict_kwargs") or {}), "purge_step": step},
     }
@@ -110,7 +110,8 @@ def newest_checkpoint(folder: Path, resumes: bool) -> Path | None:
 def _logger(trainer: Namespace) -> dict[str, Any]:
     logger = trainer["logger"]
     if logger in (None, True):  # Lightning's default
-        return {"init_args": {"save_dir": trainer["default_root_dir"] or ".", "name": "lightning_logs"}}
+        place = {"save_dir": trainer["default_root_dir"] or ".", "name": "lightning_logs"}
+        return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
     described: dict[str, Any] = logger.as_dict() if isinstance(logger, Namespace) else {"class_path": str(logger)}
     if not described["class_path"].endswith("TensorBoardLogger"):
         raise ValueError(f"a run is found and gone on with by TensorBoardLogger alone, got {described['class_path']}.")

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -18,7 +19,9 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO, TorchCheckpointIO
+from tensorboard.summary.writer.record_writer import RecordWriter
 
+from lightning_vae import QuickTensorBoardLogger
 from lightning_vae.checkpoint_io import AtomicCheckpointIO, SaveError, read
 from lightning_vae.cli import VAECLI, command_line, main
 from lightning_vae.flushed_curves import FlushedCurves
@@ -226,8 +229,11 @@ class SavesEarly(Callback):
 
 
 @pytest.mark.parametrize("early", [[], [SavesEarly()]])
-def test_the_curves_are_on_the_disk_before_a_checkpoint_is(tmp_path, early):
+@pytest.mark.parametrize("logger", [TensorBoardLogger, QuickTensorBoardLogger])
+def test_the_curves_are_on_the_disk_before_a_checkpoint_is(tmp_path, early, logger, monkeypatch):
     seen = []
+    write = RecordWriter.write
+    monkeypatch.setattr(RecordWriter, "write", lambda *args: (time.sleep(0.01), write(*args)))  # lags behind
 
     class Looks(TorchCheckpointIO):
         def save_checkpoint(self, checkpoint, path, storage_options=None):
@@ -236,7 +242,7 @@ def test_the_curves_are_on_the_disk_before_a_checkpoint_is(tmp_path, early):
             )
             super().save_checkpoint(checkpoint, path, storage_options)
 
-    trainer = Trainer(accelerator="cpu", logger=TensorBoardLogger(tmp_path, "", "a"), max_epochs=2, log_every_n_steps=2,
+    trainer = Trainer(accelerator="cpu", logger=logger(tmp_path, "", "a"), max_epochs=2, log_every_n_steps=2,
                       callbacks=[*early, FlushedCurves(), ModelCheckpoint(tmp_path / "checkpoints", save_last=True)],
                       plugins=[Looks()], enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
     with warnings.catch_warnings():
