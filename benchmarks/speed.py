@@ -43,7 +43,10 @@ OURS: Ways = {
     "Trainer's own logger, bar and checkpoints": default_trainer,
     "a loop by hand: same tensors, fused Adam": hand_written_loop,
 }
-UNSAVED: Ways = {"ours without its checkpoints": partial(whole_stack, saves=False)}
+SAVING: Ways = {
+    "ours, the best of all epochs": partial(whole_stack, best_every_n_epochs=1),
+    "ours without its checkpoints": partial(whole_stack, saves=False),
+}
 OTHERS: Ways = {
     "the same loop, torch's default Adam": partial(hand_written_loop, fused=False),
     "that loop over torch's DataLoader": loop_over_data_loader,
@@ -198,7 +201,7 @@ def main() -> None:
     compare("MLP 784-400-32, Fashion-MNIST, batches of 128", mlp, options.rounds, OURS | others | floor)
     compare("Convolutions, 64 by 64, batches of 64", Case(noise, conv), options.rounds, OURS)
     small = Case(digits, tiny, epochs=120, log_every_n_steps=10, keep_every_n_epochs=10)
-    compare("The model and the length of configs/digits.yaml", small, options.rounds, OURS | UNSAVED)
+    compare("The model and the length of configs/digits.yaml", small, options.rounds, OURS | SAVING)
     hooks(mlp, 3)
 
 

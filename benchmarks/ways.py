@@ -67,25 +67,29 @@ class Case:
         return len(self.data.train_dataloader())
 
 
-def whole_stack(case: Case, saves: bool = True, watch: Sequence[pl.Callback] = (), **options: Any) -> float:
+def whole_stack(
+    case: Case,
+    saves: bool = True,
+    best_every_n_epochs: int | None = None,
+    watch: Sequence[pl.Callback] = (),
+    **options: Any,
+) -> float:
     """Train with all that `configs/digits.yaml` and the command have, but for the callbacks that draw."""
+    every = case.keep_every_n_epochs
+    checkpoints = [BestCheckpoint(every_n_epochs=best_every_n_epochs or every), LastCheckpoint(every_n_epochs=every)]
     callbacks = [
         KLAnnealing(Linear(fraction=0.3)),
         FreeBits(FREE_BITS),
         CollapseDetector(),
         TQDMProgressBar(refresh_rate=20),
         FlushedCurves(),
-        *(checkpoints(case) if saves else []),
+        *(checkpoints if saves else []),
         *watch,
     ]
     options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()], "profiler": NullProfiler()}
     with tempfile.TemporaryDirectory() as folder:
         logger = QuickTensorBoardLogger(folder, default_hp_metric=False)
         return fit(case, case.module(), *loaders(case), logger=logger, callbacks=callbacks, **options)
-
-
-def checkpoints(case: Case) -> list[pl.Callback]:
-    return [each(every_n_epochs=case.keep_every_n_epochs) for each in (BestCheckpoint, LastCheckpoint)]
 
 
 def bare_trainer(case: Case) -> float:

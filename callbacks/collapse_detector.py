@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _MOST_ROWS = 256  # passes in a picture, and in a checkpoint
-_MOST_PICTURES = 16  # drawn until the run is twice as long
+_MOST_PICTURES = 8  # drawn until the run is twice as long; TensorBoard shows ten of a kind
 
 
 class CollapseDetector(Callback):
@@ -255,7 +255,7 @@ class CollapseDetector(Callback):
     def _begin(self) -> None:
         if self._pass is None:
             self._pass = _Pass(self.observations)
-        else:
+        elif self._pass.has_begun:  # the sanity check, or an epoch cut short
             self._pass.restart()
 
     @torch.no_grad()
@@ -388,6 +388,11 @@ class _Pass:
         self._units: ActiveUnits
         self._information: MutualInformation
         self._rate_sum: Tensor
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has seen an observation."""
+        return self._rows > 0
 
     def restart(self) -> None:
         """Begin another pass."""

@@ -462,9 +462,9 @@ def test_a_long_run_keeps_and_draws_ever_fewer_passes(tmp_path):
     assert detector.state_dict()["rates"].shape == detector.state_dict()["variances"].shape == (150, 4)
     events = EventAccumulator(trainer.logger.log_dir, size_guidance={"images": 0}).Reload()
     steps = [image.step for image in events.Images("latent/rate_per_dimension")]
-    assert steps[:19] == [*range(17), 18, 20]
+    assert steps[:11] == [*range(9), 10, 12]
     assert steps[-1] == 299 + 1  # at the end of the run, which was not due
-    assert len(steps) < 60
+    assert len(steps) < 40
 
 
 class Remember(Callback):
