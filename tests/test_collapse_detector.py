@@ -29,7 +29,7 @@ from torch.distributions import (
 from torch.distributions.transforms import TanhTransform
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_vae.callbacks.collapse_detector import CollapseDetector
+from lightning_vae.callbacks.collapse_detector import CollapseDetector, _Pass
 from lightning_vae.callbacks.mutual_information import mutual_information
 from lightning_vae.callbacks.scheduled_knob import MisconfigurationException
 
@@ -184,6 +184,32 @@ def test_the_sanity_pass_never_counts(tmp_path):
     trainer = fit(tmp_path, detector, num_sanity_val_steps=-1, epochs=2)
     assert len(rows_of(trainer)) == 2
     assert detector.state_dict()["passes"] == 2
+
+
+def test_what_the_sanity_pass_saw_is_forgotten(tmp_path):
+    """Its two batches would be counted twice."""
+    measured = [
+        fit(tmp_path / str(batches), detect(), num_sanity_val_steps=batches, epochs=1).callback_metrics
+        for batches in (0, 2)
+    ]
+    assert measured[0]["latent/marginal_kl"] == measured[1]["latent/marginal_kl"]
+
+
+def test_a_pass_shares_nothing_with_the_one_before():
+    def see(rows, dim):
+        posterior = Normal(torch.randn(rows, dim), torch.ones(rows, dim))
+        watched.append([posterior], Normal(0.0, 1.0), None, 0, 1)
+
+    watched = _Pass(observations=8)
+    see(8, 3)
+    assert len(watched.state()["moments"]) == 3
+    watched.restart()
+    see(4, 5)  # of another number of dimensions
+    assert watched.state()["moments"] == ()
+    see(4, 5)
+    units, _, rates = watched.state()["moments"]
+    assert units[0].tolist() == [8.0] * 5
+    assert rates.shape == (5,)
 
 
 def test_the_sanity_pass_shows_a_wrong_path(tmp_path):
