@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _MOST_ROWS = 256  # passes in a picture, and in a checkpoint
-_MOST_PICTURES = 8  # drawn until the run is twice as long; TensorBoard shows ten of a kind
+_MOST_PICTURES = 8  # drawn until the run is twice as long
+_MOST_KEPT = 2**20  # means and variances between passes: 16 MiB, and the memory is the model's where it is more
 
 
 class CollapseDetector(Callback):
@@ -391,13 +392,16 @@ class _Pass:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has seen an observation."""
-        return self._rows > 0
+        """Whether it has seen a batch."""
+        return bool(self._batches or self._rows)
 
     def restart(self) -> None:
         """Begin another pass."""
         self._batches, self._rows, self._shape = [], 0, None
-        if self._dim:
+        if 2 * self._dim * self._observations > _MOST_KEPT:
+            self._dim = 0
+            del self._units, self._information, self._rate_sum
+        elif self._dim:
             self._units.reset()
             self._information.reset()
             self._rate_sum.zero_()
@@ -492,7 +496,7 @@ class _Pass:
         self._rate_sum += rate.sum(dim=0)
 
     def _open(self, dim: int, device: torch.device) -> None:
-        """Make the moments as soon as the number of dimensions is known, once for all passes alike."""
+        """Make the moments as soon as the number of dimensions is known, if the pass before has left none of it."""
         if self._dim != dim:
             self._dim = dim
             # Without validation this comes amid an epoch, where no step is to wait for a copy to the device.

@@ -20,7 +20,7 @@ _VIRIDIS = (
     (253, 231, 37),
 )
 _MOST_CELLS = 512  # along a side
-_PIXELS = 256  # about as many along a side of fewer cells: four times as many take four times as long to encode
+_PIXELS = 256  # about as many along a side of fewer cells: the time to encode grows with their square
 
 
 def heat_map(values: Tensor) -> Tensor:

@@ -59,14 +59,14 @@ class LastCheckpoint(ModelCheckpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        if is_due(trainer, self._every_n_epochs) and not self._should_skip_saving_checkpoint(trainer):
+        is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0 or is_last(trainer)
+        if is_due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def is_due(trainer: Trainer, every_n_epochs: int) -> bool:
-    """Tell whether this epoch is one to save in: one of so many, or the last."""
-    epoch = trainer.current_epoch + 1
-    return epoch % every_n_epochs == 0 or epoch == trainer.max_epochs or _stops(trainer)
+def is_last(trainer: Trainer) -> bool:
+    """Tell whether the run ends with this epoch."""
+    return trainer.current_epoch + 1 == trainer.max_epochs or _stops(trainer)
 
 
 def _stops(trainer: Trainer) -> bool:

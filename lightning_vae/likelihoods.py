@@ -13,6 +13,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 from torch import distributions as td
+from torch.distributions.utils import broadcast_all
 from torch.nn import functional as F  # noqa: N812
 
 from .networks import Shape
@@ -116,9 +117,10 @@ class _IndependentBernoulli(td.Independent):  # type: ignore[type-arg]
     """Bernoullis of an observation, which negate their sum and not each of them: two passes less for the gradient."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        logits, value = torch.broadcast_tensors(self.base_dist.logits, value)
+        logits, value = broadcast_all(self.base_dist.logits, value)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
-        return -cross_entropy.flatten(cross_entropy.ndim - self.reinterpreted_batch_ndims).sum(-1)
+        batch = cross_entropy.shape[: cross_entropy.ndim - self.reinterpreted_batch_ndims]
+        return -cross_entropy.reshape(*batch, -1).sum(-1)
 
 
 class ContinuousBernoulli(Likelihood):

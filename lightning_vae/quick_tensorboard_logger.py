@@ -14,10 +14,12 @@ from typing_extensions import override
 class QuickTensorBoardLogger(TensorBoardLogger):
     """Writes what is logged at a step as one event, and does not wait until it is written.
 
-    The files and the curves are those of Lightning's ``TensorBoardLogger``, and so are the options. That one makes an
-    event of each value, and waits at each logging step for the thread that writes them: its own flush makes the files
-    reach the disk. Here they lag by as long as that thread takes; a crash of the machine may cost what
-    :class:`FlushedCurves` has not flushed yet.
+    The curves are those of Lightning's ``TensorBoardLogger``, and so are the options. That one makes an event of each
+    value (as this one does where there is a ``prefix``), and flushes at each logging step, which waits for the thread
+    that writes them. Here they are in the file as soon as that thread has come to it, where files are local and
+    TensorFlow is not installed; else after ``flush_secs``, 120 if not given. So ``save`` does not flush, and a process
+    that is killed may lose the last few values: :class:`FlushedCurves` flushes before each checkpoint, and
+    ``logger.experiment.flush()`` does at any time.
 
     Example::
 

@@ -30,7 +30,7 @@ def of(trainer: Namespace) -> list[Path]:
     callbacks = trainer["callbacks"] or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if (callback.get("init_args") or {}).get("dirpath"):
-            raise ValueError("`last` looks in the run's folder, but `dirpath` of ModelCheckpoint is another.")
+            raise ValueError("`last` looks in the run's folder, but `dirpath` of a checkpoint callback is another.")
     options = _logger(trainer).get("init_args") or {}
     root = Path(options.get("save_dir") or trainer["default_root_dir"] or ".", options.get("name") or "")
     version = options.get("version")

@@ -1,6 +1,7 @@
 """The best model is the one that Lightning's own callback keeps."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -48,26 +49,51 @@ def test_it_keeps_what_lightnings_keeps(tmp_path: Path, mode: str, epoch: int) -
     assert ours.state_key == theirs.state_key.replace("ModelCheckpoint", "BestCheckpoint")
 
 
+class Improving(Varying):
+    """Each of its validations is better than those before."""
+
+    def validation_step(self, *_: object) -> None:
+        self.log("val/loss", -1.0 * self.global_step)
+
+
 @pytest.mark.parametrize(
     ("options", "steps"),
     [
-        ({"max_epochs": 4}, [12, 24]),
-        ({"max_epochs": 3}, [12, 18]),  # the last epoch is the third
-        ({"max_steps": 18}, [12, 18]),
-        ({"max_epochs": 3, "val_check_interval": 3}, [9, 12, 15, 18]),
+        ({"max_epochs": 4}, [6, 12, 24]),  # the first, every second
+        ({"max_epochs": 5}, [6, 12, 24, 30]),  # and the last
+        ({"max_steps": 18}, [6, 12, 18]),
+        ({"max_steps": 20}, [6, 12]),  # whose last steps are not validated
+        ({"max_epochs": 3, "val_check_interval": 3}, [3, 6, 9, 12, 15, 18]),
+        ({"max_epochs": 9, "check_val_every_n_epoch": 3}, [18, 36, 54]),
+        ({"max_epochs": 11, "check_val_every_n_epoch": 3}, [18, 36, 54]),
+        ({"max_steps": 40, "check_val_every_n_epoch": None, "val_check_interval": 8}, [8, 24, 32, 40]),
     ],
 )
-def test_it_looks_every_so_many_epochs_and_at_the_end(
-    tmp_path: Path, options: dict[str, int], steps: list[int], monkeypatch: pytest.MonkeyPatch
+def test_it_looks_every_so_many_epochs(
+    tmp_path: Path, options: dict[str, Any], steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Varying, "validation_step", lambda self, *_: self.log("val/loss", -1.0 * self.global_step))
     saved: list[int] = []
     monkeypatch.setattr(Trainer, "save_checkpoint", lambda trainer, *_: saved.append(trainer.global_step))
-    trainer = quiet_trainer(
-        tmp_path, callbacks=[BestCheckpoint(tmp_path, every_n_epochs=2)], enable_checkpointing=True, **options
+    keeps = BestCheckpoint(tmp_path, every_n_epochs=2)
+    assert keeps.every_n_epochs == 2
+    quiet_trainer(tmp_path, callbacks=[keeps], enable_checkpointing=True, **options).fit(
+        Improving(), loader(), loader()
     )
-    trainer.fit(Varying(), loader(), loader())
     assert saved == steps
+
+
+def test_without_validation_it_goes_by_the_training(tmp_path: Path) -> None:
+    class Logs(Varying):
+        def training_step(self, *_: object) -> torch.Tensor:
+            self.log("loss", self.weight, on_epoch=True)
+            return self.weight - 1
+
+    keeps = BestCheckpoint(tmp_path, monitor="loss", every_n_epochs=2)
+    quiet_trainer(tmp_path, callbacks=[keeps], enable_checkpointing=True, max_steps=20).fit(Logs(), loader())
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 20
+
+
+def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="`every_n_epochs` must be at least 1, got 0"):
         BestCheckpoint(every_n_epochs=0)
 
@@ -75,6 +101,16 @@ def test_it_looks_every_so_many_epochs_and_at_the_end(
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_a_run_that_goes_on_knows_its_best(tmp_path: Path) -> None:
     fit(tmp_path, BestCheckpoint(tmp_path), 2)
-    trainer = fit(tmp_path, BestCheckpoint(tmp_path), 3, resume=True)  # whose third epoch is worse
-    assert trainer.global_step == 18
+    keeps = BestCheckpoint(tmp_path)
+    assert fit(tmp_path, keeps, 3, resume=True).global_step == 18  # its third epoch is worse
+    assert keeps.best_model_score == VALUES[1]
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["best.ckpt"]
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 12
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_that_goes_on_knows_when_it_looked(tmp_path: Path) -> None:
+    fit(tmp_path, BestCheckpoint(tmp_path, every_n_epochs=3), 3)  # looks in its first and third
+    keeps = BestCheckpoint(tmp_path, every_n_epochs=3)
+    keeps.load_state_dict(torch.load(tmp_path / "best.ckpt", weights_only=True)["callbacks"][keeps.state_key])
+    assert keeps.state_dict()["looked"] == 3

@@ -239,6 +239,8 @@ def test_resuming_starts_a_new_run_or_goes_on_in_the_same_one():
         assert [step for step, _ in resumed[tag]] == [step for step, _ in whole[tag]], tag
     configs = {path.name for path in Path("logs/digits/version_1").glob("*.yaml")}
     assert {"config.yaml", "config-resumed-1.yaml"} <= configs
+    config = yaml.safe_load(Path("logs/digits/version_1/config-resumed-1.yaml").read_text())
+    assert config["trainer"]["logger"]["class_path"] == "lightning_vae.QuickTensorBoardLogger"
 
 
 def test_a_checkpoints_model_replaces_the_configs_and_says_so(run):

@@ -212,6 +212,14 @@ def test_a_pass_shares_nothing_with_the_one_before():
     assert rates.shape == (5,)
 
 
+def test_large_moments_are_let_go_of_between_passes():
+    watched = _Pass(observations=2)
+    for dim, are_kept in ((2**17, True), (2**18 + 1, False)):
+        watched.append([Normal(torch.zeros(2, dim), 1.0)], Normal(0.0, 1.0), None, 0, 1)
+        watched.restart()
+        assert hasattr(watched, "_information") == are_kept
+
+
 def test_the_sanity_pass_shows_a_wrong_path(tmp_path):
     with pytest.raises(ValueError, match="Did you mean 'encoder'"):
         fit(tmp_path, detect(posterior="encodr"), num_sanity_val_steps=2)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_vae.cli import main
 from lightning_vae.datamodules import TensorLoader
@@ -69,6 +69,14 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"parameter `decoder\.map\.bias` holds values that are not finite"):
         fit(tmp_path, vae, callbacks=[saves])
     assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_large_parameters_are_saved(tmp_path: Path) -> None:
+    """Their sum overflows, none of them does."""
+    vae = RecordingVAE()
+    vae.register_parameter("large", nn.Parameter(torch.full((2,), 3e38), requires_grad=False))
+    fit(tmp_path, vae, callbacks=[ModelCheckpoint(tmp_path, filename="saved")], max_epochs=1)
+    assert (tmp_path / "saved.ckpt").exists()
 
 
 def test_running_sums_are_those_of_all_batches_however_they_are_asked_for() -> None:

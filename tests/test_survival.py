@@ -34,8 +34,7 @@ from tests.test_cli import scalars
 ROOT = Path(__file__).parent.parent
 LINEAR = ["--config", str(ROOT / "configs" / "linear.yaml"), "--data.size=96", "--data.batch_size=16",
           "--trainer.log_every_n_steps=4", "--trainer.max_epochs=3", "--trainer.callbacks=null",
-          "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss",
-          "--trainer.callbacks.filename=best", "--trainer.callbacks+=LastCheckpoint",
+          "--trainer.callbacks+=BestCheckpoint", "--trainer.callbacks+=LastCheckpoint",
           "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
 LOOP = ["fit", *LINEAR, "--ckpt_path=last", "--same_run=true"]
 RUN = Path("logs/linear/version_0")
@@ -399,7 +398,7 @@ def test_what_cannot_be_found_is_said(capsys):
     for arguments, message in (
         ([], "there is no checkpoint in any run of this config"),
         (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"], "TensorBoardLogger alone"),
-        (["--trainer.callbacks.dirpath=elsewhere"], "`dirpath` of ModelCheckpoint is another"),
+        (["--trainer.callbacks.dirpath=elsewhere"], "`dirpath` of a checkpoint callback is another"),
     ):
         assert message in exits(["fit", *LINEAR, "--ckpt_path=last", *arguments], 2, capsys)
 
