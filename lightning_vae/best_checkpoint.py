@@ -63,6 +63,12 @@ class BestCheckpoint(ModelCheckpoint):
         return self._looks_every
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the validations of another run."""
+        self._validated = None
+        super().on_train_start(trainer, pl_module)
+
+    @override
     def on_train_batch_end(self, *_: Any) -> None:
         """Save nothing after a batch."""
 
@@ -93,5 +99,5 @@ class BestCheckpoint(ModelCheckpoint):
         if self._validated not in (None, trainer.global_step):
             return False  # the run ends behind its last validation, which was of another model
         epoch, every = trainer.current_epoch + 1, self._looks_every
-        in_turn = epoch // every > self._looked // every  # also where it is not validated in each epoch
+        in_turn = epoch // every != self._looked // every  # also where not each is validated, and in another run
         return in_turn or epoch == self._looked or not self.best_model_path or is_last(trainer)

@@ -93,6 +93,37 @@ def test_without_validation_it_goes_by_the_training(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 20
 
 
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_it_serves_another_run(tmp_path: Path) -> None:
+    """As Lightning's does, and with what it knows of the first."""
+    keeps = BestCheckpoint(tmp_path)
+    fit(tmp_path, keeps, 4)
+    VALUES[1] = 0.25
+    try:
+        fit(tmp_path, keeps, 4)
+    finally:
+        VALUES[1] = 1.0
+    assert keeps.best_model_score == 0.25
+    assert torch.load(keeps.best_model_path, weights_only=True)["global_step"] == 12
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+def test_a_run_without_validation_may_follow_one_with(tmp_path: Path) -> None:
+    class Logs(Varying):
+        def training_step(self, *_: object) -> torch.Tensor:
+            self.log("loss", self.weight, on_epoch=True)
+            return self.weight - 1
+
+    keeps, saved = BestCheckpoint(tmp_path, monitor="loss"), []
+    for validation, epochs in ((loader(), 2), (None, 3)):
+        trainer = quiet_trainer(tmp_path, callbacks=[keeps], enable_checkpointing=True, max_epochs=epochs)
+        trainer.fit(Logs(), loader(), validation)
+        saved.append(keeps._last_global_step_saved)
+        keeps.best_model_score = torch.tensor(torch.inf)
+        keeps.best_k_models = dict.fromkeys(keeps.best_k_models, torch.tensor(torch.inf))
+    assert saved == [12, 18]
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="`every_n_epochs` must be at least 1, got 0"):
         BestCheckpoint(every_n_epochs=0)
