@@ -1,6 +1,6 @@
 """Train, validate, test or predict: ``python train.py fit --config configs/digits.yaml``."""
 
-from lightning_vae.cli import main
+from lightning_vae.main import main
 
 if __name__ == "__main__":
     main()

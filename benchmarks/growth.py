@@ -16,11 +16,11 @@ import torch
 from runs import header, heading, row
 from torch.distributions import Normal
 
-from lightning_vae.aggregate_posterior import AggregatePosterior
 from lightning_vae.callbacks import ActiveUnits
 from lightning_vae.callbacks.collapse_detector import _Pass
-from lightning_vae.callbacks.mutual_information import MutualInformation
-from lightning_vae.running_moments import RunningMoments
+from lightning_vae.callbacks.metrics.mutual_information import MutualInformation
+from lightning_vae.callbacks.metrics.running_moments import RunningMoments
+from lightning_vae.estimators.aggregate_posterior import AggregatePosterior
 
 WIDTHS = (34, 14, 16, 20)
 ROWS = 4096  # in a batch

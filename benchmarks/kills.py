@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_vae import checkpoint_io, run_folders
-from lightning_vae.checkpoint_io import AtomicCheckpointIO
-from lightning_vae.cli import main as command_line
-from lightning_vae.flushed_curves import FlushedCurves
+from lightning_vae.checkpoints.checkpoint_io import AtomicCheckpointIO
+from lightning_vae.checkpoints.flush_loggers import FlushLoggers
+from lightning_vae.main import main as command_line
 from lightning_vae.vae import VAE
 
 EPOCH = 6  # steps
@@ -142,7 +142,7 @@ def attempt(options: list[str], reached: mmap, arrange: Callable[[], None] = lam
         def note(_self: Any, trainer: Any, *_: Any) -> None:
             reached[:8] = trainer.global_step.to_bytes(8, "little")
 
-        FlushedCurves.on_train_batch_end = note  # type: ignore[method-assign]
+        FlushLoggers.on_train_batch_end = note  # type: ignore[method-assign]
         sys.argv = ["train.py"]
         arrange()
         command_line(["fit", "--config", "config.yaml", *options])
@@ -233,7 +233,7 @@ def kill_again_and_again(saves: int, others: int, epochs: int, every: int, in_st
         "points of the curves": wanted.total(),
         "points missing": (wanted - shown).total(),
         "points too many": (shown - wanted).total(),
-        "same curves as undisturbed": expected == got,
+        "same curves as isolated_eval": expected == got,
         "same parameters": same(one["state_dict"], other["state_dict"]),
         "same optimizer": same(one["optimizer_states"], other["optimizer_states"]),
     }

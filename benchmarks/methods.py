@@ -19,8 +19,8 @@ import torch
 from runs import SEEDS, header, heading, row, train
 
 from lightning_vae import __version__
-from lightning_vae.evaluation import evaluate
-from lightning_vae.sweep_table import write
+from lightning_vae.evaluation.measure import evaluate
+from lightning_vae.sweep.tables import write
 
 KL = "--trainer.callbacks+=KLAnnealing --trainer.callbacks.schedule"
 SCHEDULE = "--trainer.callbacks.schedule"

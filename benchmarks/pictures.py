@@ -19,7 +19,7 @@ from runs import header, heading, row
 
 from lightning_vae import VAE
 from lightning_vae.callbacks import Callback
-from lightning_vae.cli import VAECLI
+from lightning_vae.cli.vae_cli import VAECLI
 
 DRAW = ("Dashboard", "Pictures", "LatentSpace")
 WIDTHS = (24, 8, 8, 24, 24, 24, 5)

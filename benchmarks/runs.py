@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout need not be 
 
 from lightning_vae import __version__
 from lightning_vae.callbacks import CollapseDetector
-from lightning_vae.callbacks.collapse import diagnose
-from lightning_vae.cli import VAECLI, command_line
+from lightning_vae.callbacks.metrics.collapse_state import diagnose
+from lightning_vae.cli.vae_cli import VAECLI, command_line
 
 SEEDS = (0, 1, 2)
 

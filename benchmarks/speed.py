@@ -19,7 +19,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from runs import header, heading, row
-from ways import (
+from training_loops import (
     Case,
     TimedVAE,
     bare_trainer,

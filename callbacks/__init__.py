@@ -1,22 +1,22 @@
 """Callbacks for any LightningModule that trains a variational autoencoder."""
 
-from .active_units import ActiveUnits as ActiveUnits
-from .active_units import active_units as active_units
-from .attribute import Attribute as Attribute
 from .base import Callback as Callback
-from .collapse import Diagnosis as Diagnosis
-from .collapse import diagnose as diagnose
 from .collapse_detector import CollapseDetector as CollapseDetector
+from .control.attribute_path import AttributePath as AttributePath
+from .control.attribute_scheduler import AttributeScheduler as AttributeScheduler
 from .dashboard import Dashboard as Dashboard
 from .enforced_free_bits import EnforcedFreeBits as EnforcedFreeBits
 from .free_bits import FreeBits as FreeBits
 from .kl_annealing import KLAnnealing as KLAnnealing
 from .latent_space import LatentSpace as LatentSpace
-from .mutual_information import MutualInformation as MutualInformation
-from .mutual_information import mutual_information as mutual_information
+from .metrics.active_units import ActiveUnits as ActiveUnits
+from .metrics.active_units import active_units as active_units
+from .metrics.collapse_state import Diagnosis as Diagnosis
+from .metrics.collapse_state import diagnose as diagnose
+from .metrics.mutual_information import MutualInformation as MutualInformation
+from .metrics.mutual_information import mutual_information as mutual_information
 from .pictures import Pictures as Pictures
-from .posterior import PosteriorReader as PosteriorReader
-from .scheduled_knob import ScheduledKnob as ScheduledKnob
+from .reading.distribution_reader import DistributionReader as DistributionReader
 from .schedules import Constant as Constant
 from .schedules import Cosine as Cosine
 from .schedules import Cyclical as Cyclical
@@ -29,7 +29,8 @@ from .target_rate import TargetRate as TargetRate
 
 __all__ = [
     "ActiveUnits",
-    "Attribute",
+    "AttributePath",
+    "AttributeScheduler",
     "Callback",
     "CollapseDetector",
     "Constant",
@@ -37,6 +38,7 @@ __all__ = [
     "Cyclical",
     "Dashboard",
     "Diagnosis",
+    "DistributionReader",
     "EnforcedFreeBits",
     "FreeBits",
     "Join",
@@ -45,9 +47,7 @@ __all__ = [
     "Linear",
     "MutualInformation",
     "Pictures",
-    "PosteriorReader",
     "Schedule",
-    "ScheduledKnob",
     "Sigmoid",
     "Staged",
     "TargetRate",

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
 from typing_extensions import override
 
-from .active_units import ActiveUnits
 from .base import Callback
-from .board import Board
-from .collapse import Diagnosis, diagnose
-from .heat_map import heat_map
-from .mutual_information import MutualInformation, mutual_information
-from .posterior import PosteriorReader, read_prior, same_shape
-from .scheduled_knob import MisconfigurationException
+from .control.attribute_scheduler import MisconfigurationException
+from .drawing.colours import heat_map
+from .drawing.media_logger import MediaLogger
+from .metrics.active_units import ActiveUnits
+from .metrics.collapse_state import Diagnosis, diagnose
+from .metrics.mutual_information import MutualInformation, mutual_information
+from .reading.distribution_reader import DistributionReader, read_prior, same_shape
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -58,7 +58,7 @@ class CollapseDetector(Callback):
         posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
             submodule that outputs it (``"encoder"``) or of a part of its output (``"vae:latent_dist.mean"``), a pair of
             paths for its two parameters, or a callable ``(pl_module, batch) -> q(z|x)``. See
-            :class:`~.posterior.PosteriorReader`.
+            :class:`~.reading.distribution_reader.DistributionReader`.
         second: What stands beside the mean where the posterior is a pair of tensors: ``"log_variance"``,
             ``"variance"``, ``"scale"`` or ``"log_scale"``.
         chunk: Where the posterior is one tensor: the axis along which it is split into halves, the mean and the second
@@ -122,7 +122,7 @@ class CollapseDetector(Callback):
         self.on_alarm = on_alarm
         self.name = name
         self._title = f"CollapseDetector({name})" if name else "CollapseDetector"
-        self._reader = PosteriorReader(posterior, second, chunk)
+        self._reader = DistributionReader(posterior, second, chunk)
         self._pass: _Pass | None = None
         self._watches_training = False
         self._passes = 0
@@ -350,11 +350,11 @@ class CollapseDetector(Callback):
         for tag, rows in (("variance", self._variances), ("rate", self._rates)):
             if rows:
                 picture = heat_map(torch.stack(rows))
-                Board(trainer).image(self._key(f"latent/{tag}_per_dimension"), picture, self.step(trainer))
+                MediaLogger(trainer).image(self._key(f"latent/{tag}_per_dimension"), picture, self.step(trainer))
 
     def _raise_alarm(self, trainer: Trainer, pl_module: LightningModule, diagnosis: Diagnosis) -> None:
         message = _message(self._title, diagnosis)
-        Board(trainer).text(self._key("collapse/message"), message, self.step(trainer))
+        MediaLogger(trainer).text(self._key("collapse/message"), message, self.step(trainer))
         if callable(self.on_alarm):
             self.on_alarm(trainer, pl_module, diagnosis)
             return

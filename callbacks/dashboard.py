@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from .base import Callback
-from .board import Board
-from .run_text import HOW_TO_READ, comparable, describe_data, describe_objective
+from .drawing.media_logger import MediaLogger
+from .drawing.run_description import HOW_TO_READ, comparable, describe_data, describe_objective
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -64,7 +64,7 @@ class Dashboard(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Arrange the pages."""
-        board = Board(trainer)
+        board = MediaLogger(trainer)
         if board:
             step = self.step(trainer)
             board.layout(_layout(self.charts))
@@ -78,7 +78,7 @@ class Dashboard(Callback):
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:
         """Add a point to the overview."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            board = Board(trainer)
+            board = MediaLogger(trainer)
             for title, value in _overview(self.charts, trainer.callback_metrics).items():
                 board.scalar(f"Overview/{title}", value, self.step(trainer))
 

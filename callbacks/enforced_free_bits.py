@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.distributions import Normal
 from typing_extensions import override
 
-from .attribute import is_number, look_up
 from .base import callbacks_of
+from .control.attribute_path import is_number, look_up
+from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException
 from .free_bits import count_at_floor
-from .loss_probe import LossProbe
-from .posterior import PosteriorReader, is_compiled, read_prior, same_shape, widened
-from .scheduled_knob import MisconfigurationException, ScheduledKnob
+from .probing.loss_probe import LossProbe
+from .reading.distribution_reader import DistributionReader, is_compiled, read_prior, same_shape, widened
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _REDUCTIONS: dict[str, Callable[[Tensor], float]] = {
 }
 
 
-class EnforcedFreeBits(ScheduledKnob):
+class EnforcedFreeBits(AttributeScheduler):
     r"""Enforce a floor under the rate, in nats, on a module that can't be changed.
 
     :class:`FreeBits` is the better choice for a module that can: it sets the floor that the module's loss reads. This
@@ -55,7 +55,7 @@ class EnforcedFreeBits(ScheduledKnob):
     Args:
         threshold: The floor in nats: a number, or a schedule of the training step with an explicit ``stop``.
         posterior: The path of the submodule that outputs the posterior, or a pair of paths for its two parameters, as
-            in :class:`~.posterior.PosteriorReader`.
+            in :class:`~.reading.distribution_reader.DistributionReader`.
         weight: Where the module keeps the weight of the KL term, a dotted path as in :class:`KLAnnealing`; or a number,
             where the loss has one.
         reduction: What the weight multiplies. ``"sum"``: the KL summed over the latent dimensions, mean over the batch;
@@ -116,7 +116,7 @@ class EnforcedFreeBits(ScheduledKnob):
         self.reduction = reduction
         self.per = per
         self.average = average
-        self._reader = PosteriorReader(posterior, second, chunk)
+        self._reader = DistributionReader(posterior, second, chunk)
         self._threshold = 0.0
         self._rates: Tensor | None = None
 
@@ -229,10 +229,10 @@ class EnforcedFreeBits(ScheduledKnob):
 
     def _try_declaration(self, probe: LossProbe, weight: str) -> None:
         """Refuse a loss that does not rise with the weight as declared, where that can be found out."""
-        seen: list[tuple[PosteriorReader, LightningModule]] = []
+        seen: list[tuple[DistributionReader, LightningModule]] = []
 
         def look_on(copy: LightningModule) -> None:
-            reader = PosteriorReader(self.posterior, self._reader.second, self._reader.chunk)
+            reader = DistributionReader(self.posterior, self._reader.second, self._reader.chunk)
             reader.listen(copy)
             seen[:] = [(reader, copy)]
 

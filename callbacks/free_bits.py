@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
 from typing_extensions import override
 
-from .knob import Knob
-from .posterior import PosteriorReader, read_prior, same_shape
-from .scheduled_knob import MisconfigurationException, ScheduledKnob
+from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException
+from .control.tied_attributes import TiedAttributes
+from .reading.distribution_reader import DistributionReader, read_prior, same_shape
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _LINE = "loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bi
 _NEAR = 1.05  # a rate within 5 % of its floor sits at it: nothing pulls it up, and noise moves it about
 
 
-class FreeBits(ScheduledKnob):
+class FreeBits(AttributeScheduler):
     """Set the floor under the rate, in nats: less than it saves nothing, so no dimension is given up for its cost.
 
     The module's loss has to read the floor. ``lightning_vae.VAE`` does; a loss of your own needs the one line
@@ -87,7 +87,7 @@ class FreeBits(ScheduledKnob):
         super().__init__(threshold if callable(threshold) else Constant(threshold), attribute, setter, name)
         self.per = per
         self.average = average
-        self._reader = PosteriorReader(posterior, second, chunk)
+        self._reader = DistributionReader(posterior, second, chunk)
         self._warned = False
         self._latest: _AtFloor | None = None
 
@@ -128,7 +128,7 @@ class FreeBits(ScheduledKnob):
             )
 
     @override
-    def _find(self, pl_module: LightningModule) -> Knob:
+    def _find(self, pl_module: LightningModule) -> TiedAttributes:
         try:
             return super()._find(pl_module)
         except ValueError as error:

@@ -11,11 +11,11 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from .base import callbacks_of
-from .effective_beta import WeightEffect, weight_effect
-from .loss_probe import LossProbe
-from .scheduled_knob import ScheduledKnob
+from .control.attribute_scheduler import AttributeScheduler
+from .control.witness import remedy
+from .probing.effective_beta import WeightEffect, weight_effect
+from .probing.loss_probe import LossProbe
 from .schedules import Schedule
-from .witness import remedy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class KLAnnealing(ScheduledKnob):
+class KLAnnealing(AttributeScheduler):
     """Move the weight of the KL term along a schedule: the cure of a collapse that happens early in training.
 
     A schedule whose ``stop`` is left out ends at the value the module is configured with, so one config serves every

@@ -12,15 +12,15 @@ from torch.distributions import Distribution, Normal
 from torch.nn.functional import interpolate
 from typing_extensions import override
 
-from .as_images import as_images
 from .base import Callback
-from .batch_part import LABELS, OBSERVATIONS, batch_part
-from .board import Board
-from .density_panels import density_panels
-from .latent_codes import LatentCodes
-from .moments import Moments
-from .posterior import PosteriorReader, read_prior
-from .scatter_panels import scatter_panels
+from .drawing.density_panels import density_panels
+from .drawing.draw_schedule import DrawSchedule
+from .drawing.images import as_images
+from .drawing.media_logger import MediaLogger
+from .drawing.scatter_panels import scatter_panels
+from .reading.batch_fields import LABELS, OBSERVATIONS, batch_part
+from .reading.distribution_reader import DistributionReader, read_prior
+from .reading.posterior_summary import PosteriorSummary
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -47,7 +47,7 @@ class LatentSpace(Callback):
 
     Args:
         posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
-            submodule that outputs it, a pair of paths, or a callable. See :class:`~.posterior.PosteriorReader`.
+            submodule that outputs it, a pair of paths, or a callable, as :class:`DistributionReader` takes it.
         second: What stands beside the mean: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
         chunk: Where the posterior is one tensor: the axis along which it is split.
         label: Where the labels are in a batch: a key, an index or a callable; in the usual places if not given.
@@ -77,8 +77,8 @@ class LatentSpace(Callback):
         self.posterior = posterior
         self.label = label
         self.observations = observations
-        self._reader = PosteriorReader(posterior, second, chunk)
-        self._moments = Moments(times)
+        self._reader = DistributionReader(posterior, second, chunk)
+        self._moments = DrawSchedule(times)
         self._draws = False
         self._rows: list[_Rows] = []
         self._latest: _Rows | None = None
@@ -105,7 +105,7 @@ class LatentSpace(Callback):
         """Begin a pass."""
         self._rows = []
         counts = trainer.state.fn == "fit" and not trainer.sanity_checking
-        self._draws = counts and self._moments.next(trainer) and bool(Board(trainer))
+        self._draws = counts and self._moments.next(trainer) and bool(MediaLogger(trainer))
 
     @override
     def on_validation_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -120,7 +120,7 @@ class LatentSpace(Callback):
         """Keep the batch's posterior means, scales, labels and observations, as many as are still wanted."""
         if self._wants_more and not (self.posterior is None and getattr(pl_module, "posterior", self) is None):
             posterior = self._reader.read(pl_module, batch)[0]  # of several, the first view's
-            self._rows.append(_Rows.of(LatentCodes.of(posterior, read_prior(pl_module)), batch, self.label))
+            self._rows.append(_Rows.of(PosteriorSummary.of(posterior, read_prior(pl_module)), batch, self.label))
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -128,7 +128,7 @@ class LatentSpace(Callback):
         self._reader.forget()
         if self._draws and self._kept > 1:
             self._latest = _Rows.joined(self._rows, self.observations)
-            self._draw(Board(trainer), self._latest, read_prior(pl_module), self.step(trainer))
+            self._draw(MediaLogger(trainer), self._latest, read_prior(pl_module), self.step(trainer))
         self._rows, self._draws = [], False
 
     @override
@@ -137,7 +137,7 @@ class LatentSpace(Callback):
         if self._latest is not None:
             rows, self._latest = self._latest, None
             images = None if rows.x is None else _thumbnails(rows.x)
-            Board(trainer).embedding("latent", rows.codes.mean, rows.labels, images, self.step(trainer))
+            MediaLogger(trainer).embedding("latent", rows.codes.mean, rows.labels, images, self.step(trainer))
 
     @override
     def on_save_checkpoint(self, *_: Any) -> None:
@@ -167,7 +167,7 @@ class LatentSpace(Callback):
         self._rows, self._latest, self._draws = [], None, False
 
     @staticmethod
-    def _draw(board: Board, rows: _Rows, prior: Distribution, step: int) -> None:
+    def _draw(board: MediaLogger, rows: _Rows, prior: Distribution, step: int) -> None:
         codes = rows.codes
         mean, scale = _in_units(codes, prior)
         numbers = (codes.active or codes.order[:1])[:_SHOWN]
@@ -187,12 +187,12 @@ class LatentSpace(Callback):
 class _Rows(NamedTuple):
     """Some observations: their posteriors, their labels and themselves."""
 
-    codes: LatentCodes
+    codes: PosteriorSummary
     labels: list[str] | None
     x: Tensor | None
 
     @classmethod
-    def of(cls, codes: LatentCodes, batch: Any, label: int | str | Callable[[Any], Any] | None) -> _Rows:
+    def of(cls, codes: PosteriorSummary, batch: Any, label: int | str | Callable[[Any], Any] | None) -> _Rows:
         count = len(codes.mean)
         labels = _names(batch_part(batch, label, LABELS, 1), count)
         x = batch_part(batch, None, OBSERVATIONS, 0)
@@ -201,7 +201,7 @@ class _Rows(NamedTuple):
     @classmethod
     def joined(cls, parts: Sequence[_Rows], count: int) -> _Rows:
         """Put several together, and return the first of their rows."""
-        codes = LatentCodes.joined([part.codes for part in parts]).first(count)
+        codes = PosteriorSummary.joined([part.codes for part in parts]).first(count)
         labels, x = [part.labels for part in parts], [part.x for part in parts]
         shapes = {None if each is None else each.shape[1:] for each in x}  # several loaders, say, have several
         return cls(
@@ -220,7 +220,7 @@ def _names(labels: Any, count: int) -> list[str] | None:
     return [f"{label:g}" if isinstance(label, float) else str(label) for label in labels]
 
 
-def _in_units(codes: LatentCodes, prior: Distribution) -> tuple[Tensor, Tensor | None]:
+def _in_units(codes: PosteriorSummary, prior: Distribution) -> tuple[Tensor, Tensor | None]:
     """Return means and scales in units of the prior's, where it is Gaussian."""
     if not isinstance(prior, Normal):
         return codes.mean, codes.scale

@@ -12,18 +12,18 @@ from torch import Tensor
 from torch.distributions import Distribution
 from typing_extensions import override
 
-from .as_images import as_images
 from .base import Callback
-from .batch_part import OBSERVATIONS, batch_part
-from .board import Board
-from .gallery import Gallery
-from .latent_codes import LatentCodes
-from .latent_paths import expanded, interpolations, traversals
-from .module_call import ModuleCall
-from .moments import Moments
-from .posterior import as_distribution, read_prior
-from .spread import spread
-from .undisturbed import undisturbed
+from .drawing.draw_schedule import DrawSchedule
+from .drawing.evenly_spaced_rows import evenly_spaced_rows
+from .drawing.gallery import Gallery
+from .drawing.images import as_images
+from .drawing.media_logger import MediaLogger
+from .drawing.traversals import expanded, interpolations, traversals
+from .reading.batch_fields import OBSERVATIONS, batch_part
+from .reading.distribution_reader import as_distribution, read_prior
+from .reading.isolated_eval import isolated_eval
+from .reading.module_call import ModuleCall
+from .reading.posterior_summary import PosteriorSummary
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -98,7 +98,7 @@ class Pictures(Callback):
         self._encode = ModuleCall("encode", "encode" if encode is None else encode)
         self._decode = ModuleCall("decode", "decode" if decode is None else decode)
         self._reconstruct = None if reconstruct is None else ModuleCall("reconstruct", reconstruct)
-        self._moments = Moments(times)
+        self._moments = DrawSchedule(times)
         self._draws = False
         self._inputs: Tensor | None = None
         self._chosen: list[Tensor] = []
@@ -123,7 +123,7 @@ class Pictures(Callback):
         """Say if nobody would see the pictures."""
         if _is_sharded(trainer):
             rank_zero_info("Pictures: one process can't run a model whose parameters are sharded; none are drawn.")
-        elif trainer.is_global_zero and not Board(trainer):
+        elif trainer.is_global_zero and not MediaLogger(trainer):
             rank_zero_info("Pictures: no logger of this run takes pictures; none are drawn.")
 
     @override
@@ -131,7 +131,7 @@ class Pictures(Callback):
         """Begin a pass."""
         self._forget()
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._draws = self._moments.next(trainer) and bool(Board(trainer)) and not _is_sharded(trainer)
+            self._draws = self._moments.next(trainer) and bool(MediaLogger(trainer)) and not _is_sharded(trainer)
 
     @override
     def on_validation_batch_end(
@@ -153,7 +153,7 @@ class Pictures(Callback):
         if self._draws and self._inputs is None and self._chosen:
             self._inputs = torch.stack(self._chosen)
         if self._draws and self._inputs is not None and self._measured:
-            board = Board(trainer)
+            board = MediaLogger(trainer)
             pictures = self._pictures(trainer, pl_module, self._inputs, self._measured)
             for tag, picture in pictures.items():
                 board.image(tag, picture, self.step(trainer))
@@ -187,7 +187,7 @@ class Pictures(Callback):
         if self._measured and x.shape[1:] != self._measured[0].shape[1:]:
             return  # sequences of many lengths: those of the first batch's
         if self._inputs is None:
-            self._chosen += [x[row].clone() for row in spread(_COLUMNS, len(x), batch_idx, batches)]
+            self._chosen += [x[row].clone() for row in evenly_spaced_rows(_COLUMNS, len(x), batch_idx, batches)]
         missing = _MEASURED - sum(map(len, self._measured))
         if missing > 0 and len(x):
             self._measured.append(x[:missing])
@@ -198,8 +198,10 @@ class Pictures(Callback):
         inputs = inputs.to(pl_module.device)
         shown = _shown(inputs, pl_module)
         prior = read_prior(pl_module)
-        with undisturbed(trainer, pl_module):
-            codes = LatentCodes.joined([LatentCodes.of(self._posterior(pl_module, x), prior) for x in measured])
+        with isolated_eval(trainer, pl_module):
+            codes = PosteriorSummary.joined(
+                [PosteriorSummary.of(self._posterior(pl_module, x), prior) for x in measured]
+            )
             posterior = self._posterior(pl_module, inputs)
             mean = posterior if isinstance(posterior, Tensor) else posterior.mean
             numbers = (codes.active or codes.order[:1])[:_TRAVERSED]

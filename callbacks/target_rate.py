@@ -14,10 +14,10 @@ from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
 from .base import callbacks_of
+from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException, _monitors
+from .control.rate_controller import ControllerState, RateController, rate_scale
 from .free_bits import _rate
-from .posterior import PosteriorReader, read_prior
-from .rate_controller import ControllerState, RateController, rate_scale
-from .scheduled_knob import MisconfigurationException, ScheduledKnob, _monitors
+from .reading.distribution_reader import DistributionReader, read_prior
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _VALIDATION_LOSS = re.compile(r"val(id|idation)?[/_]loss(_epoch)?")
 
 
-class TargetRate(ScheduledKnob):
+class TargetRate(AttributeScheduler):
     r"""Hold the rate at a target by moving the weight of the KL term: compression to a given number of nats or bits.
 
     ControlVAE's PI controller, in the logarithm of the weight,
@@ -143,7 +143,7 @@ class TargetRate(ScheduledKnob):
         self.patience = patience
         self._log_key = "knobs/target_rate" if name is None else f"knobs/target_rate_{name}"
         self._rate_key = "latent/rate" if name is None else f"latent/rate_{name}"
-        self._reader = PosteriorReader(posterior, second, chunk)
+        self._reader = DistributionReader(posterior, second, chunk)
         self._controller: RateController | None = None
         self._state: ControllerState | None = None
         self._measured: Tensor | None = None  # sum of the rates and number of observations since the last step

@@ -7,10 +7,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from .batch_loader import BatchLoader, check_batch_size
-from .resident import resident
-from .seeding import seeded_generator
-from .tensor_loader import TensorLoader
+from .loaders.batch_loader import BatchLoader, check_batch_size
+from .loaders.resident import resident
+from .loaders.seeding import seeded_generator
+from .loaders.tensor_loader import TensorLoader
 
 Tensors = Mapping[str, Tensor]
 

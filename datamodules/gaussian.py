@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .base import DataModule, Tensors
-from .seeding import seeded_generator
+from .loaders.seeding import seeded_generator
 
 
 class Gaussian(DataModule):

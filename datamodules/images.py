@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from .base import DataModule, Tensors, check_fraction, split_indices
-from .batch_loader import BatchLoader
-from .image_files import SUFFIXES, ImageFiles
-from .stream_loader import StreamLoader
-from .tensor_loader import TensorLoader
+from .loaders.batch_loader import BatchLoader
+from .loaders.image_files import SUFFIXES, ImageFiles
+from .loaders.stream_loader import StreamLoader
+from .loaders.tensor_loader import TensorLoader
 
 
 class Images(DataModule):

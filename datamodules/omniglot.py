@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .image_files import read_image
+from .loaders.image_files import read_image
 from .torchvision_sets import TorchVision
 
 

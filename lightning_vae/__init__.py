@@ -5,13 +5,14 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .best_checkpoint import BestCheckpoint as BestCheckpoint
-    from .checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
-    from .compare import compare_latents as compare_latents
-    from .evaluation import Evaluation as Evaluation
-    from .evaluation import evaluate as evaluate
-    from .flushed_curves import FlushedCurves as FlushedCurves
-    from .last_checkpoint import LastCheckpoint as LastCheckpoint
+    from .checkpoints.best_checkpoint import BestCheckpoint as BestCheckpoint
+    from .checkpoints.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
+    from .checkpoints.flush_loggers import FlushLoggers as FlushLoggers
+    from .checkpoints.last_checkpoint import LastCheckpoint as LastCheckpoint
+    from .distributed import mean_over_processes as mean_over_processes
+    from .evaluation.figures import compare_latents as compare_latents
+    from .evaluation.measure import Evaluation as Evaluation
+    from .evaluation.measure import evaluate as evaluate
     from .likelihoods import Bernoulli as Bernoulli
     from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .objective import group_rates as group_rates
     from .objective import kl_per_dimension as kl_per_dimension
     from .objective import weighted_loss as weighted_loss
-    from .processes import mean_over_processes as mean_over_processes
     from .quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
     from .vae import VAE as VAE
 
@@ -40,17 +40,17 @@ except _PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
-    "best_checkpoint": ("BestCheckpoint",),
-    "checkpoint_io": ("AtomicCheckpointIO",),
-    "compare": ("compare_latents",),
-    "evaluation": ("Evaluation", "evaluate"),
-    "flushed_curves": ("FlushedCurves",),
-    "last_checkpoint": ("LastCheckpoint",),
+    "checkpoints.best_checkpoint": ("BestCheckpoint",),
+    "checkpoints.checkpoint_io": ("AtomicCheckpointIO",),
+    "evaluation.figures": ("compare_latents",),
+    "evaluation.measure": ("Evaluation", "evaluate"),
+    "checkpoints.flush_loggers": ("FlushLoggers",),
+    "checkpoints.last_checkpoint": ("LastCheckpoint",),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "null_profiler": ("NullProfiler",),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
-    "processes": ("mean_over_processes",),
+    "distributed": ("mean_over_processes",),
     "quick_tensorboard_logger": ("QuickTensorBoardLogger",),
     "vae": ("VAE",),
 }

@@ -18,12 +18,12 @@ class QuickTensorBoardLogger(TensorBoardLogger):
     value (as this one does where there is a ``prefix``), and flushes at each logging step, which waits for the thread
     that writes them. Here they are in the file as soon as that thread has come to it, where files are local and
     TensorFlow is not installed; else after ``flush_secs``, 120 if not given. So ``save`` does not flush, and a process
-    that is killed may lose the last few values: :class:`FlushedCurves` flushes before each checkpoint, and
+    that is killed may lose the last few values: :class:`FlushLoggers` flushes before each checkpoint, and
     ``logger.experiment.flush()`` does at any time.
 
     Example::
 
-        Trainer(logger=QuickTensorBoardLogger("logs", default_hp_metric=False), callbacks=[FlushedCurves()])
+        Trainer(logger=QuickTensorBoardLogger("logs", default_hp_metric=False), callbacks=[FlushLoggers()])
     """
 
     _has_saved = False

@@ -15,11 +15,14 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch import distributions as td
 
-from .changed_options import configured, length, say_what_changed
+from .checkpoints.changed_options import configured, length, say_what_changed
+from .checkpoints.class_paths import build, check_descriptions, describe
+from .checkpoints.exact_resume import end_first_epoch, finish_batch, say_what_is_lost, seed_batch, unfinished_batch
+from .checkpoints.finite import parameter_not_finite
+from .checkpoints.monitors import check_monitors
 from .compiling import CompileMode, check_mode, compiled
-from .finite import parameter_not_finite
+from .distributed import mean_and_count, several_processes
 from .likelihoods import Likelihood, default_likelihood
-from .monitors import check_monitors
 from .networks import MLPDecoder, MLPEncoder, Shape
 from .noise import sample_by_index
 from .objective import (
@@ -32,10 +35,7 @@ from .objective import (
     limited_rate_loss,
     weighted_loss,
 )
-from .processes import mean_and_count, several_processes
-from .resuming import end_first_epoch, finish_batch, say_what_is_lost, seed_batch, unfinished_batch
 from .running_sums import RunningSums
-from .specification import build, check_descriptions, specification
 
 _KNOBS = {"beta": 1.0, "free_bits": 0.0}
 _TERMS = ("distortion", "rate", "floored_rate", "loss")
@@ -631,7 +631,7 @@ class VAE(LightningModule):
     def _save_hyperparameters(self, **parts: Any) -> None:
         """Save the constructor's arguments, with the networks in a form that loads with ``weights_only=True``."""
         self.save_hyperparameters(ignore=[name for name, part in parts.items() if isinstance(part, nn.Module)])
-        described = {name: specification(self.hparams.get(name, part)) for name, part in parts.items()}
+        described = {name: describe(self.hparams.get(name, part)) for name, part in parts.items()}
         self.save_hyperparameters({**self.hparams, **described})
 
     def _warn_of_feedback(self) -> None:

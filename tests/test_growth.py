@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from lightning_vae.aggregate_posterior import AggregatePosterior
 from lightning_vae.callbacks import ActiveUnits
 from lightning_vae.callbacks.collapse_detector import _Pass
-from lightning_vae.callbacks.mutual_information import MutualInformation
-from lightning_vae.running_moments import RunningMoments
+from lightning_vae.callbacks.metrics.mutual_information import MutualInformation
+from lightning_vae.callbacks.metrics.running_moments import RunningMoments
+from lightning_vae.estimators.aggregate_posterior import AggregatePosterior
 from lightning_vae.running_sums import RunningSums
 
 DIM, ROWS = 8, 64

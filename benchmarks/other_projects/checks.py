@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from lightning_vae.callbacks import Callback, CollapseDetector, Constant, KLAnnealing, Linear, PosteriorReader
+from lightning_vae.callbacks import Callback, CollapseDetector, Constant, DistributionReader, KLAnnealing, Linear
 
 PAGE = Path(__file__).parents[2] / "docs" / "drop_in.md"
 WEIGHT, EPOCHS, RAMP = 0.5, 6, 0.75
@@ -61,7 +61,7 @@ class Recorder(Callback):
 
     def on_fit_start(self, _trainer: Trainer, pl_module: LightningModule) -> None:
         self.project.spy(pl_module, lambda weight: self._used.append(float(weight)))
-        self._reader = PosteriorReader(self.posterior)
+        self._reader = DistributionReader(self.posterior)
 
     def on_train_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._used = []

@@ -1,0 +1,295 @@
+"""Reading and writing a number that a LightningModule keeps somewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+# What every module has, and nobody means.
+_FOREIGN = ("builtins", "torch", "lightning", "lightning_fabric", "pytorch_lightning")
+_OF_LIGHTNING = ("training", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
+
+
+class AttributePath:
+    """A number that lies at a dotted path of a module: ``"beta"``, ``"model.beta"``, ``"params.kld_weight"``.
+
+    The path may pass through submodules, plain objects, dict keys, list indices and the elements of a tensor. It must
+    exist: an ``nn.Module`` takes any new name without a word, so a typing error would otherwise anneal nothing.
+    Wrappers that keep the real thing in ``_orig_mod`` or ``module`` (``torch.compile``, DDP) are looked through. It is
+    walked anew each time, because a project may replace what lies on the way.
+
+    A path may also lead to a method that returns the number. Writing then replaces it, on this one object and for good,
+    by a function that returns what was written, whatever it is called with.
+
+    Args:
+        pl_module: Where the path starts.
+        path: The path.
+
+    Raises:
+        ValueError: If the path leads nowhere, to something that is no number, or to a number that can't be set.
+    """
+
+    def __init__(self, pl_module: LightningModule, path: str) -> None:
+        self.path = path
+        self._root = pl_module
+        *self._parents, self._name = path.split(".")
+        self._written: float | Tensor = math.nan
+        self._place: tuple[int, int] | None = None
+        try:
+            owner, value = self._find()
+        except _NowhereError as error:
+            raise ValueError(str(error)) from None
+        except Exception as error:
+            raise ValueError(f"`attribute={path!r}` can't be read: {error!r}.") from error
+        self._check(owner, value)
+
+    def read(self) -> float | None:
+        """Return the number as it is now; ``None`` for a method, which only its caller can ask."""
+        return _number(self._find()[1])
+
+    def write(self, value: float | Tensor) -> None:
+        """Set the number: a tensor is filled in place, a method returns it from now on, anything else is replaced.
+
+        Only what is no tensor waits for the device of a 0-dim one.
+
+        Raises:
+            ValueError: If the place does not take this value.
+        """
+        try:
+            owner: Any = self._root
+            buffers = {} if self._parents else owner._buffers
+            if self._name in buffers:  # where `getattr` would look last
+                current = buffers[self._name]
+            else:
+                owner, current = self._find()
+            if isinstance(current, Tensor):
+                (current.detach() if current.requires_grad else current).fill_(value)
+                self._place = (current.data_ptr(), current._version)
+            else:
+                value = float(value) if isinstance(value, Tensor) else value
+                if isinstance(current, _Returns):
+                    current.value = value
+                else:
+                    _set(owner, self._name, _Returns(value) if callable(current) else value)
+        except Exception as error:
+            reason = str(error).removeprefix(f"`attribute={self.path!r}`: ")
+            raise ValueError(f"`attribute={self.path!r}` can't be set to {float(value):g}: {reason}") from error
+        self._written = value
+
+    def holds(self) -> bool:
+        """Whether what was written is still there. As long as it is, no device is waited for."""
+        current = self._find()[1]
+        # Nobody has filled it; or it is a parameter, which its optimizer moves, but only after the loss.
+        if isinstance(current, Tensor) and (
+            current.requires_grad or (current.data_ptr(), current._version) == self._place
+        ):
+            return True
+        value = _number(current)
+        # Half precision keeps 8 bits, and a setter may round.
+        return value is not None and math.isclose(value, float(self._written), rel_tol=1e-2, abs_tol=1e-7)
+
+    def _find(self) -> tuple[Any, Any]:
+        """Return what keeps the number, and what it keeps."""
+        return look_up(self._owner(), self._name, self.path)
+
+    def _owner(self) -> Any:
+        owner: Any = self._root
+        for name in self._parents:
+            owner = look_up(owner, name, self.path)[1]
+        return owner
+
+    def _check(self, owner: Any, value: Any) -> None:
+        """Find out before the first step whether this is a number that can be set."""
+        if isinstance(value, _Returns):
+            return
+        if inspect.isroutine(value):
+            if self._name == "forward" or self._name.endswith("_step") or _is_lightnings(value):
+                raise ValueError(f"`attribute={self.path!r}` is a method that does more than return a number.")
+            return
+        if not is_number(value):
+            within = f" Did you mean one of {_known(value, self.path + '.')}?" if _names(value) else ""
+            raise ValueError(
+                f"`attribute={self.path!r}` must lead to a number, a tensor of one element or a method that returns "
+                f"one, got {type(value).__name__}.{within}"
+            )
+        if isinstance(value, Tensor):
+            if not value.is_floating_point():
+                raise ValueError(
+                    f"`attribute={self.path!r}` is a tensor of {value.dtype}, which would round what is written to it. "
+                    "Make it a floating-point tensor."
+                )
+            if self._find()[1].data_ptr() != value.data_ptr():
+                raise self._not_settable(owner, "it is computed anew each time")
+            return
+        try:
+            _set(owner, self._name, value)
+        except Exception as error:
+            raise self._not_settable(owner, error) from error
+
+    def _not_settable(self, owner: Any, reason: object) -> ValueError:
+        if dataclasses.is_dataclass(owner):
+            return ValueError(
+                f"`attribute={self.path!r}` can't be set ({reason}). Replace the frozen dataclass as a whole with "
+                "`setter=`, a callable `(pl_module, value) -> None` that uses `dataclasses.replace`."
+            )
+        sources = _computed_from(owner, self._name)
+        prefix = self.path[: -len(self._name)]
+        named = f", here {', '.join(repr(prefix + name) for name in sources)}" if sources else ""
+        return ValueError(
+            f"`attribute={self.path!r}` can't be set ({reason}). Name what it is computed from{named}, or pass "
+            "`setter=`, a callable `(pl_module, value) -> None`."
+        )
+
+
+def _is_lightnings(value: Any) -> bool:
+    return (getattr(value, "__module__", None) or "builtins").partition(".")[0] in _FOREIGN
+
+
+class _Returns:
+    """What a method is replaced by. A class, so that a module that holds one can be copied and pickled."""
+
+    def __init__(self, value: float) -> None:
+        self.value = value
+
+    def __call__(self, *_: Any, **__: Any) -> float:
+        return self.value
+
+
+class _NowhereError(ValueError):
+    """A path leads nowhere."""
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, or a tensor of one."""
+    if isinstance(value, Tensor):
+        return value.numel() == 1
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, _Returns):
+        return value.value
+    if isinstance(value, Tensor):
+        return float(value.detach())
+    return None if callable(value) else float(value)
+
+
+def _is_indexed(owner: Any) -> bool:
+    return isinstance(owner, Sequence) or (hasattr(owner, "__getitem__") and bool(getattr(owner, "shape", ())))
+
+
+def _is_element(owner: Any, name: str) -> bool:
+    """Whether a name is a number that stands for an element: of a list, a tensor or an array."""
+    return name.lstrip("-").isdigit() and _is_indexed(owner)
+
+
+def _key(owner: Mapping[Any, Any], name: str) -> Any:
+    return int(name) if name not in owner and name.lstrip("-").isdigit() else name
+
+
+def look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
+    """Return what has a name, which is what a wrapper wraps if the wrapper has not, and what it has there."""
+    if owner is None:
+        raise _NowhereError(f"`attribute={path!r}`: what should have {name!r} is None when fitting starts.")
+    tried = []
+    while owner is not None:
+        try:
+            if isinstance(owner, nn.Module):
+                return owner, getattr(owner, name)
+            if isinstance(owner, Mapping):
+                return owner, owner[_key(owner, name)]
+            return owner, owner[int(name)] if _is_element(owner, name) else getattr(owner, name)
+        except (AttributeError, LookupError):
+            tried.append(owner)
+            owner = _unwrapped(owner)
+    raise _nowhere(next((each for each in tried if _near(each, name)), tried[-1]), name, path)
+
+
+def _set(owner: Any, name: str, value: Any) -> None:
+    if isinstance(owner, MutableMapping):
+        owner[_key(owner, name)] = value
+    elif _is_element(owner, name):
+        owner[int(name)] = value
+    else:
+        setattr(owner, name, value)
+
+
+def _nowhere(owner: Any, name: str, path: str) -> _NowhereError:
+    start = f"`attribute={path!r}`: {type(owner).__name__}"
+    if isinstance(getter := inspect.getattr_static(type(owner), name, None), property):
+        try:
+            getter.__get__(owner)
+        except Exception as error:
+            return _NowhereError(f"{start}.{name} can't be read when fitting starts: {error!r}.")
+    near = _near(owner, name)
+    hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
+    known = _known(owner, path[: -len(name)] if path.endswith(name) else "")
+    return _NowhereError(f"{start} has no {name!r}. {hint}It has {known}.")
+
+
+def _computed_from(owner: Any, name: str) -> list[str]:
+    """Return which numbers of an object its read-only property looks at."""
+    getter = getattr(inspect.getattr_static(type(owner), name, None), "fget", None)
+    looked_at = getattr(getattr(getter, "__code__", None), "co_names", ())
+    own = {*vars(owner), *_names(owner)} if hasattr(owner, "__dict__") else _names(owner)
+    return [name for name in looked_at if name in own and is_number(getattr(owner, name, None))]
+
+
+def _unwrapped(owner: Any) -> Any:
+    """Return what a wrapper wraps, if it is one."""
+    if isinstance(owner, nn.Module):
+        for name in ("_orig_mod", "module"):
+            if isinstance(inner := owner._modules.get(name), nn.Module):
+                return inner
+    return None
+
+
+def _names(owner: Any) -> list[str]:
+    """Return the names that a path may go on with."""
+    if isinstance(owner, Mapping):
+        return [str(key) for key in owner]
+    if isinstance(owner, str):
+        return []
+    if _is_indexed(owner):
+        return [str(index) for index in range(len(owner))]
+    names = dict.fromkeys(getattr(owner, "__dict__", ()))
+    if isinstance(owner, nn.Module):
+        names.update(dict.fromkeys((*owner._buffers, *owner._parameters, *owner._modules)))
+    for of_project in type(owner).__mro__:
+        if not _is_lightnings(of_project):
+            settable = (name for name, of in vars(of_project).items() if inspect.isdatadescriptor(of))
+            names.update(dict.fromkeys(settable))
+    return [name for name in names if not name.startswith("_") and name not in _OF_LIGHTNING]
+
+
+def _near(owner: Any, name: str) -> list[str]:
+    """Return what may have been meant: where the very name exists further in, and names that are alike."""
+    return [*_elsewhere(owner, name), *difflib.get_close_matches(name, _names(owner), n=3)]
+
+
+def _elsewhere(owner: Any, name: str) -> list[str]:
+    """Return where in a module's submodules, and in the objects that these hold, a name exists."""
+    found = []
+    for prefix, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
+        start = [prefix] if prefix else []
+        if prefix and name in _names(module):
+            found.append(".".join([*start, name]))
+        for holder, value in vars(module).items():
+            if not holder.startswith("_") and not isinstance(value, Tensor | Sequence) and name in _names(value):
+                found.append(".".join([*start, holder, name]))
+    return found[:3]
+
+
+def _known(owner: Any, prefix: str) -> str:
+    names = [prefix + name for name in _names(owner)]
+    return ", ".join(map(repr, names[:15])) + (", ..." if len(names) > 15 else "") if names else "nothing to name"

@@ -1,0 +1,1 @@
+"""Measure latents: pure functions and streaming metrics that need torch and torchmetrics alone."""

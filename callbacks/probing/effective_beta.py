@@ -1,0 +1,294 @@
+"""What the weight of the KL term does to a loss, in nats."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+from torch.nn import functional as F  # noqa: N812
+
+from ..reading.distribution_reader import as_distribution
+from .loss_probe import LossProbe
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+_CLOSE = 2e-4
+_SECONDS = ("log_variance", "scale", "variance", "log_scale")
+# Outputs of one shape: more of them, or more numbers to go through, are the layers of a deep network.
+_MOST_ALIKE, _MOST_NUMBERS = 8, 2**24
+_HUGE = 1e6
+
+
+@dataclass(frozen=True)
+class Term:
+    """A term of a loss that was recognised.
+
+    Attributes:
+        what: What it is, in words.
+        scale: How many units of the loss one nat per observation counts.
+        twice: Whether it is there twice, summed as in an ELBO.
+    """
+
+    what: str
+    scale: float
+    twice: bool = False
+
+
+@dataclass(frozen=True)
+class WeightEffect:
+    """What the weight of the KL term does to the loss of one batch.
+
+    Attributes:
+        weight: The weight that was tried.
+        losses: The loss at 0, at half that weight and at that weight.
+        noise: What the losses may differ by without a reason.
+        is_ignored: Whether the loss is the same, bit for bit, at any weight.
+        rate: The KL term, if recognised.
+        distortion: The reconstruction term, if recognised.
+    """
+
+    weight: float
+    losses: tuple[float, float, float]
+    noise: float
+    is_ignored: bool = False
+    rate: Term | None = None
+    distortion: Term | None = None
+
+    @property
+    def rise(self) -> float:
+        """How much more the loss is at the weight than at 0."""
+        return self.losses[2] - self.losses[0]
+
+    @property
+    def slope(self) -> float:
+        """Units of the loss for one unit of the weight."""
+        return self.rise / self.weight
+
+    @property
+    def uncertainty(self) -> float:
+        """Relative uncertainty of the rise."""
+        return self.noise / abs(self.rise) if self.rise else math.inf
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the loss at half the weight lies halfway."""
+        middle = 0.5 * (self.losses[0] + self.losses[2])
+        return abs(self.losses[1] - middle) <= self.noise + 1e-3 * abs(self.rise)
+
+    @property
+    def is_squared(self) -> bool:
+        """Whether the loss grows with the weight's square, as when it is multiplied by it twice."""
+        first, second = self.losses[1] - self.losses[0], self.losses[2] - self.losses[1]
+        return self.uncertainty < 1e-3 and abs(second - 3 * first) <= 0.02 * abs(second)
+
+    @property
+    def is_counted_twice(self) -> bool:
+        """Whether the loss has a KL twice, and not the reconstruction too."""
+        return self.rate is not None and self.rate.twice and not (self.distortion is not None and self.distortion.twice)
+
+    @property
+    def effective_beta(self) -> float | None:
+        """Nats of reconstruction that a nat of KL counts at a weight of 1; ``None`` where a term is not recognised."""
+        return self.rate.scale / self.distortion.scale if self.rate and self.distortion else None
+
+
+def weight_effect(
+    probe: LossProbe, paths: tuple[str, ...], held: Mapping[tuple[str, ...], float], batch: Any, weight: float
+) -> WeightEffect:
+    """Find out what a weight does to the loss of one batch, and which terms the loss is made of.
+
+    The loss is evaluated with the same random state at weight 0, half the weight and the weight. Its rise is compared
+    with the KL divergence from N(0, I) of every Gaussian that the outputs of the module's submodules may stand for, and
+    its value at 0 with the usual reconstruction terms of the batch and every output of its shape. A weight whose effect
+    drowns in the loss's rounding is tried at 1 as well; one without any effect, at a million.
+
+    Args:
+        probe: Evaluates the loss.
+        paths: Where the weight is kept.
+        held: What else to write to the module, by the paths that keep it.
+        batch: The batch that the probe evaluates.
+        weight: The weight to try, not 0.
+
+    Raises:
+        LossProbe.NotPossible: If the loss can't be evaluated, or is another one each time.
+    """
+    tensors = [leaf.detach().cpu() for _, leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    rows = len(tensors[0]) if tensors else 0
+    data = [x for x in tensors if x.is_floating_point() and len(x) == rows]
+    outputs: dict[str, Tensor | Normal] = {}
+
+    def at(value: float, look_on: Callable[[LightningModule], object] | None = None) -> float:
+        return probe({**held, paths: value}, look_on)
+
+    most = max([4096 * rows, *(x.numel() for x in data)])
+    zero = at(0.0, partial(_look_on, outputs, rows, most))
+    drift = abs(at(0.0) - zero)
+
+    def effect_of(weight: float) -> WeightEffect:
+        half, full = at(0.5 * weight), at(weight)
+        if not all(map(math.isfinite, (zero, half, full))):
+            raise LossProbe.NotPossible("its loss is not finite")
+        noise = 4 * probe.epsilon * max(abs(zero), abs(full)) + 4 * drift
+        return WeightEffect(weight, (zero, half, full), noise)
+
+    effect = effect_of(weight)
+    if effect.uncertainty > _CLOSE and abs(weight) < 1:
+        effect = effect_of(1.0)
+    if drift > 1e-3 * abs(effect.rise):
+        raise LossProbe.NotPossible("its loss is another one each time")
+    if len({*effect.losses}) == 1:
+        return replace(effect, is_ignored=at(_HUGE) == zero)
+    if effect.uncertainty > 1e-3 or not effect.is_linear or not rows:
+        return effect
+    return replace(
+        effect,
+        rate=recognise_rate(outputs, effect.slope, rows, effect.uncertainty),
+        distortion=recognise_distortion(outputs, zero, data),
+    )
+
+
+def recognise_rate(
+    outputs: Mapping[str, Tensor | Normal], slope: float, rows: int, uncertainty: float = 0.0
+) -> Term | None:
+    """Find the Gaussian among a network's outputs whose KL divergence from N(0, I) is a given number.
+
+    Args:
+        outputs: Outputs by name, on the CPU.
+        slope: The number: the KL of a batch in whatever reduction.
+        rows: Number of observations in the batch.
+        uncertainty: Relative uncertainty of the number. Where it is large, only Gaussians that are said to be ones are
+            looked at: among many pairs of tensors some would fit by chance.
+    """
+    for what, posterior, is_said in _gaussians(outputs):
+        if not is_said and uncertainty > _CLOSE:
+            continue
+        rates = kl_divergence(posterior, Normal(0.0, 1.0)).double().reshape(rows, -1)
+        rate, dimensions = float(rates.sum(-1).mean()), rates.shape[1]
+        scales = {
+            "summed over the latents, mean over the batch": 1.0,
+            "mean over the latents and the batch": 1 / dimensions,
+            "summed over the latents and the batch": float(rows),
+            "twice, summed over the latents, mean over the batch": 2.0,
+        }
+        for reduction, scale in scales.items():
+            if rate and math.isclose(slope, scale * rate, rel_tol=_CLOSE + uncertainty):
+                return Term(f"the KL ({what}), {rate:.4g} nats per observation, {reduction}", scale, scale == 2)
+    return None
+
+
+def recognise_distortion(outputs: Mapping[str, Tensor | Normal], loss: float, data: list[Tensor]) -> Term | None:
+    """Find the reconstruction term that is a given number.
+
+    Args:
+        outputs: A network's outputs by name, on the CPU.
+        loss: The number: the term for a batch in whatever reduction.
+        data: What may have been reconstructed.
+    """
+    for x, output in itertools.product(data, outputs.values()):
+        if not isinstance(output, Tensor) or output.shape[:1] != x.shape[:1] or output.numel() != x.numel():
+            continue
+        rows, elements = len(x), x.numel() // len(x)
+        for what, nats in _distortions(x.double(), output.double().reshape(x.shape)):
+            scales = {
+                f"{what}, summed over {elements} elements": 1.0,
+                f"{what}, mean over {elements} elements": 1 / elements,
+                f"{what}, summed over {elements} elements and the batch": float(rows),
+            }
+            doubled = {f"twice {name}".replace("twice half ", ""): 2 * scale for name, scale in scales.items()}
+            for name, scale in (scales | doubled).items():
+                if nats and math.isclose(loss, scale * nats / rows, rel_tol=_CLOSE):
+                    return Term(name, scale, twice=name in doubled and scale == 2)
+    return None
+
+
+def _distortions(x: Tensor, output: Tensor) -> Iterator[tuple[str, float]]:
+    """Yield the usual reconstruction terms in nats, summed over the batch, constants left out."""
+    for reconstruction in (output, output.sigmoid(), output.tanh()):
+        yield "half the squared error", float(0.5 * (x - reconstruction).square().sum())
+        yield "the absolute error", float((x - reconstruction).abs().sum())
+    if x.min() >= 0 and x.max() <= 1:
+        if output.min() >= 0 and output.max() <= 1:
+            yield "the binary cross entropy", float(F.binary_cross_entropy(output, x, reduction="sum"))
+        yield "the binary cross entropy", float(F.binary_cross_entropy_with_logits(output, x, reduction="sum"))
+
+
+def _gaussians(outputs: Mapping[str, Tensor | Normal]) -> Iterator[tuple[str, Normal, bool]]:
+    """Yield every Gaussian that the outputs may stand for, and whether it is said to be one; the likeliest first."""
+    alike: dict[tuple[int, ...], dict[str, Tensor]] = {}
+    for name, output in outputs.items():
+        if isinstance(output, Normal):
+            yield repr(name), output, True
+        elif output.ndim > 1:
+            alike.setdefault(tuple(output.shape), {})[name] = output
+    searched = [
+        tensors
+        for shape, tensors in sorted(alike.items(), key=lambda item: math.prod(item[0]))
+        if len(tensors) <= _MOST_ALIKE and len(tensors) ** 2 * math.prod(shape) <= _MOST_NUMBERS
+    ]
+    for tensors in searched:
+        for (name, mean), (other, second) in itertools.permutations(tensors.items(), 2):
+            yield from _forms(f"{name!r}, {other!r}", mean, second)
+    for tensors in searched:
+        for name, tensor in tensors.items():
+            for axis in (1, -1):
+                if tensor.shape[axis] % 2 == 0:
+                    yield from _forms(f"{name!r}, chunk={axis}", *tensor.chunk(2, axis))
+
+
+def _forms(name: str, mean: Tensor, second: Tensor) -> Iterator[tuple[str, Normal, bool]]:
+    for form in _SECONDS:
+        if form in ("log_variance", "log_scale") or bool((second > 0).all()):
+            posterior = as_distribution((mean.double(), second.double()), form)
+            assert isinstance(posterior, Normal)
+            yield f"{name}, {form}", posterior, False
+
+
+def _look_on(outputs: dict[str, Tensor | Normal], rows: int, most: int, pl_module: LightningModule) -> None:
+    for name, module in pl_module.named_modules():
+        module.register_forward_hook(partial(_keep, outputs, rows, most, name))
+
+
+def _keep(
+    outputs: dict[str, Tensor | Normal], rows: int, most: int, name: str, _module: Any, _inputs: Any, output: Any
+) -> None:
+    """Keep what may be a posterior or a reconstruction: one row an observation, and no more numbers than the data."""
+    for part, leaf in _leaves(output):
+        path = f"{name}:{part}" if part else name
+        if isinstance(leaf, Normal):
+            if leaf.batch_shape[:1] == (rows,):
+                outputs[path] = Normal(leaf.loc.detach().cpu(), leaf.scale.detach().cpu(), validate_args=False)
+        elif leaf.is_floating_point() and leaf.ndim and len(leaf) == rows and leaf.numel() <= most:
+            # What a module hands on has several names; the one that says most is a whole module's, and short.
+            leaf = leaf.detach()
+            kept = leaf if leaf.device.type == "cpu" else leaf.cpu()
+            same = [known for known, other in outputs.items() if isinstance(other, Tensor) and _is_same(other, kept)]
+            best = min([path, *same], key=lambda known: (":" in known, len(known)))
+            for known in same:
+                del outputs[known]
+            outputs[best] = kept
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and (one.data_ptr() == other.data_ptr() or torch.equal(one, other))
+
+
+def _leaves(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor | Normal]]:
+    """Yield the tensors and the Gaussians in a structure, each with where it is."""
+    if isinstance(value, Normal):
+        yield path, value
+    elif isinstance(value, Tensor):
+        if value.layout == torch.strided:
+            yield path, value
+    elif depth < 4:
+        fields = enumerate(value) if isinstance(value, tuple | list) else getattr(value, "__dict__", {}).items()
+        for name, part in value.items() if isinstance(value, Mapping) else fields:
+            if depth == 0 or isinstance(part, Tensor | Normal | Mapping | tuple | list):
+                yield from _leaves(part, f"{path}.{name}" if path else str(name), depth + 1)

@@ -1,0 +1,260 @@
+"""Evaluating a module's training loss without training it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import random
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.utils.data import DataLoader, Dataset
+
+from ..control.tied_attributes import TiedAttributes
+from ..reading.distribution_reader import is_compiled
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_MOST_BYTES = 2**28  # a copy of more than 256 MiB is no longer cheap
+
+
+class LossProbe:
+    """Evaluates the training loss of one batch on copies of a module, which itself stays as it is.
+
+    Whatever a training step changes besides its gradients, such as buffers, counters and metrics, it changes on a copy.
+    The loggers see nothing, and each evaluation begins with the same random state of torch, numpy and Python, which is
+    put back afterwards. Where a copy turns out to act on the module itself, or on the Trainer, the evaluation ends.
+    What can't be seen from here is a step that acts on the world: that draws from a generator of its own file, say, or
+    logs past Lightning.
+
+    Args:
+        trainer: The Trainer that is about to run the batch.
+        pl_module: The module.
+        batch: The batch, as the training step gets it.
+        batch_idx: Its number.
+        autocast: Whether the copies compute in mixed precision, as the training step does; else in full.
+
+    Raises:
+        NotPossible: When called, where that can't be done cheaply and safely.
+    """
+
+    class NotPossible(Exception):  # noqa: N818 - it is an answer and no error
+        """The loss can't be evaluated without side effects, or without a considerable cost."""
+
+    def __init__(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, autocast: bool = True
+    ) -> None:
+        self._trainer = trainer
+        self._in_full = not autocast and str(trainer.precision).endswith("mixed")
+        self._pl_module = pl_module
+        self._batch = batch
+        self._batch_idx = batch_idx
+
+    @property
+    def epsilon(self) -> float:
+        """Relative rounding of the loss."""
+        precision = "32" if self._in_full else str(self._trainer.precision)
+        dtypes = {"64": torch.float64, "32": torch.float32, "16": torch.float16}
+        return torch.finfo(torch.bfloat16 if "bf16" in precision else dtypes.get(precision[:2], torch.bfloat16)).eps
+
+    def __call__(
+        self, values: Mapping[tuple[str, ...], float], look_on: Callable[[LightningModule], object] | None = None
+    ) -> float:
+        """Return the loss of a copy.
+
+        Args:
+            values: What to write to the copy, by the paths that keep it.
+            look_on: Gets the copy before its training step.
+        """
+        try:
+            if reason := self._obstacle():
+                raise self.NotPossible(reason)
+            with _random_state_put_back(self._pl_module.device), self._originals_at_rest():
+                return self._evaluate(values, look_on)
+        except self.NotPossible:
+            raise
+        except Exception as error:
+            raise self.NotPossible(f"the training step of a copy raised {error!r}") from error
+
+    def _obstacle(self) -> str | None:
+        trainer, pl_module = self._trainer, self._pl_module
+        modules = list(pl_module.modules())
+        if not pl_module.automatic_optimization:
+            return "its training step optimizes"
+        if trainer.world_size > 1 or type(trainer.strategy).__name__ != "SingleDeviceStrategy":
+            return "its processes might wait for each other"
+        if pl_module.device.type not in ("cpu", "cuda"):
+            return "the random state of its device is not known"
+        if "dataloader_iter" in inspect.signature(pl_module.training_step).parameters:
+            return "its training step fetches batches"
+        if any(map(is_compiled, modules)):
+            return "a copy would have to be compiled"
+        if any(inspect.isroutine(hook) for module in modules for hook in _hooks(module)):
+            return "it has hooks, which would see the copies too"
+        tensors = [*pl_module.parameters(), *pl_module.buffers()]
+        if sum(tensor.nelement() * tensor.element_size() for tensor in tensors) > _MOST_BYTES:
+            return "a copy of it would be large"
+        return None
+
+    def _evaluate(
+        self, values: Mapping[tuple[str, ...], float], look_on: Callable[[LightningModule], object] | None
+    ) -> float:
+        twin = self._copy()
+        for paths, value in values.items():
+            self._write(twin, paths, value)
+        if look_on is not None:
+            look_on(twin)
+        batch = copy.deepcopy(self._batch)
+        twin.on_train_batch_start(batch, self._batch_idx)
+        with nullcontext() if self._in_full else self._trainer.precision_plugin.train_step_context():
+            output = twin.training_step(*_accepted(twin.training_step, batch, self._batch_idx))
+        loss = output["loss"] if isinstance(output, dict) else output
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"it returned {type(loss).__name__}")
+        return float(loss.detach())
+
+    def _write(self, twin: LightningModule, paths: Sequence[str], value: float) -> None:
+        """Write to a copy; what copies share with the module, a class that serves as a config say, is put back."""
+        original, copied = TiedAttributes(self._pl_module, paths), TiedAttributes(twin, paths)
+        before = original.read()
+        copied.write(value)
+        if copied.overwritten() is not None:
+            raise self.NotPossible("the number can't be set")
+        if before is not None and original.read() != before:
+            original.write(before)
+            raise self.NotPossible("copies share the number with the module")
+
+    def _copy(self) -> LightningModule:
+        trainer = self._trainer
+        shared: list[Any] = [trainer, *trainer.callbacks, *trainer.loggers]  # type: ignore[attr-defined]
+        originals = {id(module) for module in self._pl_module.modules()}
+        for module in self._pl_module.modules():
+            shared += [value for value in _flat(vars(module)) if isinstance(value, Dataset | DataLoader)]
+            shared += [value for value in vars(module).values() if hasattr(value, "train_dataloader")]  # data modules
+        twin = copy.deepcopy(self._pl_module, {id(each): each for each in shared if id(each) not in originals})
+        if originals & {id(module) for module in twin.modules()}:
+            raise self.NotPossible("a submodule can't be copied")
+        if any(_acts_on(originals, value) for module in twin.modules() for value in _flat(vars(module))):
+            raise self.NotPossible("it keeps a function that acts on the module itself, also in a copy")
+        twin.trainer = _Onlooker(trainer, twin)  # type: ignore[assignment]
+        for module in twin.modules():
+            if hasattr(module, "log_dict"):
+                module.log = module.log_dict = _nothing  # type: ignore[assignment]
+        return twin
+
+    @contextmanager
+    def _originals_at_rest(self) -> Iterator[None]:
+        """End the evaluation where a copy calls a submodule of the module itself."""
+        originals = {id(module) for module in self._pl_module.modules()}
+
+        def refuse(module: nn.Module, _inputs: Any) -> None:
+            if id(module) in originals:
+                raise self.NotPossible("a copy acts on the module itself")
+
+        handle = register_module_forward_pre_hook(refuse)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+class _Onlooker:
+    """The Trainer as a copy sees it, and its strategy: to be read, without what a copy must not touch."""
+
+    _BARRED = ("optimizer", "lr_scheduler", "fit_loop", "save_checkpoint", "backward")
+
+    def __init__(self, of: Any, twin: LightningModule) -> None:
+        self._of = of
+        self._twin = twin
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        return type(self._of)  # some modules ask which it is
+
+    def __getattr__(self, name: str) -> Any:
+        if any(barred in name for barred in self._BARRED):
+            raise LossProbe.NotPossible(f"it touches `{name}` of the Trainer")
+        if name in ("lightning_module", "model"):
+            return self._twin
+        value = getattr(self._of, name)
+        if name == "strategy":
+            return _Onlooker(value, self._twin)
+        if name == "callbacks":
+            return list(value)
+        if name == "loggers":
+            return [_Nothing() for _ in value]
+        return _Nothing() if name == "logger" and value is not None else value
+
+
+class _Nothing:
+    """A logger that takes everything and does nothing."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> _Nothing:
+        return self
+
+
+def _accepted(step: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
+    """Return as many of the arguments as a function takes, as Lightning does."""
+    try:
+        inspect.signature(step).bind(*arguments)
+    except TypeError:
+        return arguments[:1]
+    return arguments
+
+
+def _hooks(module: nn.Module) -> Iterator[Any]:
+    yield from (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+
+
+def _acts_on(originals: set[int], value: Any) -> bool:
+    """Whether this is a function that a copy shares, compiled or with a module itself in its closure."""
+    if not inspect.isfunction(value):
+        return False
+    cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
+    return hasattr(value, "_torchdynamo_orig_callable") or any(id(content) in originals for content in cells)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:
+        return False
+    return True
+
+
+def _flat(values: Mapping[str, Any]) -> Iterator[Any]:
+    """Yield values, and the contents of those that are containers."""
+    for name, value in values.items():
+        if name in ("_modules", "_parameters", "_buffers"):
+            continue
+        yield value
+        if isinstance(value, Mapping):
+            yield from value.values()
+        elif isinstance(value, list | tuple | set):
+            yield from value
+
+
+@contextmanager
+def _random_state_put_back(device: torch.device) -> Iterator[None]:
+    numpy: Any = sys.modules.get("numpy")  # who has not imported it draws nothing from it
+    python, array = random.getstate(), numpy and numpy.random.get_state()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            if numpy is not None:
+                numpy.random.set_state(array)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass

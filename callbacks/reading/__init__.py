@@ -1,0 +1,1 @@
+"""Read a module's distributions and batches, as they pass or by asking."""

@@ -1,0 +1,80 @@
+"""Calling a method or a submodule of any LightningModule."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from functools import reduce
+from typing import TYPE_CHECKING, Any
+
+from .distribution_reader import part_of_output
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+
+class ModuleCall:
+    """Something that a module can be asked for.
+
+    Args:
+        option: Name of the option, for errors.
+        where: The path of a method or submodule, ``"model.decode"``, or of a part of what it returns,
+            ``"model.forward:0"``; or a callable ``(pl_module, input)``.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+
+    def __init__(self, option: str, where: str | Callable[[Any, Any], Any]) -> None:
+        if not (callable(where) or isinstance(where, str)):
+            raise ValueError(
+                f"`{option}` must be the path of a method or submodule, or a callable `(pl_module, input)`, got "
+                f"{where!r}."
+            )
+        self.option = option
+        self.where = where
+
+    def check(self, pl_module: LightningModule) -> None:
+        """Find out before it is needed.
+
+        Raises:
+            ValueError: If the path leads nowhere, or to what can't be called.
+        """
+        if isinstance(self.where, str):
+            self._find(pl_module, self.where)
+
+    def __call__(self, pl_module: LightningModule, value: Any) -> Any:
+        """Ask for it."""
+        if not isinstance(self.where, str):
+            return self.where(pl_module, value)
+        return part_of_output(self._find(pl_module, self.where)(value), self.where, self.option)
+
+    def _find(self, pl_module: LightningModule, where: str) -> Callable[[Any], Any]:
+        path = where.partition(":")[0]
+        try:
+            found: Any = reduce(getattr, path.split("."), pl_module)
+        except AttributeError:
+            found = None
+        if not callable(found):
+            names = _callables(pl_module)
+            last = path.rpartition(".")[2]
+            alike = [name for name in names if name.rpartition(".")[2] == last]
+            near = alike or difflib.get_close_matches(path, names, n=3)
+            hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It has {', '.join(names[:20])}."
+            raise ValueError(
+                f"`{self.option}`: {type(pl_module).__name__} has nothing to call at {path!r}. {hint} Or pass a "
+                "callable `(pl_module, input)`."
+            )
+        called: Callable[[Any], Any] = found
+        return called
+
+
+def _callables(pl_module: LightningModule) -> list[str]:
+    """Return what of a project's own may be meant: its submodules, and the methods that these define."""
+    names = []
+    for path, module in pl_module.named_modules():
+        names += [path] if path else []
+        for cls in type(module).__mro__:
+            if cls.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning", "builtins"):
+                names += [f"{path}.{name}".lstrip(".") for name in vars(cls) if not name.startswith("_")]
+    return sorted(dict.fromkeys(names), key=lambda name: name.count("."))

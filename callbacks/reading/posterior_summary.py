@@ -1,0 +1,75 @@
+"""What a posterior says of each latent dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Normal, kl_divergence
+
+_THRESHOLD = 0.01  # Burda et al. 2015
+
+
+@dataclass(frozen=True)
+class PosteriorSummary:
+    """The posteriors of some observations, one row each of shape ``(n, k)``, with all latent axes in one.
+
+    Attributes:
+        mean: Posterior means.
+        scale: Standard deviations; ``None`` if the posterior is no Gaussian.
+        rates: KL divergences from the prior; ``None`` if they have no closed form.
+    """
+
+    mean: Tensor
+    scale: Tensor | None = None
+    rates: Tensor | None = None
+
+    @classmethod
+    def of(cls, posterior: Distribution | Tensor, prior: Distribution) -> PosteriorSummary:
+        """Measure a posterior of batch shape ``(n, ...)``, or means alone."""
+        if isinstance(posterior, Tensor):
+            return cls(_by_row(posterior))
+        scale = _by_row(posterior.stddev) if isinstance(posterior, Normal) else None
+        return cls(_by_row(posterior.mean), scale, _rates(posterior, prior))
+
+    @classmethod
+    def joined(cls, parts: Sequence[PosteriorSummary]) -> PosteriorSummary:
+        """Put the rows of several together."""
+        columns = ([part.mean for part in parts], [part.scale for part in parts], [part.rates for part in parts])
+        return cls(*(torch.cat(column) if column[0] is not None else None for column in columns))  # type: ignore[arg-type]
+
+    def first(self, count: int) -> PosteriorSummary:
+        """Return the first rows alone."""
+        columns = (self.mean, self.scale, self.rates)
+        return PosteriorSummary(*(None if column is None else column[:count] for column in columns))  # type: ignore[arg-type]
+
+    @property
+    def order(self) -> list[int]:
+        """The dimensions in order of their rate; of their mean's variance, where there is no rate."""
+        by = self.mean.var(0, correction=0) if self.rates is None else self.rates.mean(0)
+        numbers: list[int] = by.nan_to_num().argsort(descending=True, stable=True).tolist()
+        return numbers
+
+    @property
+    def active(self) -> list[int]:
+        """Those whose mean varies, in that order."""
+        variance = self.mean.var(0, correction=0)
+        return [number for number in self.order if variance[number] > _THRESHOLD]
+
+    def title(self, number: int) -> str:
+        """Name a dimension and its rate."""
+        return f"z{number}" if self.rates is None else f"z{number}  {float(self.rates[:, number].mean()):.2f} nats"
+
+
+def _by_row(values: Tensor) -> Tensor:
+    return values.detach().float().cpu().flatten(1)
+
+
+def _rates(posterior: Distribution, prior: Distribution) -> Tensor | None:
+    try:
+        rates = kl_divergence(posterior, prior)
+    except NotImplementedError:
+        return None
+    return _by_row(rates) if rates.shape == posterior.mean.shape else None

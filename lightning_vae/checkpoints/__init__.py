@@ -1,0 +1,1 @@
+"""Save whole checkpoints and resume from them exactly."""

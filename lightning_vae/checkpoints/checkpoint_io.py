@@ -1,0 +1,106 @@
+"""Checkpoints that are whole or not there."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
+from typing_extensions import override
+
+from .atomic_write import atomic_write
+
+
+class SaveError(OSError):
+    """A checkpoint could not be saved; those saved before are as they were."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Saves a checkpoint beside its place, flushes it to the disk and renames it.
+
+    Whatever ends the process, and whenever, a checkpoint's name holds the whole new file or the whole old one. A save
+    needs room for one file more. What lies on a remote filesystem (``s3://...``) is left to Lightning.
+
+    Example::
+
+        Trainer(plugins=[AtomicCheckpointIO()])
+    """
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Save a checkpoint.
+
+        Args:
+            checkpoint: What to save.
+            path: Where to.
+            storage_options: Not used here.
+
+        Raises:
+            SaveError: If the disk is full, the folder can't be written to and the like.
+        """
+        if _is_remote(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        try:
+            with atomic_write(Path(path)) as file:
+                torch.save(checkpoint, file)
+        except (OSError, RuntimeError) as error:
+            # torch's writer fails at the write, and then again with an error of its own about the position.
+            reason = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(reason, OSError):
+                raise
+            kept = "the one that was there before is untouched" if Path(path).exists() else "nothing is left of it"
+            raise SaveError(f"The checkpoint {path} can't be saved: {reason.strerror or reason}; {kept}.") from error
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Load a checkpoint, of data alone unless told otherwise.
+
+        Args:
+            path: Where it lies.
+            map_location: As for :func:`torch.load`.
+            weights_only: ``False`` to trust code in it.
+
+        Raises:
+            FileNotFoundError: If there is none.
+            OSError: If it is damaged, or holds more than data.
+        """
+        if _is_remote(path):
+            return super().load_checkpoint(path, map_location)
+        return read(path, map_location, weights_only is not False)
+
+
+def read(
+    path: str | Path, map_location: str | Callable[..., Any] | None = "cpu", weights_only: bool = True
+) -> dict[str, Any]:
+    """Read a checkpoint and check each of its bytes, which :func:`torch.load` does not.
+
+    Args:
+        path: Where it lies.
+        map_location: As for :func:`torch.load`.
+        weights_only: ``False`` to trust code in it.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        OSError: If it is damaged, or holds more than data.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # compares checksums
+                    raise zipfile.BadZipFile
+        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=weights_only)
+    except Exception as error:  # an unpickler on bytes that are no pickle may raise anything
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise OSError(f"{str(path)!r} can't be read. It is damaged, or no checkpoint that holds data alone.") from error
+    return checkpoint
+
+
+def _is_remote(path: str | Path) -> bool:
+    return "://" in str(path)

@@ -1,0 +1,1 @@
+"""The command line: a YAML config in, one message out."""

@@ -1,0 +1,24 @@
+"""Estimators for evaluation: pure functions of tensors, and streaming metrics made of them, each in a file of its own.
+
+All are in nats, in float64, of a model with the standard normal prior p(z) and diagonal Gaussian posteriors unless said
+otherwise. A metric gives the same result for any batch size and order and on any number of processes.
+"""
+
+from ..callbacks.metrics.observation_subset import ObservationSubset as ObservationSubset
+from ..callbacks.metrics.observation_subset import smallest_keys as smallest_keys
+from ..callbacks.metrics.running_moments import Averages as Averages
+from ..callbacks.metrics.running_moments import RunningMoments as RunningMoments
+from .aggregate_posterior import AggregateMoments as AggregateMoments
+from .aggregate_posterior import AggregatePosterior as AggregatePosterior
+from .aggregate_posterior import aggregate_moments as aggregate_moments
+from .aggregate_posterior import merge_aggregates as merge_aggregates
+from .closed_forms import cross_fitted_marginal_kl as cross_fitted_marginal_kl
+from .closed_forms import gaussian_total_correlation as gaussian_total_correlation
+from .closed_forms import moment_marginal_kl as moment_marginal_kl
+from .importance import ImportanceWeightedLikelihood as ImportanceWeightedLikelihood
+from .importance import LogLikelihood as LogLikelihood
+from .importance import effective_sample_size as effective_sample_size
+from .importance import importance_weighted_bound as importance_weighted_bound
+from .mixture import MixtureEstimates as MixtureEstimates
+from .mixture import is_saturated as is_saturated
+from .mixture import mixture_estimates as mixture_estimates

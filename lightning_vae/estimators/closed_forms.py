@@ -1,0 +1,116 @@
+"""Closed forms of Gaussians: bounds from the moments of q(z), and Shannon's rate-distortion function."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .aggregate_posterior import aggregate_moments
+
+_FOLDS = 10
+
+
+def moment_marginal_kl(mean: Tensor, covariance: Tensor) -> Tensor:
+    r"""Compute a lower bound of the marginal KL, :math:`KL(q(z) \| p(z))`, from the moments of q(z).
+
+    .. math::
+        KL(N(m, C) \,\|\, N(0, I)) = \tfrac12 \left( \operatorname{tr} C + m^T m - k - \log\det C \right)
+
+    Among all q(z) with these moments the Gaussian is nearest to p(z). The bound is deterministic and has no cap.
+
+    Args:
+        mean: Mean m of q(z), of shape ``(k,)``.
+        covariance: Covariance C of q(z), of shape ``(k, k)``.
+
+    Returns:
+        Nats, a scalar, float64.
+    """
+    mean, covariance = mean.double(), covariance.double()
+    excess = covariance.diagonal().sum() + mean.square().sum() - len(mean)
+    divergence: Tensor = 0.5 * (excess - torch.linalg.slogdet(covariance).logabsdet)
+    return divergence.clamp(min=0)
+
+
+def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
+    r"""Estimate a lower bound of the marginal KL by moments that were not fitted to what they are tried on.
+
+    .. math::
+        KL(q \| p) \ge E_{z \sim q} [\log r(z) - \log p(z)]
+
+    for any density r, here the Gaussian with the moments of nine tenths of the observations, tried on the last tenth;
+    the mean over the ten. :func:`moment_marginal_kl` of the moments of M observations is too large by about
+    :math:`k (k + 3) / 4 M`, whole nats where k is 64 and M some hundreds; this is too small by about as much.
+
+    Args:
+        mean: Means of the posteriors, of shape ``(M, k)``.
+        variance: Their variances, of shape ``(M, k)``.
+
+    Returns:
+        Nats, at least 0, a scalar, float64.
+    """
+    mean, variance = mean.double(), variance.double()
+    place = torch.arange(len(mean), device=mean.device)
+    total = mean.new_zeros(())
+    for fold in range(min(_FOLDS, len(mean))):
+        tried = place % _FOLDS == fold
+        fitted, other = (aggregate_moments(mean[part], variance[part]) for part in (~tried, tried))
+        shift = other.mean - fitted.mean
+        second = other.covariance + shift.outer(shift)
+        log_r = -0.5 * (torch.linalg.slogdet(fitted.covariance).logabsdet
+                        + torch.linalg.solve(fitted.covariance, second).diagonal().sum())  # fmt: skip
+        log_p = -0.5 * (other.covariance.diagonal().sum() + other.mean.square().sum())
+        total += (log_r - log_p) * tried.sum()
+    return (total / len(mean)).clamp(min=0)
+
+
+def gaussian_total_correlation(covariance: Tensor) -> Tensor:
+    r"""Compute the total correlation of a Gaussian, :math:`-\tfrac12 \log\det` of its correlation matrix.
+
+    Args:
+        covariance: Of shape ``(k, k)``.
+
+    Returns:
+        Nats, a scalar, float64.
+    """
+    covariance = covariance.double()
+    correlation: Tensor = 0.5 * (covariance.diagonal().log().sum() - torch.linalg.slogdet(covariance).logabsdet)
+    return correlation.clamp(min=0)
+
+
+def shannon_distortion(eigenvalues: Sequence[float], variance: float, rate: float) -> float:
+    r"""Compute the least distortion that a rate allows on Gaussian data, in nats.
+
+    Reverse water-filling: with the water level :math:`s` at which
+    :math:`\sum_i \max(0, \tfrac12 \log(\lambda_i / s))` is the rate, the squared error is
+    :math:`\sum_i \min(s, \lambda_i)`, and the distortion is that of a Gaussian likelihood of this variance:
+
+    .. math:: D^*(R) = \tfrac{d}{2} \log(2 \pi \sigma^2) + \frac{1}{2 \sigma^2} \sum_i \min(s, \lambda_i)
+
+    Args:
+        eigenvalues: Eigenvalues of the data's covariance.
+        variance: Variance of the likelihood.
+        rate: Rate in nats per observation.
+
+    Raises:
+        ValueError: If the rate is negative.
+
+    References:
+        Cover and Thomas, "Elements of Information Theory", theorem 10.3.3.
+
+    Example::
+
+        >>> round(shannon_distortion([5, 3, 1.5, 0.8], variance=0.4, rate=0.0), 4)  # half of the trace over 0.4
+        14.7183
+    """
+    if rate < 0:
+        raise ValueError(f"`rate` must be at least 0, got {rate}.")
+    spectrum = sorted(eigenvalues, reverse=True)
+    for count in range(1, len(spectrum) + 1):  # directions above the water
+        level = math.exp((sum(math.log(each) for each in spectrum[:count]) - 2 * rate) / count)
+        if count == len(spectrum) or level >= spectrum[count]:
+            break
+    squared_error = sum(min(level, each) for each in spectrum)
+    return len(spectrum) / 2 * math.log(2 * math.pi * variance) + squared_error / (2 * variance)

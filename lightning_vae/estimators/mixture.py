@@ -1,0 +1,162 @@
+"""The aggregate posterior as the mixture of M posteriors: mutual information and what goes with it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .aggregate_posterior import aggregate_moments
+from .closed_forms import cross_fitted_marginal_kl, gaussian_total_correlation
+
+# Unlike a seed that data are drawn with: the same noise in data and samples would look like information.
+_SEED = 0x5EED
+_SATURATED = 0.9  # of log M
+_AT_ONCE = 2**20  # pairs of observations
+
+
+class MixtureEstimates(NamedTuple):
+    """What M posteriors say about the information in z and the shape of q(z), in nats.
+
+    Attributes:
+        lower: Estimate of the mutual information of x and z that is a lower bound on average and at most log M.
+        upper_leave_one_out: Upper bound on average, without the sample's own component in the mixture. Far too large
+            where posteriors hardly overlap.
+        upper_moments: Upper bound: the rate less what the moments of q(z) say of the marginal KL at least. No cap.
+        rate: Mean KL of those posteriors to the prior.
+        marginal_kl: KL(q(z) || p(z)), the rate less the lower estimate. Where that is saturated, the lower bound by the
+            moments of q(z).
+        total_correlation: KL(q(z) || prod_j q(z_j)). Where the mutual information is saturated, that of the Gaussian
+            with the moments of q(z).
+        observations: Number of posteriors M.
+    """
+
+    lower: Tensor
+    upper_leave_one_out: Tensor
+    upper_moments: Tensor
+    rate: Tensor
+    marginal_kl: Tensor
+    total_correlation: Tensor
+    observations: int
+
+    @property
+    def upper(self) -> Tensor:
+        """The tighter upper bound; near the cap that by the moments, as equal observations cap the other one too.
+
+        At least the lower one: what crosses it is the noise of the samples.
+        """
+        capped = is_saturated(float(self.upper_leave_one_out), self.observations)
+        upper = self.upper_moments if capped else torch.minimum(self.upper_leave_one_out, self.upper_moments)
+        return torch.maximum(self.lower, upper)
+
+    @property
+    def saturated(self) -> bool:
+        """Whether the lower bound is so near to its cap, log M, that it says "at least" and no more."""
+        return is_saturated(float(self.lower), self.observations)
+
+
+def is_saturated(information: float, observations: int) -> bool:
+    """Tell whether a mutual information estimated from M observations exceeds 90 % of its cap, log M."""
+    return information > _SATURATED * math.log(observations)
+
+
+def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = _SEED) -> MixtureEstimates:
+    r"""Estimate mutual information, marginal KL and total correlation from M diagonal Gaussian posteriors.
+
+    With one sample :math:`z_n \sim q(z|x_n)` of each:
+
+    .. math::
+        I_{lower} &= \frac1M \sum_n \left[ \log q(z_n|x_n) - \log \frac1M \sum_m q(z_n|x_m) \right] \\
+        I_{upper} &= \frac1M \sum_n \left[ \log q(z_n|x_n) - \log \frac1{M-1} \sum_{m \ne n} q(z_n|x_m) \right] \\
+        I_{moments} &= \text{rate} - \text{cross-fitted } KL(N(m, C) \| p) \\
+        TC &= \frac1M \sum_n \left[ \log \frac1M \sum_m q(z_n|x_m)
+              - \sum_j \log \frac1M \sum_m q(z_{nj}|x_m) \right]
+
+    The same sample stands in every term, so that the lower bound is 0 where all posteriors are equal. What chance does
+    to ``log q(z_n|x_n) - log p(z_n)``, whose mean is known, the rate, is taken out of each estimate by regression:
+    where q(z) is the prior this leaves no noise.
+
+    Args:
+        mean: Means of the posteriors, of shape ``(M, k)``, M at least 2.
+        variance: Their variances, of shape ``(M, k)``.
+        seed: Seed of the samples, which are drawn on the CPU.
+
+    Raises:
+        ValueError: If there are fewer than two posteriors, or the shapes differ.
+
+    References:
+        Hoffman and Johnson, "ELBO surgery", 2016; Poole et al., "On Variational Bounds of Mutual Information", ICML
+        2019, for the two sample bounds; Chen et al., "Isolating Sources of Disentanglement", NeurIPS 2018, for the
+        total correlation, here over all pairs of the M observations instead of a minibatch.
+
+    Example::
+
+        >>> estimates = mixture_estimates(torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1))
+        >>> estimates.lower, estimates.saturated  # log 2
+        (tensor(0.6931, dtype=torch.float64), True)
+    """
+    if mean.ndim != 2 or mean.shape != variance.shape or len(mean) < 2:
+        raise ValueError(
+            f"`mean` and `variance` must both have shape (M, k) with M at least 2, got {tuple(mean.shape)} and "
+            f"{tuple(variance.shape)}."
+        )
+    mean, variance = mean.double(), variance.double()
+    number = len(mean)
+    rates = (0.5 * (variance + mean.square() - 1 - variance.log())).sum(dim=1)
+    noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(mean.device)
+    sample = mean + variance.sqrt() * noise
+
+    # log q(z_n|x_m) without its constant, which every term has, as products of matrices: (z - m)^2 / v is the sum of
+    # z^2 / v, -2 z m / v and m^2 / v, of which nothing is lost in double precision near the origin.
+    shifted, centre = sample - mean.mean(dim=0), mean - mean.mean(dim=0)
+    factors = torch.cat([1 / variance, -2 * centre / variance], dim=1).T
+    constants = (centre.square() / variance + variance.log()).sum(dim=1)
+    own_density = -0.5 * (noise.square() + variance.log()).sum(dim=1)
+    mixture, others = torch.empty_like(own_density), torch.empty_like(own_density)
+    for chunk in torch.arange(number, device=mean.device).split(max(1, _AT_ONCE // number)):
+        joint = -0.5 * (torch.cat([shifted[chunk].square(), shifted[chunk]], dim=1) @ factors + constants)
+        own = torch.arange(len(chunk), device=mean.device), chunk
+        joint[own] = own_density[chunk]
+        mixture[chunk] = joint.logsumexp(dim=1) - math.log(number)
+        joint[own] = -torch.inf
+        others[chunk] = joint.logsumexp(dim=1) - math.log(number - 1)
+    control = own_density + 0.5 * sample.square().sum(dim=1) - rates
+    lower = _controlled(own_density - mixture, control)
+    rate = rates.mean()
+
+    by_moments = cross_fitted_marginal_kl(mean, variance)
+    saturated = is_saturated(float(lower), number)
+    if saturated:
+        total_correlation = gaussian_total_correlation(aggregate_moments(mean, variance).covariance)
+    else:
+        total_correlation = _controlled(mixture - _log_marginals(sample, mean, variance), control)
+    return MixtureEstimates(
+        lower=lower,
+        upper_leave_one_out=_controlled(own_density - others, control),
+        upper_moments=rate - by_moments,
+        rate=rate,
+        marginal_kl=by_moments if saturated else rate - lower,
+        total_correlation=total_correlation,
+        observations=number,
+    )
+
+
+def _log_marginals(sample: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """Compute the sum over j of log q(z_nj), q the mixture of all posteriors, without its constant, of shape (M,)."""
+    number, k = mean.shape
+    total = torch.zeros_like(sample[:, 0])
+    for chunk in torch.arange(number, device=mean.device).split(max(1, _AT_ONCE // number)):
+        for j in range(k):
+            each = -0.5 * ((sample[chunk, j, None] - mean[:, j]).square() / variance[:, j] + variance[:, j].log())
+            total[chunk] += each.logsumexp(dim=1) - math.log(number)
+    return total
+
+
+def _controlled(terms: Tensor, control: Tensor) -> Tensor:
+    """Average terms, less what a control variate of mean zero explains of them; each of shape ``(M,)``."""
+    power = control.square().sum()
+    centred = terms - terms.mean()
+    slope = (centred @ control) / power if power > 0 else power
+    return (terms - slope * control).mean()

@@ -1,0 +1,1 @@
+"""What `test` and `predict` do with a trained model."""

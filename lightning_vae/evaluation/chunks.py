@@ -1,0 +1,39 @@
+"""Decoding many latents, some at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..vae import VAE
+
+# Pixels: what bounds the memory, whatever K and the batch size. Few on a CPU, so that what the layers make of them
+# stays in its cache.
+_NUMBERS_AT_ONCE = {"cpu": 2**17}
+_ELSEWHERE = 2**22
+
+
+def decoded_at_once(vae: VAE) -> int:
+    """Return how many latents are decoded at a time."""
+    return max(1, _NUMBERS_AT_ONCE.get(vae.device.type, _ELSEWHERE) // math.prod(vae.shape))
+
+
+def in_parts(vae: VAE, z: Tensor, observed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield latents of shape ``(S, B, k)``, flat and some at a time, each beside its observation of the B."""
+    flat = z.flatten(0, 1)
+    for part in torch.arange(len(flat), device=z.device).split(decoded_at_once(vae)):
+        yield flat[part], observed[part % len(observed)]
+
+
+def log_likelihood(vae: VAE, observed: Tensor, z: Tensor) -> Tensor:
+    """Compute log p(x|z) of each of ``(S, B)`` latents, z of shape ``(S, B, k)``, in nats, float64."""
+    parts = [vae.decode(part).log_prob(x).double() for part, x in in_parts(vae, z, observed)]
+    return torch.cat(parts).view(len(z), -1)
+
+
+def decoded_means(vae: VAE, z: Tensor) -> list[Tensor]:
+    """Decode latents of shape ``(N, k)`` to flat means, some at a time."""
+    return [vae.decode(part).mean.flatten(1) for part in z.split(decoded_at_once(vae))]

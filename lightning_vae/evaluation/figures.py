@@ -1,0 +1,348 @@
+"""Pictures that compare models: their latent spaces side by side, and their rates and distortions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..vae import VAE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Projection = Literal["pca", "tsne"]
+
+# Seven of Okabe and Ito's colours for the colour-blind ("Color Universal Design", 2008), without the yellow, which is
+# faint on white, and three more that lie far from them, also as protanopes and deuteranopes see them.
+COLOURS = (
+    "#0072b2",
+    "#e69f00",
+    "#009e73",
+    "#990033",
+    "#56b4e9",
+    "#000000",
+    "#cc79a7",
+    "#66ee66",
+    "#4a1fb8",
+    "#d55e00",
+)
+_COLUMNS = 4
+_IMAGES = 8
+_NAME_WIDTH = 36  # letters above a panel
+_LEGEND_WIDTH = 84  # letters under a rate-distortion figure
+_BOUND = "Shannon's bound for these Gaussian data"
+
+
+def compare_latents(
+    models: Mapping[str, VAE] | Sequence[VAE],
+    loader: Iterable[Any],
+    observations: int = 2000,
+    projection: Projection = "pca",
+    seed: int = 0,
+) -> Figure:
+    """Draw the latent spaces of several models side by side, each with reconstructions and samples under it.
+
+    A space of two dimensions is shown as it is, one of more by its first two principal components or by t-SNE, one of
+    a single dimension against the observations' labels. Points are posterior means, coloured by label where the
+    batches have any. Spaces that are shown as they are, or by principal components, share one scale.
+
+    Args:
+        models: The models by name, or without names. They must take the same data.
+        loader: Batches as the models take them, with labels of shape ``(B,)`` under ``"label"`` in a mapping or as the
+            second element of a sequence; only the first observations are read.
+        observations: How many of them are shown.
+        projection: ``"pca"`` or ``"tsne"``, for spaces of more than two dimensions.
+        seed: Seed of the samples, of binarisation and of t-SNE.
+
+    Returns:
+        A matplotlib figure, which belongs to no window.
+
+    Raises:
+        ValueError: On no models, less than two observations, another projection, or data that a model does not take.
+        TypeError: On another model than a VAE of this package.
+
+    Example::
+
+        figure = compare_latents({"beta 1": one, "beta 4": four}, datamodule.test_dataloader())
+        figure.savefig("latents.png")
+    """
+    from matplotlib.figure import Figure
+
+    named = dict(models) if isinstance(models, Mapping) else {str(number): each for number, each in enumerate(models)}
+    if not named:
+        raise ValueError("`models` must hold at least one model.")
+    for name, model in named.items():
+        if not isinstance(model, VAE):
+            raise TypeError(f"`models`: {name!r} must be a lightning_vae.VAE, got {type(model).__name__}.")
+    if projection not in ("pca", "tsne"):
+        raise ValueError(f"`projection` must be 'pca' or 'tsne', got {projection!r}.")
+    if observations < 2:
+        raise ValueError(f"`observations` must be at least 2, got {observations}.")
+    x, index, labels = _first(loader, observations, named)
+    views = [_view(model, x, index, projection, seed) for model in named.values()]
+    kinds = [] if labels is None else labels.unique().tolist()
+    pictured = _are_images(x)
+    captions = _captions(list(named))
+    reach = max((float(view.points.abs().max()) for view in views if view.shares_scale), default=1.0)
+
+    columns = min(len(named), _COLUMNS)
+    rows = math.ceil(len(named) / columns)
+    room = captions[0].count("\n") * "\n" + " "
+    height = 4.6 + 0.17 * len(room)
+    figure = Figure(figsize=(3.4 * columns, height * rows + 0.3), layout="constrained")
+    grids = figure.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.04)
+    for panel, caption, model, view in zip(grids.flat, captions, named.values(), views, strict=False):
+        points, reconstructed, sampled = panel.subplots(3, 1, height_ratios=(6, 1.9, 1.9))
+        if not pictured:
+            sampled.sharey(reconstructed)  # samples are judged by the data's own scale
+        panel.suptitle(caption, y=0.99, fontsize=10, in_layout=False)
+        points.set_title(room, fontsize=10, pad=12)  # what keeps room for it has one height, whatever letters it has
+        _scatter(points, view, labels, 1.06 * max(reach, 1.0))
+        original, reconstruction = x[:_IMAGES], _in_chunks(model, x[:_IMAGES], index[:_IMAGES], "reconstruct")
+        _show(reconstructed, model.levels, original, reconstruction)
+        reconstructed.set_title("data and, below, reconstructions" if pictured else "data, reconstructions (dashed)",
+                                fontsize=8, color="0.3", pad=4)  # fmt: skip
+        _show(sampled, model.levels, *_samples(model, 2 * _IMAGES if pictured else _IMAGES, seed))
+        sampled.set_title("samples from the prior", fontsize=8, color="0.3", pad=4)
+    if 1 < len(kinds) <= len(COLOURS):
+        _explain(figure, kinds)
+    return figure
+
+
+class CurvePoint(NamedTuple):
+    """A point of a rate-distortion figure in nats, with its spreads over seeds and a note that stands beside it."""
+
+    rate: float
+    distortion: float
+    rate_spread: float = 0.0
+    distortion_spread: float = 0.0
+    note: str = ""
+
+
+def rate_distortion(
+    curves: Mapping[str, Sequence[CurvePoint]], bound: tuple[Sequence[float], Sequence[float]] | None = None
+) -> Figure:
+    """Draw distortions over rates.
+
+    Args:
+        curves: The lines by name; the points of each are joined in the order of their rates.
+        bound: Rates and distortions of the best that there can be, where it is known.
+
+    Returns:
+        A matplotlib figure.
+    """
+    from matplotlib.figure import Figure
+
+    labels = ["\n".join(wrap(name, _LEGEND_WIDTH)) for name in curves]
+    longest = max(map(len, [*curves, _BOUND] if bound is not None else curves), default=0)
+    beside = max(1, _LEGEND_WIDTH // (longest + 8))  # entries in a row, with their lines
+    lines = sum(label.count("\n") + 1 for label in labels) / beside
+    figure = Figure(figsize=(6.4, 4.6 + 0.17 * lines), layout="constrained")
+    axes = figure.subplots()
+    if bound is not None:
+        axes.plot(*bound, color="0.15", linewidth=1, zorder=1, label=_BOUND)
+    for number, (label, points) in enumerate(zip(labels, curves.values(), strict=True)):
+        rates, distortions, rate_spreads, distortion_spreads, notes = zip(*sorted(points), strict=True)
+        axes.errorbar(
+            rates,
+            distortions,
+            xerr=_bars(rate_spreads),
+            yerr=_bars(distortion_spreads),
+            color=COLOURS[number % len(COLOURS)],
+            marker="osD^v"[number // len(COLOURS) % 5],
+            markersize=5,
+            linewidth=1.2 if bound is None else 0,
+            elinewidth=1,
+            capsize=2,
+            label=label,
+            zorder=2,
+        )
+        for rate, distortion, note in zip(rates, distortions, notes, strict=True):
+            axes.annotate(note, (rate, distortion), textcoords="offset points", xytext=(6, 5), fontsize=8, color="0.3")
+    axes.set_xlabel("rate: KL(q(z|x) || p(z)), nats per observation")
+    axes.set_ylabel("distortion: -E log p(x|z), nats per observation")
+    axes.margins(0.08)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    spread = any(point.rate_spread or point.distortion_spread for points in curves.values() for point in points)
+    title = "bars: standard deviation over seeds" if spread else None
+    figure.legend(loc="outside lower center", ncols=beside, frameon=False, fontsize=8, title=title, title_fontsize=8)
+    return figure
+
+
+def _bars(spreads: Sequence[float]) -> list[float] | None:
+    """Return the lengths of error bars; a point without a spread has none, not one of length zero."""
+    return [spread or math.nan for spread in spreads] if any(spreads) else None
+
+
+def _captions(names: Sequence[str]) -> list[str]:
+    """Wrap names, and fill them up to one number of lines, so that all end at one height."""
+    wrapped = [[part for line in name.splitlines() for part in wrap(line, _NAME_WIDTH)] for name in names]
+    most = max(map(len, wrapped))
+    return ["\n".join([""] * (most - len(lines)) + lines) for lines in wrapped]
+
+
+def _explain(figure: Figure, kinds: Sequence[float]) -> None:
+    """Say under the figure which colour is which label."""
+    from matplotlib.lines import Line2D
+
+    dots = [
+        Line2D([], [], linestyle="", marker="o", markersize=5, color=colour, label=f"{kind:g}")
+        for colour, kind in zip(COLOURS, kinds, strict=False)
+    ]
+    beside = int(figure.get_figwidth() / (0.25 + 0.08 * max(len(f"{kind:g}") for kind in kinds)))
+    figure.legend(handles=dots, loc="outside lower center", ncols=beside, frameon=False, fontsize=8,
+                  title="label", title_fontsize=8, handletextpad=0.1, handlelength=1, columnspacing=0.6)  # fmt: skip
+
+
+class _View(NamedTuple):
+    """A latent space as it is drawn."""
+
+    points: Tensor
+    axes: tuple[str, str]
+    shares_scale: bool
+
+
+def _first(loader: Iterable[Any], observations: int, models: Mapping[str, VAE]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Read the first observations, their indices, and their labels if there are any."""
+    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+    count = 0
+    for batch in loader:
+        for name, model in models.items():
+            try:
+                x = model._observations(batch, check=count == 0)
+            except ValueError as error:
+                raise ValueError(f"`models`: {name.splitlines()[0]!r} does not take these data. {error}") from None
+        given = batch if isinstance(batch, Mapping) else {}
+        index = given.get("index", torch.arange(count, count + len(x)))
+        parts.append((x, index, _labels(batch, len(x))))
+        count += len(x)
+        if count >= observations:
+            break
+    if count < 2:
+        raise ValueError(f"`loader` must hold at least 2 observations, got {count}.")
+    xs, indices, labels = zip(*parts, strict=True)
+    known = None if any(label is None for label in labels) else torch.cat(labels)[:observations].cpu()
+    return torch.cat(xs)[:observations], torch.cat(indices)[:observations], known
+
+
+def _labels(batch: Any, size: int) -> Tensor | None:
+    if isinstance(batch, Mapping):
+        label = batch.get("label")
+    else:
+        label = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    return label if isinstance(label, Tensor) and label.shape == (size,) else None
+
+
+def _view(model: VAE, x: Tensor, index: Tensor, projection: Projection, seed: int) -> _View:
+    means = _in_chunks(model, x, index, "encode").double()
+    if means.shape[1] <= 2:
+        return _View(means, ("z0", "z1"), True)
+    if projection == "pca" or len(means) < 3:
+        centred = means - means.mean(dim=0)
+        _, scales, directions = torch.linalg.svd(centred, full_matrices=False)
+        shares = scales.square() / scales.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+        names = [f"PC {number + 1}, {100 * float(shares[number]):.0f} % of the variance" for number in range(2)]
+        return _View(centred @ directions[:2].T, (names[0], names[1]), True)
+    from sklearn.manifold import TSNE
+
+    fitted = TSNE(perplexity=min(30.0, (len(means) - 1) / 3), init="random", random_state=seed).fit_transform(means)
+    return _View(torch.from_numpy(fitted), ("t-SNE 1, no unit", "t-SNE 2, no unit"), False)
+
+
+@torch.no_grad()
+def _in_chunks(model: VAE, x: Tensor, index: Tensor, what: Literal["encode", "reconstruct"]) -> Tensor:
+    """Encode or reconstruct as at evaluation, where the model is, and bring the result to the CPU."""
+    training, results = model.training, []
+    model.eval()
+    for chunk, numbers in zip(x.split(500), index.split(500), strict=True):
+        on_device = chunk.to(model.device)
+        observed = model.likelihood.observe(model._to_network_scale(on_device), numbers.to(model.device))
+        mean = model._encode(observed).mean
+        result = mean if what == "encode" else model._to_data_scale(model.decode(mean).mean)
+        results.append(result.float().cpu())
+    model.train(training)
+    return torch.cat(results)
+
+
+@torch.no_grad()
+def _samples(model: VAE, number: int, seed: int) -> list[Tensor]:
+    training = model.training
+    model.eval()
+    z = torch.randn(number, model.latent_dim, generator=torch.Generator().manual_seed(seed))
+    samples = model._to_data_scale(model.decode(z.to(model.device, model._working_dtype)).mean).float().cpu()
+    model.train(training)
+    return list(samples.split(_IMAGES))
+
+
+def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> None:
+    """Draw a latent space, each kind in its colour, and with its name where that has room."""
+    from matplotlib.patheffects import withStroke
+
+    points = view.points
+    kinds = [] if labels is None else labels.unique().tolist()
+    flat = points.shape[1] == 1
+    if flat:  # the other axis keeps the labels apart, or just the points
+        spread = 0.6 * torch.rand(len(points), generator=torch.Generator().manual_seed(0)) - 0.3
+        points = torch.stack([points[:, 0], spread + (0 if labels is None else labels)], dim=1)
+    style: dict[str, Any] = {"s": 8, "linewidths": 0, "alpha": 0.85, "rasterized": True}
+    if 1 < len(kinds) <= len(COLOURS):
+        for colour, kind in zip(COLOURS, kinds, strict=False):
+            axes.scatter(*points[labels == kind].T, color=colour, **style)
+        centres = torch.stack([points[labels == kind].median(dim=0).values for kind in kinds])
+        nearest = torch.cdist(centres, centres).fill_diagonal_(math.inf).amin(dim=1)
+        apart = nearest > 0.05 * (reach if view.shares_scale else float(points.abs().max()))
+        halo = [withStroke(linewidth=2.5, foreground="white")]
+        for kind, (x, y), alone in zip(kinds, centres.tolist(), apart.tolist(), strict=True):
+            if alone and not flat:  # where they lie on each other, one would hide the rest
+                axes.text(x, y, f"{kind:g}", fontsize=8, weight="bold", ha="center", va="center", path_effects=halo)
+    elif len(kinds) > 1:
+        dots = axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", **style)
+        bar = axes.figure.colorbar(dots, ax=axes, shrink=0.8, pad=0.02)
+        bar.ax.tick_params(labelsize=7, length=2)
+        bar.set_label("label", fontsize=8)
+    else:
+        axes.scatter(*points.T, color=COLOURS[0], **style)
+    axes.set_xlabel(view.axes[0], fontsize=8, labelpad=1)
+    if flat:
+        axes.set_ylabel("label" if kinds else "", fontsize=8, labelpad=1)
+        axes.set_yticks(kinds if len(kinds) <= len(COLOURS) else [])
+        axes.set_xlim(-reach, reach)
+    else:
+        axes.set_ylabel(view.axes[1], fontsize=8, labelpad=1)
+        axes.set_aspect("equal", adjustable="box" if view.shares_scale else "datalim")
+        if view.shares_scale:
+            axes.set(xlim=(-reach, reach), ylim=(-reach, reach))
+    axes.tick_params(labelsize=7, length=2)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _are_images(x: Tensor) -> bool:
+    return x.ndim == 4 and x.shape[1] in (1, 3)
+
+
+def _show(axes: Axes, levels: int | None, *rows: Tensor) -> None:
+    """Draw rows of images, or vectors as lines over their coordinates, the second row's dashed."""
+    if _are_images(rows[0]):
+        top = 1.0 if levels is None else levels - 1.0
+        gap = max(1, rows[0].shape[-1] // 16)
+        framed = [pad((row.float() / top).clamp(0, 1), (0, gap, 0, gap), value=1.0) for row in rows]
+        tiles = torch.cat([torch.cat(list(row), dim=-1) for row in framed], dim=-2)[:, :-gap, :-gap]
+        picture = tiles.permute(1, 2, 0).squeeze(-1).numpy()
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.axis("off")
+        return
+    for row, style in zip(rows, ("-", "--"), strict=False):
+        for vector, colour in zip(row[:4].flatten(start_dim=1), COLOURS, strict=False):
+            axes.plot(vector, style, color=colour, linewidth=1)
+    axes.tick_params(labelsize=7, length=2)
+    axes.set_xlabel("coordinate", fontsize=7, labelpad=1)
+    axes.spines[["top", "right"]].set_visible(False)

@@ -1,0 +1,147 @@
+"""What ``test`` leaves: a table, the same numbers in the logger and as JSON, and pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from ..noise import uniform_by_index
+from ..vae import VAE
+from .measure import OwnMetric, check_sizes, evaluate
+
+_COLUMNS = 8
+_PICTURE_SIZE = 64  # pixels that a small image is enlarged to, about
+_SEED = 0x9A12
+
+
+class EvaluationReport(Callback):
+    """Evaluate the model when a test ends: print the table, log the numbers, write ``evaluation.json`` and pictures.
+
+    Everything goes to the folder of the test run, ``trainer.log_dir``: ``evaluation.json``, and for images
+    ``reconstructions.png`` and ``samples.png``. The keys in the logger are those of the JSON after ``test/``.
+
+    Args:
+        importance_samples: Samples K for each observation, for the log-likelihood.
+        observations: Observations M for mutual information, marginal KL, total correlation and probes.
+        samples: Prior samples, and observations that they are compared with, at most.
+        metrics: Metrics of one's own by name: import paths of functions ``(vae, loader) -> float``.
+
+    Raises:
+        ValueError: If a number is too small.
+    """
+
+    def __init__(
+        self,
+        importance_samples: int = 100,
+        observations: int = 2048,
+        samples: int = 1000,
+        metrics: Mapping[str, OwnMetric] | None = None,
+    ) -> None:
+        check_sizes(importance_samples=importance_samples, observations=observations, samples=samples)
+        self.importance_samples = importance_samples
+        self.observations = observations
+        self.samples = samples
+        self.metrics = metrics
+
+    @override
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, VAE)
+        loader: Any = trainer.test_dataloaders
+        if isinstance(loader, list | tuple):
+            if len(loader) > 1:
+                rank_zero_warn(f"The evaluation looks at the first of {len(loader)} test loaders.")
+            loader = loader[0]
+        number = trainer.num_test_batches[0]
+        if number < len(loader):  # `limit_test_batches`
+            loader = _First(loader, int(number))
+        result = evaluate(
+            pl_module, loader, self.importance_samples, self.observations, self.samples, own_metrics=self.metrics
+        )
+        pictures = draw(pl_module, next(iter(loader)))
+        folder = trainer.log_dir  # every process must ask
+        if not trainer.is_global_zero:
+            return
+        print(f"\n{result.table()}\n")
+        # The VAE has logged its own estimates of these, from one sample each.
+        own = ("elbo", "rate", "distortion")
+        numbers = {f"test/{name}": value for name, value in result.scalars().items() if name not in own}
+        for logger in trainer.loggers:
+            logger.log_metrics(numbers, step=trainer.global_step)
+            if isinstance(logger, TensorBoardLogger):
+                for name, picture in pictures.items():
+                    logger.experiment.add_image(f"test/{name}", picture, trainer.global_step)
+        if not trainer.loggers or folder is None:
+            rank_zero_warn("Without a logger the evaluation is only printed: there is no run folder to write it to.")
+            return
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            _write(picture, target / f"{name}.png")
+        whole = target / ".evaluation.json"  # what has the name is complete, and comes last
+        whole.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
+        whole.replace(target / "evaluation.json")
+        print("Written:  " + ", ".join([f"{target}/evaluation.json", *(f"{name}.png" for name in pictures)]))
+
+
+class _First:
+    """The first batches of a loader, each time they are asked for."""
+
+    def __init__(self, loader: Iterable[Any], number: int) -> None:
+        self.loader, self.number = loader, number
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(self.loader, self.number)
+
+
+@torch.no_grad()
+def draw(vae: VAE, batch: object) -> dict[str, Tensor]:
+    """Draw reconstructions and samples of a model of images.
+
+    Args:
+        vae: The model.
+        batch: A batch as the VAE takes them; its first 32 images are shown.
+
+    Returns:
+        ``"reconstructions"``, rows of images each above their reconstructions, and ``"samples"``, the means of p(x|z)
+        of 64 latents from the prior: uint8, of shape ``(3, height, width)``. Nothing for data that are no images of 1
+        or 3 channels.
+    """
+    if len(vae.shape) != 3 or vae.shape[0] not in (1, 3):
+        return {}
+    x = vae._observations(batch, check=False)[: 4 * _COLUMNS].to(vae.device)
+    places = torch.arange(_COLUMNS**2, device=vae.device)
+    samples = vae.decode(vae.prior.icdf(uniform_by_index(places, vae.latent_dim, seed=_SEED))).mean
+    pairs = [
+        row
+        for images in zip(x.split(_COLUMNS), vae.reconstruct(x).split(_COLUMNS), strict=True)
+        for row in (vae._to_network_scale(part) for part in images)
+    ]
+    return {"reconstructions": _grid(pairs), "samples": _grid(list(samples.split(_COLUMNS)))}
+
+
+def _grid(rows: list[Tensor]) -> Tensor:
+    """Lay rows of images in [0, 1], each of shape ``(n, C, H, W)``, out in one picture with lines between them."""
+    scale = max(1, _PICTURE_SIZE // max(rows[0].shape[-2:]))
+    wide = [torch.nn.functional.pad(row, (0, 0, 0, 0, 0, 0, 0, _COLUMNS - len(row)), value=1.0) for row in rows]
+    images = torch.stack(wide).clamp(0, 1).mul(255).round().to(torch.uint8)
+    images = images.repeat_interleave(scale, dim=-2).repeat_interleave(scale, dim=-1)
+    images = torch.nn.functional.pad(images, (1, 1, 1, 1), value=255)
+    rows_, columns, channels, height, width = images.shape
+    picture = images.permute(2, 0, 3, 1, 4).reshape(channels, rows_ * height, columns * width)
+    return picture.expand(3, -1, -1).cpu()
+
+
+def _write(picture: Tensor, path: Path) -> None:
+    from PIL import Image
+
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path)

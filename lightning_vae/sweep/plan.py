@@ -1,0 +1,280 @@
+"""What a sweep consists of: configurations, points, and the commands that make them."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+import json
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+from typing_extensions import override
+
+from ..checkpoints import finished_fit
+from ..cli.vae_cli import VAECLI, command_line
+from ..likelihoods import Gaussian
+from ..vae import VAE
+
+BETA = "model.beta"
+
+
+class _Built(VAECLI):
+    """The command line up to the point where it would run."""
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What is trained, but for the seed.
+
+    Attributes:
+        name: Name of the config, from its files.
+        options: The options that the sweep varies, by their dotted names.
+        arguments: Arguments of ``fit``, without seed and logger.
+        seed: The config's own seed.
+        digest: Hash of the resolved config, without seed and logger.
+    """
+
+    name: str
+    options: Mapping[str, Any]
+    arguments: tuple[str, ...]
+    seed: int
+    digest: str
+
+    @property
+    def varied(self) -> dict[str, str]:
+        """Its options as text, by the last part of their names where that tells them apart."""
+        last = {name: name.rpartition(".")[2] for name in self.options}
+        alone = [name for name, count in Counter(last.values()).items() if count == 1]
+        return {last[name] if last[name] in alone else name: _text(value) for name, value in self.options.items()}
+
+    @property
+    def label(self) -> str:
+        """Say what sets it apart."""
+        return " ".join([self.name, *(f"{name}={value}" for name, value in self.varied.items())])
+
+
+@dataclass(frozen=True)
+class Point:
+    """One run of a sweep.
+
+    Attributes:
+        configuration: What is trained; ``None`` for a checkpoint that exists already.
+        seed: Seed of the run.
+        folder: Its run folder.
+        trained: The checkpoint that exists already.
+        evaluated_by: Arguments of ``test``, such as ``--evaluation.importance_samples=5000``.
+    """
+
+    configuration: Configuration | None
+    seed: int
+    folder: Path
+    trained: Path | None = None
+    evaluated_by: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Name it in a line of text."""
+        if self.configuration is None:
+            return str(self.trained)
+        return f"{self.configuration.label} seed={self.seed}"
+
+    @property
+    def run(self) -> Path:
+        """The folder in which ``fit`` has left its config."""
+        return self.folder if self.trained is None else self.trained.parent.parent
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The checkpoint to evaluate, as soon as there is one."""
+        if self.trained is not None:
+            return self.trained
+        found = finished_fit.read(self.folder)
+        return self.folder / found["checkpoint"] if found and found["checkpoint"] else None
+
+    def fit(self) -> list[str]:
+        """Return the arguments that train it, or go on with a training that was cut off."""
+        assert self.configuration is not None
+        last = self.folder / "checkpoints" / "last.ckpt"
+        return [
+            "fit",
+            *self.configuration.arguments,
+            f"--seed_everything={self.seed}",
+            *_into(self.folder),
+            *([f"--ckpt_path={last}", "--same_run=true"] if last.is_file() else []),
+        ]
+
+    def test(self) -> list[str]:
+        """Return the arguments that evaluate it."""
+        return [
+            "test",
+            f"--config={self.run / 'config.yaml'}",
+            f"--ckpt_path={self.checkpoint}",
+            *self.evaluated_by,
+            *_into(self.evaluation.parent),
+        ]
+
+    @property
+    def evaluation(self) -> Path:
+        """Where the evaluation is, once it is done; another evaluation is elsewhere."""
+        options = (argument.removeprefix("--evaluation.") for argument in self.evaluated_by)
+        return self.folder / _folder(" ".join(["test", *options])) / "evaluation.json"
+
+
+def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[Configuration, VAE]:
+    """Resolve a config and its options, and build its model once; what the parser refuses ends the process here.
+
+    Args:
+        files: Config files, joined by ``+``.
+        options: Options that the sweep varies.
+        rest: Further arguments of ``fit``.
+
+    Raises:
+        ValueError: If it goes on from a checkpoint.
+    """
+    paths = files.split("+")
+    arguments = (
+        *(f"--config={path}" for path in paths),
+        *rest,
+        *(f"--{name}={_text(value)}" for name, value in options.items()),
+    )
+    built = _build(["fit", *arguments])
+    config = built.config["fit"].as_dict()
+    identity = copy.deepcopy(config)
+    seed = identity.pop("seed_everything")
+    identity["trainer"].pop("logger")
+    if config["ckpt_path"]:
+        raise ValueError(
+            f"`--ckpt_path`: every point would train the model of {config['ckpt_path']}, whatever its options. To "
+            "compare with a finished run, give `--checkpoints`."
+        )
+    for name in ("config", "ckpt_path", "same_run"):
+        identity.pop(name, None)
+    return Configuration(
+        name="+".join(Path(path).stem for path in paths),
+        options=dict(options),
+        arguments=arguments,
+        seed=int(seed),
+        digest=hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8],
+    ), built.model
+
+
+def data_of(config: Path) -> tuple[str, LightningDataModule]:
+    """Build the data module of a run from the config that it has saved, with a text that is the same for equal data.
+
+    Args:
+        config: A run's ``config.yaml``.
+    """
+    built = _rebuilt(config)
+    return json.dumps(built.config["fit"]["data"].as_dict(), sort_keys=True, default=str), built.datamodule
+
+
+def grid(varied: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Yield every combination of the options' values, the last option's changing fastest.
+
+    Example::
+
+        >>> list(grid({"a": [1, 2], "b": [3]}))
+        [{'a': 1, 'b': 3}, {'a': 2, 'b': 3}]
+    """
+    for values in itertools.product(*varied.values()):
+        yield dict(zip(varied, values, strict=True))
+
+
+def points(configuration: Configuration, seeds: Sequence[int] | None, base: Path) -> list[Point]:
+    """Lay out the runs of a configuration.
+
+    Args:
+        configuration: What is trained.
+        seeds: Seeds; ``None`` takes the config's own.
+        base: The sweep's folder.
+    """
+    return [
+        Point(configuration, seed, base / _folder(f"{configuration.label} seed={seed} {configuration.digest}"))
+        for seed in (seeds or [configuration.seed])
+    ]
+
+
+def existing(checkpoint: str, base: Path) -> Point:
+    """Make a point of a checkpoint that has been trained already.
+
+    Args:
+        checkpoint: Its path, in the run folder of a ``fit``.
+        base: The sweep's folder.
+
+    Raises:
+        ValueError: If there is none, or no config where it lies.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise ValueError(f"`--checkpoints`: there is no file {checkpoint!r}.")
+    point = Point(None, 0, Path(), trained=path)
+    if not (point.run / "config.yaml").is_file():
+        raise ValueError(f"`--checkpoints`: {checkpoint} lies in no run's folder: no config.yaml in {point.run}.")
+    status = path.stat()  # a file of the same name and another content is another point
+    digest = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:8]
+    seed = int(_rebuilt(point.run / "config.yaml").config["fit"]["seed_everything"])
+    return Point(None, seed, base / _folder(f"{point.run.name} {path.stem} {digest}"), trained=path)
+
+
+def with_variance(rest: Sequence[str], variance: float) -> list[str]:
+    """Add to arguments of ``fit`` what fixes the Gaussian likelihood's variance."""
+    kind = f"{Gaussian.__module__}.{Gaussian.__qualname__}"
+    return [*rest, f"--model.likelihood={kind}", f"--model.likelihood.variance={variance!r}"]
+
+
+def _into(folder: Path) -> list[str]:
+    """Return the arguments that make a folder the run folder, and nothing but it."""
+    logger = "--trainer.logger"
+    return [
+        f"{logger}=QuickTensorBoardLogger",
+        f"{logger}.save_dir={folder.parent.parent}",
+        f"{logger}.name={folder.parent.name}",
+        f"{logger}.version={folder.name}",
+        f"{logger}.default_hp_metric=false",
+        "--trainer.enable_progress_bar=false",
+    ]
+
+
+def _build(arguments: Sequence[str]) -> LightningCLI:
+    """Parse a command and build its model and data, without running it."""
+    with _silence():
+        return command_line(_Built, list(arguments))
+
+
+def _rebuilt(config: Path) -> LightningCLI:
+    """Build what a run has been; the checkpoint that it went on from may be gone."""
+    return _build(["fit", f"--config={config}", "--ckpt_path=null", "--same_run=false"])
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _folder(text: str) -> str:
+    return re.sub(r"[^\w.=+-]+", "-", text)[-120:].strip("-")
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep what building a model says to the run that trains it."""
+    logging.disable(logging.INFO)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,84 @@
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.pytorch import LightningModule
+
+from lightning_vae.callbacks.control.tied_attributes import TiedAttributes
+
+
+class Model(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = 1.0
+        self.params = {"kld_weight": 1.0}
+        self.cfg = SimpleNamespace(beta=1.0)
+        self._low, self._high = 0.0, 1.0
+
+    @property
+    def low(self) -> float:
+        return self._low
+
+    @low.setter
+    def low(self, value: float) -> None:
+        if not 0 <= value <= self._high:
+            raise ValueError(f"low={value} is larger than high={self._high}")
+        self._low = value
+
+    @property
+    def high(self) -> float:
+        return self._high
+
+    @high.setter
+    def high(self, value: float) -> None:
+        if value < self._low:
+            raise ValueError(f"high={value} is smaller than low={self._low}")
+        self._high = value
+
+
+def test_several_paths_get_the_same_value() -> None:
+    model = Model()
+    knob = TiedAttributes(model, ["weight", "params.kld_weight", "cfg.beta"])
+    assert knob.read() == 1.0
+    knob.write(0.125)
+    assert (model.weight, model.params["kld_weight"], model.cfg.beta) == (0.125, 0.125, 0.125)
+
+
+@pytest.mark.parametrize("paths", [["low", "high"], ["high", "low"]])
+def test_two_that_check_each_other_move_both_ways(paths: list[str]) -> None:
+    model = Model()
+    knob = TiedAttributes(model, paths)
+    assert knob.read() == 1.0, "a range ends at its upper bound"
+    for value in (0.5, 0.7, 2.0, 0.1, 0.0, 3.0):
+        knob.write(value)
+        assert (model.low, model.high) == (value, value)
+        assert knob.overwritten() is None
+
+
+def test_a_value_that_no_order_makes_acceptable_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`attribute='low'` can't be set to -1: low=-1.0 is larger"):
+        TiedAttributes(Model(), ["low", "weight"]).write(-1.0)
+
+
+def test_the_place_that_something_else_moved_is_named() -> None:
+    model = Model()
+    knob = TiedAttributes(model, ["weight", "params.kld_weight"])
+    knob.write(0.5)
+    assert knob.overwritten() is None
+    model.params["kld_weight"] = 0.9
+    place: Any = knob.overwritten()
+    assert place.path == "params.kld_weight"
+
+
+def test_one_wrong_path_among_several_is_an_error() -> None:
+    with pytest.raises(ValueError, match="'kld_wait'"):
+        TiedAttributes(Model(), ["weight", "kld_wait"])
+
+
+def test_a_setter_takes_the_place_of_the_path() -> None:
+    model = Model()
+    knob = TiedAttributes(model, [], lambda pl_module, value: setattr(pl_module.cfg, "beta", value))
+    knob.write(0.5)
+    assert knob.read() is None
+    assert knob.overwritten() is None
+    assert model.cfg.beta == 0.5

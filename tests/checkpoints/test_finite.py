@@ -1,0 +1,107 @@
+"""A loss that is no number ends the run, says where it began, and is never saved."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_vae.datamodules import TensorLoader
+from lightning_vae.main import main
+from lightning_vae.running_sums import RunningSums
+from tests.doubles import RecordingVAE, quiet_trainer
+
+
+class Failing(RecordingVAE):
+    """One of its terms turns infinite at a batch."""
+
+    def __init__(self, term: str, batch: int) -> None:
+        super().__init__(beta=1.0)
+        self.term, self.batch = term, batch
+
+    def elbo_terms(self, x: Tensor, index: Tensor | None = None) -> Any:
+        terms = super().elbo_terms(x, index)
+        if self.training and len(self.used) - 1 == self.batch:
+            return terms._replace(**{self.term: getattr(terms, self.term) * math.inf})
+        return terms
+
+
+def fit(folder: Path, vae: RecordingVAE, **options: Any) -> None:
+    options = {"max_epochs": 2, "log_every_n_steps": 5, "enable_checkpointing": True, **options}
+    loader = TensorLoader({"x": torch.randn(200, 2, generator=torch.Generator().manual_seed(0))}, batch_size=2)
+    quiet_trainer(folder, **options).fit(vae, loader)
+
+
+@pytest.mark.parametrize("batch", [0, 7, 150])
+@pytest.mark.parametrize(("term", "name"), [("distortion", "distortion"), ("rate_per_dimension", "rate")])
+def test_the_term_and_the_step_are_named_at_the_next_logging_step(
+    term: str, name: str, batch: int, tmp_path: Path
+) -> None:
+    vae = Failing(term, batch)
+    with pytest.raises(FloatingPointError, match=rf"`train/{name}` is not a finite number since step {batch}, so"):
+        fit(tmp_path, vae, callbacks=[ModelCheckpoint(tmp_path, save_top_k=0)])
+    assert len(vae.used) == batch - batch % 5 + 5
+
+
+def test_the_step_is_found_between_logging_steps_far_apart_and_under_accumulation(tmp_path: Path) -> None:
+    callbacks = [ModelCheckpoint(tmp_path, save_top_k=0)]
+    with pytest.raises(FloatingPointError, match="since step 70, so training ends at step 199"):
+        fit(tmp_path, Failing("distortion", 70), log_every_n_steps=200, callbacks=callbacks)
+    with pytest.raises(FloatingPointError, match="since step 35, so training ends at step 39"):
+        fit(tmp_path, Failing("distortion", 70), log_every_n_steps=10, accumulate_grad_batches=2, callbacks=callbacks)
+
+
+def test_nothing_is_saved_that_is_not_finite(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=3, save_top_k=-1)
+    with pytest.raises(FloatingPointError, match=r"`train/rate` is not a finite number since step 7, .* at step 8"):
+        fit(tmp_path, Failing("rate_per_dimension", 7), log_every_n_steps=100, callbacks=[saves])
+    assert sorted(path.name for path in tmp_path.glob("*.ckpt")) == ["step=3.ckpt", "step=6.ckpt"]
+
+
+def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    """The loss is a number, its gradient is none, and the save comes before the next loss."""
+    vae = RecordingVAE()
+    vae.decoder.map.bias.register_hook(lambda gradient: gradient * math.nan)
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=1)
+    with pytest.raises(FloatingPointError, match=r"parameter `decoder\.map\.bias` holds values that are not finite"):
+        fit(tmp_path, vae, callbacks=[saves])
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_large_parameters_are_saved(tmp_path: Path) -> None:
+    """Their sum overflows, none of them does."""
+    vae = RecordingVAE()
+    vae.register_parameter("large", nn.Parameter(torch.full((2,), 3e38), requires_grad=False))
+    fit(tmp_path, vae, callbacks=[ModelCheckpoint(tmp_path, filename="saved")], max_epochs=1)
+    assert (tmp_path / "saved.ckpt").exists()
+
+
+def test_running_sums_are_those_of_all_batches_however_they_are_asked_for() -> None:
+    values = torch.rand(150, 2, generator=torch.Generator().manual_seed(0))
+    sums = RunningSums(2)
+    for number, row in enumerate(values):
+        sums.add(row, count=number)
+        if number in (10, 70):
+            copy = RunningSums(2)
+            copy.load(sums.state())
+            sums = copy
+        if number == 99:
+            torch.testing.assert_close(sums.epoch(), torch.cat([values[:100].sum(0), torch.tensor([4950.0])]))
+    assert sums.first_not_finite() is None
+    torch.testing.assert_close(sums.flush(), torch.cat([values.sum(0), torch.tensor([11175.0])]))
+    torch.testing.assert_close(sums.epoch(), torch.cat([values[100:].sum(0), torch.tensor([6225.0])]))
+
+
+def test_the_command_line_says_it_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    config = Path(__file__).parents[2] / "configs" / "digits.yaml"
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", f"--config={config}", "--optimizer.lr=1e20", "--trainer.max_epochs=1"])
+    assert exit_.value.code == 1
+    assert "error: `train/distortion` is not a finite number since step 1" in capsys.readouterr().err

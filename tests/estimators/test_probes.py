@@ -1,0 +1,55 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.linear_model import Ridge
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
+from sklearn.preprocessing import OneHotEncoder
+
+from lightning_vae.estimators.probes import knn_accuracy, linear_probe_accuracy, nearest_distance
+
+
+@pytest.fixture(scope="module")
+def digits():
+    images, labels = load_digits(return_X_y=True)
+    return torch.from_numpy(images[:300, ::7]) + 0.1 * torch.randn(
+        300, 10, generator=torch.Generator().manual_seed(0)
+    ), torch.from_numpy(labels[:300])
+
+
+def test_knn_equals_scikit_learns(digits):
+    means, labels = digits
+    predicted = cross_val_predict(KNeighborsClassifier(5), means.numpy(), labels.numpy(), cv=LeaveOneOut())
+    assert knn_accuracy(means, labels) == pytest.approx((predicted == labels.numpy()).mean())
+
+
+@pytest.mark.parametrize("ridge", [1.0, 3000.0])
+def test_linear_probe_equals_scikit_learns_with_each_left_out(digits, ridge):
+    means, labels = digits
+    targets = OneHotEncoder(sparse_output=False).fit_transform(labels.numpy()[:, None])
+    predicted = cross_val_predict(Ridge(alpha=ridge), means.numpy(), targets, cv=LeaveOneOut())
+    assert linear_probe_accuracy(means, labels, ridge) == pytest.approx((predicted.argmax(1) == labels.numpy()).mean())
+
+
+def test_labels_that_have_nothing_to_do_with_the_means_are_not_told():
+    means, labels = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0)), torch.arange(1000) % 10
+    assert knn_accuracy(means, labels) < 0.2
+    assert linear_probe_accuracy(means, labels) < 0.2
+
+
+def test_nearest_distance_equals_scikit_learns_and_leaves_out(digits):
+    data, _ = digits
+    points = data[:100] + 0.5
+    nothing = torch.full((100, 1), 299)
+    expected = NearestNeighbors(n_neighbors=1).fit(data[:299].numpy()).kneighbors(points.numpy())[0][:, 0]
+    np.testing.assert_allclose(nearest_distance(points, data, nothing, rows=30), expected)
+    itself = torch.arange(100)[:, None]
+    assert nearest_distance(data[:100], data, nothing).max() < 1e-3
+    others = NearestNeighbors(n_neighbors=2).fit(data.numpy()).kneighbors(data[:100].numpy())[0][:, 1]
+    np.testing.assert_allclose(nearest_distance(data[:100], data, itself), others, rtol=1e-3)
+
+
+def test_too_few_means_for_the_neighbours():
+    with pytest.raises(ValueError, match="`neighbours` must be from 1 to 4 for 5 means, got 5"):
+        knn_accuracy(torch.zeros(5, 1), torch.zeros(5, dtype=torch.int64))

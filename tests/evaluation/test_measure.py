@@ -1,0 +1,406 @@
+"""Every number of an evaluation against its exact value on the linear VAE, and what does not change it."""
+
+import json
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import distributions as td
+from torch import nn
+from torch.multiprocessing import start_processes
+
+from lightning_vae import VAE, Bernoulli, DiscretisedLogistic, Gaussian, LinearDecoder, LinearEncoder
+from lightning_vae.datamodules import Digits, linear_vae_optimum
+from lightning_vae.datamodules import Gaussian as GaussianData
+from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
+from lightning_vae.evaluation.measure import evaluate
+from lightning_vae.evaluation.report import EvaluationReport, draw
+from tests.doubles import optimal_linear_vae
+
+SPECTRUM = (5.0, 3.0, 1.5, 0.8, 0.3, 0.1)
+VARIANCE = 0.4
+
+
+@pytest.fixture(scope="module")
+def x():
+    data = GaussianData(SPECTRUM, size=4096, batch_size=512)
+    data.setup("test")
+    return data._splits["test"]["x"]
+
+
+def loader(x, batch_size=512):
+    return TensorLoader({"x": x}, batch_size=batch_size)
+
+
+def digits(size=297, batch_size=64):
+    data = Digits()
+    data.setup("test")
+    return TensorLoader({name: rows[:size] for name, rows in data._splits["test"].items()}, batch_size=batch_size)
+
+
+def small_vae(likelihood=Bernoulli, **options):
+    torch.manual_seed(1)
+    return VAE((1, 8, 8), 17, latent_dim=3, likelihood=likelihood, **options).double()
+
+
+# ---- exact values
+
+
+@pytest.mark.parametrize("samples", [1, 7, 60])
+def test_at_the_optimum_the_bound_is_the_exact_likelihood_at_any_number_of_samples(x, samples):
+    vae = optimal_linear_vae(x, 4, VARIANCE)
+    result = evaluate(vae, loader(x), importance_samples=samples)
+    covariance = vae.decoder.map.weight @ vae.decoder.map.weight.T + VARIANCE * torch.eye(6)
+    exact = td.MultivariateNormal(torch.zeros(6).double(), covariance.detach()).log_prob(x.double())
+    assert -exact.mean() == pytest.approx(8.54253, abs=1e-4)
+    assert result.nll == pytest.approx(-float(exact.mean()), abs=1e-6)
+    assert result.nll_error == pytest.approx(float(exact.std()) / math.sqrt(len(x)), rel=1e-6)
+    assert result.effective_sample_size == pytest.approx(samples)
+    assert -result.elbo == pytest.approx(result.nll, abs=0.1 / math.sqrt(samples))
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 4.0])
+def test_every_number_on_the_linear_vae(x, beta):
+    optimum = linear_vae_optimum(SPECTRUM, 4, VARIANCE, beta)
+    level, active = beta * VARIANCE, [value for value in SPECTRUM[:4] if value > beta * VARIANCE]
+    result = evaluate(optimal_linear_vae(x, 4, VARIANCE, beta), loader(x), importance_samples=200)
+
+    assert (result.observations, result.latent_dim, result.beta) == (4096, 4, beta)
+    assert result.rate == pytest.approx(optimum.rate, abs=1e-4)
+    assert result.rate_per_dimension == pytest.approx(optimum.rate_per_dimension, abs=1e-4)
+    assert result.variance_per_dimension == pytest.approx(optimum.posterior_mean_variance, abs=1e-4)
+    assert result.active_units == optimum.active_units == len(active)
+    assert result.distortion == pytest.approx(optimum.distortion, abs=0.01)
+    assert result.elbo == pytest.approx(-(optimum.distortion + optimum.rate), abs=0.01)
+
+    # The model's own density: a Gaussian whose variances are those below, on data of the spectrum.
+    model = [value - level + VARIANCE for value in active] + [VARIANCE] * (6 - len(active))
+    nll = 0.5 * sum(math.log(2 * math.pi * m) + value / m for m, value in zip(model, SPECTRUM, strict=True))
+    assert result.nll == pytest.approx(nll, abs=0.02)
+    assert result.nll_active_only == pytest.approx(result.nll, abs=1e-6)
+
+    information = sum(0.5 * math.log(value / level) for value in active)
+    assert information - 0.15 < result.mutual_information_lower < information + 0.05
+    assert information - 0.05 < result.mutual_information_upper < information + 0.1
+    assert not result.mutual_information_saturated
+    assert result.marginal_kl == pytest.approx(0, abs=0.15)
+    assert result.total_correlation == pytest.approx(0, abs=0.15)
+    assert result.aggregate_mean_square == pytest.approx(0, abs=1e-9)
+    assert result.aggregate_variance_mean == pytest.approx(1, abs=1e-4)
+    assert result.posterior_width == pytest.approx(sum(math.sqrt(level / v) for v in active) / len(active), abs=1e-4)
+
+    assert result.rate_price == pytest.approx(beta, rel=0.02)
+    assert result.calibration == pytest.approx(optimum.squared_error / (6 * VARIANCE), rel=0.01)
+    assert result.shuffled_gap == pytest.approx(sum(value - level for value in active) / VARIANCE, rel=0.1)
+    assert result.sample_distance == pytest.approx(1, abs=0.05)  # decoded, q(z) is what the prior is
+    assert result.interpolation_distance < 1  # midpoints are nearer to the centre, where the data are
+    assert math.isnan(result.knn_accuracy)
+    assert math.isnan(result.linear_probe_accuracy)
+
+
+def test_a_saturated_mutual_information_is_printed_as_at_least(x):
+    # 12.488 nats, above log 2048 = 7.62.
+    variance = math.exp((sum(map(math.log, SPECTRUM[:4])) - 2 * 12.488) / 4)
+    result = evaluate(optimal_linear_vae(x, 4, variance), loader(x), importance_samples=1)
+    assert result.rate == pytest.approx(12.488, abs=1e-3)
+    assert result.mutual_information_saturated
+    assert result.mutual_information_upper == pytest.approx(12.488, abs=0.1)
+    assert result.marginal_kl == pytest.approx(0, abs=0.05)
+    assert "mutual information        >= log M = 7.62" in result.table()
+    assert "marginal KL               >= " in result.table()
+
+
+def test_inactive_units_are_removed_without_a_loss_and_others_move_the_likelihood(x):
+    vae = optimal_linear_vae(x, 4, VARIANCE, beta=2.0)
+    nll = evaluate(vae, loader(x), importance_samples=3).nll
+    with torch.no_grad():  # a dimension that the decoder ignores, whose posterior is beside the prior
+        vae.encoder.mean.bias[3] = 2.0
+    result = evaluate(vae, loader(x), importance_samples=3)
+    assert result.active_units == 3
+    assert result.nll > nll + 0.5  # the more samples, the less the useless rate costs
+    assert result.nll_active_only == pytest.approx(nll, abs=1e-6)
+
+    with torch.no_grad():  # one that serves the decoder as a constant
+        vae.encoder.log_variance[3] = -14.0
+        vae.decoder.map.weight[:, 3] = 1.0
+        vae.decoder.map.bias -= 2.0
+    result = evaluate(vae, loader(x), importance_samples=3)
+    assert result.nll_active_only == pytest.approx(nll, abs=0.01)
+
+    with torch.no_grad():  # one that the threshold calls inactive, but the decoder reads
+        vae = optimal_linear_vae(x, 4, VARIANCE)
+        vae.encoder.mean.weight[0] *= 0.05
+        vae.encoder.log_variance[0] -= 2 * math.log(20)
+        vae.decoder.map.weight[:, 0] *= 20
+    result = evaluate(vae, loader(x), importance_samples=50)
+    assert result.active_units == 3
+    assert abs(result.nll_active_only - result.nll) > 1
+
+
+def test_few_effective_samples_are_named(x):
+    exact = evaluate(optimal_linear_vae(x, 4, VARIANCE), loader(x), importance_samples=30)
+    assert "30 importance samples, 30.0 effective\n" in exact.table()
+    poor = evaluate(optimal_linear_vae(x, 4, VARIANCE, beta=0.02), loader(x), importance_samples=30)
+    assert poor.effective_sample_size < 10
+    assert " effective: more would lower it\n" in poor.table()
+
+
+def test_the_probes_see_labels():
+    result = evaluate(small_vae(), digits(), importance_samples=1)
+    assert 0.15 < result.knn_accuracy < 1  # random projections of digits keep some of their neighbours
+    assert 0.15 < result.linear_probe_accuracy < 1
+    assert "5 nearest neighbours" in result.table()
+
+
+# ---- what does not change it
+
+
+class Shuffled:
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        whole = {name: torch.cat([batch[name] for batch in self.batches]) for name in ("x", "label", "index")}
+        order = torch.randperm(len(whole["x"]), generator=torch.Generator().manual_seed(4))
+        for part in order.split(23):
+            yield {name: rows[part] for name, rows in whole.items()}
+
+
+def same(one, other, **tolerance):
+    one, other = one.to_dict(), other.to_dict()
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, float) or (isinstance(value, list) and isinstance(value[0], float)):
+            assert value == pytest.approx(other[name], **tolerance), name
+
+
+def test_neither_batches_nor_order_change_a_number(monkeypatch):
+    vae = small_vae()
+    whole = evaluate(vae, digits(batch_size=297), importance_samples=5, observations=100, samples=50)
+    options = {"importance_samples": 5, "observations": 100, "samples": 50}
+    same(evaluate(vae, digits(batch_size=10), **options), whole, rel=1e-9, abs=1e-12)
+    same(evaluate(vae, Shuffled(list(digits())), **options), whole, rel=1e-9, abs=1e-12)
+    monkeypatch.setattr("lightning_vae.evaluation.chunks._NUMBERS_AT_ONCE", {"cpu": 7 * 64})
+    same(evaluate(vae, digits(batch_size=297), **options), whole, rel=1e-9, abs=1e-12)
+
+
+def test_the_model_and_the_random_state_are_left_as_they_were():
+    vae = small_vae(partial(Gaussian, variance="optimal"))
+    vae.train()
+    before, state = torch.get_rng_state(), {name: value.clone() for name, value in vae.state_dict().items()}
+    evaluate(vae, digits(64), importance_samples=2)
+    assert vae.training
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(dict(vae.state_dict()), state, rtol=0, atol=0)
+    assert all(parameter.grad is None for parameter in vae.parameters())
+
+
+def brightness(vae, batches):
+    pixels = [(batch["x"] if isinstance(batch, dict) else batch[0]).double().mean((1, 2, 3)) for batch in batches]
+    return torch.cat(pixels).mean()
+
+
+def measured(batches):
+    options = {"importance_samples": 3, "observations": 64, "samples": 40, "own_metrics": {"brightness": brightness}}
+    return evaluate(small_vae(), batches, **options).to_dict()
+
+
+def unnumbered(rank=0, processes=1):
+    """Batches without an index, dealt as DistributedSampler does, with uneven last ones."""
+    data = Digits()
+    data.setup("test")
+    return [(x,) for x in data._splits["test"]["x"][:101][rank::processes].split(16)]
+
+
+def share(rank: int, folder: Path, numbered: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    # TensorLoader takes its share by itself.
+    result = measured(digits(101, 16) if numbered else unnumbered(rank, 2))
+    (folder / f"{rank}.json").write_text(json.dumps(result))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+def test_two_processes_equal_one(tmp_path, numbered):
+    start_processes(share, args=(tmp_path, numbered), nprocs=2, start_method="fork")
+    alone = measured(digits(101, 16) if numbered else unnumbered())
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.keys() == alone.keys()
+        for name, value in alone.items():
+            numbers = isinstance(value, float) or name.endswith("per_dimension")
+            assert found[name] == (pytest.approx(value, rel=1e-9, abs=1e-12) if numbers else value), name
+
+
+def test_the_first_samples_elbo_is_the_one_of_a_test_step():
+    vae = small_vae()
+    (batch,) = digits(batch_size=297)
+    with torch.no_grad():
+        terms = vae.eval().elbo_terms(batch["x"], batch["index"])
+    result = evaluate(vae, digits(), importance_samples=1)
+    assert result.elbo == pytest.approx(float(terms.elbo.mean()), rel=1e-9)
+
+
+# ---- other models and data
+
+
+@pytest.mark.parametrize("likelihood", [Gaussian, DiscretisedLogistic])
+def test_other_likelihoods_on_batches_without_an_index(likelihood):
+    batches = [(batch["x"], batch["label"]) for batch in digits(64, 16)]
+    result = evaluate(small_vae(likelihood), batches, importance_samples=2)
+    assert math.isfinite(result.nll)
+    assert math.isnan(result.calibration) == (likelihood is DiscretisedLogistic)  # which claims no variance
+    assert math.isnan(result.knn_accuracy)  # no mapping, no labels
+
+
+class LaplaceEncoder(nn.Module):
+    def __init__(self, shape, latent_dim):
+        super().__init__()
+        self.layers = LinearEncoder(shape, latent_dim)
+
+    def forward(self, x):
+        mean, log_variance = self.layers(x)
+        return td.Laplace(mean, (0.5 * log_variance).exp())
+
+
+def test_a_posterior_that_is_not_gaussian_leaves_out_what_needs_one():
+    vae = small_vae(encoder=LaplaceEncoder)
+    result = evaluate(vae, digits(64), importance_samples=2)
+    assert math.isfinite(result.nll)
+    written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert written["mutual_information"] is written["marginal_kl"] is written["rate_price"] is None
+    assert "mutual information" not in result.table()
+    assert "nan" not in result.table()
+
+
+def test_one_latent_dimension_and_few_observations():
+    torch.manual_seed(0)
+    vae = VAE((2,), latent_dim=1, encoder=LinearEncoder, decoder=LinearDecoder)
+    result = evaluate(vae, [torch.randn(12, 2)], importance_samples=2)
+    assert (len(result.rate_per_dimension), result.observations) == (1, 12)
+
+
+def test_own_metrics_are_called_with_the_model_and_the_loader():
+    own = {"brightness": lambda vae, batches: sum(float(batch["x"].sum()) for batch in batches) / vae.latent_dim}
+    result = evaluate(small_vae(), digits(64), importance_samples=1, own_metrics=own)
+    expected = sum(float(batch["x"].sum()) for batch in digits(64)) / 3
+    assert result.own == {"brightness": expected}
+    assert result.to_dict()["brightness"] == result.scalars()["brightness"] == expected
+    assert "brightness" in result.table()
+
+
+def test_the_dictionary_is_flat_and_has_what_a_sweep_reads():
+    written = evaluate(small_vae(), digits(64), importance_samples=1).to_dict()
+    names = """observations latent_dim beta elbo rate distortion nll nll_error importance_samples effective_sample_size
+        active_units mutual_information_lower mutual_information_upper mutual_information mutual_information_saturated
+        marginal_kl total_correlation posterior_width aggregate_mean_square aggregate_variance_mean shuffled_gap
+        nll_active_only sample_distance interpolation_distance knn_accuracy linear_probe_accuracy diagnosis symptoms
+        advice rate_per_dimension variance_per_dimension"""
+    assert set(names.split()) <= written.keys()
+    assert not any(isinstance(value, dict) for value in written.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"importance_samples": 0}, "`importance_samples` must be at least 1, got 0"),
+        ({"observations": 9}, "`observations` must be at least 10, got 9"),
+        ({"samples": 2}, "`samples` must be at least 10, got 2"),
+        ({"own_metrics": {"nll": lambda vae, batches: 0.0}}, r"names of their own, got \['nll'\]"),
+    ],
+)
+def test_wrong_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(small_vae(), digits(64), **options)
+
+
+@pytest.mark.parametrize("option", ["importance_samples", "observations", "samples"])
+def test_the_report_refuses_them_before_anything_is_loaded(option):
+    with pytest.raises(ValueError, match=f"`{option}` must be at least"):
+        EvaluationReport(**{option: 0})
+
+
+def test_another_model_and_a_metric_that_gives_no_number():
+    with pytest.raises(TypeError, match=r"must be a lightning_vae.VAE, got Linear.*lightning_vae.estimators"):
+        evaluate(torch.nn.Linear(2, 2), digits(64))
+    with pytest.raises(TypeError, match="The metric 'mine' must return one number, got a dict"):
+        evaluate(small_vae(), digits(64), importance_samples=1, own_metrics={"mine": lambda vae, batches: {}})
+
+
+def test_too_few_observations():
+    with pytest.raises(ValueError, match="at least 10 observations, got 9"):
+        evaluate(small_vae(), digits(9))
+
+
+def test_an_iterator_is_refused(x):
+    with pytest.raises(ValueError, match="`loader` is gone through twice"):
+        evaluate(optimal_linear_vae(x, 4, VARIANCE), iter(loader(x)))
+
+
+def test_a_model_or_data_with_nan_are_no_balanced_model(x):
+    vae = optimal_linear_vae(x, 4, VARIANCE)
+    with pytest.raises(ValueError, match="data must be finite"):
+        evaluate(vae, [torch.where(torch.arange(6) == 2, math.nan, x)], importance_samples=1)
+    with torch.no_grad():
+        vae.decoder.map.bias[0] = math.nan
+    with pytest.raises(ValueError, match="distortion is nan"):
+        evaluate(vae, loader(x), importance_samples=1)
+    with torch.no_grad():
+        vae.encoder.mean.bias[0] = math.nan
+    with pytest.raises(ValueError, match="posteriors are not finite"):
+        evaluate(vae, loader(x), importance_samples=1)
+
+
+def test_labels_of_any_integers_count_and_numbers_are_no_classes(x):
+    vae, x = optimal_linear_vae(x, 4, VARIANCE), x[:300]
+    index, sign = torch.arange(300), (x[:, 0] > 0).long()
+    small, large = (
+        evaluate(vae, [{"x": x, "index": index, "label": label}], importance_samples=1)
+        for label in (sign, sign * 10**9 + 16_777_217)
+    )
+    assert small.knn_accuracy == large.knn_accuracy > 0.8
+    assert small.linear_probe_accuracy == large.linear_probe_accuracy > 0.8
+    number = evaluate(vae, [{"x": x, "index": index.int(), "label": x[:, 0]}], importance_samples=1)
+    assert math.isnan(number.knn_accuracy)
+
+
+def test_observations_that_repeat_are_no_sign_of_poor_samples():
+    x = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
+    vae = optimal_linear_vae(x, 12, 0.05)
+    once, twice = (evaluate(vae, [data], importance_samples=1) for data in (x, torch.cat([x, x])))
+    assert once.diagnosis == twice.diagnosis == "balanced"
+    assert twice.sample_distance == pytest.approx(once.sample_distance, abs=0.05)
+    assert twice.mutual_information_upper == pytest.approx(once.mutual_information_upper, abs=0.3)
+
+
+class NoMoments(LaplaceEncoder):
+    def forward(self, x):
+        return td.TransformedDistribution(super().forward(x), [td.transforms.AffineTransform(0.0, 1.0)])
+
+
+def test_a_posterior_without_moments_is_refused():
+    with pytest.raises(ValueError, match="a mean and a variance, got TransformedDistribution"):
+        evaluate(small_vae(encoder=NoMoments), digits(64))
+
+
+# ---- pictures
+
+
+def test_pictures_show_images_above_their_reconstructions():
+    (batch,) = digits(batch_size=297)
+    vae = small_vae()
+    pictures = draw(vae, batch)
+    assert {name: tuple(picture.shape) for name, picture in pictures.items()} == {
+        "reconstructions": (3, 8 * 66, 8 * 66),
+        "samples": (3, 8 * 66, 8 * 66),
+    }
+    first = pictures["reconstructions"][0, 1:65:8, 1:65:8]
+    assert torch.equal(first, (batch["x"][0, 0] / 16 * 255).round().to(torch.uint8))
+    below = pictures["reconstructions"][0, 67:131:8, 1:65:8]
+    with torch.no_grad():
+        assert torch.equal(below, (vae.reconstruct(batch["x"][:1])[0, 0] / 16 * 255).round().to(torch.uint8))
+    assert draw(optimal_linear_vae(torch.randn(10, 3), 2, 0.1), [torch.randn(4, 3)]) == {}
