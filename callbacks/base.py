@@ -110,6 +110,24 @@ class _CleanUp:
         self._strategy.teardown()
 
 
+def several_processes(trainer: Trainer) -> bool:
+    """Whether the run shares its batches among several processes."""
+    return trainer.world_size > 1
+
+
+def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
+    """Sum a tensor over the processes of a run, in place, and return it."""
+    if several_processes(trainer):
+        torch.distributed.all_reduce(values)  # the strategy's own `reduce` waits at a barrier first
+    return values
+
+
+def mean_over_processes(trainer: Trainer, rows: Tensor) -> Tensor:
+    """Average rows of shape ``(B, k)`` over the observations of all processes, shape ``(k,)``."""
+    sums = sum_over_processes(trainer, torch.cat([rows.sum(0), rows.new_full((1,), len(rows))]))
+    return sums[:-1] / sums[-1]
+
+
 def callbacks_of(trainer: Trainer) -> list[Any]:
     """Return a Trainer's callbacks."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]

@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.distributions import Normal
 from typing_extensions import override
 
-from .base import callbacks_of
+from .base import callbacks_of, mean_over_processes, several_processes
 from .control.attribute_path import is_number, look_up
 from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException
 from .free_bits import count_at_floor
 from .probing.loss_probe import LossProbe
-from .reading.distribution_reader import DistributionReader, is_compiled, read_prior, same_shape, widened
+from .reading.distribution_reader import DistributionReader, is_compiled, read_prior, widened
+from .reading.rates import kl_per_dimension
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -136,7 +137,8 @@ class EnforcedFreeBits(AttributeScheduler):
         if rates is None:
             return
         if self._threshold > 0:  # a floor of 0 is none, also where a rate rounds to 0
-            means = mean_over_processes(rates) if self.average == "batch" and trainer.world_size > 1 else None
+            shared = self.average == "batch" and several_processes(trainer)
+            means = mean_over_processes(trainer, rates.detach()) if shared else None
             missing = self.factor(rates) * shortfall(rates, self._threshold, self.per, self.average, means)
             # Lightning has divided the loss already, into a tensor that it keeps to itself.
             loss.add_((self._read_weight(pl_module) * missing / trainer.accumulate_grad_batches).reshape(loss.shape))
@@ -219,7 +221,7 @@ class EnforcedFreeBits(AttributeScheduler):
                 "has it for one. (Within activation checkpointing, `use_reentrant=True` hides it.)"
             )
         posterior = Normal(widened(posterior.loc), widened(posterior.scale), validate_args=False)
-        rates = same_shape(normal_rates(posterior, prior), posterior, prior).flatten(1)
+        rates = kl_per_dimension(posterior, prior).flatten(1)
         if isinstance(self.per, int) and rates.shape[1] % self.per:
             raise ValueError(
                 f"`per` as a number of dimensions must divide the number of latent dimensions, got {self.per} for "
@@ -242,7 +244,7 @@ class EnforcedFreeBits(AttributeScheduler):
             posteriors, prior = [each for each in reader.read(copy, None) if each.mean.requires_grad], read_prior(copy)
             if len(posteriors) != 1 or not isinstance(posteriors[0], Normal) or not isinstance(prior, Normal):
                 return  # the step itself refuses
-            rates = normal_rates(posteriors[0], prior).detach().flatten(1)
+            rates = kl_per_dimension(posteriors[0], prior).detach().flatten(1)
             declared = self.factor(rates) * float(rates.sum(1).mean())
         except Exception as reason:  # nothing that is only tried may end somebody's training
             rank_zero_info(f"EnforcedFreeBits takes `weight` and `reduction` on trust: they can't be tried ({reason}).")
@@ -291,21 +293,6 @@ class EnforcedFreeBits(AttributeScheduler):
                 raise MisconfigurationException(
                     f"Two callbacks floor the rate of `posterior={self.posterior!r}`, and would add up. Remove one."
                 )
-
-
-def normal_rates(posterior: Normal, prior: Normal) -> Tensor:
-    """Compute the KL of two diagonal Gaussians in nats, in the shape of the posterior."""
-    ratio = posterior.scale / prior.scale
-    # Of the ratio itself: torch's `kl_divergence` takes the logarithm of its square, which underflows sooner.
-    return 0.5 * (ratio.square() + ((posterior.loc - prior.loc) / prior.scale).square() - 1) - ratio.log()
-
-
-@torch.no_grad()
-def mean_over_processes(rates: Tensor) -> Tensor:
-    """Average rates of shape ``(B, k)`` over the observations of all processes, shape ``(k,)``."""
-    sums = torch.cat([rates.sum(0), rates.new_full((1,), len(rates))])
-    torch.distributed.all_reduce(sums)
-    return sums[:-1] / sums[-1]
 
 
 def shortfall(

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.distributions import Distribution, Normal, kl_divergence
+from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
 from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException
 from .control.tied_attributes import TiedAttributes
-from .reading.distribution_reader import DistributionReader, read_prior, same_shape
+from .reading.distribution_reader import DistributionReader, read_prior
+from .reading.rates import measured_rates
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -155,7 +156,7 @@ class FreeBits(AttributeScheduler):
                 f"{' and '.join(str(tuple(size)) for size in sorted(sizes))}. Choose those that the floor is under, in "
                 "a callable `posterior=lambda pl_module, batch: ...`."
             )
-        return torch.cat([_rate(each, prior) for each in posteriors])
+        return torch.cat([measured_rates(each, prior) for each in posteriors])
 
     def _choose_variant(self, pl_module: LightningModule) -> None:
         for option, value in (("per", self.per), ("average", self.average)):
@@ -167,19 +168,6 @@ class FreeBits(AttributeScheduler):
                     f"decides. Leave it out and choose in the loss: `{_LINE[:-1]}, {option}={value!r})`."
                 )
             setattr(pl_module, f"free_bits_{option}", value)
-
-
-@torch.no_grad()
-def _rate(posterior: Distribution, prior: Distribution) -> Tensor:
-    """Compute the rate of each observation and dimension; without a closed form, by a sample of its own."""
-    try:
-        rate = kl_divergence(posterior, prior)
-    except NotImplementedError:
-        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-        with torch.random.fork_rng(devices):  # training must not notice that it is watched
-            z = posterior.sample()
-        rate = posterior.log_prob(z) - prior.log_prob(z)
-    return same_shape(rate, posterior, prior).float().flatten(1)
 
 
 class _AtFloor(NamedTuple):

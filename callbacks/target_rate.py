@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
-from .base import callbacks_of
+from .base import callbacks_of, sum_over_processes
 from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException, _monitors
 from .control.rate_controller import ControllerState, RateController, rate_scale
-from .free_bits import _rate
 from .reading.distribution_reader import DistributionReader, read_prior
+from .reading.rates import measured_rates
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -204,10 +204,7 @@ class TargetRate(AttributeScheduler):
         assert self._controller is not None
         assert self._state is not None
         assert self._measured is not None
-        measured, self._measured = self._measured, None
-        if trainer.world_size > 1:
-            # Not the strategy's `reduce`, which waits at a barrier first.
-            torch.distributed.all_reduce(measured)
+        measured, self._measured = sum_over_processes(trainer, self._measured), None
         self._state = self._controller(self._state, measured[0] / measured[1], self.target(self.step(trainer)))
 
     def _log_rate(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -344,7 +341,7 @@ def sum_and_count(posteriors: Sequence[Distribution], prior: Distribution, devic
     Returns:
         Nats and a number, float32, shape ``(2,)``.
     """
-    rates = [_rate(each, prior) for each in posteriors]
+    rates = [measured_rates(each, prior) for each in posteriors]
     total = sum((each.sum() for each in rates), start=torch.zeros((), device=device))
     count = torch.full((), float(sum(len(each) for each in rates)), device=device)
     return torch.stack([total.to(device), count])

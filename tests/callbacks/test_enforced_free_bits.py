@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_vae import free_bits
 from lightning_vae.callbacks import EnforcedFreeBits, FreeBits, KLAnnealing, Linear
-from lightning_vae.callbacks.enforced_free_bits import normal_rates, shortfall
+from lightning_vae.callbacks.enforced_free_bits import shortfall
+from lightning_vae.callbacks.reading.rates import kl_per_dimension
 from tests.doubles import RecordingVAE, loader, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:FreeBits. .* floors hold their dimension")
@@ -394,7 +395,7 @@ def test_a_resumed_run_goes_on_under_the_same_floor(tmp_path: Path) -> None:
 def test_the_rates_of_a_posterior_that_is_all_but_a_point() -> None:
     """As a loss that is written in log-variances has them; torch's own formula gives an infinite KL there."""
     log_variance = torch.tensor([-120.0, -1.0, 0.0, 1.0], requires_grad=True)
-    rates = normal_rates(Normal(torch.full((4,), 2.0), (log_variance / 2).exp()), Normal(0.0, 1.0))
+    rates = kl_per_dimension(Normal(torch.full((4,), 2.0), (log_variance / 2).exp()), Normal(0.0, 1.0))
     expected = 0.5 * (log_variance.exp() + 4 - 1 - log_variance)
     torch.testing.assert_close(rates, expected)
     gradients = [torch.autograd.grad(each.sum(), log_variance)[0] for each in (rates, expected)]

@@ -1,0 +1,77 @@
+"""The rate of each latent dimension, KL(q(z_j|x) || p(z_j)), in nats."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Normal, kl_divergence
+
+
+def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | None = None) -> Tensor:
+    """Compute the rate of each observation and latent dimension.
+
+    Args:
+        posterior: q(z|x), batch shape ``(B, ...)``.
+        prior: p(z), which broadcasts to the posterior's batch shape, axis by axis from the last.
+        z: A sample of the posterior. It is used where this pair of distributions has no closed form: the rate is then
+            the estimate ``log q(z|x) - log p(z)`` on that sample, which may be negative.
+
+    Returns:
+        Nats, in the batch shape of the posterior.
+
+    Raises:
+        NotImplementedError: If there is neither a closed form nor a sample.
+        ValueError: If the prior does not broadcast to the posterior.
+    """
+    _check_shapes(posterior, prior)
+    if type(posterior) is Normal and type(prior) is Normal:
+        return _normal_rate(posterior, prior)
+    try:
+        return kl_divergence(posterior, prior)
+    except NotImplementedError:
+        if z is None:
+            raise
+        return posterior.log_prob(z) - prior.log_prob(z)
+
+
+@torch.no_grad()
+def measured_rates(posterior: Distribution, prior: Distribution) -> Tensor:
+    """Measure the rates of a batch, for a callback that watches training without changing it.
+
+    Where there is no closed form, a sample of its own serves, drawn without moving the random state.
+
+    Args:
+        posterior: q(z|x), batch shape ``(B, ...)``.
+        prior: p(z), which broadcasts to it.
+
+    Returns:
+        Nats, float32, shape ``(B, k)``; one column where the posterior is a distribution over whole vectors.
+
+    Raises:
+        ValueError: If the prior does not broadcast to the posterior.
+    """
+    try:
+        rate = kl_per_dimension(posterior, prior)
+    except NotImplementedError:
+        with torch.random.fork_rng([torch.cuda.current_device()] if torch.cuda.is_available() else []):
+            z = posterior.sample()
+        rate = kl_per_dimension(posterior, prior, z)
+    return rate.float().reshape(len(rate), -1)
+
+
+def _check_shapes(posterior: Distribution, prior: Distribution) -> None:
+    shape, own = prior.batch_shape, posterior.batch_shape
+    broadcasts = len(shape) <= len(own) and all(
+        size in (1, of) for size, of in zip(reversed(shape), reversed(own), strict=False)
+    )
+    if not broadcasts or prior.event_shape != posterior.event_shape:
+        raise ValueError(
+            f"The module's `prior` of shape {tuple(shape + prior.event_shape)} does not fit its posterior of shape "
+            f"{tuple(own + posterior.event_shape)}: it must broadcast to it, axis by axis from the last."
+        )
+
+
+def _normal_rate(posterior: Normal, prior: Normal) -> Tensor:
+    ratio = posterior.scale / prior.scale
+    # torch's `kl_divergence` takes the logarithm of the squared ratio, which underflows for small scales.
+    return 0.5 * (ratio.square() + ((posterior.loc - prior.loc) / prior.scale).square() - 1) - ratio.log()
