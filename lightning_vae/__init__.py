@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .objective import group_rates as group_rates
     from .objective import kl_per_dimension as kl_per_dimension
     from .objective import weighted_loss as weighted_loss
+    from .observations import Observations as Observations
     from .quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
     from .vae import VAE as VAE
 
@@ -50,6 +51,7 @@ _MODULES = {
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "null_profiler": ("NullProfiler",),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
+    "observations": ("Observations",),
     "distributed": ("mean_over_processes",),
     "quick_tensorboard_logger": ("QuickTensorBoardLogger",),
     "vae": ("VAE",),

@@ -38,6 +38,18 @@ def several_processes() -> bool:
     return in_group() and torch.distributed.get_world_size() > 1
 
 
+def rank_and_processes() -> tuple[int, int]:
+    """Return this process's number and how many there are; ``(0, 1)`` outside of a group."""
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_group() else (0, 1)
+
+
+def sum_over_processes(sums: Tensor) -> Tensor:
+    """Add up a tensor over the processes, in place."""
+    if in_group():
+        torch.distributed.all_reduce(sums)
+    return sums
+
+
 def in_group() -> bool:
     """Tell whether this process is in a group, be it of one."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from typing import Any, Self
 
@@ -21,7 +20,7 @@ from .checkpoints.exact_resume import end_first_epoch, finish_batch, say_what_is
 from .checkpoints.finite import parameter_not_finite
 from .checkpoints.monitors import check_monitors
 from .compiling import CompileMode, check_mode, compiled
-from .distributed import mean_and_count, several_processes
+from .distributed import mean_and_count, rank_and_processes, several_processes
 from .likelihoods import Likelihood, default_likelihood
 from .networks import MLPDecoder, MLPEncoder, Shape
 from .noise import sample_by_index
@@ -35,6 +34,7 @@ from .objective import (
     limited_rate_loss,
     weighted_loss,
 )
+from .observations import Observations, check_scale, data_of, index_and_label_of
 from .running_sums import RunningSums
 
 _KNOBS = {"beta": 1.0, "free_bits": 0.0}
@@ -172,14 +172,39 @@ class VAE(LightningModule):
         loc, scale = self._prior_parameters.unbind()
         return td.Normal(loc.expand(self.latent_dim), scale.expand(self.latent_dim), validate_args=False)
 
-    def encode(self, x: Tensor) -> td.Distribution:
+    def observe(self, batch: Any, first: int = 0) -> Observations:
+        """Return what the model observes of a batch at evaluation, on the model's device.
+
+        Args:
+            batch: A tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and maybe ``"index"``
+                and ``"label"``, in the data's own scale.
+            first: How many observations this process has seen in the batches before. It numbers those of a batch
+                without ``"index"``, as ``DistributedSampler`` deals them to several processes. The batch at 0 is
+                checked for its scale.
+
+        Raises:
+            ValueError: If the batch holds no observations of the model's shape, or they are in another scale.
+        """
+        x = data_of(batch, self.shape)
+        if first == 0:
+            check_scale(x, self.levels, self.likelihood)
+        index, label = index_and_label_of(batch, len(x))
+        if index is None:
+            rank, processes = rank_and_processes()
+            index = torch.arange(first, first + len(x), device=self.device) * processes + rank
+        x, index = x.to(self.device), index.to(self.device).long()
+        scaled = self._to_network_scale(x)
+        label = label.to(self.device) if isinstance(label, Tensor) else label
+        return Observations(x, scaled, self.likelihood.observe(scaled, index), index, label)
+
+    def encode(self, x: Tensor | Observations) -> td.Distribution:
         """Return the posterior q(z|x), with batch shape ``(B, k)``.
 
         Args:
-            x: Observations in the data's own scale, shape ``(B, *shape)``. Grey data are not binarised here: the
-                encoder sees the mean of their binarisations.
+            x: What :meth:`observe` returns; or data in their own scale, shape ``(B, *shape)``, which are not binarised:
+                the encoder then sees the mean of their binarisations.
         """
-        return self._encode(self._to_network_scale(x))
+        return self._encode(x.observed if isinstance(x, Observations) else self._to_network_scale(x))
 
     def decode(self, z: Tensor) -> td.Distribution:
         """Return the likelihood p(x|z), with batch shape ``(B,)`` and event shape ``shape``, in the networks' scale.
@@ -189,13 +214,13 @@ class VAE(LightningModule):
         """
         return self._decode(z)
 
-    def reconstruct(self, x: Tensor) -> Tensor:
+    def reconstruct(self, x: Tensor | Observations) -> Tensor:
         """Return the mean of p(x|z) at the posterior's mean, in the data's own scale, shape ``(B, *shape)``.
 
         Of the discretised logistic it is the location, held inside the range of the data.
 
         Args:
-            x: Observations in the data's own scale, shape ``(B, *shape)``.
+            x: As in :meth:`encode`.
         """
         return self._to_data_scale(self.decode(self.encode(x).mean).mean)
 
@@ -212,13 +237,13 @@ class VAE(LightningModule):
         """
         return self._to_data_scale(self.decode(self.prior.sample(torch.Size((n,)))).mean)
 
-    def elbo_terms(self, x: Tensor, index: Tensor | None = None) -> ELBOTerms:
+    def elbo_terms(self, x: Tensor | Observations, index: Tensor | None = None) -> ELBOTerms:
         """Compute the ELBO's terms with one posterior sample per observation.
 
         Args:
-            x: Observations in the data's own scale, shape ``(B, *shape)``.
-            index: Each observation's number in its data set, int64, shape ``(B,)``: binarisation and sample are then
-                fixed by it, as at evaluation. ``None`` draws both afresh, as in training.
+            x: What :meth:`observe` returns; or data in their own scale, shape ``(B, *shape)``.
+            index: Each observation's number in its data set, int64, shape ``(B,)``: it fixes the binarisation and the
+                sample, as at evaluation. ``None`` draws both afresh, as in training. Observations bring their own.
 
         Returns:
             The terms in nats, one row per observation, float32 (float64 where the networks are).
@@ -226,11 +251,14 @@ class VAE(LightningModule):
         Raises:
             ValueError: If a network's output has another shape than it should.
         """
-        x = self.likelihood.observe(self._to_network_scale(x), index)
-        self.posterior = posterior = self._encode(x)
+        if isinstance(x, Observations):
+            observed, index = x.observed, x.index
+        else:
+            observed = self.likelihood.observe(self._to_network_scale(x), index)
+        self.posterior = posterior = self._encode(observed)
         z = posterior.rsample() if index is None else sample_by_index(posterior, index)
-        likelihood = self._decode(z, x if self.training and index is None else None)
-        return ELBOTerms(-likelihood.log_prob(x), kl_per_dimension(posterior, self.prior, z))
+        likelihood = self._decode(z, observed if self.training and index is None else None)
+        return ELBOTerms(-likelihood.log_prob(observed), kl_per_dimension(posterior, self.prior, z))
 
     # ---- training
 
@@ -245,7 +273,9 @@ class VAE(LightningModule):
         """Return the loss at the knobs as they are now."""
         if self._trainer is not None:  # else it is somebody's own loop
             self._step = self._trainer.fit_loop.epoch_loop._batches_that_stepped
-        x = self._observations(batch, check=batch_idx == 0 and self._step == 0)  # which waits for the device
+        x = data_of(batch, self.shape)
+        if batch_idx == 0 and self._step == 0:
+            check_scale(x, self.levels, self.likelihood)
         loss, values, count = self._compiled_loss(x) if self._compile_mode else self._loss(x)
         self._train_sums.add(values * count, count)
         self._log_training()
@@ -356,16 +386,14 @@ class VAE(LightningModule):
 
         Returns:
             ``"mean"``, shape ``(B, k)``; ``"index"``, ``(B,)``, from the batch or counted; and ``"label"`` where the
-            batch is a mapping that has it.
+            batch has it.
         """
         del dataloader_idx
-        x = self._observations(batch, check=batch_idx == 0)
-        index = self._index(batch, len(x), batch_idx)
-        x = self.likelihood.observe(self._to_network_scale(x), index)
-        result = {"mean": self._encode(x).mean if len(x) else x.new_empty(0, self.latent_dim), "index": index}
-        if isinstance(batch, Mapping) and "label" in batch:
-            result["label"] = batch["label"]
-        return result
+        observations = self._observe_next(batch, batch_idx)
+        empty = observations.observed.new_empty(0, self.latent_dim)
+        mean = self.encode(observations).mean if len(observations) else empty
+        result = {"mean": mean, "index": observations.index}
+        return result if observations.label is None else {**result, "label": observations.label}
 
     def on_validation_epoch_start(self) -> None:
         """Start a pass."""
@@ -383,21 +411,27 @@ class VAE(LightningModule):
         """Log the pass."""
         self._log_evaluation("test")
 
+    def _observe_next(self, batch: Any, batch_idx: int) -> Observations:
+        """Observe a batch of a pass, whose observations are numbered in the order they come."""
+        first = self._position if batch_idx else 0
+        observations = self.observe(batch, first)
+        self._position = first + len(observations)
+        return observations
+
     def _start_pass(self) -> None:
         loaders = len(self.trainer.num_test_batches if self.trainer.testing else self.trainer.num_val_batches)
         self._evaluation_sums = {number: RunningSums(self.latent_dim + 2) for number in range(loaders)}
 
     def _evaluation_step(self, batch: Any, batch_idx: int, dataloader_idx: int) -> None:
-        x = self._observations(batch, check=batch_idx == 0)
-        index = self._index(batch, len(x), batch_idx)
-        if not len(x):  # this process's share of a last batch may be empty
+        observations = self._observe_next(batch, batch_idx)
+        if not len(observations):  # this process's share of a last batch may be empty
             self.posterior = None
             return
-        terms = self.elbo_terms(x, index)
+        terms = self.elbo_terms(observations)
         # The floor on each sample is a sum over observations; the floor on a mean waits for the whole pass.
-        floored = self._target_floored_rate(terms.rate_per_dimension) * len(x)
+        floored = self._target_floored_rate(terms.rate_per_dimension) * len(observations)
         sums = torch.cat([terms.rate_per_dimension.sum(0), terms.distortion.sum()[None], floored[None]])
-        self._evaluation_sums[dataloader_idx].add(sums, len(x))
+        self._evaluation_sums[dataloader_idx].add(sums, len(observations))
 
     def _log_evaluation(self, prefix: str) -> None:
         for number, sums in self._evaluation_sums.items():
@@ -589,44 +623,11 @@ class VAE(LightningModule):
     def _to_data_scale(self, x: Tensor) -> Tensor:
         return x if self.levels is None else x * (self.levels - 1)
 
-    def _observations(self, batch: Any, check: bool) -> Tensor:
-        is_mapping = type(batch) is dict or isinstance(batch, Mapping)  # as a rule it is, and asking takes its time
-        x = batch["x"] if is_mapping else batch[0] if isinstance(batch, tuple | list) else batch
-        if not isinstance(x, Tensor) or x.shape[1:] != self.shape:
-            raise ValueError(
-                f"`shape` is {self.shape}, but a batch holds "
-                f"{tuple(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__} per observation. A batch must be "
-                "a tensor, a sequence that starts with one, or a mapping with the key 'x'."
-            )
-        if check and len(x):
-            self._check_scale(x)
+    def _observations(self, batch: Any, check: bool) -> Tensor:  # until `evaluation` goes through `observe`
+        x = data_of(batch, self.shape)
+        if check:
+            check_scale(x, self.levels, self.likelihood)
         return x
-
-    def _check_scale(self, x: Tensor) -> None:
-        low, high = x.min().item(), x.max().item()
-        if not math.isfinite(low + high):
-            raise ValueError(f"The data must be finite, but a batch holds values from {low:g} to {high:g}. Mend them.")
-        if self.levels is not None and x.is_floating_point() and high <= 1 < self.levels - 1:
-            raise ValueError(
-                f"`levels` is {self.levels}, so the data should be integers from 0 to {self.levels - 1}, but a batch "
-                f"holds fractions from {low:g} to {high:g}, as if scaled already. Pass levels=None for data in [0, 1]."
-            )
-        top = 1 if self.levels is None else self.levels - 1
-        if self.likelihood.unit_interval and not 0 <= low <= high <= top:
-            raise ValueError(
-                f"`likelihood` {type(self.likelihood).__name__} needs data from 0 to {top}, but a batch holds values "
-                f"from {low:g} to {high:g}. Rescale the data, set `levels`, or use the Gaussian likelihood."
-            )
-
-    def _index(self, batch: Any, size: int, batch_idx: int) -> Tensor:
-        """Number the observations: as the batch says, else in the order they come, as DistributedSampler deals them."""
-        if batch_idx == 0:
-            self._position = 0
-        if isinstance(batch, Mapping) and "index" in batch:
-            index: Tensor = batch["index"].long()
-            return index
-        start, self._position = self._position, self._position + size
-        return (torch.arange(start, start + size, device=self.device)) * self.trainer.world_size + self.global_rank
 
     def _save_hyperparameters(self, **parts: Any) -> None:
         """Save the constructor's arguments, with the networks in a form that loads with ``weights_only=True``."""
