@@ -18,9 +18,10 @@ def test_lightnings_hint_at_srun_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "srun").touch(mode=0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     quiet_trainer(tmp_path)
-    with warnings.catch_warnings(), pytest.raises(UserWarning, match="The `srun` command is available"):
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
-        quiet_trainer(tmp_path)
+        with pytest.raises(UserWarning, match="The `srun` command is available"):
+            quiet_trainer(tmp_path)
 
 
 class Case:
