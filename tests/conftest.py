@@ -1,9 +1,11 @@
 import os
+from collections import defaultdict
 from importlib.util import find_spec
 
+import pytest
 import torch
 
-# Lightning 2.6 calls names of jsonargparse that are being given up; it is not for our users to mend.
+# Lightning 2.6 calls names of jsonargparse that are being given up; our users can't fix that.
 os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 
 # What is saved must load without its code being trusted. (Lightning's own `weights_only=` begins with 2.6.)
@@ -24,3 +26,17 @@ if find_spec("hypothesis"):
     settings.register_profile("ordinary", max_examples=30, **always)
     settings.register_profile("thorough", max_examples=1300, **always)
     settings.load_profile("ordinary")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by `-m`
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the cases that `sampled(n)` leaves out of the default run as exhaustive."""
+    functions = defaultdict(list)
+    for item in items:
+        if mark := item.get_closest_marker("sampled"):
+            functions[item.nodeid.partition("[")[0], *mark.args].append(item)
+    for (_, n), cases in functions.items():
+        kept = {len(cases) * number // n for number in range(n)}
+        for number, case in enumerate(cases):
+            if number not in kept:
+                case.add_marker("exhaustive")
