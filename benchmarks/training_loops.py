@@ -24,7 +24,6 @@ from lightning_vae import (
     BestCheckpoint,
     FlushLoggers,
     LastCheckpoint,
-    NullProfiler,
     QuickTensorBoardLogger,
 )
 from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear
@@ -86,7 +85,7 @@ def whole_stack(
         *(checkpoints if saves else []),
         *watch,
     ]
-    options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()], "profiler": NullProfiler()}
+    options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}
     with tempfile.TemporaryDirectory() as folder:
         logger = QuickTensorBoardLogger(folder, default_hp_metric=False)
         return fit(case, case.module(), *loaders(case), logger=logger, callbacks=callbacks, **options)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .networks import LinearEncoder as LinearEncoder
     from .networks import MLPDecoder as MLPDecoder
     from .networks import MLPEncoder as MLPEncoder
-    from .null_profiler import NullProfiler as NullProfiler
     from .objective import ELBOTerms as ELBOTerms
     from .objective import elbo as elbo
     from .objective import free_bits as free_bits
@@ -48,7 +47,6 @@ _MODULES = {
     "checkpoints.last_checkpoint": ("LastCheckpoint",),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
-    "null_profiler": ("NullProfiler",),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
     "distributed": ("mean_over_processes",),
     "quick_tensorboard_logger": ("QuickTensorBoardLogger",),

@@ -41,7 +41,6 @@ from ..checkpoints.flush_loggers import FlushLoggers
 from ..checkpoints.last_checkpoint import LastCheckpoint
 from ..evaluation.latents_writer import LatentsWriter
 from ..evaluation.report import EvaluationReport
-from ..null_profiler import NullProfiler
 from ..quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
 from ..vae import VAE
 from . import yaml_checks
@@ -185,8 +184,6 @@ class VAECLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if config["profiler"] is None and not config["barebones"]:  # which refuses any
-            config["profiler"] = NullProfiler()
         return super()._instantiate_trainer(config, [*callbacks, FlushLoggers()])
 
     @override
