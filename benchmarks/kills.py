@@ -61,7 +61,7 @@ trainer:
     - {class_path: KLAnnealing, init_args: {schedule: {class_path: Linear, init_args: {fraction: 0.3}}}}
     - {class_path: FreeBits, init_args: {threshold: 0.05}}
     - {class_path: CollapseDetector, init_args: {warmup: 20, patience: 5}}
-    - {class_path: BestCheckpoint}
+    - {class_path: ModelCheckpoint, init_args: {monitor: val/loss, filename: best}}
     - {class_path: LastCheckpoint}
 """
 EVERY = "    - {{class_path: ModelCheckpoint, init_args: {{every_n_train_steps: {}, filename: step}}}}\n"

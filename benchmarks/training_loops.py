@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
@@ -21,7 +21,6 @@ from torchvision import datasets, transforms
 from lightning_vae import (
     VAE,
     AtomicCheckpointIO,
-    BestCheckpoint,
     FlushLoggers,
     LastCheckpoint,
     QuickTensorBoardLogger,
@@ -69,13 +68,13 @@ class Case:
 def whole_stack(
     case: Case,
     saves: bool = True,
-    best_every_n_epochs: int | None = None,
     watch: Sequence[pl.Callback] = (),
     **options: Any,
 ) -> float:
     """Train with all that `configs/digits.yaml` and the command have, but for the callbacks that draw."""
     every = case.keep_every_n_epochs
-    checkpoints = [BestCheckpoint(every_n_epochs=best_every_n_epochs or every), LastCheckpoint(every_n_epochs=every)]
+    best = ModelCheckpoint(monitor="val/loss", filename="best")
+    checkpoints = [best, LastCheckpoint(every_n_epochs=every)]
     callbacks = [
         KLAnnealing(Linear(fraction=0.3)),
         FreeBits(FREE_BITS),

@@ -5,7 +5,6 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .checkpoints.best_checkpoint import BestCheckpoint as BestCheckpoint
     from .checkpoints.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from .checkpoints.flush_loggers import FlushLoggers as FlushLoggers
     from .checkpoints.last_checkpoint import LastCheckpoint as LastCheckpoint
@@ -39,7 +38,6 @@ except _PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
-    "checkpoints.best_checkpoint": ("BestCheckpoint",),
     "checkpoints.checkpoint_io": ("AtomicCheckpointIO",),
     "evaluation.figures": ("compare_latents",),
     "evaluation.measure": ("Evaluation", "evaluate"),

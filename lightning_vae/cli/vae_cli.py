@@ -33,7 +33,6 @@ from .. import likelihoods as likelihoods
 from .. import networks as networks
 from ..checkpoints import finished_fit, run_folder
 from ..checkpoints.atomic_write import atomic_write
-from ..checkpoints.best_checkpoint import BestCheckpoint as BestCheckpoint
 from ..checkpoints.checkpoint_io import AtomicCheckpointIO, SaveError, read
 from ..checkpoints.class_paths import check_descriptions
 from ..checkpoints.exact_resume import first_step

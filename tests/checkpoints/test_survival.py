@@ -35,7 +35,8 @@ from tests.doubles import RecordingVAE, loader, quiet_trainer
 ROOT = Path(__file__).parents[2]
 LINEAR = ["--config", str(ROOT / "configs" / "linear.yaml"), "--data.size=96", "--data.batch_size=16",
           "--trainer.log_every_n_steps=4", "--trainer.max_epochs=3", "--trainer.callbacks=null",
-          "--trainer.callbacks+=BestCheckpoint", "--trainer.callbacks+=LastCheckpoint",
+          "--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.monitor=val/loss",
+          "--trainer.callbacks.filename=best", "--trainer.callbacks+=LastCheckpoint",
           "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]  # fmt: skip
 LOOP = ["fit", *LINEAR, "--ckpt_path=last", "--same_run=true"]
 RUN = Path("logs/linear/version_0")
