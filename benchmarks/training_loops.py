@@ -13,6 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
@@ -23,7 +24,6 @@ from lightning_vae import (
     AtomicCheckpointIO,
     FlushLoggers,
     LastCheckpoint,
-    QuickTensorBoardLogger,
 )
 from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules.base import DataModule
@@ -86,7 +86,7 @@ def whole_stack(
     ]
     options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}
     with tempfile.TemporaryDirectory() as folder:
-        logger = QuickTensorBoardLogger(folder, default_hp_metric=False)
+        logger = TensorBoardLogger(folder, default_hp_metric=False)
         return fit(case, case.module(), *loaders(case), logger=logger, callbacks=callbacks, **options)
 
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from .objective import group_rates as group_rates
     from .objective import kl_per_dimension as kl_per_dimension
     from .objective import weighted_loss as weighted_loss
-    from .quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
     from .vae import VAE as VAE
 
 try:
@@ -47,7 +46,6 @@ _MODULES = {
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
     "distributed": ("mean_over_processes",),
-    "quick_tensorboard_logger": ("QuickTensorBoardLogger",),
     "vae": ("VAE",),
 }
 __all__ = [name for names in _MODULES.values() for name in names]

@@ -40,7 +40,6 @@ from ..checkpoints.flush_loggers import FlushLoggers
 from ..checkpoints.last_checkpoint import LastCheckpoint
 from ..evaluation.latents_writer import LatentsWriter
 from ..evaluation.report import EvaluationReport
-from ..quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
 from ..vae import VAE
 from . import yaml_checks
 from .errors import readable

@@ -13,7 +13,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_vae import VAE
-from lightning_vae.cli.vae_cli import VAECLI, command_line
 from lightning_vae.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -240,7 +239,7 @@ def test_resuming_starts_a_new_run_or_goes_on_in_the_same_one():
     configs = {path.name for path in Path("logs/digits/version_1").glob("*.yaml")}
     assert {"config.yaml", "config-resumed-1.yaml"} <= configs
     config = yaml.safe_load(Path("logs/digits/version_1/config-resumed-1.yaml").read_text())
-    assert config["trainer"]["logger"]["class_path"] == "lightning_vae.QuickTensorBoardLogger"
+    assert config["trainer"]["logger"]["class_path"] == "lightning.pytorch.loggers.TensorBoardLogger"
 
 
 def test_a_checkpoints_model_replaces_the_configs_and_says_so(run):
