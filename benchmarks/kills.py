@@ -56,12 +56,12 @@ trainer:
   num_sanity_val_steps: 0
   enable_progress_bar: false
   enable_model_summary: false
-  logger: {class_path: QuickTensorBoardLogger, init_args: {save_dir: ., name: runs, default_hp_metric: false}}
+  logger: {class_path: TensorBoardLogger, init_args: {save_dir: ., name: runs, default_hp_metric: false}}
   callbacks:
     - {class_path: KLAnnealing, init_args: {schedule: {class_path: Linear, init_args: {fraction: 0.3}}}}
     - {class_path: FreeBits, init_args: {threshold: 0.05}}
     - {class_path: CollapseDetector, init_args: {warmup: 20, patience: 5}}
-    - {class_path: BestCheckpoint}
+    - {class_path: ModelCheckpoint, init_args: {monitor: val/loss, filename: best}}
     - {class_path: LastCheckpoint}
 """
 EVERY = "    - {{class_path: ModelCheckpoint, init_args: {{every_n_train_steps: {}, filename: step}}}}\n"

@@ -44,7 +44,6 @@ OURS: Ways = {
     "a loop by hand: same tensors, fused Adam": hand_written_loop,
 }
 SAVING: Ways = {
-    "ours, the best of all epochs": partial(whole_stack, best_every_n_epochs=1),
     "ours without its checkpoints": partial(whole_stack, saves=False),
 }
 OTHERS: Ways = {

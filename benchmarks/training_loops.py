@@ -12,7 +12,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.data import DataLoader
@@ -21,11 +22,8 @@ from torchvision import datasets, transforms
 from lightning_vae import (
     VAE,
     AtomicCheckpointIO,
-    BestCheckpoint,
     FlushLoggers,
     LastCheckpoint,
-    NullProfiler,
-    QuickTensorBoardLogger,
 )
 from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules.base import DataModule
@@ -70,13 +68,13 @@ class Case:
 def whole_stack(
     case: Case,
     saves: bool = True,
-    best_every_n_epochs: int | None = None,
     watch: Sequence[pl.Callback] = (),
     **options: Any,
 ) -> float:
     """Train with all that `configs/digits.yaml` and the command have, but for the callbacks that draw."""
     every = case.keep_every_n_epochs
-    checkpoints = [BestCheckpoint(every_n_epochs=best_every_n_epochs or every), LastCheckpoint(every_n_epochs=every)]
+    best = ModelCheckpoint(monitor="val/loss", filename="best")
+    checkpoints = [best, LastCheckpoint(every_n_epochs=every)]
     callbacks = [
         KLAnnealing(Linear(fraction=0.3)),
         FreeBits(FREE_BITS),
@@ -86,9 +84,9 @@ def whole_stack(
         *(checkpoints if saves else []),
         *watch,
     ]
-    options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()], "profiler": NullProfiler()}
+    options |= {"enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]}
     with tempfile.TemporaryDirectory() as folder:
-        logger = QuickTensorBoardLogger(folder, default_hp_metric=False)
+        logger = TensorBoardLogger(folder, default_hp_metric=False)
         return fit(case, case.module(), *loaders(case), logger=logger, callbacks=callbacks, **options)
 
 

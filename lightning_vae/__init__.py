@@ -5,7 +5,6 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .checkpoints.best_checkpoint import BestCheckpoint as BestCheckpoint
     from .checkpoints.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from .checkpoints.flush_loggers import FlushLoggers as FlushLoggers
     from .checkpoints.last_checkpoint import LastCheckpoint as LastCheckpoint
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from .networks import LinearEncoder as LinearEncoder
     from .networks import MLPDecoder as MLPDecoder
     from .networks import MLPEncoder as MLPEncoder
-    from .null_profiler import NullProfiler as NullProfiler
     from .objective import ELBOTerms as ELBOTerms
     from .objective import elbo as elbo
     from .objective import free_bits as free_bits
@@ -32,7 +30,6 @@ if TYPE_CHECKING:
     from .objective import kl_per_dimension as kl_per_dimension
     from .objective import weighted_loss as weighted_loss
     from .observations import Observations as Observations
-    from .quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
     from .vae import VAE as VAE
 
 try:
@@ -41,7 +38,6 @@ except _PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0+unknown"
 
 _MODULES = {
-    "checkpoints.best_checkpoint": ("BestCheckpoint",),
     "checkpoints.checkpoint_io": ("AtomicCheckpointIO",),
     "evaluation.figures": ("compare_latents",),
     "evaluation.measure": ("Evaluation", "evaluate"),
@@ -49,11 +45,9 @@ _MODULES = {
     "checkpoints.last_checkpoint": ("LastCheckpoint",),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
-    "null_profiler": ("NullProfiler",),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
     "observations": ("Observations",),
     "distributed": ("mean_over_processes",),
-    "quick_tensorboard_logger": ("QuickTensorBoardLogger",),
     "vae": ("VAE",),
 }
 __all__ = [name for names in _MODULES.values() for name in names]

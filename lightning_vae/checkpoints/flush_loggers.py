@@ -32,7 +32,6 @@ class FlushLoggers(Callback):
         for logger in trainer.loggers:
             logger.save()
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.flush()  # which `save` of ours does not
                 for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
                     with events.open("r+b") as file:  # Windows flushes only what can be written to
                         os.fsync(file.fileno())

@@ -13,9 +13,8 @@ from typing_extensions import override
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the newest model as ``last.ckpt``, better or not: after each epoch, and each validation amid one.
 
-    It stands beside the :class:`BestCheckpoint` or ``ModelCheckpoint`` that keeps the best. The latter's ``save_last``
-    is not enough: since Lightning 2.6 it saves only when the model is among the best, and a run that is killed loses
-    the steps since then.
+    It stands beside the ``ModelCheckpoint`` that keeps the best. That one's ``save_last`` is not enough: since
+    Lightning 2.6 it saves only when the model is among the best, and a run that is killed loses the steps since then.
 
     Args:
         dirpath: Folder; by default ``checkpoints`` in the run's.
@@ -27,7 +26,7 @@ class LastCheckpoint(ModelCheckpoint):
 
     Example::
 
-        Trainer(callbacks=[BestCheckpoint(), LastCheckpoint()])
+        Trainer(callbacks=[ModelCheckpoint(monitor="val/loss", filename="best"), LastCheckpoint()])
     """
 
     state_key = "LastCheckpoint"  # whatever the options: a run may go on with others

@@ -33,7 +33,6 @@ from .. import likelihoods as likelihoods
 from .. import networks as networks
 from ..checkpoints import finished_fit, run_folder
 from ..checkpoints.atomic_write import atomic_write
-from ..checkpoints.best_checkpoint import BestCheckpoint as BestCheckpoint
 from ..checkpoints.checkpoint_io import AtomicCheckpointIO, SaveError, read
 from ..checkpoints.class_paths import check_descriptions
 from ..checkpoints.exact_resume import first_step
@@ -41,8 +40,6 @@ from ..checkpoints.flush_loggers import FlushLoggers
 from ..checkpoints.last_checkpoint import LastCheckpoint
 from ..evaluation.latents_writer import LatentsWriter
 from ..evaluation.report import EvaluationReport
-from ..null_profiler import NullProfiler
-from ..quick_tensorboard_logger import QuickTensorBoardLogger as QuickTensorBoardLogger
 from ..vae import VAE
 from . import yaml_checks
 from .errors import readable
@@ -185,8 +182,6 @@ class VAECLI(LightningCLI):
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        if config["profiler"] is None and not config["barebones"]:  # which refuses any
-            config["profiler"] = NullProfiler()
         return super()._instantiate_trainer(config, [*callbacks, FlushLoggers()])
 
     @override

@@ -240,7 +240,7 @@ def _into(folder: Path) -> list[str]:
     """Return the arguments that make a folder the run folder, and nothing but it."""
     logger = "--trainer.logger"
     return [
-        f"{logger}=QuickTensorBoardLogger",
+        f"{logger}=TensorBoardLogger",
         f"{logger}.save_dir={folder.parent.parent}",
         f"{logger}.name={folder.parent.name}",
         f"{logger}.version={folder.name}",

@@ -75,7 +75,7 @@ class Jobs:
         if point.checkpoint is None:
             self._call(point.fit(), point)
         if point.checkpoint is None:
-            raise Failed("`fit` has ended without a checkpoint; the config needs a BestCheckpoint")
+            raise Failed("`fit` has ended without a checkpoint; the config needs a ModelCheckpoint")
 
     def evaluate(self, point: Point) -> dict[str, Any]:
         """Evaluate a trained point, unless it is, and return what ``test`` has found."""

@@ -10,11 +10,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_vae import VAE, LastCheckpoint, MLPDecoder, MLPEncoder, QuickTensorBoardLogger
+from lightning_vae import VAE, LastCheckpoint, MLPDecoder, MLPEncoder
 from lightning_vae.callbacks import (
     CollapseDetector,
     Cosine,
@@ -83,7 +84,7 @@ def run(folder: Path, callbacks: list[Callback], more: list[Callback], ckpt: Pat
     rate = options.pop("rate", "one cycle")
     saved = torch.load(ckpt, weights_only=True)["lightning_vae"] if ckpt else {}
     purge = saved["unfinished"]["step"] if ckpt else None
-    logger = QuickTensorBoardLogger(folder, name="", version="run", default_hp_metric=False, purge_step=purge)
+    logger = TensorBoardLogger(folder, name="", version="run", default_hp_metric=False, purge_step=purge)
     options = {
         "max_epochs": 2,
         "log_every_n_steps": 2,

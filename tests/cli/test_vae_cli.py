@@ -8,13 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from lightning_vae import VAE, NullProfiler
-from lightning_vae.cli.vae_cli import VAECLI, command_line
+from lightning_vae import VAE
 from lightning_vae.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -241,7 +239,7 @@ def test_resuming_starts_a_new_run_or_goes_on_in_the_same_one():
     configs = {path.name for path in Path("logs/digits/version_1").glob("*.yaml")}
     assert {"config.yaml", "config-resumed-1.yaml"} <= configs
     config = yaml.safe_load(Path("logs/digits/version_1/config-resumed-1.yaml").read_text())
-    assert config["trainer"]["logger"]["class_path"] == "lightning_vae.QuickTensorBoardLogger"
+    assert config["trainer"]["logger"]["class_path"] == "lightning.pytorch.loggers.TensorBoardLogger"
 
 
 def test_a_checkpoints_model_replaces_the_configs_and_says_so(run):
@@ -395,26 +393,3 @@ def test_without_a_gpu_torch_need_not_look_for_one_at_each_step(monkeypatch):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
-
-
-def test_nothing_is_profiled_unless_it_is_asked_for():
-    class Built(VAECLI):
-        def _run_subcommand(self, subcommand):
-            pass
-
-    def profiler(*arguments):
-        return command_line(Built, ["fit", *DIGITS, *arguments]).trainer.profiler
-
-    assert type(profiler()) is NullProfiler
-    assert type(profiler("--trainer.profiler=simple")) is SimpleProfiler
-    bare = ("logger", "callbacks", "enable_checkpointing", "enable_progress_bar", "enable_model_summary", "profiler")
-    nothing = [f"--trainer.{name}=null" for name in (*bare, "log_every_n_steps")]
-    assert type(profiler("--trainer.barebones=true", *nothing)) is PassThroughProfiler
-
-
-def test_a_context_that_does_nothing_lets_errors_through_and_can_be_nested():
-    profiler = NullProfiler()
-    with profiler.profile("outer"), pytest.raises(ZeroDivisionError), profiler.profile("inner"):
-        1 / 0  # noqa: B018
-    with profiler.profile("again"):
-        pass
