@@ -5,7 +5,7 @@ from .cifar10 import CIFAR10
 from .digits import Digits
 from .gaussian import Gaussian
 from .images import Images
-from .linear_vae import LinearVAEOptimum, linear_vae_optimum
+from .linear_vae_optimum import LinearVAEOptimum, linear_vae_optimum
 from .loaders.batch_loader import BatchLoader
 from .loaders.stream_loader import StreamLoader
 from .loaders.tensor_loader import TensorLoader

@@ -1,4 +1,4 @@
-"""What all data modules have in common."""
+"""Base class of the data modules, and how a data set is split."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -6,33 +6,35 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .loaders.batch_loader import BatchLoader, check_batch_size
-from .loaders.resident import resident
 from .loaders.seeding import seeded_generator
-from .loaders.tensor_loader import TensorLoader
+from .loaders.tensor_loader import TensorLoader, place_on_device
 
 Tensors = Mapping[str, Tensor]
 
 
 class DataModule(pl.LightningDataModule, ABC):
-    """Reads a data set's splits once and hands out loaders over them.
+    """Base of the data modules: reads each split once and makes loaders over it.
 
-    A batch is a dict: `"x"` holds the raw observations (uint8 images `(B, C, H, W)` or float32 vectors `(B, d)`),
-    `"index"` their positions in the split, the same whatever the order, batch size and number of processes, and
-    `"label"` their classes where the set has any. Training and validation are parts of the training data; the test
-    split is used by `test` and `predict` only, and `predict` runs through all of it in order.
+    A batch is a dict. `"x"` holds the raw observations, uint8 images `(B, C, H, W)` or float32 vectors `(B, d)`.
+    `"index"` holds their positions in the split, `(B,)`, which do not depend on the order, the batch size or the number
+    of processes. `"label"` holds their classes, `(B,)`, where the data set has any.
 
-    On a GPU a split that takes at most a quarter of the memory free there is copied there once, as its loader is made,
-    and batches are cut there: the same ones, in the same order, with no copy for each.
+    Training and validation are parts of the training data. Only `test` and `predict` use the test split; `predict` goes
+    through all of it in order.
+
+    On a GPU, a split that takes at most a quarter of the free memory is copied there once, when its loader is made. Its
+    batches are then cut on the GPU: the same batches in the same order, without a copy for each.
 
     Args:
         batch_size: Observations in a batch of one process.
-        seed: Seed of the training order, and of whatever else a data set leaves to chance.
+        seed: Seed of the training order and of the data set's other random choices.
 
     Attributes:
         shape: Shape of one observation, known before the data are read.
-        levels: Number of integer levels of the raw data, None for real-valued data.
+        levels: Number of integer levels of the raw data; None for real-valued data.
 
     Raises:
         ValueError: If `batch_size` is below 1.
@@ -48,8 +50,9 @@ class DataModule(pl.LightningDataModule, ABC):
         self.seed = seed
         self._splits: dict[str, Tensors] = {}
 
+    @override
     def setup(self, stage: str) -> None:
-        """Read the splits that a stage needs, unless they have been read.
+        """Read the splits that a stage needs, once.
 
         Args:
             stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
@@ -58,28 +61,26 @@ class DataModule(pl.LightningDataModule, ABC):
         if ("test" if test else "train") not in self._splits:
             self._splits.update(self._read_test() if test else self._read_train())
 
+    @override
     def train_dataloader(self) -> BatchLoader:
-        """Return a shuffled loader over the training split (in order under `overfit_batches`)."""
+        """Return a shuffled loader over the training split; in order under `overfit_batches`."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         loader = self._loader("train", shuffle=not overfit)
-        # A loader made anew, by a second fit or by `reload_dataloaders_every_n_epochs`, continues with fresh orders.
+        # A second fit and `reload_dataloaders_every_n_epochs` get a new loader, which must not repeat the first order.
         loader.load_state_dict({"epoch": self.trainer.current_epoch if self.trainer else 0, "position": 0})
         return loader
 
+    @override
     def val_dataloader(self) -> BatchLoader:
-        """Return a loader over the validation split, in order."""
         return self._loader("val")
 
+    @override
     def test_dataloader(self) -> BatchLoader:
-        """Return a loader over the test split, in order."""
         return self._loader("test")
 
+    @override
     def predict_dataloader(self) -> BatchLoader:
-        """Return a loader over the test split, in order."""
         return self._loader("test")
-
-    def _resident(self, split: str) -> Tensors:
-        return resident(self._splits[split], self.trainer.strategy.root_device) if self.trainer else self._splits[split]
 
     @abstractmethod
     def _read_train(self) -> dict[str, Tensors]:
@@ -90,11 +91,15 @@ class DataModule(pl.LightningDataModule, ABC):
         """Return the split `"test"`."""
 
     def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
-        return TensorLoader(self._resident(split), self.batch_size, shuffle=shuffle, seed=self.seed)
+        return TensorLoader(self._tensors(split), self.batch_size, shuffle=shuffle, seed=self.seed)
+
+    def _tensors(self, split: str) -> Tensors:
+        tensors = self._splits[split]
+        return place_on_device(tensors, self.trainer.strategy.root_device) if self.trainer else tensors
 
 
 def split_indices(size: int, fraction: float, seed: int, name: str) -> tuple[Tensor, Tensor]:
-    """Split positions at random, for good, in two parts that are each in order.
+    """Split the positions `0, ..., size - 1` at random into two parts.
 
     Args:
         size: Number of observations.
@@ -103,10 +108,10 @@ def split_indices(size: int, fraction: float, seed: int, name: str) -> tuple[Ten
         name: Name of the option that holds `fraction`, for the error.
 
     Returns:
-        The positions in the first part and those in the second.
+        The positions of the first part and of the second, each in ascending order.
 
     Raises:
-        ValueError: If one of the parts would be empty.
+        ValueError: If a part would be empty.
     """
     count = round(size * fraction)
     if not 0 < count < size:
@@ -122,7 +127,7 @@ def split_tensors(tensors: Tensors, fraction: float, seed: int) -> dict[str, Ten
     """Split a training set into `"train"` and `"val"`.
 
     Args:
-        tensors: Tensors by name, with one observation per row.
+        tensors: Tensors by name, one observation a row.
         fraction: Share of the validation split.
         seed: Seed of the split.
     """
@@ -134,14 +139,6 @@ def split_tensors(tensors: Tensors, fraction: float, seed: int) -> dict[str, Ten
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Raise unless an option is a fraction.
-
-    Args:
-        name: Name of the option.
-        value: Its value.
-
-    Raises:
-        ValueError: If the value is not between 0 and 1, both excluded.
-    """
+    """Raise a ValueError unless the option `name` lies between 0 and 1, both excluded."""
     if not 0 < value < 1:
         raise ValueError(f"`{name}` must be between 0 and 1, both excluded, got {value}.")

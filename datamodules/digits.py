@@ -2,19 +2,20 @@
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import DataModule, Tensors, check_fraction, split_tensors
 
 
 class Digits(DataModule):
-    """Loads scikit-learn's 1797 handwritten digits: images of 8 by 8 pixels with values from 0 to 16, and labels.
+    """Scikit-learn's 1797 handwritten digits: images of 8 by 8 pixels with values from 0 to 16, and labels.
 
-    They come without an official test split: the last 297 in file order are the test split here, and the validation
-    split is a seeded part of the 1500 before them.
+    There is no official test split. Here it is the last 297 images in file order; the validation split is a seeded part
+    of the 1500 before them.
 
     Args:
         batch_size: Observations in a batch of one process.
-        val_fraction: Share of the first 1500 that is kept for validation.
+        val_fraction: Share of the first 1500 images kept for validation.
         seed: Seed of the training order and of the validation split.
 
     Raises:
@@ -29,9 +30,11 @@ class Digits(DataModule):
         check_fraction("val_fraction", val_fraction)
         self.val_fraction = val_fraction
 
+    @override
     def _read_train(self) -> dict[str, Tensors]:
         return split_tensors({name: tensor[:1500] for name, tensor in _read().items()}, self.val_fraction, self.seed)
 
+    @override
     def _read_test(self) -> dict[str, Tensors]:
         return {"test": {name: tensor[1500:] for name, tensor in _read().items()}}
 

@@ -1,25 +1,26 @@
-"""Linear-Gaussian data, on which a linear VAE's optimum is known."""
+"""Gaussian vectors, on which the optimum of a linear VAE is known in closed form."""
 
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import DataModule, Tensors
 from .loaders.seeding import seeded_generator
 
 
 class Gaussian(DataModule):
-    """Draws Gaussian vectors whose mean and covariance are exact in every split.
+    """Gaussian vectors whose mean and covariance are exact in every split.
 
-    The covariance has the given eigenvalues and directions drawn once from the seed. Training, validation and test are
-    different draws of `size` vectors each, and each is whitened with its own sample mean and covariance (divided by N)
-    before it gets that covariance: all three have the same first two moments to float32's precision. A linear VAE sees
-    nothing else of the data, so `linear_vae_optimum` is exact on every split.
+    The covariance has the given eigenvalues, and directions drawn from the seed. Training, validation and test are
+    different draws of `size` vectors each. Each split is whitened with its own sample mean and covariance (divided by
+    N) and then given that covariance, so all three have the same first two moments to float32's precision. The loss of
+    a linear VAE depends on these moments alone, so `linear_vae_optimum` is exact on every split.
 
     Args:
-        eigenvalues: Eigenvalues of the covariance, one per dimension of the data.
+        eigenvalues: Eigenvalues of the covariance, one for each dimension of the data.
         size: Number of vectors in each split.
         batch_size: Observations in a batch of one process.
         seed: Seed of the directions, the draws and the training order.
@@ -43,15 +44,17 @@ class Gaussian(DataModule):
         if size <= len(eigenvalues):
             raise ValueError(
                 f"`size` must be greater than the number of eigenvalues ({len(eigenvalues)}), got {size}."
-                " Fewer vectors can't have that covariance."
+                " Fewer vectors can't have that covariance: raise `size`."
             )
         self.eigenvalues = tuple(eigenvalues)
         self.size = size
         self.shape = (len(eigenvalues),)
 
+    @override
     def _read_train(self) -> dict[str, Tensors]:
         return {"train": self._draw("train"), "val": self._draw("val")}
 
+    @override
     def _read_test(self) -> dict[str, Tensors]:
         return {"test": self._draw("test")}
 

@@ -1,38 +1,38 @@
-"""A folder of one's own images."""
+"""A folder of your own images."""
 
 import math
-import os
 from pathlib import Path
 
 import torch
+from typing_extensions import override
 
 from .base import DataModule, Tensors, check_fraction, split_indices
 from .loaders.batch_loader import BatchLoader
-from .loaders.image_files import SUFFIXES, ImageFiles
+from .loaders.image_files import ImageFiles, find_images
 from .loaders.stream_loader import StreamLoader
 from .loaders.tensor_loader import TensorLoader
 
 
 class Images(DataModule):
-    """Loads a folder of images of any sizes, flat or with one sub-folder per class.
+    """A folder of images of any size, flat or with one sub-folder for each class.
 
-    Images are resized until they just cover `size` and cropped in the centre. With sub-folders, every image below one
-    of them has its class as a label, numbered in the order of their names. Files are taken in the order of
-    their paths. Without `test_root` a part of the images is kept for the test, then a part of the rest for validation.
+    Images are resized until they just cover `size`, then cropped in the centre. Files come in the order of their paths.
+    With class folders, the label of an image is the number of its class folder in alphabetical order. Without
+    `test_root`, a part of the images is kept for the test and then a part of the rest for validation.
 
-    Sets that fit the memory budget are read once and live in memory as uint8; larger ones are read from the files as
-    training goes, in the same order and with the same flips.
+    Images within `memory_budget` are read once and kept in memory as uint8. More images than that are read from their
+    files during training, in the same order and with the same flips.
 
     Args:
         root: Folder of images, or of class folders of images.
-        size: Height and width that every image gets, or one number for both.
+        size: Height and width of each image as a tensor, or one number for both.
         channels: 1 for grey, 3 for colour.
-        flip: Whether training images are mirrored left to right with probability one half.
-        test_root: Folder of test images, laid out like `root`; without it they are a part of `root`.
-        val_fraction: Share of the images not used for the test that is kept for validation.
-        test_fraction: Share of the images that is kept for the test, where there is no `test_root`.
+        flip: Whether to mirror each training image left to right with probability one half.
+        test_root: Folder of the test images, laid out like `root`. Without it they are a part of `root`.
+        val_fraction: Share kept for validation, of the images that are not for the test.
+        test_fraction: Share kept for the test, where there is no `test_root`.
         memory_budget: Memory in GiB that the images of all splits may take as tensors.
-        num_workers: Processes per loader that read ahead where the images don't fit in memory; 0 for none.
+        num_workers: Processes that read ahead for each loader, where the images exceed the memory budget; 0 for none.
         batch_size: Observations in a batch of one process.
         seed: Seed of the splits, the training order and the flips.
 
@@ -78,31 +78,35 @@ class Images(DataModule):
         self.shape: tuple[int, int, int] = (channels, *sides)
         self._files: dict[str, ImageFiles] = {}
 
+    @override
     def setup(self, stage: str) -> None:
-        """Find the images, and read those that a stage needs if all fit in memory.
+        """Find the images; read those of a stage if all splits fit in memory.
 
         Args:
             stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
 
         Raises:
             FileNotFoundError: If a folder is missing or holds no images.
-            ValueError: If a folder's layout is not one of the two, or an image can't be read.
+            ValueError: If a folder has another layout, or an image can't be read.
         """
         if not self._files:
             self._files = self._find()
         if self._fits_in_memory():
             super().setup(stage)
 
+    @override
     def _read_train(self) -> dict[str, Tensors]:
         return {split: self._files[split].tensors() for split in ("train", "val")}
 
+    @override
     def _read_test(self) -> dict[str, Tensors]:
         return {"test": self._files["test"].tensors()}
 
+    @override
     def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
         flip = self.flip and split == "train"
         if self._fits_in_memory():
-            return TensorLoader(self._resident(split), self.batch_size, shuffle=shuffle, flip=flip, seed=self.seed)
+            return TensorLoader(self._tensors(split), self.batch_size, shuffle=shuffle, flip=flip, seed=self.seed)
         return StreamLoader(
             self._files[split],
             self.batch_size,
@@ -145,38 +149,6 @@ class Images(DataModule):
     def _image_files(self, root: Path, paths: list[Path], classes: list[str]) -> ImageFiles:
         labels = torch.tensor([classes.index(_class(root, path)) for path in paths]) if classes else None
         return ImageFiles(paths, labels, self.shape)
-
-
-def find_images(root: Path) -> list[Path]:
-    """Return the image files in a folder or in its class folders, in the order of their paths.
-
-    Args:
-        root: The folder. What is hidden (a name that starts with a dot) is passed over.
-
-    Raises:
-        FileNotFoundError: If the folder is missing or has no images.
-        PermissionError: If a folder can't be read.
-        ValueError: If some images lie in it and others in sub-folders.
-    """
-    if not root.is_dir():
-        raise FileNotFoundError(f"There is no folder {root}. Name the one that holds the images.")
-    paths: list[Path] = []
-    for folder, subfolders, names in os.walk(root, onerror=_refuse):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found = (Path(folder, name) for name in (*names, *subfolders) if not name.startswith("."))
-        paths += [path for path in found if path.suffix.lower() in SUFFIXES]
-    paths.sort()
-    if not paths:
-        raise FileNotFoundError(f"{root} has no images. Put some there that end in one of {sorted(SUFFIXES)}.")
-    if len({path.parent == root for path in paths}) == 2:
-        raise ValueError(
-            f"{root} has images beside folders of images. Put all of them in class folders, or all in {root} itself."
-        )
-    return paths
-
-
-def _refuse(error: OSError) -> None:
-    raise PermissionError(f"{error.filename} can't be read ({error.strerror}). Change its rights, or move it away.")
 
 
 def _class(root: Path, path: Path) -> str:

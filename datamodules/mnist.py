@@ -8,31 +8,36 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .torchvision_sets import TorchVision
 
 
 class MNIST(TorchVision):
-    """Loads MNIST: 60,000 and 10,000 handwritten digits of 28 by 28 grey pixels.
+    """MNIST: 60,000 training and 10,000 test images of handwritten digits, 28 by 28 grey pixels.
 
-    The four IDX files lie in `root` itself or in torchvision's `<root>/<class name>/raw`, packed (`.gz`) or not. So
-    `FashionMNIST` also reads Debian's package dataset-fashion-mnist: `root="/usr/share/datasets/fashion-mnist"`.
+    The four IDX files are read from `root` or from torchvision's `<root>/<class name>/raw`, compressed (`.gz`) or not.
+    So `FashionMNIST` also reads Debian's package dataset-fashion-mnist: `root="/usr/share/datasets/fashion-mnist"`.
     """
 
     shape = (1, 28, 28)
 
+    @override
     def _layout(self) -> str:
         return (
             f"the four files train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and"
             f" t10k-labels-idx1-ubyte (with or without .gz), also in {type(self).__name__}/raw below it,"
         )
 
+    @override
     def _present(self) -> bool:
         return all(self._find(part, kind) for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 
+    @override
     def _download(self) -> None:
         self._torchvision(self.root, download=True)
 
+    @override
     def _read(self, train: bool) -> dict[str, Tensor]:
         part = "train" if train else "t10k"
         images, labels = (self._find(part, kind) for kind in ("images-idx3", "labels-idx1"))
@@ -55,34 +60,37 @@ class MNIST(TorchVision):
 
 
 class FashionMNIST(MNIST):
-    """Loads Fashion-MNIST: 60,000 and 10,000 articles of clothing of 28 by 28 grey pixels, from files as `MNIST`'s."""
+    """Fashion-MNIST: 60,000 training and 10,000 test images of clothing; files and sizes as of `MNIST`."""
 
 
 class KMNIST(MNIST):
-    """Loads Kuzushiji-MNIST: 60,000 and 10,000 cursive characters of 28 by 28 grey pixels, from files as `MNIST`'s."""
+    """Kuzushiji-MNIST: 60,000 training and 10,000 test images of cursive Japanese; files and sizes as of `MNIST`."""
 
 
 def read_idx(path: Path) -> Tensor:
-    """Read a file of unsigned bytes in the IDX format, packed with gzip or not.
+    """Read an IDX file of unsigned bytes, compressed with gzip if its name ends in `.gz`.
 
     Args:
-        path: The file, packed if its name ends in `.gz`.
+        path: The file.
+
+    Returns:
+        A uint8 tensor of the shape in the file's header.
 
     Raises:
-        ValueError: If it is no such file, or its size is not what its header says.
+        ValueError: If the file has another format, or its size differs from its header's.
     """
-    packed = path.suffix == ".gz"
-    most = path.stat().st_size * (1032 if packed else 1)  # deflate packs no tighter
-    with gzip.open(path) if packed else path.open("rb") as file:
+    compressed = path.suffix == ".gz"
+    most = path.stat().st_size * (1032 if compressed else 1)  # deflate's limit
+    with gzip.open(path) if compressed else path.open("rb") as file:
         try:
             start = file.read(4)
             sizes = file.read(4 * start[3]) if start[:3] == b"\0\0\x08" and len(start) == 4 else b""
             shape = struct.unpack(f">{len(sizes) // 4}I", sizes) if len(sizes) % 4 == 0 else ()
             size = math.prod(shape)
-            # Not a byte more is read than the header says, and none where the file can't hold them.
+            # A damaged header must not fill the memory: at most one byte more than it announces is read.
             data = bytearray(file.read(size + 1)) if shape and 0 < size <= most else bytearray()
         except (EOFError, OSError, zlib.error) as error:
             raise ValueError(f"{path} can't be unpacked ({error}). Download it again.") from error
     if not shape or not size or len(data) != size:
-        raise ValueError(f"{path} is no complete IDX file of unsigned bytes. Download it again.")
+        raise ValueError(f"{path} is not a complete IDX file of unsigned bytes. Download it again.")
     return torch.frombuffer(data, dtype=torch.uint8).view(shape)

@@ -1,36 +1,41 @@
-"""Omniglot."""
+"""Omniglot (Lake et al., 2015)."""
 
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .loaders.image_files import read_image
 from .torchvision_sets import TorchVision
 
 
 class Omniglot(TorchVision):
-    """Loads Omniglot: handwritten characters of 50 alphabets, 20 drawings of each.
+    """Omniglot: handwritten characters of 50 alphabets, 20 drawings of each.
 
-    As in the literature on VAEs the drawings are white on black and made smaller, from 105 by 105 to 28 by 28 pixels,
-    here with an antialiasing filter. The 19,280 drawings of the *background* alphabets are for training and validation,
-    the 13,180 of the *evaluation* alphabets are the test split: these are the official parts, whose alphabets differ,
-    and not the 24,345 and 8,070 of Burda et al. (2015), so log-likelihoods don't compare with theirs. The label is the
-    character's position in its part.
+    As usual in work on VAEs, the drawings are white on black and reduced from 105 by 105 to 28 by 28 pixels, here with
+    an antialiasing filter. The 19,280 drawings of the *background* alphabets are for training and validation, the
+    13,180 of the *evaluation* alphabets for the test. These are the official parts, which share no alphabet. They are
+    not the 24,345 and 8,070 drawings of Burda et al. (2015, arXiv:1509.00519), so log-likelihoods can't be compared
+    with theirs. A label is the number of a character within its part.
     """
 
     shape = (1, 28, 28)
 
+    @override
     def _layout(self) -> str:
         return "the folder omniglot-py with images_background and images_evaluation (unpacked from the .zip files)"
 
+    @override
     def _present(self) -> bool:
         return all(self._folder(train).is_dir() for train in (True, False))
 
+    @override
     def _download(self) -> None:
         for background in (True, False):
             self._torchvision(self.root, background=background, download=True)
 
+    @override
     def _read(self, train: bool) -> dict[str, Tensor]:
         paths = sorted(self._folder(train).glob("*/*/*.png"))
         characters = {folder: label for label, folder in enumerate(sorted({path.parent for path in paths}))}

@@ -1,4 +1,4 @@
-"""What the data sets known to torchvision have in common."""
+"""Base class of the data sets that torchvision downloads."""
 
 from abc import abstractmethod
 from pathlib import Path
@@ -6,20 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .base import DataModule, Tensors, check_fraction, split_tensors
 
 
 class TorchVision(DataModule):
-    """Reads a data set that torchvision knows, from where it lies on disk or after a download.
+    """A data set that torchvision can download; files already on disk are used as they are.
 
-    The sets fit in memory as uint8 (the largest takes 225 MB) and live there as tensors.
+    The images are kept in memory as uint8 tensors. The largest set takes 225 MB.
 
     Args:
-        root: Folder that holds or will hold the data, in torchvision's layout.
-        download: Whether to download missing data (by one process).
+        root: Folder of the data, in torchvision's layout.
+        download: Whether to download missing data. One process does.
         batch_size: Observations in a batch of one process.
-        val_fraction: Share of the official training split that is kept for validation.
+        val_fraction: Share of the official training split kept for validation.
         seed: Seed of the training order and of the validation split.
 
     Raises:
@@ -42,16 +43,17 @@ class TorchVision(DataModule):
         self.download = download
         self.val_fraction = val_fraction
 
+    @override
     def prepare_data(self) -> None:
         """Download the data if they are missing.
 
         Raises:
-            FileNotFoundError: If they are missing and there is no download or it fails.
+            FileNotFoundError: If the data are missing and `download` is off or fails.
         """
         if self._present():
             return
         name = type(self).__name__
-        remedy = f"Put {self._layout()} there by hand, or name the folder that has it in `root`."
+        remedy = f"Put {self._layout()} there by hand, or set `root` to the folder that has it."
         if not self.download:
             raise FileNotFoundError(
                 f"{name} was not found in `root` ({self.root}), and `download` is off. {remedy} Or set `download` to"
@@ -64,9 +66,11 @@ class TorchVision(DataModule):
                 f"{name} was not found in `root` ({self.root}), and its download failed ({error}). {remedy}"
             ) from error
 
+    @override
     def _read_train(self) -> dict[str, Tensors]:
         return split_tensors(self._read(train=True), self.val_fraction, self.seed)
 
+    @override
     def _read_test(self) -> dict[str, Tensors]:
         return {"test": self._read(train=False)}
 
@@ -79,11 +83,11 @@ class TorchVision(DataModule):
 
     @abstractmethod
     def _layout(self) -> str:
-        """Say in words which files belong in `root`."""
+        """Describe, in words, the files that belong in `root`."""
 
     @abstractmethod
     def _present(self) -> bool:
-        """Tell whether the files are there, without reading them."""
+        """Return whether the files are there, without reading them."""
 
     @abstractmethod
     def _download(self) -> None:
@@ -95,9 +99,5 @@ class TorchVision(DataModule):
 
 
 def as_uint8(images: Any) -> Tensor:
-    """Return images as a contiguous uint8 tensor.
-
-    Args:
-        images: Array `(N, C, H, W)` of numpy.
-    """
+    """Return a uint8 NumPy array `(N, C, H, W)` as a contiguous tensor."""
     return torch.from_numpy(images).contiguous()

@@ -1,1 +1,1 @@
-"""Cut tensors and files into batches, in an order that a resumed run takes up again."""
+"""Loaders: cut tensors and files into batches, in an order that a resumed run continues."""

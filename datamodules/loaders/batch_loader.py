@@ -1,4 +1,4 @@
-"""Cut a set into batches, in an order that a resumed run continues."""
+"""Cut a data set into batches, in an order that a resumed run continues."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -12,27 +12,25 @@ Batch = dict[str, Tensor]
 
 
 class BatchLoader(ABC):
-    """Yields a set's batches, knows its place in them, and gives each process its share.
+    """Base of the loaders: the order of the batches, the place in it, and each process's share.
 
-    The order of epoch ``e`` is a permutation drawn from ``(seed, e)``, so it does not depend on the number of processes
-    or on what else draws random numbers. A shuffled loader is one endless stream cut into passes of ``len(loader)``
-    batches: a pass starts where the last one stopped, be that after a resume or because only part of the last pass was
-    wanted (``limit_train_batches``), and continues into the next epoch's order. An unshuffled loader starts every pass
-    at the first observation.
+    The order of epoch `e` is a permutation drawn from `(seed, e)`. It depends neither on the number of processes nor on
+    other random numbers. A shuffled loader is one endless stream, cut into passes of `len(loader)` batches. A pass
+    starts where the last one stopped, after a resume as under `limit_train_batches`, and runs on into the next epoch's
+    order. An unshuffled loader starts each pass at the first observation.
 
-    In a run of several processes each takes every n-th observation of the global batch of ``n * batch_size``; none is
-    repeated or left out, and all processes yield the same number of batches. A remainder smaller than the number of
-    processes joins the batch before it, so a share is empty only where a whole set is smaller than that number, which
-    is an error in a shuffled loader.
+    Of `n` processes, each takes every n-th observation of the global batch of `n * batch_size`. No observation is
+    repeated or left out, and all processes yield the same number of batches. A remainder smaller than `n` joins the
+    batch before it, so a share is empty only if the whole set is smaller than `n`. That is an error in a shuffled
+    loader.
 
-    Lightning leaves loaders that are not a `DataLoader` alone (no sampler is injected) and saves and restores their
-    `state_dict`.
+    Lightning injects no sampler into loaders other than `DataLoader`. It saves and restores their `state_dict`.
 
     Args:
         size: Number of observations.
         batch_size: Observations in a batch of one process.
-        shuffle: Whether the order is drawn anew each epoch.
-        flip: Whether each image is mirrored with probability one half, decided by seed, epoch and index.
+        shuffle: Whether each epoch has an order of its own.
+        flip: Whether to mirror each image in `"x"` with probability one half, decided by seed, epoch and index.
         seed: Seed of the order and of the flips.
 
     Raises:
@@ -48,7 +46,7 @@ class BatchLoader(ABC):
         self.shuffle = shuffle
         self.flip = flip
         self.seed = seed
-        self.device = torch.device("cpu")  # of the indices
+        self.device = torch.device("cpu")  # where the indices are
         self._epoch = 0
         self._position = 0
 
@@ -76,27 +74,27 @@ class BatchLoader(ABC):
             stop = (number + 1) * global_batch if number + 1 < length else self.size
             shares.append(orders[epoch][number * global_batch : stop][rank::processes])
         for (epoch, number), batch in zip(places, self._fetch(shares), strict=True):
-            # The state moves on before the batch is handed out: who saves while working on it has seen it.
+            # The state moves on before the batch is yielded: a save during its step counts it as seen.
             last = number + 1 == length
             self._epoch, self._position = (epoch + 1, 0) if last else (epoch, (number + 1) * global_batch)
             yield _flipped(batch, coins[epoch]) if self.flip else batch
 
     def state_dict(self) -> dict[str, int]:
-        """Return the epoch and the number of its observations that all processes together have taken."""
+        """Return the epoch, and how many of its observations all processes together have taken."""
         return {"epoch": self._epoch, "position": self._position}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Continue at a saved place, in the same order.
 
         Args:
-            state_dict: What `state_dict` returned, also with another batch size or number of processes.
+            state_dict: A loader's `state_dict()`; its batch size and number of processes may have been others.
         """
         self._epoch = state_dict["epoch"]
         self._position = state_dict["position"]
 
     @abstractmethod
     def _fetch(self, shares: Sequence[Tensor]) -> Iterator[Batch]:
-        """Yield the batch of each share of indices, one after the other."""
+        """Yield the batch of each share, a share being the indices `(B,)` of its observations."""
 
     def _order(self, epoch: int) -> Tensor:
         if not self.shuffle:

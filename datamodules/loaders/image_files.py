@@ -1,5 +1,6 @@
-"""Read image files."""
+"""Find and read image files."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,12 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", "
 
 
 class ImageFiles(Dataset[dict[str, Tensor]]):
-    """Reads image files, each when it is asked for.
+    """A data set of image files, each read on access.
 
     Args:
         paths: The files.
-        labels: Their classes, None where there are none.
-        shape: Shape `(C, H, W)` that every image gets.
+        labels: Their classes, shape `(N,)`; None without classes.
+        shape: Shape `(C, H, W)` of each image as a tensor.
     """
 
     def __init__(self, paths: Sequence[Path], labels: Tensor | None, shape: tuple[int, int, int]) -> None:
@@ -39,25 +40,64 @@ class ImageFiles(Dataset[dict[str, Tensor]]):
         return {"x": x} if self.labels is None else {"x": x, "label": self.labels}
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """Read an image as a uint8 tensor of a given shape.
+def find_images(root: Path) -> list[Path]:
+    """Return the image files of a folder, or of its class folders, in the order of their paths.
 
-    The image is turned as its EXIF orientation says, made grey (one channel) or colour (three), resized with an
-    antialiasing filter until it just covers the height and the width, and cropped in the centre.
+    Files and folders whose names start with a dot are skipped.
+
+    Args:
+        root: The folder.
+
+    Raises:
+        FileNotFoundError: If the folder is missing or has no images.
+        PermissionError: If a folder can't be read.
+        ValueError: If the folder has images beside folders of images.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"There is no folder {root}. Name the folder that holds the images.")
+    paths: list[Path] = []
+    for folder, subfolders, names in os.walk(root, onerror=_raise_unreadable):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        found = (Path(folder, name) for name in (*names, *subfolders) if not name.startswith("."))
+        paths += [path for path in found if path.suffix.lower() in SUFFIXES]
+    paths.sort()
+    if not paths:
+        raise FileNotFoundError(f"{root} has no images. Put some there that end in one of {sorted(SUFFIXES)}.")
+    if len({path.parent == root for path in paths}) == 2:
+        raise ValueError(
+            f"{root} has images beside folders of images. Put all of them in class folders, or all in {root} itself."
+        )
+    return paths
+
+
+def _raise_unreadable(error: OSError) -> None:
+    raise PermissionError(
+        f"{error.filename} can't be read ({error.strerror}). Change its permissions, or move it away."
+    )
+
+
+def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
+    """Read an image as a uint8 tensor.
+
+    The image is rotated to its EXIF orientation and converted to grey (one channel) or colour (three). It is then
+    resized with an antialiasing filter until it just covers the height and the width, and cropped in the centre.
 
     Args:
         path: The file.
         shape: Channels (1 or 3), height and width.
 
+    Returns:
+        A tensor of shape `shape`.
+
     Raises:
-        ValueError: If the file is no image that can be read, or has more than 8 bits per channel.
+        ValueError: If the file can't be read as an image, or has more than 8 bits per channel.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
     channels, height, width = shape
-    if not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no file. Repair or remove it.")
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path} is not a regular file. Repair or remove it.")
     try:
         with Image.open(path) as file:
             image = ImageOps.exif_transpose(file)

@@ -1,27 +1,28 @@
-"""Batch a data set that does not fit in memory."""
+"""Batches of a data set that does not fit in memory."""
 
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import override
 
 from .batch_loader import Batch, BatchLoader
 from .seeding import seeded_generator
 
 
 class StreamLoader(BatchLoader):
-    """Yields batches that a `DataLoader` reads, in the order of a `TensorLoader` of the same set.
+    """Batches read by a `DataLoader`, in the order of a `TensorLoader` over the same data.
 
-    The `DataLoader` is kept inside: Lightning would replace its sampler in a distributed run, and one of its own knows
-    no place to resume from.
+    The `DataLoader` is hidden from Lightning, which would replace its sampler in a distributed run. On its own it could
+    not resume within an epoch.
 
     Args:
         dataset: Data set with a length, whose items are dicts of tensors, `"index"` among them.
         batch_size: Observations in a batch of one process.
-        shuffle: Whether the order is drawn anew each epoch.
-        flip: Whether each image in `"x"` is mirrored with probability one half, decided by seed, epoch and index.
+        shuffle: Whether each epoch has an order of its own.
+        flip: Whether to mirror each image in `"x"` with probability one half, decided by seed, epoch and index.
         seed: Seed of the order and of the flips.
-        num_workers: Number of processes that read ahead; 0 reads in the training process.
+        num_workers: Number of processes that read ahead; with 0 the training process reads.
     """
 
     def __init__(
@@ -38,10 +39,11 @@ class StreamLoader(BatchLoader):
         self.dataset = dataset
         self.num_workers = num_workers
 
+    @override
     def _fetch(self, shares: Sequence[Tensor]) -> Iterator[Batch]:
         yield from DataLoader(
             self.dataset,
             batch_sampler=[share.tolist() for share in shares],
             num_workers=self.num_workers,
-            generator=seeded_generator(self.seed, "workers"),  # else the global generator gives the workers' seeds
+            generator=seeded_generator(self.seed, "workers"),  # else the workers' seeds come from the global one
         )

@@ -1,25 +1,27 @@
-"""Batch tensors that lie in memory by indexing."""
+"""Batches of tensors in memory."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from .batch_loader import Batch, BatchLoader
 
+_FREE_SHARE = 0.25  # of the memory free when a loader is made: optimizer and activations come later
+
 
 class TensorLoader(BatchLoader):
-    """Yields batches of equally long tensors, one `index_select` a tensor and batch.
+    """Batches of equally long tensors, cut with one `index_select` a tensor.
 
-    Order, resume, and sharing between processes are `BatchLoader`'s. Each batch is a copy, so that changing it in place
-    leaves the set alone, and has an entry `"index"` with the observations' positions in the tensors.
+    Order, resuming and the share of each process are `BatchLoader`'s. A batch is a copy, so changing it in place does
+    not change the data. Its entry `"index"` holds the positions of its observations in the tensors.
 
     Args:
-        tensors: Tensors by name, with one observation per row. Where they lie, the batches are made: a set on a GPU
-            has nothing left to be copied there.
+        tensors: Tensors by name, one observation a row. Batches are made on the tensors' device.
         batch_size: Observations in a batch of one process.
-        shuffle: Whether the order is drawn anew each epoch.
-        flip: Whether each image in `"x"` is mirrored with probability one half, decided by seed, epoch and index.
+        shuffle: Whether each epoch has an order of its own.
+        flip: Whether to mirror each image in `"x"` with probability one half, decided by seed, epoch and index.
         seed: Seed of the order and of the flips.
 
     Raises:
@@ -50,10 +52,26 @@ class TensorLoader(BatchLoader):
         if "x" in tensors:
             _check_finite(tensors["x"])
 
+    @override
     def _fetch(self, shares: Sequence[Tensor]) -> Iterator[Batch]:
         for index in shares:
             batch = {name: torch.index_select(tensor, 0, index) for name, tensor in self.tensors.items()}
             yield batch | {"index": index}
+
+
+def place_on_device(tensors: Mapping[str, Tensor], device: torch.device) -> Mapping[str, Tensor]:
+    """Copy tensors to a GPU (CUDA or ROCm) if they take at most a quarter of its free memory; else return them as is.
+
+    Args:
+        tensors: Tensors by name.
+        device: The device that the batches are for.
+    """
+    if device.type != "cuda":
+        return tensors
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if size > _FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return tensors
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def _check_finite(x: Tensor) -> None:
@@ -62,5 +80,5 @@ def _check_finite(x: Tensor) -> None:
     places = (~x.flatten(1).isfinite()).any(dim=1).nonzero().flatten() if x.dim() > 1 else (~x.isfinite()).nonzero()
     raise ValueError(
         f"The data ('x') must be finite, got NaN or infinity in {len(places)} of {len(x)} observations, first in number"
-        f" {int(places[0])}. Remove or mend them."
+        f" {int(places[0])}. Remove or fix them."
     )

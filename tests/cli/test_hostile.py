@@ -12,8 +12,7 @@ from PIL import Image
 
 from lightning_vae import VAE
 from lightning_vae.datamodules import TensorLoader
-from lightning_vae.datamodules.images import find_images
-from lightning_vae.datamodules.loaders.image_files import read_image
+from lightning_vae.datamodules.loaders.image_files import find_images, read_image
 from lightning_vae.datamodules.mnist import read_idx
 
 
@@ -62,7 +61,7 @@ def test_an_idx_header_that_lies_costs_nothing(tmp_path, shape):
         file.write(header + bytes(2**25))
     tracemalloc.start()
     for name in ("plain", "bomb.gz"):
-        with pytest.raises(ValueError, match=f"{name} is no complete IDX file"):
+        with pytest.raises(ValueError, match=f"{name} is not a complete IDX file"):
             read_idx(tmp_path / name)
     assert tracemalloc.get_traced_memory()[1] < 2**21
     tracemalloc.stop()
@@ -70,7 +69,7 @@ def test_an_idx_header_that_lies_costs_nothing(tmp_path, shape):
 
 def test_pipes_and_huge_images_are_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(ValueError, match=r"pipe\.png is no file"):
+    with pytest.raises(ValueError, match=r"pipe\.png is not a regular file"):
         read_image(tmp_path / "pipe.png", (3, 8, 8))
     Image.new("1", (20000, 20000)).save(tmp_path / "huge.png")
     with pytest.raises(ValueError, match=r"huge\.png can't be read.*exceeds limit"):

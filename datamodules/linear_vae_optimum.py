@@ -1,4 +1,4 @@
-"""What a linear VAE reaches on data of known covariance."""
+"""The optimum of a linear VAE in closed form."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LinearVAEOptimum:
-    """Holds a linear VAE at its optimum, in nats per observation; the latent dimensions come in falling order of rate.
+    """A linear VAE at its optimum, in nats per observation, with the latent dimensions in descending order of rate.
 
     Attributes:
-        loss: Smallest loss, `distortion + beta * (sum of max(free_bits, rate of a dimension))`.
-        rate: KL divergence from the posterior to the prior.
+        loss: The smallest loss, `distortion + beta * (sum of max(free_bits, rate of a dimension))`.
+        rate: KL(q(z|x) || p(z)).
         distortion: Expected negative log-likelihood, constants included.
         rate_per_dimension: Rate of each latent dimension.
         posterior_mean_variance: Variance over the data of each posterior mean (the *activity* of a latent dimension).
@@ -45,18 +45,18 @@ def linear_vae_optimum(
         KL_i = \tfrac12 \log(\lambda_i / s), \quad Var(E[z_i]) = 1 - s / \lambda_i, \quad
         E(x_i - \hat x_i)^2 = s
 
-    and the others collapse, each leaving :math:`\lambda_i` of squared error. At `beta = 1` the loss is the exact
+    and the others collapse, each adding :math:`\lambda_i` to the squared error. At `beta = 1` the loss is the exact
     negative log-likelihood of probabilistic PCA (Lucas et al. 2019, "Don't Blame the ELBO!", arXiv:1911.02469; for any
     `beta`, Wang and Ziyin 2022, arXiv:2205.04009).
 
-    `free_bits` is the floor of each dimension's mean rate. A dimension at the floor carries a signal-to-noise ratio of
-    :math:`e^{2 \cdot \text{free\_bits}} - 1` that costs nothing more, and nothing ties it to one direction: together
-    the dimensions at the floor spread theirs over the directions left by water-filling,
-    :math:`1 + m_i \propto \sqrt{\lambda_i}`, which leaves :math:`\lambda_i / (1 + m_i)` of squared error. Where two or
-    more dimensions sit at the floor that is less than one direction each would leave. The rates are
-    :math:`\max(\text{free\_bits}, KL_i)`, unless it pays to lower the last of those above the floor, to the floor or to
-    where it shares directions with the others. Each case is a closed form, and the one with the smallest loss is
-    returned; numerical minimisation over V and D finds the same.
+    `free_bits` is the floor of each dimension's mean rate. A dimension at the floor has a signal-to-noise ratio of
+    :math:`e^{2 \cdot \text{free\_bits}} - 1` at no extra cost, and need not spend it on one direction. Together the
+    dimensions at the floor spread it over the remaining directions by water-filling,
+    :math:`1 + m_i \propto \sqrt{\lambda_i}`, with a squared error of :math:`\lambda_i / (1 + m_i)` in each. With two or
+    more dimensions at the floor this error is smaller than with one direction for each. The rates are
+    :math:`\max(\text{free\_bits}, KL_i)`, except where a smaller rate of the last dimension above the floor gives a
+    smaller loss: at the floor, or where it shares directions with the others. Each case has a closed form. The one with
+    the smallest loss is returned; numerical minimisation over V and D agrees.
 
     Args:
         eigenvalues: Eigenvalues of the covariance, positive, in any order.
@@ -105,7 +105,7 @@ def linear_vae_optimum(
 def _solutions(
     spectrum: Sequence[float], latent_dim: int, level: float, floor: float
 ) -> Iterator[tuple[list[float], float]]:
-    """Yield the rates and the squared error of every point that can be the optimum, for falling eigenvalues."""
+    """Yield rates and squared error of each candidate for the optimum, for eigenvalues in descending order."""
     floor_signal = math.expm1(2 * floor)
     above_floor = sum(eigenvalue > level * (1 + floor_signal) for eigenvalue in spectrum[:latent_dim])
     own = [0.5 * math.log(eigenvalue / level) for eigenvalue in spectrum[:above_floor]]
@@ -127,7 +127,7 @@ def _solutions(
 
 
 def _water_filled_error(eigenvalues: Sequence[float], signal: float) -> float:
-    """Compute the least sum of l_i / (1 + m_i) over m_i >= 0 with sum `signal`, for falling l_i."""
+    """Minimise the sum of l_i / (1 + m_i) over m_i >= 0 with sum `signal`, for l_i in descending order."""
     for count in range(len(eigenvalues), 0, -1):
         roots = [math.sqrt(eigenvalue) for eigenvalue in eigenvalues[:count]]
         scale = (signal + count) / sum(roots)  # 1 + m_i = scale * root of l_i

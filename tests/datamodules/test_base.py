@@ -1,0 +1,82 @@
+from unittest.mock import Mock
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+
+from lightning_vae.datamodules import DataModule, Digits
+from tests.datamodules.doubles import Watcher, ready, trainer, whole
+
+
+def test_the_split_is_fixed_by_the_seed():
+    first, second, other = (whole(ready(Digits(seed=seed)).val_dataloader())["x"] for seed in (0, 0, 1))
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+def test_the_index_is_the_position_in_the_split():
+    datamodule = ready(Digits(batch_size=2000))
+    train, small = (whole(each.train_dataloader()) for each in (datamodule, ready(Digits(batch_size=7))))
+    assert sorted(train["index"].tolist()) == list(range(1350))
+    torch.testing.assert_close(train["x"][train["index"].argsort()], small["x"][small["index"].argsort()])
+    for loader in (datamodule.val_dataloader(), datamodule.test_dataloader(), datamodule.predict_dataloader()):
+        index = whole(loader)["index"]
+        assert torch.equal(index, torch.arange(len(index)))
+
+
+def test_each_stage_reads_what_it_needs_once(monkeypatch):
+    datamodule = Digits()
+    train, test = (Mock(wraps=read) for read in (datamodule._read_train, datamodule._read_test))
+    monkeypatch.setattr(datamodule, "_read_train", train)
+    monkeypatch.setattr(datamodule, "_read_test", test)
+    for stage in ("fit", "validate", "fit"):
+        datamodule.setup(stage)
+    assert (train.call_count, test.call_count) == (1, 0)
+    for stage in ("test", "predict", "test"):
+        datamodule.setup(stage)
+    assert (train.call_count, test.call_count) == (1, 1)
+
+
+def test_a_trainer_uses_each_split_for_its_stage():
+    run, watcher, digits = trainer(max_epochs=2, num_sanity_val_steps=0), Watcher(), Digits()
+    run.fit(watcher, datamodule=digits)
+    assert [sorted(epoch) for epoch in watcher.epochs] == [list(range(1350))] * 2
+    assert watcher.epochs[0] != watcher.epochs[1]
+    run.test(watcher, datamodule=digits, verbose=False)
+    predictions = run.predict(watcher, datamodule=digits)
+    assert [index for batch in predictions or [] for index in batch] == list(range(297))
+    assert watcher.stages == {"val": 300, "test": 297, "predict": 297}
+
+
+def test_a_reloaded_train_loader_goes_on_with_another_order():
+    watcher = Watcher()
+    trainer(max_epochs=3, limit_val_batches=0, reload_dataloaders_every_n_epochs=1).fit(watcher, datamodule=Digits())
+    assert len({tuple(epoch) for epoch in watcher.epochs}) == 3
+
+
+def test_overfitting_sees_the_same_batches_every_epoch():
+    watcher = Watcher()
+    trainer(max_epochs=2, overfit_batches=2).fit(watcher, datamodule=Digits(batch_size=16))
+    assert watcher.epochs == [list(range(32))] * 2
+
+
+def test_a_split_without_observations_is_an_error():
+    with pytest.raises(ValueError, match=r"`val_fraction` must leave observations on both sides, got 0\.0001 of 1500"):
+        Digits(val_fraction=1e-4).setup("fit")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # jsonargparse 4.53 renames a method
+@pytest.mark.parametrize(
+    ("arguments", "shape"),
+    [
+        (["--data=Digits"], (1, 8, 8)),
+        (["--data=FashionMNIST", "--data.root=somewhere"], (1, 28, 28)),
+        (["--data=Images", "--data.root=photos", "--data.size=[33,50]", "--data.channels=1"], (1, 33, 50)),
+        (["--data=Images", "--data.root=photos", "--data.size=64"], (3, 64, 64)),
+        (["--data=Gaussian", "--data.eigenvalues=[2,1,1]"], (3,)),
+    ],
+)
+def test_short_names_on_the_command_line(arguments, shape):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(DataModule, "data")
+    assert parser.instantiate_classes(parser.parse_args(arguments)).data.shape == shape
