@@ -20,6 +20,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
+templates_path = ["_templates"]
 exclude_patterns = ["_build", "_templates"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
@@ -36,6 +37,7 @@ autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 
 html_theme = "furo"
 html_title = "lightning-vae"
