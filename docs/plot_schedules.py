@@ -1,4 +1,4 @@
-"""Draw every schedule over one run of 1000 steps, for docs/schedules.md: `python docs/plot_schedules.py`."""
+"""Draw every schedule over one run of 1000 steps, for docs/guides/schedules.md: `python docs/plot_schedules.py`."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ PANELS: dict[str, dict[str, Schedule]] = {
 
 
 def main() -> None:
-    """Write schedules/all.png beside this file."""
+    """Write images/schedules.png."""
     figure, axes = plt.subplots(2, 4, figsize=(11, 5), sharex=True, sharey=True, layout="constrained")
     for axis, (title, schedules) in zip(axes.flat, PANELS.items(), strict=True):
         for style, (label, schedule) in zip(("-", "--", ":"), schedules.items(), strict=False):
@@ -41,7 +41,7 @@ def main() -> None:
         axis.legend(loc="upper left", fontsize=8, frameon=False)
     figure.supxlabel("step")
     figure.supylabel("beta")
-    figure.savefig(Path(__file__).parent / "schedules" / "all.png", dpi=80)
+    figure.savefig(Path(__file__).parent / "images" / "schedules.png", dpi=80)
 
 
 if __name__ == "__main__":

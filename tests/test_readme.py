@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_vae.main import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 # One command a line or between backticks; a backslash continues it, and `#` starts a remark.
 JOINED = re.sub(r"\\\n\s*", "", TEXT)

@@ -19,7 +19,7 @@ from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import Callback, CollapseDetector, Constant, DistributionReader, KLAnnealing, Linear
 
-PAGE = Path(__file__).parents[2] / "docs" / "drop_in.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "drop_in.md"
 WEIGHT, EPOCHS, RAMP = 0.5, 6, 0.75
 QUIET = {"accelerator": "cpu", "devices": 1, "enable_progress_bar": False, "enable_model_summary": False}
 QUIET |= {"enable_checkpointing": False, "logger": False, "num_sanity_val_steps": 0}
@@ -30,7 +30,7 @@ class Project:
     """What the checks have to know of a project.
 
     Args:
-        name: The heading of its example in docs/drop_in.md.
+        name: The heading of its example in docs/guides/drop_in.md.
         fit: Trains a new module in the project's own way, given callbacks and options of the Trainer.
         spy: Makes a module's loss report the weight that it received, each time it is computed.
         mean_head: The layer whose first outputs are the posterior's means.

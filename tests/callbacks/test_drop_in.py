@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_vae.callbacks import CollapseDetector, KLAnnealing, Linear
 from tests.doubles import loader, quiet_trainer
 
-PAGE = (Path(__file__).parents[2] / "docs" / "drop_in.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "drop_in.md").read_text()
 PROJECTS = ("scvi-tools", "disent", "lightning-uq-box")
 
 

@@ -428,7 +428,7 @@ def test_a_callable_of_ones_own_goes_where_a_schedule_goes() -> None:
     assert auto_cli(Knob, args=["math.sqrt"]).schedule is math.sqrt
 
 
-PAGE = (Path(__file__).parents[2] / "docs" / "schedules.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "schedules.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("example", re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL))
