@@ -25,8 +25,8 @@ NAMES = (
     "at mean 100",
 )
 COMPARED = (
-    "Each project is installed unmodified from the registry beside this checkout, runs its example of docs/guides/drop_in.md, "
-    "and is then trained in its own loop.",
+    "Each project is installed unmodified from the registry beside this checkout, runs its example of "
+    "docs/guides/drop_in.md, and is then trained in its own loop.",
     "Step 0: the relative error of loss(w) - loss(0) = w KL, w = 0.5, in the first step of two fits of one seed, in "
     "float64 and float32. The KL is what DistributionReader reads, reduced as the project reduces. In brackets the "
     "bound on rounding, 4 eps (|loss| + w terms) / (w KL), and 1e-5 is allowed besides.",
