@@ -80,6 +80,19 @@ class Callback(_Callback):
         pl_module.log_dict(tensors, prog_bar=prog_bar, batch_size=1, rank_zero_only=False, sync_dist=sync)
 
     @staticmethod
+    def take_up_loaders(trainer: Trainer) -> None:
+        """Let the loaders of a resumed run take up their places, where these were made before Lightning does that.
+
+        Meant for ``on_train_start``. Asking for ``trainer.estimated_stepping_batches`` early, as schedules do, makes
+        the loaders before Lightning has read their places from the checkpoint, and it would then forget them.
+        """
+        loop = trainer.fit_loop
+        if loop._combined_loader is not None and loop._combined_loader_states_to_load:
+            loop._combined_loader._load_state_dicts(loop._combined_loader_states_to_load)
+            loop._combined_loader_states_to_load = []
+            iter(loop._data_fetcher)  # type: ignore[arg-type]
+
+    @staticmethod
     def at_end(trainer: Trainer, clean_up: Callable[[], None]) -> None:
         """Call a function when the Trainer's run ends, however it ends.
 

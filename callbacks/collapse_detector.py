@@ -16,7 +16,7 @@ from torch.distributions import Distribution, Normal, kl_divergence
 from typing_extensions import override
 
 from .base import Callback
-from .control.attribute_scheduler import MisconfigurationException
+from .control.attribute_writer import MisconfigurationException
 from .drawing.colours import heat_map
 from .drawing.media_logger import MediaLogger
 from .metrics.active_units import ActiveUnits

@@ -13,7 +13,8 @@ from typing_extensions import override
 
 from .base import callbacks_of, mean_over_processes, several_processes
 from .control.attribute_path import is_number, look_up
-from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException
+from .control.attribute_scheduler import AttributeScheduler
+from .control.attribute_writer import MisconfigurationException
 from .free_bits import count_at_floor
 from .probing.loss_probe import LossProbe
 from .reading.distribution_reader import DistributionReader, is_compiled, read_prior, widened
@@ -111,14 +112,13 @@ class EnforcedFreeBits(AttributeScheduler):
         if average not in ("batch", "sample"):
             raise ValueError(f"`average` must be 'batch' or 'sample', got {average!r}.")
         schedule = threshold if callable(threshold) else Constant(threshold)
-        super().__init__(schedule, "free_bits", setter=self._hold, name=name)
+        super().__init__(schedule, attribute=None, name=name or "free_bits")
         self.posterior = posterior
         self.weight = weight
         self.reduction = reduction
         self.per = per
         self.average = average
         self._reader = DistributionReader(posterior, second, chunk)
-        self._threshold = 0.0
         self._rates: Tensor | None = None
 
     @override
@@ -127,7 +127,7 @@ class EnforcedFreeBits(AttributeScheduler):
         super().on_fit_start(trainer, pl_module)
 
     @override
-    def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if isinstance(self.weight, str):
             self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx=0, autocast=False), self.weight)
 
@@ -136,10 +136,11 @@ class EnforcedFreeBits(AttributeScheduler):
         rates = self._read_rates(pl_module)
         if rates is None:
             return
-        if self._threshold > 0:  # a floor of 0 is none, also where a rate rounds to 0
+        threshold = float(self._current)
+        if threshold > 0:  # a floor of 0 is none, also where a rate rounds to 0
             shared = self.average == "batch" and several_processes(trainer)
             means = mean_over_processes(trainer, rates.detach()) if shared else None
-            missing = self.factor(rates) * shortfall(rates, self._threshold, self.per, self.average, means)
+            missing = self.factor(rates) * shortfall(rates, threshold, self.per, self.average, means)
             # Lightning has divided the loss already, into a tensor that it keeps to itself.
             loss.add_((self._read_weight(pl_module) * missing / trainer.accumulate_grad_batches).reshape(loss.shape))
         self._rates = rates.detach()
@@ -155,7 +156,7 @@ class EnforcedFreeBits(AttributeScheduler):
     def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         super()._log(trainer, pl_module, batch)
         if self._rates is not None:
-            at_floor = count_at_floor(self._rates.float(), self._threshold, self.per, self.average).at_floor
+            at_floor = count_at_floor(self._rates.float(), float(self._current), self.per, self.average).at_floor
             self.log_now(pl_module, {"latent/at_floor": at_floor})
 
     def factor(self, rates: Tensor) -> float:
@@ -170,14 +171,13 @@ class EnforcedFreeBits(AttributeScheduler):
         return _REDUCTIONS[self.reduction](rates) if isinstance(self.reduction, str) else self.reduction
 
     @override
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
+    ) -> None:
         self._read_weight(pl_module)
         self._reader.listen(pl_module)  # both raise where a path leads nowhere
         self._reader.forget()
-        super()._begin(trainer, pl_module)
-
-    def _hold(self, _pl_module: LightningModule, threshold: float) -> None:
-        self._threshold = threshold
+        super()._prepare(trainer, pl_module, current, restored)
 
     def _read_weight(self, pl_module: LightningModule) -> Any:
         """Return the weight as the module has it: a tensor stays one, on its device and with its gradient."""

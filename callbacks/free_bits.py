@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
-from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException
-from .control.tied_attributes import TiedAttributes
+from .control.attribute_scheduler import AttributeScheduler
+from .control.attribute_writer import MisconfigurationException
+from .control.tied_attributes import NumberPlace
 from .reading.distribution_reader import DistributionReader, read_prior
 from .reading.rates import measured_rates
 from .schedules import Constant, Schedule
@@ -116,7 +117,7 @@ class FreeBits(AttributeScheduler):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        latest, total = self._latest, self._run.get("total_steps")
+        latest, total = self._latest, self._schedule.total_steps
         if latest is None or self._warned or getattr(trainer, "fast_dev_run", False):
             return
         if latest.sets_the_model and (total is None or self.step(trainer) >= total / 2):
@@ -129,7 +130,7 @@ class FreeBits(AttributeScheduler):
             )
 
     @override
-    def _find(self, pl_module: LightningModule) -> TiedAttributes:
+    def _find(self, pl_module: LightningModule) -> NumberPlace:
         try:
             return super()._find(pl_module)
         except ValueError as error:

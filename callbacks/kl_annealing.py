@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from .base import callbacks_of
 from .control.attribute_scheduler import AttributeScheduler
-from .control.witness import remedy
+from .control.attribute_writer import remedy
 from .probing.effective_beta import WeightEffect, weight_effect
 from .probing.loss_probe import LossProbe
 from .schedules import Schedule
@@ -76,26 +76,27 @@ class KLAnnealing(AttributeScheduler):
         self.probe = probe
 
     @override
-    def _try_out(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self.probe and self._is_foreign(pl_module):
             self._report(trainer, pl_module, batch)
 
     def _is_foreign(self, pl_module: LightningModule) -> bool:
         """Whether it is unknown what the number does; what a setter does besides is unknown too, so it isn't tried."""
-        return self.setter is None and not set(self._paths) & set(getattr(pl_module, "knob_targets", ()))
+        return self.setter is None and not set(self._paths) & set(getattr(pl_module, "knobs", {}))
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         others = [each for each in callbacks_of(trainer) if isinstance(each, KLAnnealing) and each is not self]
         # Two weights may be multiplied, and the other be 0 now.
-        held = {tuple(each._paths): each._target for each in others if each._paths and each._target is not None}
+        held = {tuple(each._paths): float(each._target) for each in others if each._paths and each._target is not None}
+        target = None if self._target is None else float(self._target)
         probe = LossProbe(trainer, pl_module, batch, batch_idx=0)
         try:
-            effect = weight_effect(probe, tuple(self._paths), held, batch, self._target or 1.0)
+            effect = weight_effect(probe, tuple(self._paths), held, batch, target or 1.0)
         except Exception as reason:  # a report that fails must not end somebody's training
             log.debug("%s(%s): the loss was not probed: %r.", type(self).__name__, self.name, reason)
             return
         say = rank_zero_warn if effect.is_ignored or effect.is_squared or effect.is_counted_twice else rank_zero_info
-        text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, self._target)}"
+        text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, target)}"
         if effect.is_ignored:
             text += " " + remedy(pl_module)
         say(textwrap.fill(text.strip(), 110, subsequent_indent="  "))
@@ -113,7 +114,7 @@ def describe(effect: WeightEffect, name: str, target: float | None) -> str:
     if effect.is_ignored:
         return (
             f"the loss of the first batch is {zero:.6g} whatever `{name}` is. In this batch it doesn't read the number "
-            "that is written, or sets it anew, or multiplies it by something that is 0, or the KL is exactly 0."
+            "that is written, or sets it itself, or multiplies it by something that is 0, or the KL is exactly 0."
         )
     if not effect.is_linear:
         text = (

@@ -14,8 +14,9 @@ from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
 from .base import callbacks_of, sum_over_processes
-from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException, _monitors
+from .control.attribute_writer import AttributeWriter, MisconfigurationException, monitors
 from .control.rate_controller import ControllerState, RateController, rate_scale
+from .control.run_schedule import RunSchedule
 from .reading.distribution_reader import DistributionReader, read_prior
 from .reading.rates import measured_rates
 from .schedules import Constant, Schedule
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _VALIDATION_LOSS = re.compile(r"val(id|idation)?[/_]loss(_epoch)?")
 
 
-class TargetRate(AttributeScheduler):
+class TargetRate(AttributeWriter):
     r"""Hold the rate at a target by moving the weight of the KL term: compression to a given number of nats or bits.
 
     ControlVAE's PI controller, in the logarithm of the weight,
@@ -129,7 +130,8 @@ class TargetRate(AttributeScheduler):
             raise ValueError(f"`smoothing` must be at least 0 and below 1, got {smoothing}.")
         if setter is not None and start is None:
             raise ValueError("`start` must be given with a `setter`: nothing else tells the weight to start from.")
-        super().__init__(target if callable(target) else Constant(float(target or 0.0)), attribute, setter, name)
+        super().__init__(attribute, setter, name)
+        self.schedule = target if callable(target) else Constant(float(target or 0.0))
         self.nats = nats
         self.bits = bits
         self.start = start
@@ -144,10 +146,12 @@ class TargetRate(AttributeScheduler):
         self._log_key = "knobs/target_rate" if name is None else f"knobs/target_rate_{name}"
         self._rate_key = "latent/rate" if name is None else f"latent/rate_{name}"
         self._reader = DistributionReader(posterior, second, chunk)
+        self._schedule = RunSchedule(self.schedule)
+        self._first: float | None = None  # the weight that the run began with
         self._controller: RateController | None = None
         self._state: ControllerState | None = None
         self._measured: Tensor | None = None  # sum of the rates and number of observations since the last step
-        self._targets: dict[str, float] = {}  # of the module, where it has them
+        self._sets_limit = False  # whether the module's validation loss serves the target
         self._reported: set[str] = set()
 
     @override
@@ -161,11 +165,9 @@ class TargetRate(AttributeScheduler):
     ) -> None:
         measured = self._measure(pl_module, batch)
         self._measured = measured if self._measured is None else self._measured + measured
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         if not self.accumulates(trainer):
             self._steer(trainer)
-        if self.logs_now(trainer):
-            self._log_rate(trainer, pl_module)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -174,7 +176,7 @@ class TargetRate(AttributeScheduler):
     @override
     def state_dict(self) -> dict[str, Any]:
         state = {} if self._state is None else {name: value.cpu() for name, value in self._state._asdict().items()}
-        return {**super().state_dict(), **state}
+        return {"base": self._first, **self._schedule.state(), **state}
 
     @property
     def weight(self) -> Tensor | None:
@@ -183,7 +185,17 @@ class TargetRate(AttributeScheduler):
 
     def target(self, step: int) -> float:
         """Return the target of a step, in nats."""
-        return self._in_nats(self._resolved(step))
+        return self._in_nats(self._schedule(step))
+
+    @override
+    def _value(self, step: int) -> Tensor:
+        assert isinstance(self._target, Tensor)
+        return self._target
+
+    @property
+    @override
+    def _moves(self) -> bool:
+        return True
 
     def _in_nats(self, value: float) -> float:
         return value if self.bits is None else value * math.log(2)
@@ -206,8 +218,11 @@ class TargetRate(AttributeScheduler):
         assert self._measured is not None
         measured, self._measured = sum_over_processes(trainer, self._measured), None
         self._state = self._controller(self._state, measured[0] / measured[1], self.target(self.step(trainer)))
+        self._target = self.weight
 
-    def _log_rate(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    @override
+    def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        super()._log(trainer, pl_module, batch)
         assert self._state is not None
         target = self.target(self.step(trainer))
         self.log_now(pl_module, {self._log_key: target, self._rate_key: self._state.rate})
@@ -232,81 +247,64 @@ class TargetRate(AttributeScheduler):
             remedy = "Lower `min_beta` or the target, or give the model more latent dimensions."
             yield "low", f"{weight.format('smallest')}{missed} {remedy}"
         met = abs(rate - target) <= self.tolerance * rate_scale(target)
-        if met and self._targets and math.exp(log_weight) > self.price:
+        if met and self._sets_limit and math.exp(log_weight) > self.price:
             yield (
                 "price",
                 f"it takes `{self.name}` = {math.exp(log_weight):.4g} to hold the rate, and `val/loss` charges "
                 f"{self.price:g} for a nat above the target: it would pay to exceed it. Raise `price`.",
             )
 
-    # ---- what differs from a number that follows a schedule
-
     @override
-    def _value(self, step: int) -> Tensor:
-        assert self._state is not None
-        return self._state.log_weight.exp()
-
-    @property
-    @override
-    def _is_constant(self) -> bool:
-        return False
-
-    @override
-    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        restored = self._restored or (self.state_dict() if self.step(trainer) > 0 else {})
-        self._targets = {}
-        super()._begin(trainer, pl_module)
-        self._settled = math.inf  # where the target has come to its end the weight goes on moving
-        self._state = ControllerState.start(math.log(self._base or 0), pl_module.device)
-        if all(name in restored for name in ControllerState._fields):
-            saved = (torch.as_tensor(restored[name]) for name in ControllerState._fields)
-            self._state = ControllerState(*(value.to(pl_module.device) for value in saved))
-
-    @override
-    def _configured(self, pl_module: LightningModule, current: float | None, restored: dict[str, Any]) -> float | None:
-        """Return the weight that the run starts, or started, from."""
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
+    ) -> None:
         first = self.start if self.start is not None else restored.get("base") or current
         if first is None or not first > 0:
             raise ValueError(
                 f"{type(self).__name__}({self.name}): the weight to start from must be above 0, got {first}. Configure "
                 "the module with another, or give `start`."
             )
-        return float(first)
+        self._first = float(first)
+        self._schedule.begin(trainer, f"{type(self).__name__}({self.name})", None, restored)
+        self._controller = self._bounded(self._first)
+        self._state = ControllerState.start(math.log(self._first), pl_module.device)
+        if all(name in restored for name in ControllerState._fields):
+            saved = (torch.as_tensor(restored[name]) for name in ControllerState._fields)
+            self._state = ControllerState(*(value.to(pl_module.device) for value in saved))
+        self._set_limit(pl_module)
+        self._target = self.weight
 
-    def _bounded(self) -> RateController:
-        assert self._base is not None
-        lower = self._base / 100 if self.min_beta is None else self.min_beta
-        upper = self._base * 100 if self.max_beta is None else self.max_beta
-        if not lower <= self._base <= upper:
+    def _bounded(self, first: float) -> RateController:
+        lower = first / 100 if self.min_beta is None else self.min_beta
+        upper = first * 100 if self.max_beta is None else self.max_beta
+        if not lower <= first <= upper:
             raise ValueError(
-                f"{type(self).__name__}({self.name}): the weight starts at {self._base:g}, which must be within "
+                f"{type(self).__name__}({self.name}): the weight starts at {first:g}, which must be within "
                 f"`min_beta` and `max_beta`, {lower:g} to {upper:g}. Change them or `start`."
             )
         return RateController(
             math.log(lower), math.log(upper), self.proportional, self.integral, self.smoothing, self.tolerance
         )
 
-    @override
-    def _agree_on_target(self, pl_module: LightningModule) -> None:
-        """Tell a module that knows of them which rate its loss is to be selected at, and the price of exceeding it."""
-        self._controller = self._bounded()
-        steps = self._run["total_steps"] or 10**9  # another callable has no end but the run's
-        end = self._in_nats(self._resolved.final if isinstance(self._resolved, Schedule) else self._resolved(steps))
-        if not 0 <= end < math.inf:
+    def _set_limit(self, pl_module: Any) -> None:
+        """Tell a module with knobs which rate its loss is to be selected at, and the price of exceeding it."""
+        end = self._schedule.final
+        if end is None:  # another callable, which ends with the run
+            end = self.schedule(self._schedule.total_steps or 10**9)
+        limit = self._in_nats(end)
+        if not 0 <= limit < math.inf:
             raise ValueError(
-                f"{type(self).__name__}({self.name}): the target must end at a finite rate of at least 0, got {end}."
+                f"{type(self).__name__}({self.name}): the target must end at a finite rate of at least 0, got {limit}."
             )
-        module: Any = pl_module
-        if not set(self._paths) & set(getattr(module, "knob_targets", ())):
-            return
-        self._targets = module.knob_targets
-        module.rate_limit = (end + self.tolerance * rate_scale(end), self.price)
+        self._sets_limit = bool(set(self._paths) & set(getattr(pl_module, "knobs", {})))
+        if self._sets_limit:
+            pl_module.rate_limit = (limit + self.tolerance * rate_scale(limit), self.price)
 
     @override
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
         super()._refuse_moving_monitor(trainer)
-        for owner, monitor in _monitors(trainer):
-            if not self._targets and _VALIDATION_LOSS.fullmatch(monitor):
+        for owner, monitor in () if self._sets_limit else monitors(trainer):
+            if _VALIDATION_LOSS.fullmatch(monitor):
                 rank_zero_warn(
                     f"{type(self).__name__}({self.name}): {owner} monitors {monitor!r}. If `{self.name}` is in it, it "
                     "moves with the controller and is lowest where the weight is. Monitor a reconstruction error, or "
@@ -319,15 +317,6 @@ class TargetRate(AttributeScheduler):
         for each in callbacks_of(trainer):
             if isinstance(each, TargetRate) and each is not self and each._log_key == self._log_key:
                 raise MisconfigurationException(f"Two callbacks log `{self._log_key}`. Tell them apart with `name=`.")
-
-    @override
-    def _write_target(self) -> None:
-        """Leave the weight where the controller has it, for whatever comes before the next training batch."""
-        if self._knob is None or self._state is None:
-            return
-        weight = self._state.log_weight.exp()
-        self._knob.write(weight)
-        self._targets.update({path: float(weight) for path in self._paths if path in self._targets})
 
 
 def sum_and_count(posteriors: Sequence[Distribution], prior: Distribution, device: torch.device) -> Tensor:

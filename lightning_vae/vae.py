@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import wraps
 from typing import Any, Self
 
@@ -48,8 +48,9 @@ class VAE(LightningModule):
         \text{loss} = \text{distortion} + \beta \cdot \text{floored rate}
 
     in nats per observation, summed over the event and the latent dimensions, mean over the batch. The two knobs
-    ``beta`` and ``free_bits`` are 0-dim float32 buffers: assigning a number fills them in place. What the constructor
-    got is their target, which :attr:`knob_targets` holds while callbacks move them.
+    ``beta`` and ``free_bits`` are 0-dim float32 buffers: assigning a number fills them in place, and outside of a fit
+    configures the module as the constructor does. A callback that moves a knob does so in training batches alone:
+    validation, checkpoints and the finished module hold its target.
 
     Logged, always unweighted and in nats per observation: ``train/``, ``val/`` and ``test/`` with ``elbo``, ``rate``,
     ``distortion``, ``floored_rate`` and ``loss``. ``train/loss`` is what is minimised at the moment; ``val/loss`` and
@@ -84,8 +85,8 @@ class VAE(LightningModule):
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
         prior: p(z), standard normal, batch shape ``(k,)``.
-        knob_targets: The value each knob is meant to end at.
-        configured_knobs: The knobs that the constructor got a value of its own for.
+        knobs: The number that each knob is configured with, by the constructor or an assignment; ``None`` for one that
+            was left at its default, which a callback's schedule may end elsewhere than at.
         rate_limit: The rate in nats up to which ``val/loss`` is the distortion, and the price of each nat above it; set
             by ``TargetRate``, saved in checkpoints. ``None`` where no controller has set it.
 
@@ -125,10 +126,8 @@ class VAE(LightningModule):
             raise ValueError(f"`levels` must be at least 2, or None for real-valued data, got {levels}.")
         if latent_dim < 1:
             raise ValueError(f"`latent_dim` must be at least 1, got {latent_dim}.")
-        configured = {"beta": beta, "free_bits": free_bits}
-        for name, value in configured.items():
-            if value is not None and not 0 <= value <= torch.finfo(torch.float32).max:
-                raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
+        given_knobs = {"beta": beta, "free_bits": free_bits}
+        knobs = {name: None if value is None else _checked_knob(name, value) for name, value in given_knobs.items()}
         group_rates(torch.zeros(1, latent_dim), free_bits_per)  # raises on a value that does not fit
         if free_bits_average not in ("batch", "sample"):
             raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
@@ -146,13 +145,11 @@ class VAE(LightningModule):
         self._compile_mode = compile
         self._compiled: Callable[[Tensor], tuple[Tensor, Tensor, int | Tensor]] | None = None
 
-        self.configured_knobs = {name for name, value in configured.items() if value is not None}
-        self.knob_targets = {
-            name: float(_KNOBS[name] if value is None else value) for name, value in configured.items()
-        }
+        self.knobs = knobs
         self.rate_limit: tuple[float, float] | None = None
-        for name, target in self.knob_targets.items():
-            self.register_buffer(name, torch.tensor(target, dtype=torch.float32), persistent=False)
+        for name, value in knobs.items():
+            knob = torch.tensor(_KNOBS[name] if value is None else value, dtype=torch.float32)
+            self.register_buffer(name, knob, persistent=False)
         self.register_buffer("_prior_parameters", torch.tensor([0.0, 1.0]), persistent=False)
         self.posterior: td.Distribution | None = None
         self._network_dtype = _dtype(self.encoder)  # looking each time takes as long as a small layer
@@ -429,7 +426,7 @@ class VAE(LightningModule):
             return
         terms = self.elbo_terms(observations)
         # The floor on each sample is a sum over observations; the floor on a mean waits for the whole pass.
-        floored = self._target_floored_rate(terms.rate_per_dimension) * len(observations)
+        floored = self._floored_rate(terms.rate_per_dimension) * len(observations)
         sums = torch.cat([terms.rate_per_dimension.sum(0), terms.distortion.sum()[None], floored[None]])
         self._evaluation_sums[dataloader_idx].add(sums, len(observations))
 
@@ -438,10 +435,10 @@ class VAE(LightningModule):
             means = self._mean_over_processes(sums.flush())
             rate_per_dimension, distortion, floored = means[:-2], means[-2], means[-1]
             if self.free_bits_average == "batch":
-                floored = self._target_floored_rate(rate_per_dimension[None])
+                floored = self._floored_rate(rate_per_dimension[None])
             rate = rate_per_dimension.sum()
             if self.rate_limit is None:
-                loss = weighted_loss(distortion, floored, self.knob_targets["beta"])
+                loss = weighted_loss(distortion, floored, self.beta)
             else:
                 loss = limited_rate_loss(distortion, rate, *self.rate_limit)
             values = _named(prefix, torch.stack([distortion, rate, floored, loss]))
@@ -450,8 +447,8 @@ class VAE(LightningModule):
             sync = self.trainer.world_size > 1
             self.log_dict(values, batch_size=1, sync_dist=sync, add_dataloader_idx=False)
 
-    def _target_floored_rate(self, rates: Tensor) -> Tensor:
-        return free_bits(rates, self.knob_targets["free_bits"], self.free_bits_per, self.free_bits_average)
+    def _floored_rate(self, rates: Tensor) -> Tensor:
+        return free_bits(rates, self.free_bits, self.free_bits_per, self.free_bits_average)
 
     def _mean_over_processes(self, sums: Tensor) -> Tensor:
         """Divide sums, whose last entry is the count, by it, over all processes."""
@@ -467,6 +464,9 @@ class VAE(LightningModule):
         if stage == "fit":
             self._train_sums.reset()
             self.rate_limit = None
+            for name, value in self.knobs.items():
+                if value is not None:  # else it goes on from where it is
+                    self._fill(name, value)
             self._seed = self.trainer.strategy.broadcast(int(torch.randint(2**31, ())))
             self._unfinished = None
 
@@ -474,14 +474,15 @@ class VAE(LightningModule):
         """Refuse monitors that would select a wrong model, and say what has changed since the run was saved."""
         trainer: Any = self.trainer
         self._configured_optimizers = configured(trainer.optimizers)  # before a checkpoint brings its own
-        say_what_changed(trainer, dict(self.hparams))
+        # Knobs apart, of which loading the checkpoint has told.
+        say_what_changed(trainer, {name: value for name, value in self.hparams.items() if name not in self.knobs})
         if trainer.gradient_clip_val:
             for optimizer in trainer.optimizers:
                 # Lightning doesn't clip under mixed precision where an optimizer unscales by itself, as fused ones do
                 # unless told not to.
                 optimizer._step_supports_amp_scaling = False
         check_monitors(trainer)
-        if "beta" not in self.configured_knobs:  # else the constructor has
+        if self.knobs["beta"] is None:  # else the constructor has
             self._warn_of_feedback()
 
     def on_train_start(self) -> None:
@@ -489,11 +490,6 @@ class VAE(LightningModule):
         if self._unfinished is not None:
             finish_batch(self.trainer, self._unfinished)
             say_what_is_lost(self.trainer)
-
-    def on_fit_end(self) -> None:
-        """Leave the knobs at their targets, also where a callback averaged the buffers."""
-        for name, target in self.knob_targets.items():
-            self._fill(name, target)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Save what a callback may have chosen, and what resuming exactly takes; nothing that is not finite.
@@ -510,7 +506,8 @@ class VAE(LightningModule):
             )
         variant = {name: getattr(self, name) for name in ("free_bits_per", "free_bits_average")}
         checkpoint["lightning_vae"] = {
-            "knob_targets": dict(self.knob_targets),
+            "knobs": dict(self.knobs),
+            "knob_values": {name: float(getattr(self, name)) for name in self.knobs},
             "chosen": {name: value for name, value in variant.items() if value != self.hparams[name]},
             "train_sums": self._train_sums.state(),
             "rate_limit": self.rate_limit,
@@ -540,22 +537,45 @@ class VAE(LightningModule):
             for name, value in saved.items():
                 if name not in kwargs:
                     check_descriptions(name, value)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        model = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        for name in model.knobs:
+            if kwargs.get(name) is not None:  # it wins over what a controller has found, too
+                setattr(model, name, kwargs[name])
+        return model
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore what callbacks set: knobs left at their defaults or moved by a controller, the floor's variant."""
         saved = checkpoint.get("lightning_vae", {})
         self.rate_limit = saved.get("rate_limit")
         self._seed, self._unfinished = saved.get("seed", self._seed), saved.get("unfinished")
-        for name, target in saved.get("knob_targets", {}).items():
-            # What a controller was configured with is where it began, and not what it found.
-            if name not in self.configured_knobs or (name == "beta" and self.rate_limit is not None):
-                self.knob_targets[name] = target
-                self._fill(name, target)
+        for name, value in saved.get("knob_values", {}).items():
+            self._load_knob(name, value, saved["knobs"][name])
         for name, value in saved.get("chosen", {}).items():
             setattr(self, name, value)
-        if self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING and "train_sums" in saved:
+        if self._is_fitting and "train_sums" in saved:
             self._train_sums.load(saved["train_sums"])
+
+    def _load_knob(self, name: str, value: float, saved: float | None) -> None:
+        """Take a knob from a checkpoint, unless the module is configured with another number.
+
+        Args:
+            name: The knob.
+            value: What it was when the checkpoint was saved.
+            saved: What the module that was saved was configured with.
+        """
+        own = self.knobs[name]
+        if self._is_fitting:
+            steered = name == "beta" and self.rate_limit is not None  # what a controller has found goes on
+            keeps = own is not None and not steered
+            if keeps and float(getattr(self, name)) != value:
+                rank_zero_warn(
+                    f"The checkpoint was saved with `{name}={value:g}`; the module is configured with `{name}={own:g}`,"
+                    " which the run goes on with."
+                )
+        else:
+            keeps = self._trainer is None and own not in (None, saved)  # an argument that replaces the checkpoint's
+        if not keeps:
+            self._fill(name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Fill a knob that is given a value; outside of a fit, that is to configure it."""
@@ -565,12 +585,28 @@ class VAE(LightningModule):
             # fifty times a step, and nn.Module takes four times as long.
             own[name] = value
         elif name in _KNOBS and name in own.get("_buffers", {}):
+            if not self._is_fitting:
+                self.knobs[name] = _checked_knob(name, float(value))
+                self.save_hyperparameters({name: self.knobs[name]})
             self._fill(name, value)
-            if self._trainer is None or self._trainer.state.fn != TrainerFn.FITTING or self._trainer.state.stopped:
-                self.knob_targets[name] = float(value)
-                self.configured_knobs.add(name)
         else:
             super().__setattr__(name, value)
+
+    @property
+    def _is_fitting(self) -> bool:
+        trainer = self._trainer
+        return trainer is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.state.stopped
+
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """Leave out the knobs: weight averaging goes through these, and a knob is no weight to be averaged."""
+        knobs = {id(self._buffers.get(name)) for name in _KNOBS}
+        return (each for each in super().buffers(recurse) if id(each) not in knobs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy knobs of its own: spawned processes share the memory of what Lightning does not copy."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in _KNOBS:
+            self._buffers[name] = getattr(self, name).clone()
 
     @torch.no_grad()
     def _fill(self, name: str, value: float | Tensor) -> None:
@@ -636,13 +672,19 @@ class VAE(LightningModule):
         self.save_hyperparameters({**self.hparams, **described})
 
     def _warn_of_feedback(self) -> None:
-        beta = self.knob_targets["beta"]
+        beta = float(self.beta)
         if beta != 1 and self.likelihood.learns_scale:
             rank_zero_warn(
                 f"`beta` is {beta:g} with a likelihood whose scale adapts: the two feed back. A larger beta worsens "
                 "the reconstruction, which widens the scale, which weakens the reconstruction again, until all "
                 "has collapsed. Fix the variance (train once at beta 1 and take its variance), or keep beta at 1."
             )
+
+
+def _checked_knob(name: str, value: float) -> float:
+    if not 0 <= value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
+    return float(value)
 
 
 def _dtype(network: nn.Module) -> torch.dtype:

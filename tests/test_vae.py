@@ -2,6 +2,7 @@ import copy
 import csv
 import functools
 import math
+import pickle
 from collections import defaultdict
 from contextlib import nullcontext
 
@@ -147,7 +148,8 @@ def test_knobs_are_float32_buffers_that_a_number_fills():
     assert (vae.beta.item(), vae.beta.dtype, vae.beta.ndim) == (0.25, torch.float32, 0)
     assert {"beta", "free_bits"} <= dict(vae.named_buffers()).keys()
     assert not {"beta", "free_bits"} & vae.state_dict().keys()
-    assert vae.knob_targets == {"beta": 0.25, "free_bits": 0.5}  # outside of a fit it is configured
+    assert vae.knobs == {"beta": 0.25, "free_bits": 0.5}  # outside of a fit it is configured
+    assert (vae.hparams["beta"], vae.hparams_initial["beta"]) == (0.25, 0.25)
     for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
         vae.beta = 0.1
         vae.to(dtype)
@@ -182,6 +184,10 @@ def test_validation_loss_is_at_the_target_knobs(tmp_path, average):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             pl_module.beta = 0.01
             pl_module.free_bits = 7.0
+
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.beta = 3.0
+            pl_module.free_bits = 0.4
 
     run.callbacks.append(Mover())
     run.fit(vae, loader(), loader())
@@ -223,9 +229,18 @@ def test_moving_a_knob_within_a_fit_does_not_configure_it(tmp_path):
 
     vae = small()
     trainer(tmp_path, callbacks=[Mover()]).fit(vae, loader(), loader())
-    assert (vae.beta.item(), vae.knob_targets["beta"], vae.configured_knobs) == (1.0, 1.0, set())
+    assert (vae.beta.item(), vae.knobs["beta"], vae.hparams["beta"]) == (pytest.approx(0.4), None, None)
     vae.beta = 0.5
-    assert (vae.knob_targets["beta"], vae.configured_knobs) == (0.5, {"beta"})
+    assert (vae.beta.item(), vae.knobs["beta"], vae.hparams["beta"]) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_an_assignment_refuses_what_the_constructor_refuses(value):
+    """Case "beta set to nonsense"."""
+    vae = small(beta=2.0)
+    with pytest.raises(ValueError, match=f"`beta` must be a finite number of at least 0, got {value}"):
+        vae.beta = value
+    assert (vae.beta.item(), vae.knobs["beta"]) == (2.0, 2.0)
 
 
 def test_at_beta_one_validation_loss_is_minus_the_elbo(tmp_path):
@@ -587,7 +602,7 @@ def test_checkpoints_load_without_another_argument(tmp_path, options):
     vae = small(**options)
     path = fitted(tmp_path, vae)
     loaded = VAE.load_from_checkpoint(path, weights_only=True)
-    assert loaded.knob_targets == vae.knob_targets
+    assert loaded.knobs == vae.knobs
     assert loaded.beta == vae.beta
     torch.testing.assert_close(loaded.reconstruct(images(4)), vae.reconstruct(images(4)), rtol=0, atol=0)
 
@@ -595,7 +610,7 @@ def test_checkpoints_load_without_another_argument(tmp_path, options):
 def test_an_argument_replaces_the_checkpoints(tmp_path):
     path = fitted(tmp_path, small(beta=4.0, free_bits_per="dimension"))
     loaded = VAE.load_from_checkpoint(path, weights_only=True, beta=1.0, free_bits_per="whole")
-    assert (loaded.beta.item(), loaded.knob_targets["beta"], loaded.free_bits_per) == (1.0, 1.0, "whole")
+    assert (loaded.beta.item(), loaded.knobs["beta"], loaded.free_bits_per) == (1.0, 1.0, "whole")
 
 
 def test_a_default_that_is_written_out_is_configured(tmp_path):
@@ -639,11 +654,92 @@ class Subclass(VAE):
         super().__init__(shape, levels, encoder=functools.partial(MLPEncoder, hidden=(width,)))
 
 
-def test_weight_averaging_leaves_the_knobs_alone(tmp_path):
+def test_an_assignment_outside_a_fit_is_in_the_checkpoint(tmp_path):
+    vae = small(beta=1.0)
+    vae.beta = 4.0
+    path = fitted(tmp_path, vae)
+    loaded = VAE.load_from_checkpoint(path, weights_only=True)
+    assert (loaded.beta.item(), loaded.knobs["beta"], loaded.hparams["beta"]) == (4.0, 4.0, 4.0)
+    validated = small()
+    trainer(tmp_path).validate(validated, loader(), path, verbose=False)
+    assert validated.beta.item() == 4.0
+
+
+class Weighted(VAE):
+    def __init__(self, weight=2.0):
+        super().__init__(SHAPE, LEVELS, latent_dim=3, beta=weight)
+
+
+def test_an_argument_that_becomes_a_knob_replaces_the_checkpoints(tmp_path):
+    path = fitted(tmp_path, Weighted())
+    assert Weighted.load_from_checkpoint(path, weights_only=True).beta == 2.0
+    assert Weighted.load_from_checkpoint(path, weights_only=True, weight=5.0).beta == 5.0
+
+
+@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
+def test_an_evaluation_takes_the_checkpoints_knobs(tmp_path, stage):
+    path = fitted(tmp_path, small(beta=4.0, free_bits=0.5))
     vae = small(beta=2.0)
-    run = trainer(tmp_path, callbacks=[EMAWeightAveraging(decay=0.5)])
+    getattr(trainer(tmp_path), stage)(vae, loader(), ckpt_path=path)
+    assert (vae.beta.item(), vae.free_bits.item()) == (4.0, 0.5)
+    assert vae.knobs == {"beta": 2.0, "free_bits": None}
+    trainer(tmp_path, max_epochs=1).fit(vae, loader())
+    assert vae.beta == 2.0, "training is at what the module is configured with"
+
+
+@pytest.mark.filterwarnings("ignore:The training data come from a DataLoader")
+def test_a_configured_knob_wins_over_the_checkpoint_that_a_fit_goes_on_from(tmp_path):
+    path = fitted(tmp_path, small(beta=4.0, free_bits=0.5))
+    vae = small(beta=2.0)
+    with pytest.warns(UserWarning, match=r"saved with `beta=4`; .* configured with `beta=2`, which the run") as caught:
+        trainer(tmp_path, max_epochs=2).fit(vae, loader(), ckpt_path=path)
+    assert sum("`beta=" in str(each.message) for each in caught) == 1
+    assert (vae.beta.item(), vae.free_bits.item()) == (2.0, 0.5)
+    same = small(beta=4.0)
+    trainer(tmp_path, max_epochs=2).fit(same, loader(), ckpt_path=path)  # a warning would be an error
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("annealed", [True, False])
+def test_under_weight_averaging_validation_and_checkpoints_keep_the_target(tmp_path, use_buffers, first, annealed):
+    """Case "averaged weights average beta", on the VAE. A mean of 0.1's in float32 is not 0.1."""
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(pl_module.beta.item())
+
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2, save_last=True)
+    weights = ModelCheckpoint(tmp_path, "weights-{step}", save_top_k=-1, every_n_train_steps=3, save_weights_only=True)
+    callbacks = [
+        EMAWeightAveraging(decay=0.9, use_buffers=use_buffers),
+        *[KLAnnealing(Linear(fraction=0.5))] * annealed,
+    ]
+    run = trainer(
+        tmp_path, callbacks=[*(callbacks if first else callbacks[::-1]), Watch(), save, weights], max_epochs=4
+    )
+    vae = small(beta=0.1)
     run.fit(vae, loader(), loader())
-    assert vae.beta.item() == 2.0
+    target = torch.tensor(0.1).item()
+    assert set(seen) == {target}
+    assert vae.beta.item() == target
+    metrics = {name: float(value) for name, value in run.callback_metrics.items()}
+    assert metrics["val/loss"] == pytest.approx(metrics["val/distortion"] + 0.1 * metrics["val/rate"], rel=1e-6)
+    files = list(tmp_path.glob("*.ckpt"))
+    assert len(files) > 10
+    for file in files:
+        assert torch.load(file, weights_only=True)["lightning_vae"]["knob_values"]["beta"] == target
+        assert VAE.load_from_checkpoint(file, weights_only=True).beta.item() == target
+
+
+def test_a_copy_has_knobs_of_its_own():
+    vae = small(beta=2.0)
+    twin = pickle.loads(pickle.dumps(vae))
+    twin.beta = 3.0
+    assert (vae.beta.item(), twin.beta.item(), copy.deepcopy(twin).beta.item()) == (2.0, 3.0, 3.0)
+    vae.share_memory()
+    assert not pickle.loads(pickle.dumps(vae)).beta.is_shared()
 
 
 # ---- several processes

@@ -24,9 +24,9 @@ class AttributePath:
     """A number that lies at a dotted path of a module: ``"beta"``, ``"model.beta"``, ``"params.kld_weight"``.
 
     The path may pass through submodules, plain objects, dict keys, list indices and the elements of a tensor. It must
-    exist: an ``nn.Module`` takes any new name without a word, so a typing error would otherwise anneal nothing.
+    exist: an ``nn.Module`` takes any new name, so that a typing error would otherwise go unnoticed and anneal nothing.
     Wrappers that keep the real thing in ``_orig_mod`` or ``module`` (``torch.compile``, DDP) are looked through. It is
-    walked anew each time, because a project may replace what lies on the way.
+    walked each time, because a project may replace what lies on the way.
 
     A path may also lead to a method that returns the number. Writing then replaces it, on this one object and for good,
     by a function that returns what was written, whatever it is called with.
@@ -86,17 +86,18 @@ class AttributePath:
             raise ValueError(f"`attribute={self.path!r}` can't be set to {float(value):g}: {reason}") from error
         self._written = value
 
-    def holds(self) -> bool:
-        """Whether what was written is still there. As long as it is, no device is waited for."""
+    def overwritten(self) -> AttributePath | None:
+        """Return this place if it no longer holds what was written. As long as it does, no device is waited for."""
         current = self._find()[1]
         # Nobody has filled it; or it is a parameter, which its optimizer moves, but only after the loss.
         if isinstance(current, Tensor) and (
             current.requires_grad or (current.data_ptr(), current._version) == self._place
         ):
-            return True
+            return None
         value = _number(current)
         # Half precision keeps 8 bits, and a setter may round.
-        return value is not None and math.isclose(value, float(self._written), rel_tol=1e-2, abs_tol=1e-7)
+        holds = value is not None and math.isclose(value, float(self._written), rel_tol=1e-2, abs_tol=1e-7)
+        return None if holds else self
 
     def _find(self) -> tuple[Any, Any]:
         """Return what keeps the number, and what it keeps."""
@@ -129,7 +130,7 @@ class AttributePath:
                     "Make it a floating-point tensor."
                 )
             if self._find()[1].data_ptr() != value.data_ptr():
-                raise self._not_settable(owner, "it is computed anew each time")
+                raise self._not_settable(owner, "it is computed each time")
             return
         try:
             _set(owner, self._name, value)
@@ -142,12 +143,9 @@ class AttributePath:
                 f"`attribute={self.path!r}` can't be set ({reason}). Replace the frozen dataclass as a whole with "
                 "`setter=`, a callable `(pl_module, value) -> None` that uses `dataclasses.replace`."
             )
-        sources = _computed_from(owner, self._name)
-        prefix = self.path[: -len(self._name)]
-        named = f", here {', '.join(repr(prefix + name) for name in sources)}" if sources else ""
         return ValueError(
-            f"`attribute={self.path!r}` can't be set ({reason}). Name what it is computed from{named}, or pass "
-            "`setter=`, a callable `(pl_module, value) -> None`."
+            f"`attribute={self.path!r}` can't be set ({reason}). Name what it is computed from, or pass `setter=`, a "
+            "callable `(pl_module, value) -> None`."
         )
 
 
@@ -235,14 +233,6 @@ def _nowhere(owner: Any, name: str, path: str) -> _NowhereError:
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     known = _known(owner, path[: -len(name)] if path.endswith(name) else "")
     return _NowhereError(f"{start} has no {name!r}. {hint}It has {known}.")
-
-
-def _computed_from(owner: Any, name: str) -> list[str]:
-    """Return which numbers of an object its read-only property looks at."""
-    getter = getattr(inspect.getattr_static(type(owner), name, None), "fget", None)
-    looked_at = getattr(getattr(getter, "__code__", None), "co_names", ())
-    own = {*vars(owner), *_names(owner)} if hasattr(owner, "__dict__") else _names(owner)
-    return [name for name in looked_at if name in own and is_number(getattr(owner, name, None))]
 
 
 def _unwrapped(owner: Any) -> Any:

@@ -1,9 +1,9 @@
-"""What a callback writes to: several attributes that are one number, or a function."""
+"""What a callback writes to: one attribute, several that are one number, or a function."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
@@ -13,49 +13,68 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 
+class NumberPlace(Protocol):
+    """Somewhere that a number is kept."""
+
+    def read(self) -> float | None:
+        """Return the number as it is now, if that can be told."""
+
+    def write(self, value: float | Tensor) -> None:
+        """Set the number."""
+
+    def overwritten(self) -> AttributePath | None:
+        """Return the attribute that no longer holds what was written to it, if there is one."""
+
+
+def number_place(
+    pl_module: LightningModule, paths: Sequence[str], setter: Callable[[Any, float], None] | None = None
+) -> NumberPlace:
+    """Find where a module keeps a number.
+
+    Args:
+        pl_module: The module.
+        paths: The attributes, see :class:`~.attribute_path.AttributePath`.
+        setter: Writes the number instead, if given.
+
+    Raises:
+        ValueError: As :class:`~.attribute_path.AttributePath`.
+    """
+    if setter is not None:
+        return _Setter(pl_module, setter)
+    return AttributePath(pl_module, paths[0]) if len(paths) == 1 else TiedAttributes(pl_module, paths)
+
+
 class TiedAttributes:
-    """A number of a LightningModule, which may be kept in several places.
+    """A number that a LightningModule keeps in several places.
 
     Places that check each other, as a lower and an upper bound do, are written in whichever order is accepted.
 
     Args:
         pl_module: The module that keeps it.
         paths: Where, see :class:`~.attribute_path.AttributePath`.
-        setter: Writes it instead, if given.
 
     Raises:
         ValueError: As :class:`~.attribute_path.AttributePath`.
     """
 
-    def __init__(
-        self,
-        pl_module: LightningModule,
-        paths: Sequence[str],
-        setter: Callable[[Any, float], None] | None = None,
-    ) -> None:
-        self._attributes = [] if setter else [AttributePath(pl_module, path) for path in paths]
-        self._setter = setter
-        self._pl_module = pl_module
-        if len(self._attributes) == 1:
-            self.write = self._attributes[0].write  # type: ignore[method-assign]  # a step's call less
+    def __init__(self, pl_module: LightningModule, paths: Sequence[str]) -> None:
+        self._attributes = [AttributePath(pl_module, path) for path in paths]
 
     def read(self) -> float | None:
         """Return the number as it is now: where places differ the largest, at which a range ends.
 
-        ``None`` where only a setter knows, or a method.
+        ``None`` where only a method knows.
         """
         return max((value for each in self._attributes if (value := each.read()) is not None), default=None)
 
     def write(self, value: float | Tensor) -> None:
         """Set the number.
 
-        A 0-dim tensor on the module's device is waited for where a place does not hold a tensor, or for the setter.
+        A 0-dim tensor on the module's device is waited for where a place does not hold a tensor.
 
         Raises:
             ValueError: If a place does not take this value.
         """
-        if self._setter is not None:
-            self._setter(self._pl_module, float(value) if isinstance(value, Tensor) else value)
         try:
             for each in self._attributes:
                 each.write(value)
@@ -63,7 +82,7 @@ class TiedAttributes:
             self._write_in_turn(value)
 
     def _write_in_turn(self, value: float | Tensor) -> None:
-        """Write, again and again, to whichever places accept it; those that had it already get it once more."""
+        """Write to whichever places accept it, until all have; those that had it already get it once more."""
         waiting = self._attributes
         while waiting:
             refused: list[tuple[AttributePath, ValueError]] = []
@@ -78,4 +97,21 @@ class TiedAttributes:
 
     def overwritten(self) -> AttributePath | None:
         """Return the place that no longer holds what was written to it, if there is one."""
-        return next((each for each in self._attributes if not each.holds()), None)
+        return next((each for each in self._attributes if each.overwritten()), None)
+
+
+class _Setter:
+    """A function that writes a number, of which nothing else is known."""
+
+    def __init__(self, pl_module: LightningModule, setter: Callable[[Any, float], None]) -> None:
+        self._pl_module = pl_module
+        self._setter = setter
+
+    def read(self) -> None:
+        return None
+
+    def write(self, value: float | Tensor) -> None:
+        self._setter(self._pl_module, float(value))
+
+    def overwritten(self) -> None:
+        return None

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..base import callbacks_of
-from ..control.attribute_scheduler import AttributeScheduler
+from ..control.attribute_writer import AttributeWriter
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -34,9 +34,9 @@ _LONGEST = 80  # characters of an option's value
 def describe_objective(trainer: Trainer, pl_module: LightningModule) -> str:
     """Describe in Markdown what is minimised, by which module, and what moves its knobs.
 
-    A module that says its ``knob_targets`` and ``likelihood`` is described by its formula, any other by its name.
+    A module that offers ``knobs`` and a ``likelihood`` is described by its formula, any other by its name.
     """
-    knobs: Mapping[str, float] = getattr(pl_module, "knob_targets", {})
+    knobs = _knob_values(pl_module)
     rows = [("module", f"`{type(pl_module).__name__}`, {_size(pl_module)}")]
     rows += [(name, f"{value:g}") for name, value in knobs.items()]
     likelihood, latents = getattr(pl_module, "likelihood", None), getattr(pl_module, "latent_dim", None)
@@ -48,7 +48,10 @@ def describe_objective(trainer: Trainer, pl_module: LightningModule) -> str:
         (name, f"`{type(part).__name__}`, {_size(part)}") for name, part in pl_module.named_children() if _weighs(part)
     ]
     rows += [("optimizer", f"`{type(each).__name__}`, learning rate {_rate(each)}") for each in trainer.optimizers]
-    rows += [(type(each).__name__, f"steers `{each.attribute}` by `{_schedule(each)}`") for each in _knobs(trainer)]
+    rows += [
+        (type(each).__name__, f"steers `{each.attribute or each.name}` by `{_schedule(each)}`")
+        for each in _knobs(trainer)
+    ]
     formula = "**loss = distortion + beta · floored rate**, in nats per observation.\n\n" if "beta" in knobs else ""
     terms = (
         "*Distortion* is -log p(x|z), *rate* is KL(q(z|x) || p(z)), ELBO = -(distortion + rate).\n\n" if knobs else ""
@@ -80,7 +83,7 @@ def comparable(trainer: Trainer, pl_module: LightningModule) -> dict[str, bool |
     data: Any = getattr(trainer, "datamodule", None)
     # What the data module has too is its, linked: the shape, say.
     own = {name: value for name, value in options(pl_module).items() if str(getattr(data, name, None)) != str(value)}
-    beta = {name: value for name, value in getattr(pl_module, "knob_targets", {}).items() if name == "beta"}
+    beta = {name: value for name, value in _knob_values(pl_module).items() if name == "beta"}
     numbers = {name: value for name, value in own.items() if not isinstance(value, str | bool)}
     rest = {name: value for name, value in own.items() if isinstance(value, str | bool)}
     setup = _call(pl_module, rest) + (f" on {_call(data, options(data))}" if data is not None else "")
@@ -132,11 +135,16 @@ def _rate(optimizer: Any) -> str:
     return ", ".join("none given" if rate is None else f"{float(rate):g}" for rate in rates)
 
 
-def _knobs(trainer: Trainer) -> list[AttributeScheduler]:
-    return [each for each in callbacks_of(trainer) if isinstance(each, AttributeScheduler)]
+def _knob_values(pl_module: LightningModule) -> dict[str, float]:
+    """Return the numbers that a module's own knobs hold, rounded to what float32 tells apart."""
+    return {name: float(f"{float(getattr(pl_module, name)):.7g}") for name in getattr(pl_module, "knobs", {})}
 
 
-def _schedule(knob: AttributeScheduler) -> str:
+def _knobs(trainer: Trainer) -> list[Any]:
+    return [each for each in callbacks_of(trainer) if isinstance(each, AttributeWriter)]
+
+
+def _schedule(knob: Any) -> str:
     """Return a schedule without the arguments that nobody gave."""
     return re.sub(r", \w+=None|\w+=None, ", "", repr(knob.schedule))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
-from ..control.tied_attributes import TiedAttributes
+from ..control.tied_attributes import number_place
 from ..reading.distribution_reader import is_compiled
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class LossProbe:
 
     def _write(self, twin: LightningModule, paths: Sequence[str], value: float) -> None:
         """Write to a copy; what copies share with the module, a class that serves as a config say, is put back."""
-        original, copied = TiedAttributes(self._pl_module, paths), TiedAttributes(twin, paths)
+        original, copied = number_place(self._pl_module, paths), number_place(twin, paths)
         before = original.read()
         copied.write(value)
         if copied.overwritten() is not None:

@@ -107,7 +107,7 @@ def _assembled(
     units = int(active.sum())
     rate = float(decoded.rates.sum())
     lower, upper = (float(mixture.lower), float(mixture.upper)) if mixture else (nan, nan)
-    beta = vae.knob_targets["beta"]
+    beta = float(f"{float(vae.beta):.7g}")  # as it was given: float32 holds 0.1 as 0.10000000149
     width = float((decoded.widths[active] if units else decoded.widths).mean())
     diagnosis = diagnose(
         Measured(

@@ -30,7 +30,7 @@ from torch.distributions.transforms import TanhTransform
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vae.callbacks.collapse_detector import CollapseDetector, _Pass
-from lightning_vae.callbacks.control.attribute_scheduler import MisconfigurationException
+from lightning_vae.callbacks.control.attribute_writer import MisconfigurationException
 from lightning_vae.callbacks.metrics.mutual_information import mutual_information
 
 

@@ -172,7 +172,7 @@ def test_a_constant_threshold_reaches_the_loss(tmp_path: Path) -> None:
     # The floor is under the rate, not under beta times the rate.
     losses = [distortion + 4.0 * 10.0 for distortion in curves["train/distortion"]]
     assert curves["train/loss"] == pytest.approx(losses)
-    assert model.free_bits == model.knob_targets["free_bits"] == 5.0
+    assert model.free_bits == 5.0
 
 
 def test_a_scheduled_threshold_reaches_the_loss(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_a_loaded_checkpoint_has_floor_and_variant(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1, enable_checkpointing=True)
     trainer.fit(RecordingVAE(), loader())
     model = RecordingVAE.load_from_checkpoint(tmp_path / "saved.ckpt")
-    assert (model.free_bits, model.knob_targets["free_bits"], model.free_bits_per) == (0.5, 0.5, "whole")
+    assert (model.free_bits, model.knobs["free_bits"], model.free_bits_per) == (0.5, None, "whole")
 
 
 def test_a_constant_floor_does_not_move_the_loss(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from lightning.pytorch import LightningModule
 
-from lightning_vae.callbacks.control.tied_attributes import TiedAttributes
+from lightning_vae.callbacks.control.tied_attributes import TiedAttributes, number_place
 
 
 class Model(LightningModule):
@@ -77,7 +77,7 @@ def test_one_wrong_path_among_several_is_an_error() -> None:
 
 def test_a_setter_takes_the_place_of_the_path() -> None:
     model = Model()
-    knob = TiedAttributes(model, [], lambda pl_module, value: setattr(pl_module.cfg, "beta", value))
+    knob = number_place(model, [], lambda pl_module, value: setattr(pl_module.cfg, "beta", value))
     knob.write(0.5)
     assert knob.read() is None
     assert knob.overwritten() is None

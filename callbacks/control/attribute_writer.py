@@ -1,0 +1,341 @@
+"""The base of the callbacks that write a number of the module in each training step."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from ..base import Callback, callbacks_of
+from ..reading.distribution_reader import DistributionReader
+from .tied_attributes import NumberPlace, number_place
+
+try:
+    from lightning.fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
+except ImportError:  # a copied folder, in a project that has pytorch_lightning alone
+    from lightning_fabric.utilities.exceptions import MisconfigurationException  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_FIRST_CHECKS = 10  # steps after which the number is read back, whether they log or not
+_MOVING_LOSS = re.compile(r"train(ing)?[/_]loss(_step|_epoch)?")
+_OWN_SCHEDULE = re.compile("warm_?up|anneal|schedule")
+_LEARNING_RATE = re.compile("lr|learning_rate|scheduler")
+# What ends the conflict in projects that have a schedule of their own, told by what their modules have.
+_REMEDIES = {
+    ("min_kl_weight", "max_kl_weight", "n_epochs_kl_warmup", "n_steps_kl_warmup"): (
+        "scvi-tools computes its weight again in each step: write both bounds with "
+        '`attribute=["min_kl_weight", "max_kl_weight"]`, or switch its own warm-up off with '
+        '`plan_kwargs={"n_epochs_kl_warmup": None, "n_steps_kl_warmup": None}` and write `attribute="max_kl_weight"`.'
+    ),
+    ("register_schedule", "remove_schedule"): (
+        "Remove disent's own schedule, `framework.remove_schedule(...)` with the field's name, or this callback."
+    ),
+}
+
+
+class AttributeWriter(Callback):
+    """Write a number of a LightningModule: its value in training batches, its target in between.
+
+    A subclass gives the number of each step, :meth:`_value`, and sets :attr:`_target` when a run begins.
+
+    From a training batch's start to its end the module holds the step's value, at all other times the target. So
+    validation, checkpoints and the finished module see the number that is meant, and a validation loss selects models
+    under any schedule.
+
+    At the end of a batch the number is read back. That something else sets it too is said once.
+
+    Args:
+        attribute: Where the module keeps the number: a dotted path through submodules, objects, dict keys and list
+            indices, or several such paths that get the same value. A method at its end is replaced by the value.
+            ``None`` if the number is the callback's own, in :attr:`_current`.
+        setter: Writes the number instead, ``(pl_module, value) -> None``.
+        name: Logged as ``knobs/<name>``; the path's last part if not given.
+
+    Raises:
+        ValueError: If there is no path.
+    """
+
+    def __init__(
+        self,
+        attribute: str | Sequence[str] | None,
+        setter: Callable[[Any, float], None] | None = None,
+        name: str | None = None,
+    ) -> None:
+        paths = _paths(attribute)
+        self.attribute = attribute
+        self.setter = setter
+        self.name = name or _last_part(paths[-1])
+        self._paths = paths if setter is None else []
+        self._reader = DistributionReader()  # for a subclass that reads the posterior of each training batch
+        self._place: NumberPlace | None = None  # while a fit goes on
+        self._current: float | Tensor = math.nan  # the number of this step
+        self._target: float | Tensor | None = None
+        self._restored: dict[str, Any] = {}
+        self._checks_left: float = 0
+        self._conflicts = 0
+
+    # ---- for a subclass
+
+    @abstractmethod
+    def _value(self, step: int) -> float | Tensor:
+        """Return the number of the step that begins."""
+
+    @property
+    @abstractmethod
+    def _moves(self) -> bool:
+        """Whether the number, and with it the training loss, moves during the run."""
+
+    @abstractmethod
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
+    ) -> None:
+        """Find out what the run needs, and set the target.
+
+        Args:
+            trainer: What fits.
+            pl_module: What it fits.
+            current: The number as the module has it, if it tells.
+            restored: The state of the run that goes on; empty for one that begins.
+        """
+
+    def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Try out what the number does, before the very first batch."""
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:  # noqa: ARG002
+        """Log the number that the step was taken with, at the end of a batch that logs."""
+        if self.name not in getattr(pl_module, "knobs", {}):  # a module with knobs logs them itself
+            self.log_now(pl_module, {f"knobs/{self.name}": self._current}, prog_bar=True)
+
+    def _find(self, pl_module: LightningModule) -> NumberPlace:
+        return number_place(pl_module, self._paths, self.setter)
+
+    # ---- hooks
+
+    @cached_property  # Lightning asks at each hook of each step
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(attribute=self.attribute, name=self.name)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restored = {}  # a checkpoint that was only evaluated is not resumed
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._refuse_twins(trainer)
+        self.at_end(trainer, self._release)
+        try:
+            self._begin(trainer, pl_module)
+        except ValueError:
+            # Some modules build themselves in hooks that come after this one.
+            if not _builds_itself_later(pl_module):
+                raise
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.take_up_loaders(trainer)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._place is None:
+            self._begin(trainer, pl_module)
+        step = self.step(trainer)
+        self._current = self._value(step)
+        self._place.write(self._current)  # type: ignore[union-attr]
+        if self._reader.paths:
+            self._reader.listen(pl_module)
+        if step == 0 and batch_idx == 0:
+            self._probe(trainer, pl_module, batch)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        logs_now = self.logs_now(trainer)
+        if logs_now or self._checks_left:  # reading an element of a tensor back may wait for the device
+            self._check_conflict(trainer, pl_module)
+        if logs_now:
+            self._log(trainer, pl_module, batch)
+        if self._reader.paths:
+            self._reader.forget()
+        if self._current is not self._target:  # else it is there already
+            self._write_target()
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if batch_idx == 0:
+            self._write_target()  # weight averaging has swapped the buffers
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        place = self._place.overwritten() if self._place is not None and batch_idx == 0 else None
+        if place is not None and self._target is not None and self._conflicts < 2:
+            self._conflicts = 2
+            rank_zero_warn(
+                f"{type(self).__name__}({self.name}): validation should see `{place.path}` at its target, "
+                f"{float(self._target):g}, and sees {place.read()}: something else sets it too. {_remedy(pl_module)}"
+            )
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        with suppress(Exception):  # it must not hide what ended the run; `_release` reports it
+            self._write_target()  # for a checkpoint that is saved on an exception
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._write_target()  # the checkpoint refers to the module's tensors and objects; numbers it has copied
+        for path in self._paths:
+            root, _, rest = path.partition(".")
+            if root == "hparams" and "hyper_parameters" in checkpoint:
+                name = rest.partition(".")[0]
+                checkpoint["hyper_parameters"][name] = pl_module.hparams[name]
+            saved = checkpoint["state_dict"].get(path)
+            if saved is not None and self._target is not None:  # weight averaging puts an average there
+                checkpoint["state_dict"][path] = torch.full_like(saved, float(self._target))
+        self._reader.unhook()
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = dict(state_dict)
+
+    # ---- helpers
+
+    def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        place = self._find(pl_module)
+        goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
+        self._prepare(trainer, pl_module, place.read(), self._restored or (self.state_dict() if goes_on else {}))
+        self._refuse_moving_monitor(trainer)
+        if getattr(trainer, "ckpt_path", None) and not self._restored and self._moves:
+            rank_zero_warn(
+                f"{type(self).__name__}({self.name}): the checkpoint holds nothing of this callback, so it was saved "
+                "without it, or is damaged. The schedule is taken up at the step that the run is at, over the run's "
+                "length as it is now; what is measured begins from nothing."
+            )
+        self._place = place
+        self._conflicts = 0
+        self._checks_left = math.inf if getattr(trainer, "fast_dev_run", False) else _FIRST_CHECKS
+        self._write_target()
+
+    def _release(self) -> None:
+        """Leave the number at its target, however the run ended."""
+        self._reader.detach()
+        try:
+            self._write_target()
+        finally:
+            self._place = None
+
+    def _write_target(self) -> None:
+        if self._place is not None and self._target is not None:
+            self._place.write(self._target)
+
+    def _check_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say once that something else sets the number too; a module may set it a single time, to build itself."""
+        assert self._place is not None
+        self._checks_left = max(0, self._checks_left - (not self.accumulates(trainer)))
+        place = self._place.overwritten() if self._conflicts < 2 else None
+        if place is None:
+            return
+        self._conflicts += 1
+        if self._conflicts < 2:
+            self._checks_left += 1
+            return
+        rank_zero_warn(
+            f"{type(self).__name__}({self.name}): `{place.path}` was set to {float(self._current):g} for step "
+            f"{self.step(trainer)}, and after it is {place.read()}: something else sets it too, so that one of the two "
+            f"has no effect. {_remedy(pl_module)}"
+        )
+
+    def _refuse_twins(self, trainer: Trainer) -> None:
+        for each in callbacks_of(trainer):
+            if not isinstance(each, AttributeWriter) or each is self:
+                continue
+            if set(each._paths) & set(self._paths) or (self.setter is not None and each.setter is self.setter):
+                raise MisconfigurationException(
+                    f"Two callbacks move `{self.attribute}`. Remove one, or join their schedules with `Join`."
+                )
+            if each.name == self.name:
+                raise MisconfigurationException(f"Two callbacks log `knobs/{self.name}`. Tell them apart with `name=`.")
+
+    def _refuse_moving_monitor(self, trainer: Trainer) -> None:
+        for owner, monitor in monitors(trainer) if self._moves else ():
+            if _MOVING_LOSS.fullmatch(monitor):
+                raise MisconfigurationException(
+                    f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow that and "
+                    "not the model. Monitor 'val/loss' (the loss at the target) or 'train/elbo' with mode 'max'."
+                )
+
+
+def monitors(trainer: Trainer) -> list[tuple[str, str]]:
+    """Return who watches which of the logged values."""
+    found = [(type(each).__name__, getattr(each, "monitor", None)) for each in callbacks_of(trainer)]
+    found += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
+    return [(owner, monitor) for owner, monitor in found if isinstance(monitor, str)]
+
+
+def remedy(pl_module: LightningModule) -> str:
+    """Say what ends a conflict with a schedule that a module has of its own; nothing where none is found."""
+    for names, line in _REMEDIES.items():
+        if all(hasattr(pl_module, name) for name in names):
+            return line
+    places = [vars(module) for module in pl_module.modules()] + [dict(getattr(pl_module, "hparams", {}))]
+    own = [f"`{name}={value!r}`" for place in places for name, value in place.items() if _is_schedule(name, value)]
+    own = list(dict.fromkeys(own))
+    return f"Switch off what the module does itself, which {' and '.join(own)} may stand for." if own else ""
+
+
+def _remedy(pl_module: LightningModule) -> str:
+    return remedy(pl_module) or "Take one out."
+
+
+def _is_schedule(name: str, value: Any) -> bool:
+    return (
+        bool(_OWN_SCHEDULE.search(name))
+        and not _LEARNING_RATE.search(name)
+        and isinstance(value, int | float | str)
+        and bool(value)
+    )
+
+
+def _paths(attribute: str | Sequence[str] | None) -> list[str]:
+    if attribute is None:
+        return []
+    paths = [attribute] if isinstance(attribute, str) else list(attribute)
+    if not paths or not all(isinstance(path, str) and all(path.split(".")) for path in paths):
+        raise ValueError(f"`attribute` must be a dotted path such as 'model.beta', or several, got {attribute!r}.")
+    return paths
+
+
+def _last_part(path: str) -> str:
+    """Return a path's last part, and the one before where that is a number."""
+    *before, last = path.split(".")
+    return ".".join([*before[-1:], last]) if last.lstrip("-").isdigit() else last
+
+
+def _builds_itself_later(pl_module: LightningModule) -> bool:
+    hooks = ("on_fit_start", "on_train_start", "on_train_epoch_start")
+    return any(hook in vars(of) for of in type(pl_module).__mro__ for hook in hooks if not _is_lightnings(of))
+
+
+def _is_lightnings(of: type) -> bool:
+    return of.__module__.partition(".")[0] in ("lightning", "pytorch_lightning")

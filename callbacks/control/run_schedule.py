@@ -1,0 +1,133 @@
+"""A schedule whose lengths are those of a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+from ..base import callbacks_of
+from ..schedules import Schedule
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class RunSchedule:
+    """A schedule in a run, by whose length its epochs and fractions become steps.
+
+    That happens once: a resumed run keeps the steps it began with.
+
+    Args:
+        schedule: One of this package's schedules, or any callable of the step.
+
+    Attributes:
+        length: Steps until the value no longer changes, ``math.inf`` where that is not known.
+        final: The value from then on; ``None`` where the schedule is another callable.
+
+    Raises:
+        ValueError: If the schedule is no callable.
+    """
+
+    def __init__(self, schedule: Schedule | Callable[[int], float]) -> None:
+        if not callable(schedule):
+            raise ValueError(
+                f"`schedule` must be a schedule or another callable of the step, got {type(schedule).__name__}."
+            )
+        self.schedule = schedule
+        self.length: float = math.inf
+        self.final: float | None = None
+        self._resolved = schedule
+        self._run: dict[str, int | None] = {}
+
+    def begin(self, trainer: Trainer, title: str, open_end: float | None, restored: dict[str, Any]) -> None:
+        """Turn the lengths into steps, and warn of what the run makes of the schedule.
+
+        Args:
+            trainer: What fits.
+            title: Who warns.
+            open_end: The value that a schedule without a ``stop`` ends at.
+            restored: The state of the run that goes on; empty for one that begins.
+
+        Raises:
+            ValueError: If a length can't be turned into steps, or the end is not known.
+        """
+        now = _run_length(trainer)
+        self._run = {name: length if restored.get(name) is None else restored[name] for name, length in now.items()}
+        self._resolved, self.length, self.final = self.schedule, math.inf, None
+        if not isinstance(self.schedule, Schedule):
+            return
+        self._resolved = resolved = self.schedule.resolve(open_end, **self._run)
+        self.length, self.final = resolved.length, resolved.final
+        if "schedule" in restored and restored["schedule"] != repr(self.schedule):
+            rank_zero_warn(
+                f"{title}: the checkpoint was saved under {restored['schedule']}; the run goes on under "
+                f"{self.schedule!r}, evaluated at the step it resumes from."
+            )
+        elif _differs(self.schedule, open_end, self._run, now):
+            rank_zero_warn(
+                f"{title}: the run was {self._run['total_steps']} steps long when it began and is {now['total_steps']} "
+                "now. The schedule keeps the steps it began with; give its length in steps to choose another."
+            )
+        if resolved.length > 0 and {resolved(0), resolved(int(min(resolved.length, 1e9)) // 2)} == {resolved.final}:
+            rank_zero_warn(
+                f"{title}: the schedule starts and ends at {resolved.final:g}, so nothing moves. Configure the module "
+                "with the value to end at, or give the schedule a `stop`."
+            )
+        total = now["total_steps"]
+        if total is not None and math.isfinite(resolved.length) and resolved.length > total:
+            rank_zero_warn(
+                f"{title}: the schedule takes {resolved.length:.0f} steps but the run stops after {total}, at "
+                f"{resolved(total - 1):g} instead of {resolved.final:g}. Shorten the schedule, or give its length as a "
+                "fraction of the run."
+            )
+
+    def __call__(self, step: int) -> float:
+        """Return the value at a step.
+
+        Raises:
+            ValueError: If it is not finite.
+        """
+        value = self._resolved(step)
+        if not math.isfinite(value):
+            raise ValueError(f"The schedule must give finite numbers, got {value} at step {step}.")
+        return value
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs: the lengths that it began with, and the schedule to compare."""
+        return {"schedule": repr(self.schedule), **self._run}
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the run that began with it, if known."""
+        return self._run.get("total_steps")
+
+    @property
+    def moves(self) -> bool:
+        """Whether its value ever changes."""
+        return self.length > 0
+
+
+def _run_length(trainer: Trainer) -> dict[str, int | None]:
+    """Return the steps in an epoch and in the run, ``None`` where the run has no end or none is known."""
+    if any(getattr(each, "going_to_accumulate_grad_batches", bool)() for each in callbacks_of(trainer)):
+        return {"steps_per_epoch": None, "total_steps": None}  # accumulation that changes between epochs
+    trainer.fit_loop.setup_data()
+    total = trainer.estimated_stepping_batches
+    if trainer.max_steps != -1 and len(trainer.optimizers) > 1:
+        total = math.inf  # `max_steps` counts every optimizer's steps; how many a batch takes is not known
+    batches = trainer.num_training_batches / trainer.accumulate_grad_batches
+    return {
+        "steps_per_epoch": math.ceil(batches) if math.isfinite(batches) else None,
+        "total_steps": int(total) if math.isfinite(total) and total >= 0 else None,
+    }
+
+
+def _differs(schedule: Schedule, end: float | None, saved: dict[str, int | None], now: dict[str, int | None]) -> bool:
+    """Whether the run's length as it is now would give another schedule than the one it began with."""
+    try:
+        return schedule.resolve(end, **saved) != schedule.resolve(end, **now)
+    except ValueError:
+        return True
