@@ -16,7 +16,8 @@ from typing_extensions import override
 from .base import callbacks_of, sum_over_processes
 from .control.attribute_scheduler import AttributeScheduler, MisconfigurationException, _monitors
 from .control.rate_controller import ControllerState, RateController, rate_scale
-from .reading.distribution_reader import DistributionReader, read_prior
+from .reading.distribution_reader import DistributionReader
+from .reading.distributions import read_prior
 from .reading.rates import measured_rates
 from .schedules import Constant, Schedule
 
