@@ -263,15 +263,14 @@ class CollapseDetector(Callback):
             return  # this process's share of the batch was empty
         posteriors, prior = self._reader.read(pl_module, batch), read_prior(pl_module)
         for view, posterior in enumerate(posteriors):
-            mean, is_gaussian = _mean(posterior), isinstance(posterior, Normal)
+            mean, variance, rates = _mean(posterior), None, None
+            if isinstance(posterior, Normal):
+                variance = posterior.variance
+                rates = _rates(posterior, prior) if isinstance(prior, Normal) else None
             index = _index(batch, len(mean))
-            self._pass.append(
-                mean,
-                posterior.variance if is_gaussian else None,
-                _rates(posterior, prior) if is_gaussian and isinstance(prior, Normal) else None,
-                # Two views of an observation are two observations.
-                None if index is None else index * len(posteriors) + view,
-            )
+            if index is not None:  # two views of an observation are two observations
+                index = index * len(posteriors) + view
+            self._pass.append(mean, variance, rates, index)
 
     def _end_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._pass is not None
@@ -389,10 +388,10 @@ def _mean(posterior: Distribution) -> Tensor:
 
 def _rates(posterior: Normal, prior: Normal) -> Tensor:
     """Compute the rate of each observation and dimension in float64, without waiting for the device."""
-    loc, scale = exact(posterior.loc), exact(posterior.scale)
+    posterior = Normal(exact(posterior.loc), exact(posterior.scale), validate_args=False)
     # Where the module has no prior, N(0, I) is made on the CPU.
-    moved = (exact(each).to(loc.device, non_blocking=True) for each in (prior.loc, prior.scale))
-    return kl_per_dimension(Normal(loc, scale, validate_args=False), Normal(*moved, validate_args=False))
+    loc, scale = (exact(each).to(posterior.loc.device, non_blocking=True) for each in (prior.loc, prior.scale))
+    return kl_per_dimension(posterior, Normal(loc, scale, validate_args=False))
 
 
 def _index(batch: Any, rows: int) -> Tensor | None:

@@ -72,6 +72,6 @@ def _by_row(values: Tensor) -> Tensor:
 def _rates(posterior: Distribution, prior: Distribution) -> Tensor | None:
     try:
         rates = kl_per_dimension(posterior, prior)
-    except NotImplementedError:
+    except (NotImplementedError, ValueError):  # no closed form, or a prior of another shape
         return None
     return _by_row(rates) if rates.shape == posterior.mean.shape else None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..distributed import several_processes
+from ..distributed import rank_and_processes
 from ..vae import VAE
 
 # Numbers of data that are decoded at once, whatever K and the batch size. Few on a CPU, so that what the layers compute
@@ -27,9 +27,7 @@ def batches(
     """
     rows = int(min(decoded_at_once(vae), most))
     position = 0
-    rank, processes = 0, 1
-    if several_processes():
-        rank, processes = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    rank, processes = rank_and_processes()
     for number, batch in enumerate(loader):
         x = vae._observations(batch, check=number == 0)
         given = batch if isinstance(batch, Mapping) else {}

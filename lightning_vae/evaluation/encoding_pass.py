@@ -92,7 +92,8 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     mean, variance, labels = posteriors.compute().split([k, k, 1], dim=1)
     if len(mean) < 10:
         raise ValueError(f"`loader` must hold at least 10 observations, got {len(mean)} of distinct indices.")
-    latents = _latents(moments, *averages.split(k), (mean, variance) if is_gaussian else None)
+    rates, widths = averages.split(k)
+    latents = _latents(moments, rates, widths, (mean, variance) if is_gaussian else None)
     index, means, z, x = data.compute().split([1, k, k, size], dim=1)
     dtype = vae._working_dtype
     kept = Kept(index[:, 0].long(), means.to(dtype), z.to(dtype), x.to(dtype))

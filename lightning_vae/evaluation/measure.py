@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..distributed import several_processes
+from ..distributed import several_processes, sum_over_processes
 from ..vae import VAE
 from .assessment import assess
 from .decoding_pass import decode_all
@@ -104,7 +104,7 @@ def _as_float(name: str, value: object) -> float:
 def _over_processes(value: float, weight: float, device: torch.device) -> float:
     """Average what each process measured on its share of the data, weighted by its size."""
     if not several_processes():
-        return value
-    sums = torch.tensor([value * weight if weight else 0.0, weight], dtype=torch.float64, device=device)
-    torch.distributed.all_reduce(sums)
-    return float(sums[0] / sums[1])
+        return value  # to the last digit
+    share = [value * weight if weight else 0.0, weight]
+    total, count = sum_over_processes(torch.tensor(share, dtype=torch.float64, device=device)).tolist()
+    return float(total / count)
