@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from runs import header, heading, row
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import ActiveUnits
-from lightning_vae.callbacks.collapse_detector import _Pass
 from lightning_vae.callbacks.metrics.mutual_information import MutualInformation
 from lightning_vae.callbacks.metrics.running_moments import RunningMoments
+from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
 from lightning_vae.estimators.aggregate_posterior import AggregatePosterior
 
 WIDTHS = (34, 14, 16, 20)
@@ -74,10 +74,10 @@ def watchers(dim: int) -> dict[str, Callable[[Normal, torch.Tensor], Any]]:
     """Return what takes batches of posteriors, by name."""
     units, information, moments = ActiveUnits(dim), MutualInformation(dim), RunningMoments(dim)
     aggregate = AggregatePosterior(dim)
-    detector, prior = _Pass(2048), Normal(torch.zeros(dim), torch.ones(dim))
+    detector, prior = ValidationPass(2048), Normal(torch.zeros(dim), torch.ones(dim))
     return {
         "the detector's whole pass": lambda posterior, index: detector.append(
-            [posterior], prior, {"index": index}, 0, 1
+            posterior.mean, posterior.variance, kl_divergence(posterior, prior), index
         ),
         "active units": lambda posterior, _: units.update(posterior.mean),
         "the evaluation's running moments": lambda posterior, _: moments.update(posterior.mean),

@@ -56,12 +56,12 @@ QUANTITIES = (
     ("marginal KL", "marginal_kl", 2),
     ("active units", "active_units", 0),
     ("z shuffled", "shuffled_gap", 1),
-    ("price of a nat", "rate_price", 2),
+    ("implied beta", "implied_beta", 2),
     ("prior samples", "sample_distance", 2),
     ("interpolations", "interpolation_distance", 2),
     ("5 neighbours", "knn_accuracy", 3),
     ("linear probe", "linear_probe_accuracy", 3),
-    ("diagnosis", "diagnosis", 0),
+    ("verdict", "verdict", 0),
 )
 BOUNDED = ("mutual_information", "marginal_kl")  # lower bounds where the mutual information is saturated
 
@@ -89,7 +89,7 @@ def measure(data: str, method: str, seed: int, root: str) -> Row:
         "seed": seed,
         "negative_elbo": -found["elbo"],
         **measured,
-        "diagnosis": found["diagnosis"],
+        "verdict": found["verdict"],
         "lightning_vae": __version__,
         "torch": torch.__version__,
         "lightning": lightning.__version__,
@@ -136,7 +136,7 @@ def run(path: Path, root: str, jobs: int) -> list[Row]:
 
 def cell(rows: Sequence[Row], column: str, decimals: int) -> str:
     """Write a quantity's median over the seeds and, in parentheses, its largest less its smallest value."""
-    if column == "diagnosis":
+    if column == "verdict":
         return "/".join(sorted({each[column].removesuffix("-regularised") for each in rows}))
     values = [float(each[column]) for each in rows if each[column]]
     if not values:

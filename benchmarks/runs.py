@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout need not be 
 
 from lightning_vae import __version__
 from lightning_vae.callbacks import CollapseDetector
-from lightning_vae.callbacks.metrics.collapse_state import diagnose
+from lightning_vae.callbacks.metrics.collapse_state import collapse_state
 from lightning_vae.cli.vae_cli import VAECLI, command_line
 
 SEEDS = (0, 1, 2)
@@ -63,7 +63,7 @@ def fit(arguments: str, seed: int) -> Result:
         distortion=measured["val/distortion"],
         mutual_information=information,
         active_units=measured["latent/active_units"],
-        state=diagnose(history["rates"][-1], history["variances"][-1], information, observations).state,
+        state=collapse_state(history["rates"][-1], history["variances"][-1], information, observations).name,
     )
 
 

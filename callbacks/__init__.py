@@ -11,8 +11,8 @@ from .kl_annealing import KLAnnealing as KLAnnealing
 from .latent_space import LatentSpace as LatentSpace
 from .metrics.active_units import ActiveUnits as ActiveUnits
 from .metrics.active_units import active_units as active_units
-from .metrics.collapse_state import Diagnosis as Diagnosis
-from .metrics.collapse_state import diagnose as diagnose
+from .metrics.collapse_state import CollapseState as CollapseState
+from .metrics.collapse_state import collapse_state as collapse_state
 from .metrics.mutual_information import MutualInformation as MutualInformation
 from .metrics.mutual_information import mutual_information as mutual_information
 from .pictures import Pictures as Pictures
@@ -33,11 +33,11 @@ __all__ = [
     "AttributeScheduler",
     "Callback",
     "CollapseDetector",
+    "CollapseState",
     "Constant",
     "Cosine",
     "Cyclical",
     "Dashboard",
-    "Diagnosis",
     "DistributionReader",
     "EnforcedFreeBits",
     "FreeBits",
@@ -52,6 +52,6 @@ __all__ = [
     "Staged",
     "TargetRate",
     "active_units",
-    "diagnose",
+    "collapse_state",
     "mutual_information",
 ]

@@ -17,7 +17,8 @@ from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
 from .free_bits import count_at_floor
 from .probing.loss_probe import LossProbe
-from .reading.distribution_reader import DistributionReader, is_compiled, read_prior, widened
+from .reading.distribution_reader import DistributionReader, is_compiled
+from .reading.distributions import read_prior, widened
 from .reading.rates import kl_per_dimension
 from .schedules import Constant, Schedule
 

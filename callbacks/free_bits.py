@@ -14,7 +14,8 @@ from typing_extensions import override
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
 from .control.tied_attributes import NumberPlace
-from .reading.distribution_reader import DistributionReader, read_prior
+from .reading.distribution_reader import DistributionReader
+from .reading.distributions import read_prior
 from .reading.rates import measured_rates
 from .schedules import Constant, Schedule
 

@@ -19,7 +19,8 @@ from .drawing.images import as_images
 from .drawing.media_logger import MediaLogger
 from .drawing.scatter_panels import scatter_panels
 from .reading.batch_fields import LABELS, OBSERVATIONS, batch_part
-from .reading.distribution_reader import DistributionReader, read_prior
+from .reading.distribution_reader import DistributionReader
+from .reading.distributions import read_prior
 from .reading.posterior_summary import PosteriorSummary
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from .base import callbacks_of, sum_over_processes
 from .control.attribute_writer import AttributeWriter, MisconfigurationException, monitors
 from .control.rate_controller import ControllerState, RateController, rate_scale
 from .control.run_schedule import RunSchedule
-from .reading.distribution_reader import DistributionReader, read_prior
+from .reading.distribution_reader import DistributionReader
+from .reading.distributions import read_prior
 from .reading.rates import measured_rates
 from .schedules import Constant, Schedule
 

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from .checkpoints.last_checkpoint import LastCheckpoint as LastCheckpoint
     from .distributed import mean_over_processes as mean_over_processes
     from .evaluation.figures import compare_latents as compare_latents
-    from .evaluation.measure import Evaluation as Evaluation
     from .evaluation.measure import evaluate as evaluate
+    from .evaluation.record import Evaluation as Evaluation
     from .likelihoods import Bernoulli as Bernoulli
     from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
@@ -40,7 +40,8 @@ except _PackageNotFoundError:  # a checkout that was never installed
 _MODULES = {
     "checkpoints.checkpoint_io": ("AtomicCheckpointIO",),
     "evaluation.figures": ("compare_latents",),
-    "evaluation.measure": ("Evaluation", "evaluate"),
+    "evaluation.measure": ("evaluate",),
+    "evaluation.record": ("Evaluation",),
     "checkpoints.flush_loggers": ("FlushLoggers",),
     "checkpoints.last_checkpoint": ("LastCheckpoint",),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),

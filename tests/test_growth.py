@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import ActiveUnits
-from lightning_vae.callbacks.collapse_detector import _Pass
 from lightning_vae.callbacks.metrics.mutual_information import MutualInformation
 from lightning_vae.callbacks.metrics.running_moments import RunningMoments
+from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
 from lightning_vae.estimators.aggregate_posterior import AggregatePosterior
 from lightning_vae.running_sums import RunningSums
 
@@ -21,7 +21,10 @@ PRIOR = Normal(torch.zeros(DIM), torch.ones(DIM))
 Take = Callable[[Any, Normal, Tensor], None]
 
 WATCHERS: dict[str, tuple[Callable[[], Any], Take]] = {
-    "detector": (lambda: _Pass(256), lambda it, q, index: it.append([q], PRIOR, {"index": index}, 0, 1)),
+    "detector": (
+        lambda: ValidationPass(256),
+        lambda it, q, index: it.append(q.mean, q.variance, kl_divergence(q, PRIOR), index),
+    ),
     "active units": (lambda: ActiveUnits(DIM), lambda it, q, _: it.update(q.mean)),
     "information": (lambda: MutualInformation(DIM, 256), lambda it, q, index: it.update(q.mean, q.variance, index)),
     "aggregate": (lambda: AggregatePosterior(DIM), lambda it, q, _: it.update(q.mean, q.variance)),

@@ -1,4 +1,4 @@
-"""Active units: how many latent dimensions carry information about the data."""
+"""Active units: the number of latent dimensions that carry information about the data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from .running_moments import merge_moments, moments
 
 
 def variance_of_means(means: Tensor) -> Tensor:
@@ -48,44 +50,12 @@ def active_units(means: Tensor, threshold: float = 0.01) -> Tensor:
     return (variance_of_means(means) > threshold).sum()
 
 
-def moments(values: Tensor) -> Tensor:
-    """Summarise values of shape ``(N, k)`` as count, mean and sum of squared deviations, of shape ``(3, k)``."""
-    values = values.double()
-    mean = values.sum(dim=0) / max(len(values), 1)
-    return torch.stack([torch.full_like(mean, len(values)), mean, (values - mean).square().sum(dim=0)])
-
-
-def merge_moments(states: Tensor) -> Tensor:
-    r"""Merge the moments of several sets of values into the moments of their union.
-
-    .. math::
-        n = \sum_i n_i \qquad m = \frac{1}{n} \sum_i n_i m_i \qquad
-        M_2 = \sum_i M_{2,i} + \sum_i n_i (m_i - m)^2
-
-    No square of a raw value appears, so that a small variance beside a large mean keeps its digits.
-
-    Args:
-        states: One set's count, mean and sum of squared deviations in each row, of shape ``(sets, 3, k)``. Empty sets
-            are fine.
-
-    Returns:
-        The same three of the union, of shape ``(3, k)``.
-
-    References:
-        Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
-    """
-    counts, means, deviations = states.unbind(dim=1)
-    count = counts.sum(dim=0)
-    mean = (counts * means).sum(dim=0) / count.clamp(min=1)
-    deviation = (deviations + counts * (means - mean).square()).sum(dim=0)
-    return torch.stack([count, mean, deviation])
-
-
 class ActiveUnits(Metric):
     """Counts the active units over a stream of batches, in constant memory and exactly over any number of processes.
 
     A latent dimension is active if the variance of its posterior mean over the data is larger than ``threshold``
-    (Burda et al. 2015). The moments are float64 and are merged, not summed: see :func:`merge_moments`.
+    (Burda et al. 2015). The moments are float64 and merged rather than summed: see
+    :func:`~.running_moments.merge_moments`.
 
     As input to ``forward`` and ``update`` the metric accepts posterior means of shape ``(N, dim)``; N may be 0.
     As output of ``forward`` and ``compute`` it returns the number of active dimensions.
@@ -123,7 +93,7 @@ class ActiveUnits(Metric):
             raise ValueError(f"`threshold` must be at least 0, got {threshold}.")
         self.dim = dim
         self.threshold = threshold
-        # One packed state: torchmetrics merges each state by itself, and mean and deviation need each other's counts.
+        # One packed state: torchmetrics merges each state alone, and mean and deviation need each other's counts.
         self.add_state("moments", torch.zeros(3, dim, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     @property

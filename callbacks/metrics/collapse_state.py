@@ -1,4 +1,4 @@
-"""Whether a posterior has collapsed, told from what was measured of it."""
+"""The state of a posterior while a model trains: collapsed, healthy, or something between."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 _REMEDIES = {
     "collapsed": (
-        "The pressure on the rate is too strong, or the decoder does without the latents. Let `KLAnnealing` hold beta "
+        "The rate is penalised too strongly, or the decoder does not need the latents. Let `KLAnnealing` hold beta "
         "at 0 until the latents are used and then raise it slowly (or in cycles), put a floor of a few nats under the "
         "whole rate with `FreeBits`, or 0.1 to 0.5 under each dimension, lower beta, or weaken the decoder. With a "
         "Gaussian likelihood, learn its variance: fixed too large it collapses the model, and no schedule cures that."
@@ -21,9 +21,9 @@ _REMEDIES = {
         "use `KLAnnealing` instead; with fewer latent dimensions there are fewer to hold up."
     ),
     "uninformative": (
-        "The rate moves all posteriors away from the prior together instead of telling observations apart. Lower the "
+        "The rate moves all posteriors away from the prior together and does not tell observations apart. Lower the "
         "floor of `FreeBits`, lower beta or learn the decoder's variance so that information pays, or give the prior "
-        "that shape; `latent/marginal_kl` is what is wasted."
+        "that shape; `latent/marginal_kl` is the part of the rate that is wasted."
     ),
     "pruned": "Nothing: the data fill fewer dimensions than there are. As many as are active would do.",
     "healthy": "Nothing.",
@@ -31,40 +31,42 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Diagnosis:
-    """What state a posterior is in, why, and what to do about it.
+class CollapseState:
+    """The state of a posterior during training, the reason, and a remedy.
+
+    It needs the encoder's output alone, which is at hand after every validation pass. The assessment that ``test``
+    prints needs the decoder too, and says whether a trained model is over-regularised or under-regularised.
 
     Attributes:
-        state: ``"collapsed"``, ``"offset"`` or ``"uninformative"``, which are alarms; ``"pruned"`` or ``"healthy"``.
+        name: ``"collapsed"``, ``"offset"`` or ``"uninformative"``, which are alarms; ``"pruned"`` or ``"healthy"``.
         reason: What was measured, in words and numbers.
-        remedy: What to try next.
     """
 
-    state: Literal["collapsed", "offset", "uninformative", "pruned", "healthy"]
+    name: Literal["collapsed", "offset", "uninformative", "pruned", "healthy"]
     reason: str
 
     @property
     def alarm(self) -> bool:
         """Whether something is wrong."""
-        return self.state in ("collapsed", "offset", "uninformative")
+        return self.name in ("collapsed", "offset", "uninformative")
 
     @property
     def remedy(self) -> str:
         """What to try next."""
-        return _REMEDIES[self.state]
+        return _REMEDIES[self.name]
 
 
-def diagnose(
+def collapse_state(
     rate_per_dimension: Tensor | None,
     variance_of_means: Tensor,
     mutual_information: float | None,
     observations: int,
     min_rate: float = 0.5,
     threshold: float = 0.01,
-) -> Diagnosis:
-    """Tell a collapsed posterior from one that is merely smaller than its space.
+) -> CollapseState:
+    """Tell a collapsed posterior from one that only has dimensions to spare.
 
-    The first that holds:
+    The first rule that holds decides:
 
     - *collapsed*: no dimension is active, or the active ones' rate is below ``min_rate``;
     - *offset*: the inactive dimensions carry more than 10 % of the rate, which is KL spent without information;
@@ -81,17 +83,17 @@ def diagnose(
             ``None`` where it has no closed form. What depends on it is then left out.
         variance_of_means: Variance over the data of each dimension's posterior mean, of shape ``(k,)``.
         mutual_information: Mutual information of data and latents in nats; ``None`` where it was not estimated.
-        observations: Number of observations M that estimate comes from.
+        observations: Number of observations M that this estimate comes from.
         min_rate: Rate in nats that the active dimensions need at least.
         threshold: Variance that an active dimension exceeds.
 
     Returns:
-        The state, with what was measured and what to try next.
+        The state, with the reason and a remedy.
 
     Example::
 
         >>> import torch
-        >>> diagnose(torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.0]), 1.9, observations=2048).state
+        >>> collapse_state(torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.0]), 1.9, observations=2048).name
         'pruned'
     """
     active = variance_of_means > threshold
@@ -102,7 +104,7 @@ def diagnose(
     )
     spread: Literal["pruned", "healthy"] = "healthy" if number == total else "pruned"
     if rate_per_dimension is None:
-        return Diagnosis(spread if number else "collapsed", units + ".")
+        return CollapseState(spread if number else "collapsed", units + ".")
 
     rate = float(rate_per_dimension.sum())
     inactive_rate = float(rate_per_dimension[~active].sum())
@@ -115,13 +117,13 @@ def diagnose(
                 f" Yet the mutual information is {mutual_information:.3g} nats: the latents tell observations apart, "
                 "at a scale below the threshold. If that is meant, lower `threshold`."
             )
-        return Diagnosis("collapsed", f"{rates}; active ones need {min_rate:g}.{small}")
+        return CollapseState("collapsed", f"{rates}; active ones need {min_rate:g}.{small}")
     if inactive_rate > 0.1 * rate:
-        return Diagnosis("offset", f"{rates}, more than 10 %.")
+        return CollapseState("offset", f"{rates}, more than 10 %.")
     if mutual_information is None:
-        return Diagnosis(spread, f"{rates}.")
+        return CollapseState(spread, f"{rates}.")
 
     information = f"{rates}. The mutual information of {observations} observations is {mutual_information:.3g} nats"
     if rate < 0.7 * math.log(max(observations, 1)) and mutual_information < 0.5 * rate:
-        return Diagnosis("uninformative", f"{information}, less than half the rate.")
-    return Diagnosis(spread, f"{information}.")
+        return CollapseState("uninformative", f"{information}, less than half the rate.")
+    return CollapseState(spread, f"{information}.")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
+
+from .observation_subset import ObservationSubset
 
 # Unlike a seed that data are drawn with: the same noise in data and samples would look like information.
-_SEED = 0x5EED
+SEED = 0x5EED
 _ROWS = 64  # of the matrix at a time: they stay in the processor's cache, which is three times as fast
 
 
-def mutual_information(mean: Tensor, variance: Tensor, seed: int = _SEED) -> Tensor:
+def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tensor:
     r"""Estimate the mutual information of data and latents from M diagonal Gaussian posteriors.
 
     .. math::
@@ -23,8 +23,11 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = _SEED) -> Ten
         \qquad z_n \sim q(z|x_n)
 
     The same sample stands in both terms and its own component in the mixture. So the estimate is 0 where all posteriors
-    are equal, never exceeds :math:`\log M`, and is on average a lower bound of the true value. Above
-    :math:`0.9 \log M` read it as "at least this".
+    are equal, is on average a lower bound of the true value, and is at most about :math:`\log M`. Above
+    :math:`0.9 \log M` read it as "at least this". Part of the sampling noise is taken out: see
+    :meth:`PosteriorSample.average`.
+
+    Both the detector's ``latent/mutual_information`` and the evaluation's ``mutual_information`` are this estimate.
 
     The noise is drawn on the CPU from a generator of its own: the result is deterministic and the same on any device.
 
@@ -34,7 +37,7 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = _SEED) -> Ten
         seed: Seed of the noise.
 
     Returns:
-        The estimate in nats, float64.
+        The estimate in nats, float64; NaN where M is 0.
 
     References:
         Hoffman, Johnson, "ELBO surgery: yet another way to carve up the variational evidence lower bound", 2016.
@@ -45,46 +48,88 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = _SEED) -> Ten
         >>> mutual_information(torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1))  # log 2
         tensor(0.6931, dtype=torch.float64)
     """
-    mean, variance = mean.double(), variance.double()
-    mean = mean - mean.mean(dim=0)  # moves all posteriors alike; keeps the products below small
-    noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    sample = mean + variance.sqrt() * noise.to(mean.device)
-    precision = 1 / variance
-    # log q(z|x_m) is linear in (z^2, z); its constant is the same for all.
-    rows, slopes = torch.cat([sample.square(), sample], dim=1), torch.cat([-0.5 * precision, mean * precision], dim=1)
-    offset = -0.5 * (mean.square() * precision + variance.log()).sum(dim=1)
-    excess = []
-    for block, first in zip(rows.split(_ROWS), range(0, len(mean) + 1, _ROWS), strict=False):
-        log_density = torch.addmm(offset, block, slopes.T)  # [n, m]: log q(z_n|x_m)
-        excess.append(log_density.sub_(log_density.diagonal(first).clone().unsqueeze(1)).logsumexp(dim=1))
-    return (math.log(max(len(mean), 1)) - torch.cat(excess)).mean()
+    sample = PosteriorSample.draw(mean, variance, seed)
+    return sample.average(sample.log_own - sample.log_mixture())
 
 
-def first_rows(rows: Tensor, number: int) -> Tensor:
-    """Keep the rows with the smallest distinct indices, in their order.
+class PosteriorSample(NamedTuple):
+    r"""One sample :math:`z_n \sim q(z|x_n)` of each of M diagonal Gaussian posteriors, all in float64.
 
-    Args:
-        rows: Rows that start with their index, of shape ``(N, columns)`` or, from several processes,
-            ``(processes, N, columns)``. An infinite index marks an empty row.
-        number: Number of rows to keep.
+    Log-densities leave out the constant :math:`-\tfrac{k}{2} \log 2 \pi`, which all of them share.
 
-    Returns:
-        The rows, of shape ``(number, columns)``.
+    Attributes:
+        z: The samples, of shape ``(M, k)``.
+        mean: Means of the posteriors, of shape ``(M, k)``.
+        variance: Their variances, of shape ``(M, k)``.
+        log_own: ``log q(z_n|x_n)``, of shape ``(M,)``.
+        rates: KL divergence of each posterior from N(0, I), of shape ``(M,)``.
     """
-    rows = rows.flatten(end_dim=-2)
-    index, order = rows[:, 0].sort(stable=True)
-    repeated = torch.zeros_like(index, dtype=torch.bool)
-    repeated[1:] = index[1:] == index[:-1]
-    index, kept = index.masked_fill(repeated, math.inf).sort(stable=True)
-    return torch.cat([index[:number, None], rows[order[kept[:number]], 1:]], dim=1)
+
+    z: Tensor
+    mean: Tensor
+    variance: Tensor
+    log_own: Tensor
+    rates: Tensor
+
+    @classmethod
+    def draw(cls, mean: Tensor, variance: Tensor, seed: int = SEED) -> PosteriorSample:
+        """Draw the samples from a generator of their own, on the CPU."""
+        mean, variance = mean.double(), variance.double()
+        noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        noise = noise.to(mean.device)
+        log_own = -0.5 * (noise.square() + variance.log()).sum(dim=1)
+        rates = 0.5 * (variance + mean.square() - 1 - variance.log()).sum(dim=1)
+        return cls(mean + variance.sqrt() * noise, mean, variance, log_own, rates)
+
+    def log_mixture(self, leave_one_out: bool = False) -> Tensor:
+        r"""Compute :math:`\log \frac1M \sum_m q(z_n|x_m)`.
+
+        Args:
+            leave_one_out: Leave the sample's own component out, and average over the other M - 1.
+
+        Returns:
+            Of shape ``(M,)``.
+        """
+        count = len(self.z)
+        # (z - m)^2 / v is the sum of z^2 / v, -2 z m / v and m^2 / v, which makes the densities a product of matrices.
+        # Nothing is lost in double precision near the origin, to which all are moved alike.
+        centre = self.mean.mean(dim=0)
+        mean, z, precision = self.mean - centre, self.z - centre, 1 / self.variance
+        slopes = torch.cat([-0.5 * precision, mean * precision], dim=1).T
+        offset = -0.5 * (mean.square() * precision + self.variance.log()).sum(dim=1)
+        results = []
+        for rows in torch.arange(count, device=z.device).split(_ROWS):
+            joint = torch.addmm(offset, torch.cat([z[rows].square(), z[rows]], dim=1), slopes)  # [n, m]: log q(z_n|x_m)
+            own = torch.arange(len(rows), device=z.device), rows
+            joint[own] = -math.inf if leave_one_out else self.log_own[rows]
+            results.append(joint.logsumexp(dim=1))
+        return torch.cat(results) - math.log(max(count - leave_one_out, 1))
+
+    def average(self, terms: Tensor) -> Tensor:
+        r"""Average terms of the samples, with less noise than their mean has.
+
+        :math:`\log q(z_n|x_n) - \log p(z_n)`, p standard normal, has a known mean, the rate. What chance does to it is
+        taken out of the terms by regression (a control variate). Where q(z) is p(z), no noise is left in the mutual
+        information.
+
+        Args:
+            terms: One for each sample, of shape ``(M,)``.
+
+        Returns:
+            A scalar.
+        """
+        control = self.log_own + 0.5 * self.z.square().sum(dim=1) - self.rates
+        power = control.square().sum()
+        slope = ((terms - terms.mean()) @ control) / power if power > 0 else power
+        return (terms - slope * control).mean()
 
 
-class MutualInformation(Metric):
-    """Estimates the mutual information of data and latents from the first observations by index.
+class MutualInformation(ObservationSubset):
+    """Estimates the mutual information of data and latents from a fixed random subset of the observations.
 
-    It keeps the posteriors of the ``observations`` smallest indices, so that neither the size of the batches nor their
-    order nor the number of processes changes the result, and an observation seen twice counts once. See
-    :func:`mutual_information` for the estimate and its cap.
+    It keeps the posteriors of at most ``observations`` of them, chosen by their indices: see
+    :class:`~.observation_subset.ObservationSubset`. So neither batches nor order nor the number of processes change the
+    result. See :func:`mutual_information` for the estimate and its cap.
 
     As input to ``forward`` and ``update`` the metric accepts ``mean`` and ``variance`` of diagonal Gaussian posteriors,
     of shape ``(N, dim)``, and the ``index`` of each observation, of shape ``(N,)``; N may be 0.
@@ -107,33 +152,22 @@ class MutualInformation(Metric):
         tensor(0.6931, dtype=torch.float64)
     """
 
-    is_differentiable = False
-    higher_is_better = None
-    full_state_update = False
-
-    rows: Tensor
-
     def __init__(self, dim: int, observations: int = 2048, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if dim < 1:
-            raise ValueError(f"`dim` must be at least 1, got {dim}.")
-        if observations < 1:
-            raise ValueError(f"`observations` must be at least 1, got {observations}.")
+        for name, value in (("dim", dim), ("observations", observations)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        super().__init__(2 * dim, observations, **kwargs)
         self.dim = dim
-        self.observations = observations
-        empty = torch.full((observations, 1 + 2 * dim), math.inf, dtype=torch.float64)
-        self.add_state("rows", empty, dist_reduce_fx=partial(first_rows, number=observations))
 
     @property
     def posteriors(self) -> tuple[Tensor, Tensor]:
         """Means and variances of the distinct observations kept so far, each of shape ``(M, dim)``."""
-        kept = self.rows[self.rows[:, 0].isfinite(), 1:]
-        return kept[:, : self.dim], kept[:, self.dim :]
+        mean, variance = super().compute().split(self.dim, dim=1)
+        return mean, variance
 
-    def update(self, mean: Tensor, variance: Tensor, index: Tensor) -> None:
+    def update(self, mean: Tensor, variance: Tensor, index: Tensor) -> None:  # type: ignore[override]
         """Add the posteriors of a batch."""
-        rows = torch.cat([index.unsqueeze(1).double(), mean.detach().double(), variance.detach().double()], dim=1)
-        self.rows = first_rows(torch.cat([self.rows, rows]), self.observations)
+        super().update(torch.cat([mean.double(), variance.double()], dim=1), index)
 
     def compute(self) -> Tensor:
         """Estimate the mutual information of the observations kept."""

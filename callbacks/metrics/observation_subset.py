@@ -10,16 +10,19 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+_SEED = 0xF1376E7B  # of the order; any number would do
+_GOLDEN = 0x9E3779B9
+
 
 class ObservationSubset(Metric):
     """Keeps the rows of a fixed random subset of the observations, chosen by their indices alone.
 
-    So neither the batches nor their order nor the number of processes decides what is kept, an observation that is seen
-    twice counts once, and data that are sorted by class still give all classes.
+    So neither batches nor order nor the number of processes change what is kept, an observation that is seen twice
+    counts once, and data that are sorted by class still give all classes.
 
-    As input to ``forward`` and ``update`` the metric accepts ``rows`` of shape ``(N, columns)`` and ``keys`` of shape
-    ``(N,)``, distinct for distinct observations: those with the smallest are kept. As output of ``forward`` and
-    ``compute`` it returns the kept rows in the order of their keys, of shape ``(M, columns)``, M at most ``size``.
+    As input to ``forward`` and ``update`` the metric accepts ``rows`` of shape ``(N, columns)`` and the ``index`` of
+    each observation, integers of shape ``(N,)``; N may be 0. As output of ``forward`` and ``compute`` it returns the
+    kept rows in the order of :func:`random_keys`, of shape ``(M, columns)``, M at most ``size``.
 
     Args:
         columns: Length of a row.
@@ -45,18 +48,33 @@ class ObservationSubset(Metric):
         empty = torch.full((size, 1 + columns), math.inf, dtype=torch.float64)
         self.add_state("state", empty, dist_reduce_fx=partial(smallest_keys, number=size))
 
-    def update(self, rows: Tensor, keys: Tensor) -> None:
+    def update(self, rows: Tensor, index: Tensor) -> None:
         """Add the rows of a batch."""
-        kept = keys < self.state[-1, 0]  # after the first batches few are, and none need be copied
-        if not kept.any():
-            return
-        rows, keys = rows[kept], keys[kept]
-        added = torch.cat([keys.double().unsqueeze(1), rows.detach().double()], dim=1)
-        self.state = smallest_keys(torch.cat([self.state, added]), self.size)
+        keys = random_keys(index)
+        if keys.device.type == "cpu":  # few rows of a long stream are kept; on a GPU, looking would wait for it
+            kept = keys < self.state[-1, 0]
+            rows, keys = rows[kept], keys[kept]
+        added = torch.cat([keys.unsqueeze(1), rows.detach().double()], dim=1)
+        if len(added):
+            self.state = smallest_keys(torch.cat([self.state, added]), self.size)
 
     def compute(self) -> Tensor:
         """Return the rows kept."""
         return self.state[self.state[:, 0].isfinite(), 1:]
+
+
+def random_keys(index: Tensor) -> Tensor:
+    """Put observations in a fixed random order that depends on their index alone.
+
+    Args:
+        index: Integers of shape ``(N,)``.
+
+    Returns:
+        Keys to sort by, float64, of shape ``(N,)``: 23 random bits and, for equal ones, 30 bits of the index.
+    """
+    index = index.long()
+    bits = _scrambled(_scrambled((index & 0xFFFFFFFF) * _GOLDEN + (index >> 32) + _SEED) + _GOLDEN) >> 9
+    return ((bits << 30) + index.remainder(2**30)).double()
 
 
 def smallest_keys(rows: Tensor, number: int) -> Tensor:
@@ -76,3 +94,11 @@ def smallest_keys(rows: Tensor, number: int) -> Tensor:
     repeated[1:] = keys[1:] == keys[:-1]
     keys, kept = keys.masked_fill(repeated, math.inf).sort(stable=True)
     return torch.cat([keys[:number, None], rows[order[kept[:number]], 1:]], dim=1)
+
+
+def _scrambled(keys: Tensor) -> Tensor:
+    """Scramble the lower 32 bits of int64 keys by the finaliser of MurmurHash3."""
+    keys = keys & 0xFFFFFFFF
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        keys = ((keys ^ (keys >> shift)) * factor) & 0xFFFFFFFF
+    return keys ^ (keys >> 16)

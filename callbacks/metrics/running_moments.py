@@ -1,4 +1,4 @@
-"""Averages over a stream of observations, with their standard errors."""
+"""Moments of a stream of observations, merged exactly over batches and processes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,66 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
+def moments(values: Tensor) -> Tensor:
+    """Summarise values of shape ``(N, k)`` as count, mean and sum of squared deviations, of shape ``(3, k)``."""
+    values = values.double()
+    mean = values.sum(dim=0) / max(len(values), 1)
+    return torch.stack([torch.full_like(mean, len(values)), mean, (values - mean).square().sum(dim=0)])
+
+
+def pooled_mean(counts: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge the means of several sets.
+
+    Args:
+        counts: Number of observations of each set, of shape ``(sets, k)``. Empty sets are fine.
+        means: Their means, of shape ``(sets, k)``.
+
+    Returns:
+        Count and mean of the union, each of shape ``(k,)``.
+    """
+    count = counts.sum(dim=0)
+    return count, (counts * means).sum(dim=0) / count.clamp(min=1)
+
+
+def merge_moments(states: Tensor) -> Tensor:
+    r"""Merge the moments of several sets of values into the moments of their union.
+
+    .. math::
+        n = \sum_i n_i \qquad m = \frac{1}{n} \sum_i n_i m_i \qquad
+        M_2 = \sum_i M_{2,i} + \sum_i n_i (m_i - m)^2
+
+    No square of a raw value appears, so that a small variance beside a large mean keeps its digits.
+
+    Args:
+        states: Count, mean and sum of squared deviations of each set, of shape ``(sets, 3, k)``. Empty sets are fine.
+
+    Returns:
+        The same three of the union, of shape ``(3, k)``.
+
+    References:
+        Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
+    """
+    counts, means, deviations = states.unbind(dim=1)
+    count, mean = pooled_mean(counts, means)
+    return torch.stack([count, mean, (deviations + counts * (means - mean).square()).sum(dim=0)])
+
+
+def standard_error(state: Tensor) -> Tensor:
+    """Compute the standard error of each mean from count, mean and sum of squared deviations, of shape ``(3, k)``."""
+    count, _, deviations = state.unbind()
+    return (deviations / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()
+
+
 class Averages(NamedTuple):
     """Averages of several quantities over observations.
 
     Attributes:
         count: Number of observations, a scalar.
-        mean: Of shape ``(columns,)``, a scalar for one column.
+        mean: Of shape ``(columns,)``.
         standard_error: Of each mean, from the spread over the observations, of the same shape.
     """
 
-    count: Tensor  # type: ignore[assignment]  # hides a method of tuples, which nobody needs
+    count: Tensor  # type: ignore[assignment]  # hides `tuple.count`, which nobody needs
     mean: Tensor
     standard_error: Tensor
 
@@ -26,9 +76,8 @@ class Averages(NamedTuple):
 class RunningMoments(Metric):
     """Averages several quantities over observations, with the standard error of each average.
 
-    As input to ``forward`` and ``update`` the metric accepts ``values`` of shape ``(N, columns)``, one row an
-    observation; N may be 0. As output of ``forward`` and ``compute`` it returns
-    :class:`Averages`.
+    As input to ``forward`` and ``update`` the metric accepts ``values`` of shape ``(N, columns)``, one row for each
+    observation; N may be 0. As output of ``forward`` and ``compute`` it returns :class:`Averages`.
 
     Args:
         columns: Number of quantities.
@@ -49,36 +98,15 @@ class RunningMoments(Metric):
         if columns < 1:
             raise ValueError(f"`columns` must be at least 1, got {columns}.")
         self.columns = columns
-        empty = torch.zeros(3, columns, dtype=torch.float64)
-        self.add_state("state", empty, dist_reduce_fx=merge_columns)
+        # One packed state: torchmetrics merges each state alone, and mean and deviation need each other's counts.
+        self.add_state("state", torch.zeros(3, columns, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     def update(self, values: Tensor) -> None:
         """Add the rows of a batch."""
         if values.ndim != 2 or values.shape[1] != self.columns:
             raise ValueError(f"`values` must have shape (N, {self.columns}), got {tuple(values.shape)}.")
-        self.state = merge_columns(torch.stack([self.state, column_moments(values.detach())]))
+        self.state = merge_moments(torch.stack([self.state, moments(values.detach())]))
 
     def compute(self) -> Averages:
         """Return the averages."""
         return Averages(self.state[0, 0], self.state[1].clone(), standard_error(self.state))
-
-
-def column_moments(values: Tensor) -> Tensor:
-    """Summarise values of shape ``(N, columns)`` as count, mean and sum of squared deviations."""
-    values = values.double()
-    mean = values.sum(dim=0) / max(len(values), 1)
-    return torch.stack([torch.full_like(mean, len(values)), mean, (values - mean).square().sum(dim=0)])
-
-
-def merge_columns(states: Tensor) -> Tensor:
-    """Merge counts, means and sums of squared deviations of several sets, of shape ``(sets, 3, columns)``."""
-    counts, means, deviations = states.unbind(dim=1)
-    count = counts.sum(dim=0)
-    mean = (counts * means).sum(dim=0) / count.clamp(min=1)
-    return torch.stack([count, mean, (deviations + counts * (means - mean).square()).sum(dim=0)])
-
-
-def standard_error(state: Tensor) -> Tensor:
-    """Compute the standard error of each mean from counts, means and sums of squared deviations."""
-    count, _, deviations = state.unbind()
-    return (deviations / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F  # noqa: N812
 
-from ..reading.distribution_reader import as_distribution
+from ..reading.distributions import as_distribution
 from .loss_probe import LossProbe
 
 if TYPE_CHECKING:

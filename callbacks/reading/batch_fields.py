@@ -1,4 +1,4 @@
-"""Finding the observations and the labels in a batch."""
+"""The observations and the labels in a batch."""
 
 from __future__ import annotations
 

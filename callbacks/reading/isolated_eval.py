@@ -1,4 +1,4 @@
-"""Running a module on the side, without a trace in its training."""
+"""An extra forward pass of a module that leaves no trace in its training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def isolated_eval(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Run a module in eval mode, without gradients, in the Trainer's precision, and on random numbers of its own.
+    """Run a module in eval mode, without gradients, in the Trainer's precision, with its own random numbers.
 
-    The numbers are the same each time. Afterwards the random state and every submodule's mode are as before.
+    The random numbers are the same each time. Afterwards the random state and every submodule's mode are as before.
     """
     device = pl_module.device
     devices = [device] if device.type == "cuda" else []

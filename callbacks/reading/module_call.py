@@ -1,24 +1,26 @@
-"""Calling a method or a submodule of any LightningModule."""
+"""Calls of a method or a submodule of any LightningModule."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
-from .distribution_reader import part_of_output
+from torch import Tensor
+
+from .distributions import describe
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 
 class ModuleCall:
-    """Something that a module can be asked for.
+    """A call of a module's method or submodule.
 
     Args:
         option: Name of the option, for errors.
-        where: The path of a method or submodule, ``"model.decode"``, or of a part of what it returns,
+        where: The path of a method or submodule, ``"model.decode"``, or of a part of its output,
             ``"model.forward:0"``; or a callable ``(pl_module, input)``.
 
     Raises:
@@ -35,16 +37,16 @@ class ModuleCall:
         self.where = where
 
     def check(self, pl_module: LightningModule) -> None:
-        """Find out before it is needed.
+        """Check that there is something to call.
 
         Raises:
-            ValueError: If the path leads nowhere, or to what can't be called.
+            ValueError: If the path leads nowhere, or to something that can't be called.
         """
         if isinstance(self.where, str):
             self._find(pl_module, self.where)
 
     def __call__(self, pl_module: LightningModule, value: Any) -> Any:
-        """Ask for it."""
+        """Call it."""
         if not isinstance(self.where, str):
             return self.where(pl_module, value)
         return part_of_output(self._find(pl_module, self.where)(value), self.where, self.option)
@@ -69,8 +71,29 @@ class ModuleCall:
         return called
 
 
+def part_of_output(output: Any, path: str, option: str = "posterior") -> Any:
+    """Return the part of an output that a path names behind its colon; all of it without a colon.
+
+    Args:
+        output: The output.
+        path: The path, ``"encoder:0"``, say.
+        option: Name of the option that it comes from, for the error.
+
+    Raises:
+        ValueError: If there is no such part.
+    """
+    part = path.partition(":")[2]
+    for name in part.split(".") if part else ():
+        try:
+            output = _item(output, name)
+        except (AttributeError, LookupError, TypeError):
+            hint = " Halves of a tensor are for `chunk=`." if isinstance(output, Tensor) else ""
+            raise ValueError(f"`{option}={path!r}`: {describe(output)} has no {name!r}.{hint}") from None
+    return output
+
+
 def _callables(pl_module: LightningModule) -> list[str]:
-    """Return what of a project's own may be meant: its submodules, and the methods that these define."""
+    """Return the paths that a project may mean: its submodules, and the methods that these define."""
     names = []
     for path, module in pl_module.named_modules():
         names += [path] if path else []
@@ -78,3 +101,12 @@ def _callables(pl_module: LightningModule) -> list[str]:
             if cls.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning", "builtins"):
                 names += [f"{path}.{name}".lstrip(".") for name in vars(cls) if not name.startswith("_")]
     return sorted(dict.fromkeys(names), key=lambda name: name.count("."))
+
+
+def _item(value: Any, name: str) -> Any:
+    """Look a name up in a value: as a key, an index or a field."""
+    if isinstance(value, Tensor):  # an index would pick an observation, a field would be a method
+        raise TypeError
+    if isinstance(value, Mapping) and name in value:
+        return value[name]
+    return value[int(name)] if name.lstrip("-").isdigit() else getattr(value, name)

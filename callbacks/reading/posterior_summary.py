@@ -1,4 +1,4 @@
-"""What a posterior says of each latent dimension."""
+"""A summary of posteriors for pictures, dimension by dimension."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Normal, kl_divergence
+from torch.distributions import Distribution, Normal
+
+from .rates import kl_per_dimension
 
 _THRESHOLD = 0.01  # Burda et al. 2015
 
 
 @dataclass(frozen=True)
 class PosteriorSummary:
-    """The posteriors of some observations, one row each of shape ``(n, k)``, with all latent axes in one.
+    """The posteriors of some observations, each of shape ``(n, k)``, with all latent axes flattened into one.
 
     Attributes:
         mean: Posterior means.
@@ -28,7 +30,7 @@ class PosteriorSummary:
 
     @classmethod
     def of(cls, posterior: Distribution | Tensor, prior: Distribution) -> PosteriorSummary:
-        """Measure a posterior of batch shape ``(n, ...)``, or means alone."""
+        """Summarise a posterior of batch shape ``(n, ...)``, or means alone."""
         if isinstance(posterior, Tensor):
             return cls(_by_row(posterior))
         scale = _by_row(posterior.stddev) if isinstance(posterior, Normal) else None
@@ -36,30 +38,30 @@ class PosteriorSummary:
 
     @classmethod
     def joined(cls, parts: Sequence[PosteriorSummary]) -> PosteriorSummary:
-        """Put the rows of several together."""
+        """Concatenate the rows of several summaries."""
         columns = ([part.mean for part in parts], [part.scale for part in parts], [part.rates for part in parts])
         return cls(*(torch.cat(column) if column[0] is not None else None for column in columns))  # type: ignore[arg-type]
 
     def first(self, count: int) -> PosteriorSummary:
-        """Return the first rows alone."""
+        """Return the first rows only."""
         columns = (self.mean, self.scale, self.rates)
         return PosteriorSummary(*(None if column is None else column[:count] for column in columns))  # type: ignore[arg-type]
 
     @property
     def order(self) -> list[int]:
-        """The dimensions in order of their rate; of their mean's variance, where there is no rate."""
+        """The dimensions by falling rate; by falling variance of the mean, where there is no rate."""
         by = self.mean.var(0, correction=0) if self.rates is None else self.rates.mean(0)
         numbers: list[int] = by.nan_to_num().argsort(descending=True, stable=True).tolist()
         return numbers
 
     @property
     def active(self) -> list[int]:
-        """Those whose mean varies, in that order."""
+        """The active dimensions, in the same order."""
         variance = self.mean.var(0, correction=0)
         return [number for number in self.order if variance[number] > _THRESHOLD]
 
     def title(self, number: int) -> str:
-        """Name a dimension and its rate."""
+        """Return a dimension's name and rate."""
         return f"z{number}" if self.rates is None else f"z{number}  {float(self.rates[:, number].mean()):.2f} nats"
 
 
@@ -69,7 +71,7 @@ def _by_row(values: Tensor) -> Tensor:
 
 def _rates(posterior: Distribution, prior: Distribution) -> Tensor | None:
     try:
-        rates = kl_divergence(posterior, prior)
-    except NotImplementedError:
+        rates = kl_per_dimension(posterior, prior)
+    except (NotImplementedError, ValueError):  # no closed form, or a prior of another shape
         return None
     return _by_row(rates) if rates.shape == posterior.mean.shape else None

@@ -1,4 +1,4 @@
-"""Estimators for evaluation: pure functions of tensors, and streaming metrics made of them, each in a file of its own.
+"""Estimators for evaluation: pure functions of tensors, and streaming metrics made of them.
 
 All are in nats, in float64, of a model with the standard normal prior p(z) and diagonal Gaussian posteriors unless said
 otherwise. A metric gives the same result for any batch size and order and on any number of processes.

@@ -8,18 +8,20 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..callbacks.metrics.running_moments import pooled_mean
+
 
 class AggregateMoments:
-    """First two moments of the aggregate posterior q(z) = E_x q(z|x), and what its covariance is made of.
+    """First two moments of the aggregate posterior q(z) = E_x q(z|x), and the parts of its covariance.
 
     Attributes:
         mean: Of shape ``(k,)``.
-        covariance_of_means: Covariance over the data of the posterior means, of shape ``(k, k)``. Its diagonal is what
-            tells active units.
+        covariance_of_means: Covariance over the data of the posterior means, of shape ``(k, k)``. Its diagonal tells
+            the active units.
         posterior_variance: Mean over the data of the posterior variances, of shape ``(k,)``.
     """
 
-    # No tuple or dataclass: of those a torchmetrics.Metric squeezes tensors of one element, as where k is 1.
+    # Neither a tuple nor a dataclass: torchmetrics would squeeze their tensors of one element, where k is 1.
     def __init__(self, mean: Tensor, covariance_of_means: Tensor, posterior_variance: Tensor) -> None:
         self.mean = mean
         self.covariance_of_means = covariance_of_means
@@ -102,9 +104,8 @@ def merge_aggregates(states: Tensor) -> Tensor:
         Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
     """
     counts, means, variances = states[:, 0], states[:, 1], states[:, 2]
-    count = counts.sum(dim=0)
-    mean = (counts * means).sum(dim=0) / count.clamp(min=1)
-    variance = (counts * variances).sum(dim=0) / count.clamp(min=1)
+    count, mean = pooled_mean(counts, means)
+    _, variance = pooled_mean(counts, variances)
     shift = means - mean
     products = states[:, 3:].sum(dim=0) + (counts * shift).T @ shift
     return torch.cat([torch.stack([count, mean, variance]), products])

@@ -35,7 +35,7 @@ def moment_marginal_kl(mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
-    r"""Estimate a lower bound of the marginal KL by moments that were not fitted to what they are tried on.
+    r"""Estimate a lower bound of the marginal KL by moments that are fitted and tried on different observations.
 
     .. math::
         KL(q \| p) \ge E_{z \sim q} [\log r(z) - \log p(z)]

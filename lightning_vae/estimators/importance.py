@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from ..callbacks.metrics.running_moments import column_moments, merge_columns, standard_error
+from ..callbacks.metrics.running_moments import merge_moments, moments, standard_error
 
 
 def importance_weighted_bound(log_weights: Tensor) -> Tensor:
@@ -88,13 +88,13 @@ class ImportanceWeightedLikelihood(Metric):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("state", torch.zeros(3, 2, dtype=torch.float64), dist_reduce_fx=merge_columns)
+        self.add_state("state", torch.zeros(3, 2, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     def update(self, log_weights: Tensor) -> None:
         """Add the log-weights of a batch."""
         log_weights = log_weights.detach()
         rows = torch.stack([importance_weighted_bound(log_weights), effective_sample_size(log_weights)], dim=1)
-        self.state = merge_columns(torch.stack([self.state, column_moments(rows)]))
+        self.state = merge_moments(torch.stack([self.state, moments(rows)]))
 
     def compute(self) -> LogLikelihood:
         """Return the estimate with its error and effective sample size."""

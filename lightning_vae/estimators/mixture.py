@@ -8,11 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..callbacks.metrics.mutual_information import SEED, PosteriorSample
 from .aggregate_posterior import aggregate_moments
 from .closed_forms import cross_fitted_marginal_kl, gaussian_total_correlation
 
-# Unlike a seed that data are drawn with: the same noise in data and samples would look like information.
-_SEED = 0x5EED
 _SATURATED = 0.9  # of log M
 _AT_ONCE = 2**20  # pairs of observations
 
@@ -62,7 +61,7 @@ def is_saturated(information: float, observations: int) -> bool:
     return information > _SATURATED * math.log(observations)
 
 
-def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = _SEED) -> MixtureEstimates:
+def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> MixtureEstimates:
     r"""Estimate mutual information, marginal KL and total correlation from M diagonal Gaussian posteriors.
 
     With one sample :math:`z_n \sim q(z|x_n)` of each:
@@ -74,9 +73,9 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = _SEED) -> Mixt
         TC &= \frac1M \sum_n \left[ \log \frac1M \sum_m q(z_n|x_m)
               - \sum_j \log \frac1M \sum_m q(z_{nj}|x_m) \right]
 
-    The same sample stands in every term, so that the lower bound is 0 where all posteriors are equal. What chance does
-    to ``log q(z_n|x_n) - log p(z_n)``, whose mean is known, the rate, is taken out of each estimate by regression:
-    where q(z) is the prior this leaves no noise.
+    The same sample stands in every term, so that the lower bound is 0 where all posteriors are equal. It is
+    :func:`~lightning_vae.callbacks.mutual_information`, the number that ``CollapseDetector`` logs. A control variate
+    takes part of the noise out of every estimate.
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``, M at least 2.
@@ -102,61 +101,35 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = _SEED) -> Mixt
             f"`mean` and `variance` must both have shape (M, k) with M at least 2, got {tuple(mean.shape)} and "
             f"{tuple(variance.shape)}."
         )
-    mean, variance = mean.double(), variance.double()
-    number = len(mean)
-    rates = (0.5 * (variance + mean.square() - 1 - variance.log())).sum(dim=1)
-    noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(mean.device)
-    sample = mean + variance.sqrt() * noise
-
-    # log q(z_n|x_m) without its constant, which every term has, as products of matrices: (z - m)^2 / v is the sum of
-    # z^2 / v, -2 z m / v and m^2 / v, of which nothing is lost in double precision near the origin.
-    shifted, centre = sample - mean.mean(dim=0), mean - mean.mean(dim=0)
-    factors = torch.cat([1 / variance, -2 * centre / variance], dim=1).T
-    constants = (centre.square() / variance + variance.log()).sum(dim=1)
-    own_density = -0.5 * (noise.square() + variance.log()).sum(dim=1)
-    mixture, others = torch.empty_like(own_density), torch.empty_like(own_density)
-    for chunk in torch.arange(number, device=mean.device).split(max(1, _AT_ONCE // number)):
-        joint = -0.5 * (torch.cat([shifted[chunk].square(), shifted[chunk]], dim=1) @ factors + constants)
-        own = torch.arange(len(chunk), device=mean.device), chunk
-        joint[own] = own_density[chunk]
-        mixture[chunk] = joint.logsumexp(dim=1) - math.log(number)
-        joint[own] = -torch.inf
-        others[chunk] = joint.logsumexp(dim=1) - math.log(number - 1)
-    control = own_density + 0.5 * sample.square().sum(dim=1) - rates
-    lower = _controlled(own_density - mixture, control)
-    rate = rates.mean()
+    sample = PosteriorSample.draw(mean, variance, seed)
+    log_mixture = sample.log_mixture()
+    lower = sample.average(sample.log_own - log_mixture)
+    rate = sample.rates.mean()
 
     by_moments = cross_fitted_marginal_kl(mean, variance)
-    saturated = is_saturated(float(lower), number)
+    saturated = is_saturated(float(lower), len(mean))
     if saturated:
         total_correlation = gaussian_total_correlation(aggregate_moments(mean, variance).covariance)
     else:
-        total_correlation = _controlled(mixture - _log_marginals(sample, mean, variance), control)
+        total_correlation = sample.average(log_mixture - _log_marginals(sample))
     return MixtureEstimates(
         lower=lower,
-        upper_leave_one_out=_controlled(own_density - others, control),
+        upper_leave_one_out=sample.average(sample.log_own - sample.log_mixture(leave_one_out=True)),
         upper_moments=rate - by_moments,
         rate=rate,
         marginal_kl=by_moments if saturated else rate - lower,
         total_correlation=total_correlation,
-        observations=number,
+        observations=len(mean),
     )
 
 
-def _log_marginals(sample: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def _log_marginals(sample: PosteriorSample) -> Tensor:
     """Compute the sum over j of log q(z_nj), q the mixture of all posteriors, without its constant, of shape (M,)."""
-    number, k = mean.shape
-    total = torch.zeros_like(sample[:, 0])
+    number, k = sample.mean.shape
+    mean, variance = sample.mean, sample.variance
+    total = torch.zeros_like(sample.log_own)
     for chunk in torch.arange(number, device=mean.device).split(max(1, _AT_ONCE // number)):
         for j in range(k):
-            each = -0.5 * ((sample[chunk, j, None] - mean[:, j]).square() / variance[:, j] + variance[:, j].log())
+            each = -0.5 * ((sample.z[chunk, j, None] - mean[:, j]).square() / variance[:, j] + variance[:, j].log())
             total[chunk] += each.logsumexp(dim=1) - math.log(number)
     return total
-
-
-def _controlled(terms: Tensor, control: Tensor) -> Tensor:
-    """Average terms, less what a control variate of mean zero explains of them; each of shape ``(M,)``."""
-    power = control.square().sum()
-    centred = terms - terms.mean()
-    slope = (centred @ control) / power if power > 0 else power
-    return (terms - slope * control).mean()

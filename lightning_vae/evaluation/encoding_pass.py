@@ -12,19 +12,27 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..callbacks.metrics.observation_subset import ObservationSubset
+from ..callbacks.metrics.running_moments import RunningMoments
 from ..estimators.aggregate_posterior import AggregateMoments, AggregatePosterior
-from ..estimators.mixture import MixtureEstimates, mixture_estimates
+from ..estimators.mixture import mixture_estimates
 from ..estimators.probes import knn_accuracy, linear_probe_accuracy
-from ..noise import sample_by_index, uniform_by_index
+from ..noise import sample_by_index
+from ..objective import kl_per_dimension
 from ..vae import VAE
-from .observation_batches import batches
-
-_SUBSET_SEED = 0x5B5E7
+from .chunks import batches
+from .record import ACTIVE, Labels, Latents
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A fixed random subset of the observations."""
+    """A fixed random subset of the observations, in a random order.
+
+    Attributes:
+        index: Their numbers in the data set, of shape ``(M,)``.
+        mean: Posterior means, of shape ``(M, k)``.
+        z: Samples of the posteriors, of shape ``(M, k)``.
+        x: The data in the networks' scale, of shape ``(M, numbers)``.
+    """
 
     index: Tensor
     mean: Tensor
@@ -33,58 +41,99 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Latents:
-    """What the posteriors say without the decoder, and the observations that are kept for it."""
+class Encoded:
+    """The posteriors of a data set.
 
-    share: float  # observations that this process has seen
+    Attributes:
+        count: Number of observations, of all processes.
+        share: Number of those that this process has seen.
+        moments: Moments of the aggregate posterior.
+        latents: The latent space, for the record.
+        labels: What the posterior means tell of the labels, for the record.
+        kept: Some observations, to decode from other latents than their own.
+    """
+
+    count: int
+    share: float
     moments: AggregateMoments
-    mixture: MixtureEstimates | None
-    probes: tuple[float, float]
+    latents: Latents
+    labels: Labels
     kept: Kept
 
 
-def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int) -> Latents:
+def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int) -> Encoded:
     """Collect the posteriors: their moments, and those of two subsets."""
-    k, device = vae.latent_dim, vae.device
-    size = math.prod(vae.shape)
+    k, device, size = vae.latent_dim, vae.device, math.prod(vae.shape)
     aggregate = AggregatePosterior(k).to(device)
+    rates_and_widths = RunningMoments(2 * k).to(device)
     posteriors = ObservationSubset(2 * k + 1, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size, samples).to(device)
-    gaussian = True
+    is_gaussian = True
     for x, observed, index, label in batches(vae, loader):
         posterior = vae._encode(observed)
-        gaussian = gaussian and isinstance(posterior, td.Normal)
+        is_gaussian = is_gaussian and isinstance(posterior, td.Normal)
         try:
             mean, variance = posterior.mean, posterior.variance
         except NotImplementedError:
             kind = type(posterior).__name__
             raise ValueError(f"`encoder` must give a posterior with a mean and a variance, got {kind}.") from None
-        aggregate.update(mean, variance)
-        keys = _keys(index)
-        labels = torch.full_like(index, -1) if label is None else label
-        posteriors.update(torch.cat([mean, variance, labels[:, None].double()], dim=1), keys)
         z = sample_by_index(posterior, index)
-        data.update(torch.cat([index[:, None].double(), mean, z, x.flatten(1)], dim=1), keys)
+        aggregate.update(mean, variance)
+        rates = kl_per_dimension(posterior, vae.prior, z)
+        rates_and_widths.update(torch.cat([rates.double(), posterior.stddev.double()], dim=1))
+        labels = torch.full_like(index, -1) if label is None else label
+        posteriors.update(torch.cat([mean, variance, labels[:, None].double()], dim=1), index)
+        data.update(torch.cat([index[:, None].double(), mean, z, x.flatten(1)], dim=1), index)
 
     share, moments = float(aggregate.state[0, 0]), aggregate.compute()
     if not (moments.mean.isfinite().all() and moments.posterior_variance.isfinite().all()):
         raise ValueError("The posteriors are not finite: are there NaNs in the data, or has the training diverged?")
+    count, averages, _ = rates_and_widths.compute()
     mean, variance, labels = posteriors.compute().split([k, k, 1], dim=1)
     if len(mean) < 10:
         raise ValueError(f"`loader` must hold at least 10 observations, got {len(mean)} of distinct indices.")
-    labels = labels[:, 0].long()
-    probed = bool((labels >= 0).all()) and bool((labels != labels[0]).any())
-    probes = (
-        (knn_accuracy(mean, labels), linear_probe_accuracy(mean, labels)) if probed else (float("nan"), float("nan"))
-    )
+    rates, widths = averages.split(k)
+    latents = _latents(moments, rates, widths, (mean, variance) if is_gaussian else None)
     index, means, z, x = data.compute().split([1, k, k, size], dim=1)
     dtype = vae._working_dtype
     kept = Kept(index[:, 0].long(), means.to(dtype), z.to(dtype), x.to(dtype))
-    mixture = mixture_estimates(mean, variance) if gaussian else None
-    return Latents(share, moments, mixture, probes, kept)
+    return Encoded(int(count), share, moments, latents, _labels(mean, labels[:, 0].long()), kept)
 
 
-def _keys(index: Tensor) -> Tensor:
-    """Put observations in a random order that depends on their index alone: 23 random bits, then 30 of the index."""
-    random = uniform_by_index(index, 1, seed=_SUBSET_SEED)[:, 0].double()
-    return (random * 2**23).floor() * 2**30 + index.remainder(2**30).double()
+def _latents(
+    moments: AggregateMoments, rates: Tensor, widths: Tensor, posteriors: tuple[Tensor, Tensor] | None
+) -> Latents:
+    """Describe the latent space.
+
+    Args:
+        moments: Moments of the aggregate posterior.
+        rates: Mean rate of each dimension.
+        widths: Mean standard deviation of each dimension's posterior.
+        posteriors: Means and variances of some diagonal Gaussian posteriors; ``None`` for posteriors of another kind.
+    """
+    active = moments.active(ACTIVE)
+    units = int(active.sum())
+    mixture = mixture_estimates(*posteriors) if posteriors else None
+    nan = math.nan
+    return Latents(
+        active_units=units,
+        mutual_information=float(mixture.lower) if mixture else nan,
+        mutual_information_upper=float(mixture.upper) if mixture else nan,
+        mutual_information_saturated=mixture is not None and mixture.saturated,
+        mutual_information_observations=mixture.observations if mixture else 0,
+        marginal_kl=float(mixture.marginal_kl) if mixture else nan,
+        marginal_kl_lower=float(mixture.rate - mixture.upper) if mixture else nan,
+        total_correlation=float(mixture.total_correlation) if mixture else nan,
+        posterior_width=float((widths[active] if units else widths).mean()),
+        aggregate_mean_square=float(moments.mean.square().mean()),
+        aggregate_variance_mean=float(moments.covariance.diagonal().mean()),
+        rate_per_dimension=tuple(rates.tolist()),
+        variance_per_dimension=tuple(moments.variance_of_means.tolist()),
+    )
+
+
+def _labels(means: Tensor, labels: Tensor) -> Labels:
+    """Predict the labels, unless some are missing (-1) or all are the same."""
+    if bool((labels < 0).any()) or bool((labels == labels[0]).all()):
+        return Labels(math.nan, math.nan)
+    return Labels(knn_accuracy(means, labels), linear_probe_accuracy(means, labels))

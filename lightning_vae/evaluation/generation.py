@@ -1,8 +1,6 @@
-"""What a decoder makes of latents that no observation's own posterior gave."""
+"""Decoding latents that do not come from an observation's own posterior."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,34 +10,26 @@ from ..noise import uniform_by_index
 from ..vae import VAE
 from .chunks import decoded_means, log_likelihood
 from .encoding_pass import Kept
+from .record import Generation
 
 _PRIOR_SEED = 0x9A10
-_SHIFTS = 5  # other observations whose latents each one is decoded from
+_SHIFTS = 5  # other observations, from whose latents each one is decoded
 
 
-@dataclass(frozen=True)
-class Generated:
-    """Nats that strangers' latents cost, and distances to the data in units of that of reconstructions."""
-
-    shuffled_gap: float
-    sample_distance: float
-    interpolation_distance: float
-
-
-def generate(vae: VAE, kept: Kept) -> Generated:
-    """Decode what no observation's own posterior gave: shuffled latents, prior samples, midpoints."""
+def generate(vae: VAE, kept: Kept) -> Generation:
+    """Decode shuffled latents, prior samples and midpoints between posterior means."""
     number = len(kept.x)
     observed = vae.likelihood.observe(kept.x.view(number, *vae.shape), kept.index)
     distortion = -log_likelihood(vae, observed, kept.z[None]).mean()
-    # The subset is in random order, so that its neighbours are strangers.
+    # The subset is in random order, so that its neighbours have nothing in common.
     others = torch.stack([kept.z.roll(shift, dims=0) for shift in range(1, _SHIFTS + 1)])
     shuffled = -log_likelihood(vae, observed, others).mean()
 
-    # Of equal observations one counts: nothing new comes as near to one as its twin does.
+    # Equal observations count once: nothing new comes as near to one as its twin does.
     first = _first_of_each(kept.x)
     data, z_own, mean = kept.x[first], kept.z[first], kept.mean[first]
     if len(data) < 3:
-        return Generated(float(shuffled - distortion), float("nan"), float("nan"))
+        return Generation(float(shuffled - distortion), float("nan"), float("nan"))
     place = torch.arange(len(data), device=data.device)
     beside = (place + 1) % len(data)
     prior = vae.prior.icdf(uniform_by_index(place, vae.latent_dim, seed=_PRIOR_SEED))
@@ -49,11 +39,11 @@ def generate(vae: VAE, kept: Kept) -> Generated:
     own, samples, between = (
         nearest_distance(torch.cat(decoded_means(vae, z)), data, excluded).mean() for z in (z_own, prior, midpoints)
     )
-    return Generated(float(shuffled - distortion), float(samples / own), float(between / own))
+    return Generation(float(shuffled - distortion), float(samples / own), float(between / own))
 
 
 def _first_of_each(rows: Tensor) -> Tensor:
-    """Return the places at which rows come first that differ from all before them, in order."""
+    """Return the places of the rows that differ from all rows before them, in order."""
     which = rows.unique(dim=0, return_inverse=True)[1]
     first = torch.full_like(which[: int(which.max()) + 1], len(rows))
     place = torch.arange(len(rows), device=rows.device)

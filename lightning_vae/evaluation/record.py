@@ -1,107 +1,199 @@
-"""Every estimate of an evaluation in one record."""
+"""The record of an evaluation, and the table that ``test`` prints of it."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal
 
-from .assessment import Verdict
-from .table import evaluation_table
+Verdict = Literal["over-regularised", "balanced", "under-regularised"]
+ACTIVE = 0.01
+"""Variance of the posterior mean that an active dimension exceeds (Burda et al. 2015)."""
+_FEW = 10  # effective samples, below which the NLL depends on their number
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What was measured of a model on a data set, in nats per observation unless said otherwise.
-
-    NaN stands for what could not be measured, and is null in :meth:`to_dict`.
+class Terms:
+    """The terms of the ELBO, and the rate of exchange between them.
 
     Attributes:
-        observations: Number of observations.
-        latent_dim: Number of latent dimensions k.
-        beta: Weight of the rate that the model was trained with.
         elbo: ``-(distortion + rate)``, higher is better.
         rate: Mean KL of posterior and prior.
         distortion: Mean of ``-log p(x|z)`` over the data and the importance samples.
+        implied_beta: The beta at which posteriors of this width are optimal: the nats of distortion that a nat of rate
+            buys when all posteriors get a little narrower. At an optimum of ``distortion + beta * rate`` it is beta,
+            for any model; the ELBO's is 1.
+        implied_beta_error: Its standard error, from the spread over the observations.
+        calibration: Squared error over the variance that the likelihood claims; NaN where it claims none.
+    """
+
+    elbo: float
+    rate: float
+    distortion: float
+    implied_beta: float
+    implied_beta_error: float
+    calibration: float
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The log-likelihood, estimated by importance sampling.
+
+    Attributes:
         nll: Negative importance-weighted log-likelihood.
         nll_error: Its standard error, from the spread over the observations.
         importance_samples: Number K of samples for each observation.
         effective_sample_size: Mean number of them that carry the estimate, from 1 to K.
+        nll_active_only: ``nll`` with the inactive dimensions removed: they are replaced by noise with the moments of
+            the aggregate posterior, the same for every observation, and cost no rate.
+    """
+
+    nll: float
+    nll_error: float
+    importance_samples: int
+    effective_sample_size: float
+    nll_active_only: float
+
+
+@dataclass(frozen=True)
+class Latents:
+    """The latent space, seen through the posteriors alone.
+
+    Attributes:
         active_units: Number of dimensions whose posterior mean has a variance over the data above 0.01.
-        nll_active_only: ``nll`` with the other dimensions removed: they are noise with the moments of the aggregate
-            posterior, the same for every observation, and cost no rate.
-        mutual_information_lower: Of data and latents, at most log M.
+        mutual_information: Of data and latents: a lower bound on average, at most log M. Where it is saturated read it
+            as "at least".
         mutual_information_upper: The smaller of two upper bounds.
-        mutual_information: The lower estimate, to be read as "at least" where it is saturated.
-        mutual_information_saturated: Whether it exceeds 90 % of log M.
-        mutual_information_observations: Number M of posteriors that it, the marginal KL and the total correlation come
-            from.
+        mutual_information_saturated: Whether the lower bound exceeds 90 % of log M.
+        mutual_information_observations: Number M of posteriors that the mutual information, the marginal KL and the
+            total correlation come from.
         marginal_kl: KL from the aggregate posterior to the prior; a lower bound where saturated.
+        marginal_kl_lower: A lower bound of it: the rate less the upper bound of the mutual information.
         total_correlation: Of the aggregate posterior; that of a Gaussian with its moments where saturated.
         posterior_width: Mean standard deviation of the active dimensions' posteriors (of all where none is active); the
             prior's is 1.
         aggregate_mean_square: Squared mean of the aggregate posterior, mean over the dimensions; the prior's is 0.
         aggregate_variance_mean: Its variance, mean over the dimensions; the prior's is 1.
-        rate_price: Nats of distortion that a nat of rate buys by narrowing the posterior; beta at an optimum.
-        price_error: Its standard error, from the spread over the observations.
-        calibration: Squared error over the variance that the likelihood claims; NaN where it has none.
-        shuffled_gap: Distortion with the latents of other observations, less the distortion.
-        sample_distance: Mean distance of decoded prior samples to their nearest observation, in units of that of
-            decoded posterior samples, each to others than its own.
-        interpolation_distance: The same of decoded midpoints between the posterior means of two observations.
-        knn_accuracy: Share of labels that the 5 nearest other posterior means tell; NaN without labels.
-        linear_probe_accuracy: The same for ridge regression on the means, each observation left out in turn.
-        diagnosis: ``"over-regularised"``, ``"balanced"`` or ``"under-regularised"``.
-        symptoms: What the diagnosis rests on.
-        advice: What to change.
         rate_per_dimension: Of length k.
         variance_per_dimension: Variance over the data of each posterior mean, of length k.
+    """
+
+    active_units: int
+    mutual_information: float
+    mutual_information_upper: float
+    mutual_information_saturated: bool
+    mutual_information_observations: int
+    marginal_kl: float
+    marginal_kl_lower: float
+    total_correlation: float
+    posterior_width: float
+    aggregate_mean_square: float
+    aggregate_variance_mean: float
+    rate_per_dimension: tuple[float, ...]
+    variance_per_dimension: tuple[float, ...]
+
+    @property
+    def active_rate(self) -> float:
+        """Rate of the active dimensions."""
+        pairs = zip(self.rate_per_dimension, self.variance_per_dimension, strict=True)
+        return sum(rate for rate, variance in pairs if variance > ACTIVE)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Decodings of latents that do not come from an observation's own posterior.
+
+    Attributes:
+        shuffled_gap: Distortion with the latents of other observations, less the distortion.
+        sample_distance: Mean distance of decoded prior samples to their nearest observation. The unit is that of
+            decoded posterior samples, each to observations other than its own.
+        interpolation_distance: The same of decoded midpoints between the posterior means of two observations.
+    """
+
+    shuffled_gap: float
+    sample_distance: float
+    interpolation_distance: float
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Accuracies with which the posterior means predict the labels; NaN without labels.
+
+    Attributes:
+        knn_accuracy: By the 5 nearest other posterior means.
+        linear_probe_accuracy: By ridge regression on the other means.
+    """
+
+    knn_accuracy: float
+    linear_probe_accuracy: float
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """The verdict on a trained model, the symptoms it rests on, and advice.
+
+    It needs the decoder and the test data, and comes once, after training. A posterior that collapses *while* a model
+    trains is told by :class:`~lightning_vae.callbacks.CollapseState`.
+
+    Attributes:
+        verdict: ``"over-regularised"``, ``"balanced"`` or ``"under-regularised"``.
+        symptoms: In words and numbers, each beginning with its place: posterior width, latent space, generation or
+            reconstruction. Never empty.
+        advice: What to change.
+    """
+
+    verdict: Verdict
+    symptoms: tuple[str, ...]
+    advice: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All estimates of a model on a data set, in nats per observation unless said otherwise.
+
+    NaN stands for what could not be measured.
+
+    Attributes:
+        observations: Number of observations.
+        latent_dim: Number of latent dimensions k.
+        beta: Weight of the rate that the model was trained with.
+        terms: The terms of the ELBO.
+        likelihood: The log-likelihood by importance sampling.
+        latents: The latent space.
+        generation: Decoded prior samples, midpoints and shuffled latents.
+        labels: What the posterior means tell of the labels.
+        assessment: The verdict, symptoms and advice.
         own: Values of the user's own metrics by name.
     """
 
     observations: int
     latent_dim: int
     beta: float
-    elbo: float
-    rate: float
-    distortion: float
-    nll: float
-    nll_error: float
-    importance_samples: int
-    effective_sample_size: float
-    active_units: int
-    nll_active_only: float
-    mutual_information_lower: float
-    mutual_information_upper: float
-    mutual_information: float
-    mutual_information_saturated: bool
-    mutual_information_observations: int
-    marginal_kl: float
-    total_correlation: float
-    posterior_width: float
-    aggregate_mean_square: float
-    aggregate_variance_mean: float
-    rate_price: float
-    price_error: float
-    calibration: float
-    shuffled_gap: float
-    sample_distance: float
-    interpolation_distance: float
-    knn_accuracy: float
-    linear_probe_accuracy: float
-    diagnosis: Verdict
-    symptoms: tuple[str, ...]
-    advice: str
-    rate_per_dimension: tuple[float, ...]
-    variance_per_dimension: tuple[float, ...]
+    terms: Terms
+    likelihood: Likelihood
+    latents: Latents
+    generation: Generation
+    labels: Labels
+    assessment: Assessment
     own: Mapping[str, float] = field(default_factory=dict)
 
+    @staticmethod
+    def names() -> set[str]:
+        """Return the keys of :meth:`to_dict`, without those of own metrics."""
+        records = (Terms, Likelihood, Latents, Generation, Labels, Assessment)
+        return {"observations", "latent_dim", "beta"} | {each.name for record in records for each in fields(record)}
+
     def to_dict(self) -> dict[str, Any]:
-        """Return a flat dict that JSON can hold: None for NaN and infinity, and the own metrics among the others."""
-        values = asdict(self)
-        values.update(values.pop("own"))
-        return {name: _plain(value) for name, value in values.items()}
+        """Return a flat dict for JSON: the fields of all parts and the own metrics; None for NaN and infinity.
+
+        Flat, because its keys are the columns of a sweep's table and, behind ``test/``, the tags in TensorBoard.
+        """
+        flat: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            flat.update(value if isinstance(value, dict) else {name: value})
+        return {name: _plain(value) for name, value in flat.items()}
 
     def scalars(self) -> dict[str, float]:
         """Return the numbers among the values that a logger can plot."""
@@ -109,8 +201,85 @@ class Evaluation:
         return {name: float(value) for name, value in items if isinstance(value, int | float)}
 
     def table(self) -> str:
-        """Return a readable table with the diagnosis below it."""
-        return evaluation_table(self)
+        """Return a readable table with the verdict below it."""
+        lines = [f"{self.observations} observations"]
+        for title, rows in self._sections().items():
+            shown = [row for row in rows if row[1] != "-"]
+            if shown:
+                lines += ["", title, *(f"  {name:<26}{value:<20}{remark}".rstrip() for name, value, remark in shown)]
+        lines += ["", f"Verdict: {self.assessment.verdict}"]
+        for text in (*self.assessment.symptoms, f"-> {self.assessment.advice}"):
+            lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
+        return "\n".join(lines)
+
+    def _sections(self) -> dict[str, list[tuple[str, str, str]]]:
+        """Return the table's rows by section: name, value and remark."""
+        terms, likelihood, latents, generation = self.terms, self.likelihood, self.latents, self.generation
+        samples, effective = likelihood.importance_samples, likelihood.effective_sample_size
+        few = ": more would lower it" if effective < min(_FEW, samples / 2) else ""
+        saturated = latents.mutual_information_saturated
+        bounds = f"bounds {_number(latents.mutual_information)}, {_number(latents.mutual_information_upper)}"
+        cap = f">= log M = {math.log(max(latents.mutual_information_observations, 1)):.2f}"
+        return {
+            "likelihood, nats per observation": [
+                ("ELBO", _number(terms.elbo), ""),
+                ("rate", _number(terms.rate), f"beta {self.beta:g}"),
+                ("distortion", _number(terms.distortion), ""),
+                (
+                    "NLL",
+                    f"{_number(likelihood.nll)} +- {_number(likelihood.nll_error)}",
+                    f"{samples} importance samples, {effective:.1f} effective{few}",
+                ),
+                (
+                    "NLL, active units only",
+                    _number(likelihood.nll_active_only),
+                    f"{self.latent_dim - latents.active_units} inactive ones removed",
+                ),
+            ],
+            "latent space": [
+                ("active units", f"{latents.active_units} of {self.latent_dim}", ""),
+                (
+                    "mutual information",
+                    cap if saturated else _number(latents.mutual_information),
+                    "saturated: more observations would show more" if saturated else bounds,
+                ),
+                ("marginal KL", f"{'>= ' if saturated else ''}{_number(latents.marginal_kl)}", "0: as the prior"),
+                (
+                    "total correlation",
+                    f"{'~ ' if saturated else ''}{_number(latents.total_correlation)}",
+                    "of a Gaussian with the same moments" if saturated else "0: independent",
+                ),
+                ("aggregate mean squared", _number(latents.aggregate_mean_square), "prior 0"),
+                ("aggregate variance", _number(latents.aggregate_variance_mean), "prior 1"),
+                ("posterior width", _number(latents.posterior_width), "of active units; prior 1"),
+                (
+                    "implied beta",
+                    _number(terms.implied_beta)
+                    if math.isnan(terms.implied_beta)
+                    else f"{_number(terms.implied_beta)} +- {terms.implied_beta_error:.1g}",
+                    "nats of distortion that a nat of rate buys; the ELBO's is 1",
+                ),
+            ],
+            "decoder": [
+                ("z shuffled", f"{generation.shuffled_gap:+.4g}", "nats of distortion; 0: z is not read"),
+                ("error / claimed variance", _number(terms.calibration), "1: calibrated"),
+                ("prior samples", _number(generation.sample_distance), "distance to the data; reconstructions 1"),
+                (
+                    "interpolations",
+                    _number(generation.interpolation_distance),
+                    "distance to the data; reconstructions 1",
+                ),
+            ],
+            "labels, from posterior means": [
+                ("5 nearest neighbours", _number(self.labels.knn_accuracy), "accuracy"),
+                ("linear probe", _number(self.labels.linear_probe_accuracy), "accuracy"),
+            ],
+            "own": [(name, _number(value), "") for name, value in self.own.items()],
+        }
+
+
+def _number(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.4g}"
 
 
 def _plain(value: Any) -> Any:

@@ -132,7 +132,7 @@ def test_test_leaves_a_table_json_and_pictures(run, capsys):
     assert f"Written:  {folder}/evaluation.json, reconstructions.png, samples.png" in printed
     assert "3 importance samples" in printed
     assert re.search(r"own_metric +16\.3\b", printed)
-    assert "Diagnosis: " in printed
+    assert "Verdict: " in printed
     written = json.loads((folder / "evaluation.json").read_text())
     assert written["own_metric"] == 16.297
     assert (written["observations"], written["beta"], len(written["rate_per_dimension"])) == (297, 0.5, 16)
@@ -150,7 +150,7 @@ def test_without_a_logger_the_evaluation_is_printed_alone(run, capsys, tmp_path)
     checkpoint = f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"
     with pytest.warns(UserWarning, match="only printed"):
         main(["test", *DIGITS, *SHORT, "--model.beta=0.5", checkpoint, "--trainer.logger=false"])
-    assert "Diagnosis: " in capsys.readouterr().out
+    assert "Verdict: " in capsys.readouterr().out
     assert not list(tmp_path.glob("*.json"))
 
 
@@ -163,7 +163,7 @@ def test_two_processes_evaluate_as_one(run, tmp_path):
         capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("Diagnosis: ") == 1
+    assert result.stdout.count("Verdict: ") == 1
     one, two = (json.loads(Path(f"logs/digits/version_{n}/evaluation.json").read_text()) for n in range(2))
     assert two["nll"] == pytest.approx(one["nll"], rel=1e-6)
     assert two["rate_per_dimension"] == pytest.approx(one["rate_per_dimension"], rel=1e-5)

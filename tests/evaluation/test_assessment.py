@@ -1,37 +1,49 @@
-"""The diagnosis, on models built to have a symptom and on ones that must not show it."""
+"""The assessment, on models built to have a symptom and on ones that must not show it."""
 
 import math
 import random
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from lightning_vae.callbacks.metrics.collapse_state import diagnose as detect
+from lightning_vae.callbacks.metrics.collapse_state import collapse_state
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules import linear_vae_optimum
 from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
-from lightning_vae.evaluation.assessment import Measured, diagnose
+from lightning_vae.evaluation.assessment import assess
 from lightning_vae.evaluation.measure import evaluate
+from lightning_vae.evaluation.record import Generation, Latents, Terms
 from tests.doubles import optimal_linear_vae
 
 SPECTRUM = (5.0, 3.0, 1.5, 0.8, 0.3, 0.1)
-HEALTHY = Measured(
-    beta=1.0,
-    rate=3.3,
-    active_rate=3.3,
+TERMS = Terms(elbo=-8.6, rate=3.3, distortion=5.3, implied_beta=1.0, implied_beta_error=0.0, calibration=1.0)
+LATENTS = Latents(
     active_units=4,
-    latent_dim=4,
     mutual_information=3.2,
     mutual_information_upper=3.3,
-    marginal_kl=0.02,
+    mutual_information_saturated=False,
+    mutual_information_observations=2048,
+    marginal_kl=0.1,
+    marginal_kl_lower=0.02,
+    total_correlation=0.02,
     posterior_width=0.47,
-    rate_price=1.0,
-    price_error=0.0,
-    calibration=1.0,
-    shuffled_gap=22.0,
-    sample_distance=1.0,
+    aggregate_mean_square=0.0,
+    aggregate_variance_mean=1.0,
+    rate_per_dimension=(1.3, 1.0, 0.7, 0.3),
+    variance_per_dimension=(0.9, 0.8, 0.7, 0.5),
 )
+GENERATION = Generation(shuffled_gap=22.0, sample_distance=1.0, interpolation_distance=1.0)
+
+
+def assessed(beta=1.0, **changes):
+    """The assessment of a healthy model with some of its numbers changed, whichever part they are in."""
+    parts = []
+    for part in (TERMS, LATENTS, GENERATION):
+        own = {each.name for each in fields(part)} & changes.keys()
+        parts.append(replace(part, **{name: changes.pop(name) for name in own}))
+    assert not changes
+    return assess(beta, *parts)
 
 
 def observations(spectrum=SPECTRUM, size=2048, seed=0):
@@ -40,19 +52,24 @@ def observations(spectrum=SPECTRUM, size=2048, seed=0):
     return data._splits["test"]["x"]
 
 
-def diagnosed(vae, x, **options):
+def active_rate(nats):
+    """One active dimension of this rate, beside one that is just not active."""
+    return {"rate_per_dimension": (nats, 3.0), "variance_per_dimension": (0.9, 0.01)}
+
+
+def evaluated(vae, x, **options):
     return evaluate(vae, TensorLoader({"x": x}, batch_size=len(x)), importance_samples=1, **options)
 
 
-def where(result):
-    return [symptom.partition(":")[0] for symptom in result.symptoms]
+def where(assessment):
+    return [symptom.partition(":")[0] for symptom in assessment.symptoms]
 
 
 # ---- the rules
 
 
 def test_a_healthy_model_is_balanced_with_all_four_places_described():
-    result = diagnose(HEALTHY)
+    result = assessed()
     assert (result.verdict, result.advice) == ("balanced", "Nothing to change.")
     assert where(result) == ["posterior width", "latent space", "generation", "reconstruction"]
 
@@ -60,40 +77,40 @@ def test_a_healthy_model_is_balanced_with_all_four_places_described():
 @pytest.mark.parametrize(
     ("changes", "verdict", "places"),
     [
-        ({"active_rate": 0.49}, "over-regularised", ["latent space", "reconstruction"]),
-        ({"active_rate": 0.51}, "balanced", None),
+        (active_rate(0.49), "over-regularised", ["latent space", "reconstruction"]),
+        (active_rate(0.51), "balanced", None),
         ({"mutual_information_upper": 0.49}, "over-regularised", ["latent space", "reconstruction"]),
         ({"mutual_information": 0.4, "mutual_information_upper": 0.51}, "balanced", None),
         ({"shuffled_gap": 1.59}, "over-regularised", ["reconstruction"]),
         ({"shuffled_gap": 1.61}, "balanced", None),
         ({"shuffled_gap": 1.59, "beta": 0.9}, "balanced", None),
-        ({"rate_price": 1.51}, "over-regularised", ["posterior width"]),
-        ({"rate_price": 1.49}, "balanced", None),
-        ({"rate_price": 0.66}, "under-regularised", ["posterior width"]),
-        ({"rate_price": 0.67}, "balanced", None),
-        ({"rate_price": 1.9, "price_error": 0.19}, "over-regularised", ["posterior width"]),
-        ({"rate_price": 1.9, "price_error": 0.21}, "balanced", None),
-        ({"rate_price": 0.3, "price_error": 0.18}, "under-regularised", ["posterior width"]),
-        ({"rate_price": 0.3, "price_error": 0.19}, "balanced", None),
-        ({"rate_price": 0.6, "price_error": 0.19, "calibration": 2.0}, "under-regularised", None),
-        ({"rate_price": -2.0}, "balanced", None),
-        ({"rate_price": -2.0, "beta": 0.0, "shuffled_gap": 0.0}, "under-regularised", None),
+        ({"implied_beta": 1.51}, "over-regularised", ["posterior width"]),
+        ({"implied_beta": 1.49}, "balanced", None),
+        ({"implied_beta": 0.66}, "under-regularised", ["posterior width"]),
+        ({"implied_beta": 0.67}, "balanced", None),
+        ({"implied_beta": 1.9, "implied_beta_error": 0.19}, "over-regularised", ["posterior width"]),
+        ({"implied_beta": 1.9, "implied_beta_error": 0.21}, "balanced", None),
+        ({"implied_beta": 0.3, "implied_beta_error": 0.18}, "under-regularised", ["posterior width"]),
+        ({"implied_beta": 0.3, "implied_beta_error": 0.19}, "balanced", None),
+        ({"implied_beta": 0.6, "implied_beta_error": 0.19, "calibration": 2.0}, "under-regularised", None),
+        ({"implied_beta": -2.0}, "balanced", None),
+        ({"implied_beta": -2.0, "beta": 0.0, "shuffled_gap": 0.0}, "under-regularised", None),
         ({"calibration": 0.5}, "over-regularised", ["posterior width", "reconstruction"]),
         ({"calibration": 0.7}, "balanced", None),
         ({"calibration": 2.0}, "under-regularised", ["posterior width", "reconstruction"]),
-        ({"calibration": 2.0, "rate_price": 2.0}, "balanced", None),
-        ({"marginal_kl": 1.1}, "under-regularised", ["latent space"]),
-        ({"marginal_kl": 0.9}, "balanced", None),
-        ({"marginal_kl": 1.1, "rate": 5.0}, "balanced", None),
+        ({"calibration": 2.0, "implied_beta": 2.0}, "balanced", None),
+        ({"marginal_kl_lower": 1.1}, "under-regularised", ["latent space"]),
+        ({"marginal_kl_lower": 0.9}, "balanced", None),
+        ({"marginal_kl_lower": 1.1, "rate": 5.0}, "balanced", None),
         ({"sample_distance": 1.26}, "under-regularised", ["generation"]),
         ({"sample_distance": 1.24}, "balanced", None),
         # the first that holds decides, and signs of a mismatch are listed beside it
-        ({"rate_price": 0.1, "shuffled_gap": 0.1}, "over-regularised", ["reconstruction"]),
-        ({"rate_price": 3.0, "sample_distance": 2.0}, "over-regularised", ["posterior width", "generation"]),
+        ({"implied_beta": 0.1, "shuffled_gap": 0.1}, "over-regularised", ["reconstruction"]),
+        ({"implied_beta": 3.0, "sample_distance": 2.0}, "over-regularised", ["posterior width", "generation"]),
     ],
 )  # fmt: skip
 def test_each_rule_at_its_boundary(changes, verdict, places):
-    result = diagnose(replace(HEALTHY, **changes))
+    result = assessed(**changes)
     assert result.verdict == verdict
     assert places is None or where(result) == places
     assert (result.advice == "Nothing to change.") == (verdict == "balanced")
@@ -101,35 +118,35 @@ def test_each_rule_at_its_boundary(changes, verdict, places):
 
 def test_what_could_not_be_measured_is_no_symptom():
     nan = dict.fromkeys(
-        ("mutual_information", "mutual_information_upper", "marginal_kl", "rate_price", "calibration",
+        ("mutual_information", "mutual_information_upper", "marginal_kl_lower", "implied_beta", "calibration",
          "sample_distance"), math.nan,
     )  # fmt: skip
-    assert diagnose(replace(HEALTHY, **nan)).verdict == "balanced"
-    assert diagnose(replace(HEALTHY, calibration=math.nan, rate_price=3.0)).verdict == "over-regularised"
+    assert assessed(**nan).verdict == "balanced"
+    assert assessed(calibration=math.nan, implied_beta=3.0).verdict == "over-regularised"
 
 
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
-        ({"beta": 10.0, "rate_price": 10.0, "shuffled_gap": 40.0}, "Lower beta from 10 to about 1."),
-        ({"beta": 10.0, "rate_price": 2.0, "shuffled_gap": 40.0}, "Lower beta from 10 to about 1."),  # a floor
-        ({"rate_price": 5.0}, "Lower beta from 1 to about 0.2."),  # a sum where a mean should be
+        ({"beta": 10.0, "implied_beta": 10.0, "shuffled_gap": 40.0}, "Lower beta from 10 to about 1."),
+        ({"beta": 10.0, "implied_beta": 2.0, "shuffled_gap": 40.0}, "Lower beta from 10 to about 1."),  # a floor
+        ({"implied_beta": 5.0}, "Lower beta from 1 to about 0.2."),  # a sum where a mean should be
         ({"calibration": 0.1}, "Lower beta from 1 to about 0.1, or learn the likelihood's variance at beta 1."),
-        ({"beta": 0.1, "rate_price": 0.1}, "Raise beta from 0.1 to about 1."),
-        ({"beta": 0.1, "rate_price": 0.075}, "Raise beta from 0.1 to about 1."),  # not quite at its optimum
-        ({"beta": 0.1, "rate_price": 0.5}, "Raise beta from 0.1 to about 0.2."),  # a sum where a mean should be
-        ({"rate_price": 0.3}, "The posteriors are narrower than beta 1 makes them: lower the floor"),
-        ({"beta": 0.0, "rate_price": 0.0, "shuffled_gap": 0.0}, "Train with beta at 1"),
-        ({"beta": 0.0, "rate_price": -0.1, "shuffled_gap": -1e-9}, "Train with beta at 1"),
+        ({"beta": 0.1, "implied_beta": 0.1}, "Raise beta from 0.1 to about 1."),
+        ({"beta": 0.1, "implied_beta": 0.075}, "Raise beta from 0.1 to about 1."),  # not quite at its optimum
+        ({"beta": 0.1, "implied_beta": 0.5}, "Raise beta from 0.1 to about 0.2."),  # a sum where a mean should be
+        ({"implied_beta": 0.3}, "The posteriors are narrower than beta 1 makes them: lower the floor"),
+        ({"beta": 0.0, "implied_beta": 0.0, "shuffled_gap": 0.0}, "Train with beta at 1"),
+        ({"beta": 0.0, "implied_beta": -0.1, "shuffled_gap": -1e-9}, "Train with beta at 1"),
     ],
 )
 def test_the_advice_names_the_beta_to_go_to(changes, advice):
-    assert diagnose(replace(HEALTHY, **changes)).advice.startswith(advice)
+    assert assessed(**changes).advice.startswith(advice)
 
 
 def test_what_was_not_measured_is_not_spoken_of():
-    unknown = replace(HEALTHY, rate_price=math.nan, marginal_kl=math.nan, sample_distance=math.nan)
-    assert "nan" not in " ".join(diagnose(unknown).symptoms)
+    unknown = assessed(implied_beta=math.nan, marginal_kl_lower=math.nan, sample_distance=math.nan)
+    assert "nan" not in " ".join(unknown.symptoms)
 
 
 # ---- models that have a symptom, and their likes that must not
@@ -139,48 +156,48 @@ def test_what_was_not_measured_is_not_spoken_of():
     ("beta", "verdict"), [(0.3, "under-regularised"), (0.9, "balanced"), (4.0, "over-regularised")]
 )
 def test_beta_on_the_linear_vae(beta, verdict):
-    assert diagnosed(optimal_linear_vae(observations(), 3, 0.4, beta), observations()).diagnosis == verdict
+    assert evaluated(optimal_linear_vae(observations(), 3, 0.4, beta), observations()).assessment.verdict == verdict
 
 
 def test_pruned_dimensions_are_no_symptom():
     x = observations((5.0, 3.0, 0.4, 0.4, 0.4, 0.4))
-    result = diagnosed(optimal_linear_vae(x, 6, 0.4), x)
-    assert (result.active_units, result.diagnosis) == (2, "balanced")
+    result = evaluated(optimal_linear_vae(x, 6, 0.4), x)
+    assert (result.latents.active_units, result.assessment.verdict) == (2, "balanced")
 
 
 @pytest.mark.parametrize(("variance", "verdict"), [(0.1, "balanced"), (2.0, "over-regularised")])
 def test_a_variance_fixed_too_large_is_as_good_as_beta(variance, verdict):
     x = observations((50.0, 30.0, 0.1, 0.1, 0.1, 0.1))
-    result = diagnosed(optimal_linear_vae(x, 2, variance), x)
-    assert (result.beta, result.active_units) == (1.0, 2)
-    assert result.rate_price == pytest.approx(1, abs=0.02)
-    assert result.diagnosis == verdict
-    assert where(result) == ["posterior width", "reconstruction"] or verdict == "balanced"
+    result = evaluated(optimal_linear_vae(x, 2, variance), x)
+    assert (result.beta, result.latents.active_units) == (1.0, 2)
+    assert result.terms.implied_beta == pytest.approx(1, abs=0.02)
+    assert result.assessment.verdict == verdict
+    assert where(result.assessment) == ["posterior width", "reconstruction"] or verdict == "balanced"
 
 
 def test_an_offset_is_a_collapse_in_disguise():
     x = observations()
     vae = optimal_linear_vae(x, 4, variance=6.0)  # above the spectrum: nothing is worth encoding
-    assert diagnosed(vae, x).diagnosis == "over-regularised"
+    assert evaluated(vae, x).assessment.verdict == "over-regularised"
     with torch.no_grad():
         vae.encoder.mean.bias.fill_(3.0)
-    result = diagnosed(vae, x)
-    assert (result.rate, result.active_units) == (pytest.approx(18), 0)
-    assert result.diagnosis == "over-regularised"
-    assert where(result)[0] == "latent space"
-    assert "0 of 4 dimensions are active" in result.symptoms[0]
+    result = evaluated(vae, x)
+    assert (result.terms.rate, result.latents.active_units) == (pytest.approx(18), 0)
+    assert result.assessment.verdict == "over-regularised"
+    assert where(result.assessment)[0] == "latent space"
+    assert "0 of 4 dimensions are active" in result.assessment.symptoms[0]
 
 
 def test_a_decoder_that_does_not_read_its_latents():
     x = observations()
     vae = optimal_linear_vae(x, 4, 0.4)
-    assert diagnosed(vae, x).diagnosis == "balanced"
+    assert evaluated(vae, x).assessment.verdict == "balanced"
     with torch.no_grad():
         vae.decoder.map.weight.zero_()
-    result = diagnosed(vae, x)
-    assert result.rate == pytest.approx(3.28, abs=0.01)
-    assert result.shuffled_gap == pytest.approx(0, abs=1e-9)
-    assert (result.diagnosis, where(result)) == ("over-regularised", ["reconstruction"])
+    result = evaluated(vae, x)
+    assert result.terms.rate == pytest.approx(3.28, abs=0.01)
+    assert result.generation.shuffled_gap == pytest.approx(0, abs=1e-9)
+    assert (result.assessment.verdict, where(result.assessment)) == ("over-regularised", ["reconstruction"])
 
 
 def test_latents_that_lie_beside_the_prior():
@@ -189,11 +206,11 @@ def test_latents_that_lie_beside_the_prior():
     with torch.no_grad():  # the same model of the data, with its latents moved by 3
         vae.encoder.mean.bias[0] = 3.0
         vae.decoder.map.bias.copy_(-3.0 * vae.decoder.map.weight[:, 0])
-    result = diagnosed(vae, x)
-    assert result.rate_price == pytest.approx(1, abs=0.02)
-    assert result.marginal_kl == pytest.approx(4.5, abs=0.1)
-    assert result.diagnosis == "under-regularised"
-    assert where(result) == ["latent space", "generation"]
+    result = evaluated(vae, x)
+    assert result.terms.implied_beta == pytest.approx(1, abs=0.02)
+    assert result.latents.marginal_kl == pytest.approx(4.5, abs=0.1)
+    assert result.assessment.verdict == "under-regularised"
+    assert where(result.assessment) == ["latent space", "generation"]
 
 
 def test_holes_between_the_latents():
@@ -201,13 +218,13 @@ def test_holes_between_the_latents():
     x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(0)) * 0.5
     x[:, 0] += 10.0 * (torch.arange(2000) % 2 * 2 - 1)
     vae = optimal_linear_vae(x, 1, variance=0.25)
-    result = diagnosed(vae, x)
-    assert (result.aggregate_mean_square, result.aggregate_variance_mean) == (
+    result = evaluated(vae, x)
+    assert (result.latents.aggregate_mean_square, result.latents.aggregate_variance_mean) == (
         pytest.approx(0, abs=0.01),
         pytest.approx(1),
     )
-    assert result.diagnosis == "under-regularised"
-    assert where(result)[-2:] == ["latent space", "generation"]
+    assert result.assessment.verdict == "under-regularised"
+    assert where(result.assessment)[-2:] == ["latent space", "generation"]
 
 
 def test_whatever_the_detector_calls_collapsed_is_over_regularised():
@@ -215,9 +232,10 @@ def test_whatever_the_detector_calls_collapsed_is_over_regularised():
     for _ in range(200):
         rates = [generator.choice([0.0, 0.1, 0.3, 1.0]) for _ in range(4)]
         variances = [0.5 * rate if generator.random() < 0.7 else 0.0 for rate in rates]
-        state = detect(torch.tensor(rates), torch.tensor(variances), None, 2048).state
-        active = sum(rate for rate, variance in zip(rates, variances, strict=True) if variance > 0.01)
-        verdict = diagnose(replace(HEALTHY, rate=sum(rates), active_rate=active)).verdict
+        state = collapse_state(torch.tensor(rates), torch.tensor(variances), None, 2048).name
+        verdict = assessed(
+            rate=sum(rates), rate_per_dimension=tuple(rates), variance_per_dimension=tuple(variances)
+        ).verdict
         assert (state == "collapsed") == (verdict == "over-regularised")
 
 
@@ -250,10 +268,10 @@ def test_verdicts_on_random_spectra_are_those_of_the_closed_form():
             if factor < 1.1:
                 continue
             vae = optimal_linear_vae(x, latent_dim, variance, beta)
-            result = diagnosed(vae, x, samples=256)
+            result = evaluated(vae, x, samples=256)
             counts[verdict] = counts.get(verdict, 0) + 1
-            if result.diagnosis != verdict:
-                wrong.append((spectrum, latent_dim, variance, beta, verdict, result.diagnosis, result.symptoms))
+            if result.assessment.verdict != verdict:
+                wrong.append((spectrum, latent_dim, variance, beta, verdict, result.assessment))
     assert min(counts.values()) >= 25, counts
     assert sum(counts.values()) >= 180, counts
     assert not wrong

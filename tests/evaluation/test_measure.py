@@ -13,12 +13,14 @@ from torch import nn
 from torch.multiprocessing import start_processes
 
 from lightning_vae import VAE, Bernoulli, DiscretisedLogistic, Gaussian, LinearDecoder, LinearEncoder
+from lightning_vae.callbacks import CollapseDetector
 from lightning_vae.datamodules import Digits, linear_vae_optimum
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
 from lightning_vae.evaluation.measure import evaluate
+from lightning_vae.evaluation.record import Evaluation
 from lightning_vae.evaluation.report import EvaluationReport, draw
-from tests.doubles import optimal_linear_vae
+from tests.doubles import optimal_linear_vae, quiet_trainer
 
 SPECTRUM = (5.0, 3.0, 1.5, 0.8, 0.3, 0.1)
 VARIANCE = 0.4
@@ -56,10 +58,10 @@ def test_at_the_optimum_the_bound_is_the_exact_likelihood_at_any_number_of_sampl
     covariance = vae.decoder.map.weight @ vae.decoder.map.weight.T + VARIANCE * torch.eye(6)
     exact = td.MultivariateNormal(torch.zeros(6).double(), covariance.detach()).log_prob(x.double())
     assert -exact.mean() == pytest.approx(8.54253, abs=1e-4)
-    assert result.nll == pytest.approx(-float(exact.mean()), abs=1e-6)
-    assert result.nll_error == pytest.approx(float(exact.std()) / math.sqrt(len(x)), rel=1e-6)
-    assert result.effective_sample_size == pytest.approx(samples)
-    assert -result.elbo == pytest.approx(result.nll, abs=0.1 / math.sqrt(samples))
+    assert result.likelihood.nll == pytest.approx(-float(exact.mean()), abs=1e-6)
+    assert result.likelihood.nll_error == pytest.approx(float(exact.std()) / math.sqrt(len(x)), rel=1e-6)
+    assert result.likelihood.effective_sample_size == pytest.approx(samples)
+    assert -result.terms.elbo == pytest.approx(result.likelihood.nll, abs=0.1 / math.sqrt(samples))
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0, 4.0])
@@ -69,66 +71,68 @@ def test_every_number_on_the_linear_vae(x, beta):
     result = evaluate(optimal_linear_vae(x, 4, VARIANCE, beta), loader(x), importance_samples=200)
 
     assert (result.observations, result.latent_dim, result.beta) == (4096, 4, beta)
-    assert result.rate == pytest.approx(optimum.rate, abs=1e-4)
-    assert result.rate_per_dimension == pytest.approx(optimum.rate_per_dimension, abs=1e-4)
-    assert result.variance_per_dimension == pytest.approx(optimum.posterior_mean_variance, abs=1e-4)
-    assert result.active_units == optimum.active_units == len(active)
-    assert result.distortion == pytest.approx(optimum.distortion, abs=0.01)
-    assert result.elbo == pytest.approx(-(optimum.distortion + optimum.rate), abs=0.01)
+    assert result.terms.rate == pytest.approx(optimum.rate, abs=1e-4)
+    assert result.latents.rate_per_dimension == pytest.approx(optimum.rate_per_dimension, abs=1e-4)
+    assert result.latents.variance_per_dimension == pytest.approx(optimum.posterior_mean_variance, abs=1e-4)
+    assert result.latents.active_units == optimum.active_units == len(active)
+    assert result.terms.distortion == pytest.approx(optimum.distortion, abs=0.01)
+    assert result.terms.elbo == pytest.approx(-(optimum.distortion + optimum.rate), abs=0.01)
 
     # The model's own density: a Gaussian whose variances are those below, on data of the spectrum.
     model = [value - level + VARIANCE for value in active] + [VARIANCE] * (6 - len(active))
     nll = 0.5 * sum(math.log(2 * math.pi * m) + value / m for m, value in zip(model, SPECTRUM, strict=True))
-    assert result.nll == pytest.approx(nll, abs=0.02)
-    assert result.nll_active_only == pytest.approx(result.nll, abs=1e-6)
+    assert result.likelihood.nll == pytest.approx(nll, abs=0.02)
+    assert result.likelihood.nll_active_only == pytest.approx(result.likelihood.nll, abs=1e-6)
 
     information = sum(0.5 * math.log(value / level) for value in active)
-    assert information - 0.15 < result.mutual_information_lower < information + 0.05
-    assert information - 0.05 < result.mutual_information_upper < information + 0.1
-    assert not result.mutual_information_saturated
-    assert result.marginal_kl == pytest.approx(0, abs=0.15)
-    assert result.total_correlation == pytest.approx(0, abs=0.15)
-    assert result.aggregate_mean_square == pytest.approx(0, abs=1e-9)
-    assert result.aggregate_variance_mean == pytest.approx(1, abs=1e-4)
-    assert result.posterior_width == pytest.approx(sum(math.sqrt(level / v) for v in active) / len(active), abs=1e-4)
+    assert information - 0.15 < result.latents.mutual_information < information + 0.05
+    assert information - 0.05 < result.latents.mutual_information_upper < information + 0.1
+    assert not result.latents.mutual_information_saturated
+    assert result.latents.marginal_kl == pytest.approx(0, abs=0.15)
+    assert result.latents.total_correlation == pytest.approx(0, abs=0.15)
+    assert result.latents.aggregate_mean_square == pytest.approx(0, abs=1e-9)
+    assert result.latents.aggregate_variance_mean == pytest.approx(1, abs=1e-4)
+    assert result.latents.posterior_width == pytest.approx(
+        sum(math.sqrt(level / v) for v in active) / len(active), abs=1e-4
+    )
 
-    assert result.rate_price == pytest.approx(beta, rel=0.02)
-    assert result.calibration == pytest.approx(optimum.squared_error / (6 * VARIANCE), rel=0.01)
-    assert result.shuffled_gap == pytest.approx(sum(value - level for value in active) / VARIANCE, rel=0.1)
-    assert result.sample_distance == pytest.approx(1, abs=0.05)  # decoded, q(z) is what the prior is
-    assert result.interpolation_distance < 1  # midpoints are nearer to the centre, where the data are
-    assert math.isnan(result.knn_accuracy)
-    assert math.isnan(result.linear_probe_accuracy)
+    assert result.terms.implied_beta == pytest.approx(beta, rel=0.02)
+    assert result.terms.calibration == pytest.approx(optimum.squared_error / (6 * VARIANCE), rel=0.01)
+    assert result.generation.shuffled_gap == pytest.approx(sum(value - level for value in active) / VARIANCE, rel=0.1)
+    assert result.generation.sample_distance == pytest.approx(1, abs=0.05)  # decoded, q(z) is what the prior is
+    assert result.generation.interpolation_distance < 1  # midpoints are nearer to the centre, where the data are
+    assert math.isnan(result.labels.knn_accuracy)
+    assert math.isnan(result.labels.linear_probe_accuracy)
 
 
 def test_a_saturated_mutual_information_is_printed_as_at_least(x):
     # 12.488 nats, above log 2048 = 7.62.
     variance = math.exp((sum(map(math.log, SPECTRUM[:4])) - 2 * 12.488) / 4)
     result = evaluate(optimal_linear_vae(x, 4, variance), loader(x), importance_samples=1)
-    assert result.rate == pytest.approx(12.488, abs=1e-3)
-    assert result.mutual_information_saturated
-    assert result.mutual_information_upper == pytest.approx(12.488, abs=0.1)
-    assert result.marginal_kl == pytest.approx(0, abs=0.05)
+    assert result.terms.rate == pytest.approx(12.488, abs=1e-3)
+    assert result.latents.mutual_information_saturated
+    assert result.latents.mutual_information_upper == pytest.approx(12.488, abs=0.1)
+    assert result.latents.marginal_kl == pytest.approx(0, abs=0.05)
     assert "mutual information        >= log M = 7.62" in result.table()
     assert "marginal KL               >= " in result.table()
 
 
 def test_inactive_units_are_removed_without_a_loss_and_others_move_the_likelihood(x):
     vae = optimal_linear_vae(x, 4, VARIANCE, beta=2.0)
-    nll = evaluate(vae, loader(x), importance_samples=3).nll
+    nll = evaluate(vae, loader(x), importance_samples=3).likelihood.nll
     with torch.no_grad():  # a dimension that the decoder ignores, whose posterior is beside the prior
         vae.encoder.mean.bias[3] = 2.0
     result = evaluate(vae, loader(x), importance_samples=3)
-    assert result.active_units == 3
-    assert result.nll > nll + 0.5  # the more samples, the less the useless rate costs
-    assert result.nll_active_only == pytest.approx(nll, abs=1e-6)
+    assert result.latents.active_units == 3
+    assert result.likelihood.nll > nll + 0.5  # the more samples, the less the useless rate costs
+    assert result.likelihood.nll_active_only == pytest.approx(nll, abs=1e-6)
 
     with torch.no_grad():  # one that serves the decoder as a constant
         vae.encoder.log_variance[3] = -14.0
         vae.decoder.map.weight[:, 3] = 1.0
         vae.decoder.map.bias -= 2.0
     result = evaluate(vae, loader(x), importance_samples=3)
-    assert result.nll_active_only == pytest.approx(nll, abs=0.01)
+    assert result.likelihood.nll_active_only == pytest.approx(nll, abs=0.01)
 
     with torch.no_grad():  # one that the threshold calls inactive, but the decoder reads
         vae = optimal_linear_vae(x, 4, VARIANCE)
@@ -136,23 +140,43 @@ def test_inactive_units_are_removed_without_a_loss_and_others_move_the_likelihoo
         vae.encoder.log_variance[0] -= 2 * math.log(20)
         vae.decoder.map.weight[:, 0] *= 20
     result = evaluate(vae, loader(x), importance_samples=50)
-    assert result.active_units == 3
-    assert abs(result.nll_active_only - result.nll) > 1
+    assert result.latents.active_units == 3
+    assert abs(result.likelihood.nll_active_only - result.likelihood.nll) > 1
 
 
 def test_few_effective_samples_are_named(x):
     exact = evaluate(optimal_linear_vae(x, 4, VARIANCE), loader(x), importance_samples=30)
     assert "30 importance samples, 30.0 effective\n" in exact.table()
     poor = evaluate(optimal_linear_vae(x, 4, VARIANCE, beta=0.02), loader(x), importance_samples=30)
-    assert poor.effective_sample_size < 10
+    assert poor.likelihood.effective_sample_size < 10
     assert " effective: more would lower it\n" in poor.table()
 
 
 def test_the_probes_see_labels():
     result = evaluate(small_vae(), digits(), importance_samples=1)
-    assert 0.15 < result.knn_accuracy < 1  # random projections of digits keep some of their neighbours
-    assert 0.15 < result.linear_probe_accuracy < 1
+    assert 0.15 < result.labels.knn_accuracy < 1  # random projections of digits keep some of their neighbours
+    assert 0.15 < result.labels.linear_probe_accuracy < 1
     assert "5 nearest neighbours" in result.table()
+
+
+# ---- one name, one number
+
+
+@pytest.mark.filterwarnings("ignore:CollapseDetector")
+@pytest.mark.parametrize("observations", [100, 2048])
+def test_the_detector_logs_the_mutual_information_that_test_prints(tmp_path, observations):
+    vae = small_vae().float()
+    with torch.no_grad():
+        vae.encoder.layers[-1].weight.mul_(5)  # so that there is some information
+    trainer = quiet_trainer(tmp_path, callbacks=[CollapseDetector(observations=observations)])
+    trainer.validate(vae, digits(297, 50), verbose=False)
+    result = evaluate(vae, digits(297, 64), importance_samples=1, observations=observations)
+    logged = trainer.callback_metrics
+    assert 0.1 < result.latents.mutual_information < math.log(observations)
+    assert logged["latent/mutual_information"] == pytest.approx(result.latents.mutual_information, rel=1e-6)
+    assert logged["latent/active_units"] == result.latents.active_units
+    if observations > 297:
+        assert logged["latent/marginal_kl"] == pytest.approx(result.latents.marginal_kl, rel=1e-5)
 
 
 # ---- what does not change it
@@ -242,7 +266,7 @@ def test_the_first_samples_elbo_is_the_one_of_a_test_step():
     with torch.no_grad():
         terms = vae.eval().elbo_terms(batch["x"], batch["index"])
     result = evaluate(vae, digits(), importance_samples=1)
-    assert result.elbo == pytest.approx(float(terms.elbo.mean()), rel=1e-9)
+    assert result.terms.elbo == pytest.approx(float(terms.elbo.mean()), rel=1e-9)
 
 
 # ---- other models and data
@@ -252,9 +276,9 @@ def test_the_first_samples_elbo_is_the_one_of_a_test_step():
 def test_other_likelihoods_on_batches_without_an_index(likelihood):
     batches = [(batch["x"], batch["label"]) for batch in digits(64, 16)]
     result = evaluate(small_vae(likelihood), batches, importance_samples=2)
-    assert math.isfinite(result.nll)
-    assert math.isnan(result.calibration) == (likelihood is DiscretisedLogistic)  # which claims no variance
-    assert math.isnan(result.knn_accuracy)  # no mapping, no labels
+    assert math.isfinite(result.likelihood.nll)
+    assert math.isnan(result.terms.calibration) == (likelihood is DiscretisedLogistic)  # which claims no variance
+    assert math.isnan(result.labels.knn_accuracy)  # no mapping, no labels
 
 
 class LaplaceEncoder(nn.Module):
@@ -270,9 +294,9 @@ class LaplaceEncoder(nn.Module):
 def test_a_posterior_that_is_not_gaussian_leaves_out_what_needs_one():
     vae = small_vae(encoder=LaplaceEncoder)
     result = evaluate(vae, digits(64), importance_samples=2)
-    assert math.isfinite(result.nll)
+    assert math.isfinite(result.likelihood.nll)
     written = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert written["mutual_information"] is written["marginal_kl"] is written["rate_price"] is None
+    assert written["mutual_information"] is written["marginal_kl"] is written["implied_beta"] is None
     assert "mutual information" not in result.table()
     assert "nan" not in result.table()
 
@@ -281,7 +305,7 @@ def test_one_latent_dimension_and_few_observations():
     torch.manual_seed(0)
     vae = VAE((2,), latent_dim=1, encoder=LinearEncoder, decoder=LinearDecoder)
     result = evaluate(vae, [torch.randn(12, 2)], importance_samples=2)
-    assert (len(result.rate_per_dimension), result.observations) == (1, 12)
+    assert (len(result.latents.rate_per_dimension), result.observations) == (1, 12)
 
 
 def test_own_metrics_are_called_with_the_model_and_the_loader():
@@ -295,12 +319,14 @@ def test_own_metrics_are_called_with_the_model_and_the_loader():
 
 def test_the_dictionary_is_flat_and_has_what_a_sweep_reads():
     written = evaluate(small_vae(), digits(64), importance_samples=1).to_dict()
-    names = """observations latent_dim beta elbo rate distortion nll nll_error importance_samples effective_sample_size
-        active_units mutual_information_lower mutual_information_upper mutual_information mutual_information_saturated
-        marginal_kl total_correlation posterior_width aggregate_mean_square aggregate_variance_mean shuffled_gap
-        nll_active_only sample_distance interpolation_distance knn_accuracy linear_probe_accuracy diagnosis symptoms
-        advice rate_per_dimension variance_per_dimension"""
-    assert set(names.split()) <= written.keys()
+    names = """observations latent_dim beta elbo rate distortion nll nll_error importance_samples
+        effective_sample_size active_units mutual_information mutual_information_upper
+        mutual_information_saturated marginal_kl marginal_kl_lower total_correlation posterior_width
+        aggregate_mean_square aggregate_variance_mean implied_beta implied_beta_error calibration shuffled_gap
+        nll_active_only sample_distance interpolation_distance knn_accuracy linear_probe_accuracy verdict
+        symptoms advice rate_per_dimension variance_per_dimension"""
+    assert set(names.split()) < written.keys()
+    assert written.keys() == Evaluation.names()
     assert not any(isinstance(value, dict) for value in written.values())
 
 
@@ -337,7 +363,7 @@ def test_too_few_observations():
 
 
 def test_an_iterator_is_refused(x):
-    with pytest.raises(ValueError, match="`loader` is gone through twice"):
+    with pytest.raises(ValueError, match="`loader` is read twice"):
         evaluate(optimal_linear_vae(x, 4, VARIANCE), iter(loader(x)))
 
 
@@ -362,19 +388,19 @@ def test_labels_of_any_integers_count_and_numbers_are_no_classes(x):
         evaluate(vae, [{"x": x, "index": index, "label": label}], importance_samples=1)
         for label in (sign, sign * 10**9 + 16_777_217)
     )
-    assert small.knn_accuracy == large.knn_accuracy > 0.8
-    assert small.linear_probe_accuracy == large.linear_probe_accuracy > 0.8
+    assert small.labels.knn_accuracy == large.labels.knn_accuracy > 0.8
+    assert small.labels.linear_probe_accuracy == large.labels.linear_probe_accuracy > 0.8
     number = evaluate(vae, [{"x": x, "index": index.int(), "label": x[:, 0]}], importance_samples=1)
-    assert math.isnan(number.knn_accuracy)
+    assert math.isnan(number.labels.knn_accuracy)
 
 
 def test_observations_that_repeat_are_no_sign_of_poor_samples():
     x = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
     vae = optimal_linear_vae(x, 12, 0.05)
     once, twice = (evaluate(vae, [data], importance_samples=1) for data in (x, torch.cat([x, x])))
-    assert once.diagnosis == twice.diagnosis == "balanced"
-    assert twice.sample_distance == pytest.approx(once.sample_distance, abs=0.05)
-    assert twice.mutual_information_upper == pytest.approx(once.mutual_information_upper, abs=0.3)
+    assert once.assessment.verdict == twice.assessment.verdict == "balanced"
+    assert twice.generation.sample_distance == pytest.approx(once.generation.sample_distance, abs=0.05)
+    assert twice.latents.mutual_information_upper == pytest.approx(once.latents.mutual_information_upper, abs=0.3)
 
 
 class NoMoments(LaplaceEncoder):

@@ -268,16 +268,16 @@ def test_all_scalars_of_the_evaluation_are_columns(calls, monkeypatch):
     def richer(self, arguments, point):
         call(self, arguments, point)
         if arguments[0] == "test":
-            found = {"rate": 1.0, "distortion": 2.0, "nll": 2.5, "active_units": 3, "diagnosis": "healthy",
+            found = {"rate": 1.0, "distortion": 2.0, "nll": 2.5, "active_units": 3, "verdict": "balanced",
                      "knn_accuracy": None, "rate_per_dimension": [1.0]}  # fmt: skip
             point.evaluation.write_text(json.dumps(found))
 
     monkeypatch.setattr(Jobs, "_call", richer)
     main([*SWEEP, "--seeds", "[0, 1]"])
     (row, _), (mean,) = table("results"), table("summary")
-    assert (row["nll"], row["diagnosis"], row["knn_accuracy"]) == ("2.5", "healthy", "")
+    assert (row["nll"], row["verdict"], row["knn_accuracy"]) == ("2.5", "balanced", "")
     assert "rate_per_dimension" not in row
-    assert (mean["nll_mean"], mean["nll_std"], mean["diagnosis"]) == ("2.5", "0.0", "healthy")
+    assert (mean["nll_mean"], mean["nll_std"], mean["verdict"]) == ("2.5", "0.0", "balanced")
     assert "knn_accuracy_mean" not in mean
 
 

@@ -6,13 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import start_processes
 
-from lightning_vae.callbacks.metrics.active_units import (
-    ActiveUnits,
-    active_units,
-    merge_moments,
-    moments,
-    variance_of_means,
-)
+from lightning_vae.callbacks.metrics.active_units import ActiveUnits, active_units, variance_of_means
 
 
 def hard_means(rows: int = 1000) -> torch.Tensor:
@@ -47,11 +41,6 @@ def test_stream_equals_two_passes_for_any_batches(sizes):
     assert metric.count == 1000
     assert metric.compute() == 1
     torch.testing.assert_close(metric.variance, two_pass(means), rtol=1e-12, atol=0)
-
-
-def test_merge_of_empty_sets_is_empty():
-    empty = moments(torch.empty(0, 2))
-    assert torch.equal(merge_moments(torch.stack([empty, empty])), torch.zeros(3, 2, dtype=torch.float64))
 
 
 def test_forward_returns_the_batch_value_and_keeps_the_whole():

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_vae.callbacks.metrics.collapse_state import diagnose
+from lightning_vae.callbacks.metrics.collapse_state import collapse_state
 
 HEALTHY: dict[str, Any] = {
     "rate_per_dimension": torch.tensor([2.0, 2.0, 1.0]),
@@ -15,7 +15,7 @@ HEALTHY: dict[str, Any] = {
 
 
 def state(**changes):
-    return diagnose(**{**HEALTHY, **changes}).state
+    return collapse_state(**{**HEALTHY, **changes}).name
 
 
 def test_healthy():
@@ -91,8 +91,8 @@ def test_without_a_rate_only_the_active_units_count(variances, expected):
 
 
 def test_only_three_states_are_alarms_and_each_has_its_own_remedy():
-    diagnoses = [
-        diagnose(**{**HEALTHY, **changes})
+    states = [
+        collapse_state(**{**HEALTHY, **changes})
         for changes in (
             {"variance_of_means": torch.zeros(3)},
             {"variance_of_means": torch.tensor([0.9, 0.0, 0.0])},
@@ -101,19 +101,19 @@ def test_only_three_states_are_alarms_and_each_has_its_own_remedy():
             {},
         )
     ]
-    assert [diagnosis.state for diagnosis in diagnoses] == ["collapsed", "offset", "uninformative", "pruned", "healthy"]
-    assert [diagnosis.alarm for diagnosis in diagnoses] == [True, True, True, False, False]
-    assert len({diagnosis.remedy for diagnosis in diagnoses}) == 5
+    assert [each.name for each in states] == ["collapsed", "offset", "uninformative", "pruned", "healthy"]
+    assert [each.alarm for each in states] == [True, True, True, False, False]
+    assert len({each.remedy for each in states}) == 5
 
 
 def test_the_reason_has_the_numbers():
-    reason = diagnose(**{**HEALTHY, "mutual_information": 1.0}).reason
+    reason = collapse_state(**{**HEALTHY, "mutual_information": 1.0}).reason
     for number in ("3 of 3", "0.01", "0.9", "5 nats", "2048", "1 nats"):
         assert number in reason
 
 
 @pytest.mark.parametrize("information", [3.8, 0.1])
 def test_latents_that_are_used_at_a_small_scale_are_said_to_be(information: float) -> None:
-    diagnosis = diagnose(torch.full((3,), 6.0), torch.full((3,), 2e-4), information, observations=48)
-    assert diagnosis.state == "collapsed"
-    assert ("at a scale below the threshold" in diagnosis.reason) == (information > 1)
+    found = collapse_state(torch.full((3,), 6.0), torch.full((3,), 2e-4), information, observations=48)
+    assert found.name == "collapsed"
+    assert ("at a scale below the threshold" in found.reason) == (information > 1)

@@ -15,7 +15,8 @@ from torch.distributions import Independent, Laplace, MultivariateNormal, Normal
 from torch.utils.checkpoint import checkpoint
 
 from lightning_vae.callbacks import CollapseDetector, FreeBits
-from lightning_vae.callbacks.reading.distribution_reader import DistributionReader, as_distribution, read_prior
+from lightning_vae.callbacks.reading.distribution_reader import DistributionReader
+from lightning_vae.callbacks.reading.distributions import as_distribution, read_prior
 from tests.doubles import loader, quiet_trainer
 
 MEAN, SECOND = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.25, 4.0]])

@@ -1,0 +1,195 @@
+"""The posteriors of one pass over the data, in memory that does not grow with the data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .active_units import ActiveUnits
+from .mutual_information import MutualInformation, mutual_information
+
+_MOST_KEPT = 2**20  # means and variances between passes: 16 MiB, and the memory is the model's where it is more
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What one pass over the data showed; ``None`` stands for what has no closed form.
+
+    Attributes:
+        variance: Variance over the data of each dimension's posterior mean, of shape ``(k,)``.
+        rate: Mean rate of each dimension in nats, of shape ``(k,)``.
+        mutual_information: Of data and latents, in nats; see :func:`~.mutual_information.mutual_information`.
+        observations: Number of observations that the mutual information comes from.
+    """
+
+    variance: Tensor
+    rate: Tensor | None
+    mutual_information: float | None
+    observations: int
+
+    @property
+    def marginal_kl(self) -> float | None:
+        """Rate less mutual information: the part of the rate that moves all posteriors together."""
+        if self.rate is None or self.mutual_information is None:
+            return None
+        return float(self.rate.sum()) - self.mutual_information
+
+
+class ValidationPass:
+    """Collect the posteriors of one pass: kept by batch, and folded into moments every ``observations`` rows.
+
+    Args:
+        observations: Number of observations that the mutual information is estimated from.
+        rank: Number of this process.
+        world_size: Number of processes.
+    """
+
+    def __init__(self, observations: int, rank: int = 0, world_size: int = 1) -> None:
+        self.observations = observations
+        self.rank = rank
+        self.world_size = world_size
+        self._batches: list[tuple[Tensor, ...]] = []
+        self._rows = 0
+        self._shape: torch.Size | None = None
+        self._dim = 0
+        self._units: ActiveUnits
+        self._information: MutualInformation
+        self._rate_sum: Tensor
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has seen a batch."""
+        return bool(self._batches or self._rows)
+
+    def restart(self) -> None:
+        """Begin another pass."""
+        self._batches, self._rows, self._shape = [], 0, None
+        if 2 * self._dim * self.observations > _MOST_KEPT:
+            self._dim = 0
+            del self._units, self._information, self._rate_sum
+        elif self._dim:
+            self._units.reset()
+            self._information.reset()
+            self._rate_sum.zero_()
+
+    def append(
+        self, mean: Tensor, variance: Tensor | None = None, rate: Tensor | None = None, index: Tensor | None = None
+    ) -> None:
+        """Keep the posteriors of a batch.
+
+        Args:
+            mean: Posterior means, of shape ``(N, ...)``; each position is a dimension.
+            variance: Posterior variances, of the same shape; ``None`` unless the posterior is a diagonal Gaussian.
+            rate: Rates in nats, of the same shape; ``None`` where they have no closed form.
+            index: Numbers of the observations, of shape ``(N,)``. ``None`` counts them as DistributedSampler deals
+                them.
+
+        Raises:
+            ValueError: If the shape of an observation's latents changes from batch to batch.
+        """
+        self._shape = self._shape or mean.shape[1:]
+        if mean.shape[1:] != self._shape:
+            raise ValueError(
+                f"CollapseDetector: the latents of an observation have the shape {tuple(self._shape)} in one step and "
+                f"{tuple(mean.shape[1:])} in another, so their positions are no dimensions to measure. Average over "
+                "the axis that changes, in a callable `posterior=lambda pl_module, batch: ...`; give posteriors of "
+                "different sizes a detector each, told apart with `name=`."
+            )
+        mean = by_row(mean)
+        if index is None:
+            place = torch.arange(self._rows, self._rows + len(mean), device=mean.device)
+            index = self.rank + self.world_size * place
+        unknown = torch.full_like(mean, math.nan)
+        variance, rate = (unknown if values is None else by_row(values) for values in (variance, rate))
+        self._batches.append((index.to(mean.device), mean, variance, rate))
+        blocks = self._rows // self.observations
+        self._rows += len(mean)
+        if self._rows // self.observations > blocks:
+            self._fold()
+
+    def measure(self, reduce: Callable[..., Tensor], device: torch.device) -> Measurements | None:
+        """Merge the moments of all processes.
+
+        Args:
+            reduce: Function ``(tensor, reduce_op)`` that reduces over all processes, such as a strategy's ``reduce``.
+            device: Where this process computes.
+
+        Returns:
+            The measurements; ``None`` if there was no observation at all.
+        """
+        self._fold()
+        # A process without a batch doesn't know the number of dimensions, and must take part in the merging.
+        dim = int(reduce(torch.tensor(self._dim, device=device), reduce_op="max"))
+        if dim == 0:
+            return None
+        self._open(dim, exact_device(device))
+        self._units.sync()
+        self._information.sync()
+        rate = reduce(self._rate_sum, reduce_op="sum") / self._units.count
+        if not self._units.count:
+            return None
+        mean, variance = self._information.posteriors
+        information = float(mutual_information(mean, variance))
+        return Measurements(
+            variance=self._units.variance,
+            rate=None if rate.isnan().all() else rate,
+            mutual_information=None if math.isnan(information) else information,
+            observations=len(mean),
+        )
+
+    def state(self) -> dict[str, Any]:
+        """Return the state from which a resumed run continues the pass."""
+        has_folded = self._rows >= self.observations
+        moments = (self._units.moments, self._information.state, self._rate_sum) if has_folded else ()
+        return {"batches": list(self._batches), "rows": self._rows, "shape": self._shape, "moments": moments}
+
+    def load(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue from a saved state, if there is one."""
+        if not state:
+            return
+        device = exact_device(device)
+        self._batches = [tuple(column.to(device) for column in batch) for batch in state["batches"]]
+        self._rows, self._shape = state["rows"], state["shape"]
+        if state["moments"]:
+            units, rows, rate_sum = (moment.to(device) for moment in state["moments"])
+            self._open(len(rate_sum), device)
+            self._units.moments, self._information.state, self._rate_sum = units, rows, rate_sum
+
+    def _fold(self) -> None:
+        if not self._batches:
+            return
+        index, mean, variance, rate = (torch.cat(column) for column in zip(*self._batches, strict=True))
+        self._batches = []
+        self._open(mean.shape[1], mean.device)
+        self._units.update(mean)
+        self._information.update(mean, variance, index)
+        self._rate_sum += rate.sum(dim=0)
+
+    def _open(self, dim: int, device: torch.device) -> None:
+        """Make the moments once the number of dimensions is known, unless the pass before has left some."""
+        if self._dim != dim:
+            self._dim = dim
+            # Without validation this comes amid an epoch, where no step is to wait for a copy to the device.
+            self._units = ActiveUnits(dim).to(device, non_blocking=True)
+            self._information = MutualInformation(dim, self.observations).to(device, non_blocking=True)
+            self._rate_sum = torch.zeros(dim, dtype=torch.float64, device=device)
+
+
+def exact(values: Tensor) -> Tensor:
+    """Return values in float64, detached."""
+    return values.detach().to(exact_device(values.device)).double()
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Return the device that float64 values live on: the same one, but the CPU for Apple's GPUs, which have none."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def by_row(values: Tensor) -> Tensor:
+    """Give every observation one row of float64 values, whatever the shape of the latents."""
+    return exact(values).reshape(len(values), math.prod(values.shape[1:]))

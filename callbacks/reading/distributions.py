@@ -1,0 +1,144 @@
+"""Distributions from the values that modules call their posterior and prior."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Normal
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
+
+TO_SCALE: dict[str, Callable[[Tensor], Tensor]] = {
+    "log_variance": lambda second: (0.5 * second).exp(),
+    "variance": torch.sqrt,
+    "scale": lambda second: second,
+    "log_scale": torch.exp,
+}
+
+
+def as_distribution(value: Any, second: str = "log_variance", chunk: int | None = None) -> Distribution:
+    """Turn the value that a module calls its posterior into a distribution over ``(N, ...)`` latents.
+
+    Args:
+        value: A ``Distribution`` (``Independent`` is taken off), a tuple or list that holds exactly one, or a pair of
+            tensors ``(mean, second)``; with ``chunk``, one tensor.
+        second: Meaning of the second tensor: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
+        chunk: Axis along which one tensor is split into halves, the mean and the second parameter.
+
+    Returns:
+        The distribution; a ``Normal`` for a pair and for a tensor that was split.
+
+    Raises:
+        ValueError: If the value is none of these.
+
+    Example::
+
+        >>> as_distribution((torch.zeros(1, 2), torch.zeros(1, 2))).scale
+        tensor([[1., 1.]])
+        >>> as_distribution(torch.zeros(1, 4, 8, 8), chunk=1).mean.shape
+        torch.Size([1, 2, 8, 8])
+    """
+    if chunk is not None:
+        value = _halves(value, second, chunk)
+    distributions = [item for item in value if isinstance(item, Distribution)] if is_sequence(value) else []
+    if len(distributions) == 1:
+        [value] = distributions
+    if isinstance(value, Distribution):
+        return as_distribution(value.base_dist) if isinstance(value, Independent) else value
+    if is_pair(value):
+        if not _fits(value[1], value[0]):
+            raise pair_error(value, second)
+        return Normal(value[0], TO_SCALE[second](value[1]), validate_args=False)
+    if isinstance(value, Tensor):
+        hint = f"If it holds the mean and then the {second} along an axis, split it there: `chunk=1`."
+    elif distributions:
+        hint = "Say which one is the posterior: `posterior='path:index'`."
+    else:
+        hint = f"Pick a part of it with `posterior='path:part'`, mean and {second} with `('path:part', 'path:part')`."
+    raise ValueError(
+        f"The posterior must be a torch.distributions.Distribution or a pair of tensors (mean, {second}), got "
+        f"{describe(value)}. {hint} Or compute it with `posterior=lambda pl_module, batch: ...`."
+    )
+
+
+def widened(value: Any) -> Any:
+    """Return a tensor of half precision, or a pair, as float32: a small rate is a difference of larger numbers."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    return [widened(each) for each in value] if is_pair(value) else value
+
+
+def read_prior(pl_module: LightningModule) -> Distribution:
+    """Read the prior a module offers as its attribute ``prior``; N(0, I) where it offers no distribution."""
+    prior = getattr(pl_module, "prior", None)
+    return as_distribution(prior) if isinstance(prior, Distribution) else Normal(0.0, 1.0)
+
+
+def is_pair(value: Any) -> TypeGuard[tuple[Tensor, Tensor] | list[Tensor]]:
+    """Whether a value is a pair of tensors."""
+    return is_sequence(value) and len(value) == 2 and all(isinstance(item, Tensor) for item in value)
+
+
+def pair_error(value: Any, second: str) -> ValueError:
+    """Return the error for a pair whose shapes do not match."""
+    return ValueError(
+        f"The posterior's mean and {second} must have one shape, got {describe(value)}, which may be something else. "
+        "Name the right parts with `posterior=('path:part', 'path:part')`."
+    )
+
+
+def is_sequence(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
+    """Whether a value is a tuple or a list."""
+    return isinstance(value, tuple | list)
+
+
+def is_several(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
+    """Whether a value is several posteriors. A pair of tensors is one, and so is a distribution beside a tensor."""
+    return (
+        is_sequence(value) and len(value) > 0 and all(isinstance(item, Distribution | tuple | list) for item in value)
+    )
+
+
+def describe(value: Any) -> str:
+    """Describe a value in a few words, for an error."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
+    if isinstance(value, tuple | list):
+        return f"a {type(value).__name__} of {len(value)} ({', '.join(map(describe, value))})"
+    fields = [name for name in getattr(value, "__dict__", ()) if not name.startswith("_")]
+    if fields and not isinstance(value, Distribution | torch.nn.Module):
+        return f"a {type(value).__name__} with the fields {', '.join(map(repr, fields))}"
+    return f"a {type(value).__name__}"
+
+
+def _fits(second: Tensor, mean: Tensor) -> bool:
+    """Whether a second parameter has one number for each mean; all observations may share them."""
+    shared = second.shape == mean.shape[1:] or (second.shape[1:] == mean.shape[1:] and len(second) == 1)
+    return mean.ndim > 0 and (second.shape == mean.shape or shared or second.ndim == 0)
+
+
+def _halves(value: Any, second: str, axis: int) -> tuple[Tensor, ...]:
+    """Split a tensor into the mean and the second parameter."""
+    if not isinstance(value, Tensor):
+        raise ValueError(
+            f"`chunk={axis}` splits one tensor into mean and {second}, got {describe(value)}. Name the tensor with "
+            "`posterior='path:part'`, or leave `chunk` out."
+        )
+    if axis not in (*range(1, value.ndim), *range(1 - value.ndim, 0)):
+        raise ValueError(
+            f"`chunk={axis}` must be an axis behind the first, that of the observations, got {describe(value)}."
+        )
+    size = value.shape[axis]
+    if size == 0 or size % 2:
+        raise ValueError(
+            f"`chunk={axis}` must be an axis of even size, to hold the mean and as much {second}, got "
+            f"{describe(value)}."
+        )
+    # (N, k, 2) is (N, k) twice, not (N, k, 1).
+    return value.unbind(axis) if size == 2 and value.ndim > 2 else value.chunk(2, axis)
