@@ -145,3 +145,8 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     """Return a Trainer's callbacks."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def writes_hparams(logger: Any) -> bool:
+    """Return whether a TensorBoardLogger fills the HParams page itself, which it does with ``default_hp_metric``."""
+    return bool(getattr(logger, "_default_hp_metric", True))

@@ -13,8 +13,8 @@ from torch.distributions import Distribution
 from typing_extensions import override
 
 from .base import Callback
+from .drawing.best_effort import BestEffort
 from .drawing.draw_schedule import DrawSchedule
-from .drawing.evenly_spaced_rows import evenly_spaced_rows
 from .drawing.gallery import Gallery
 from .drawing.images import as_images
 from .drawing.media_logger import MediaLogger
@@ -28,49 +28,51 @@ from .reading.posterior_summary import PosteriorSummary
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_COLUMNS = 10
+_COLUMNS = 10  # also the number of observations shown
 _SAMPLES = _COLUMNS * 5
-_PATHS = 5  # interpolations
-_TRAVERSED = 12  # dimensions at most
-_MEASURED = 256  # observations that the rates are taken from
-# Their parameters are spread over the processes, so that one alone can't run them.
-_SHARDED = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
+_INTERPOLATIONS = 5
+_MAX_TRAVERSALS = 12
+_RANKED_BY = 256  # observations that rank the latent dimensions
+# One process alone can't run a model whose parameters these strategies shard.
+_SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class Pictures(Callback):
-    """Show what a VAE reconstructs, samples and has learned in its latents, always for the same inputs.
+    """Show a VAE's reconstructions, samples and latent traversals, always for the same inputs.
 
-    At some validation passes, the first and the last among them, TensorBoard and other loggers that take pictures get
+    At some validation passes, the first and the last among them, TensorBoard and other loggers of pictures get
 
-    - ``images/reconstructions``: ten observations and below them their reconstructions,
-    - ``images/samples``: decoded draws from the prior, of the same noise each time,
-    - ``images/interpolations``: from one observation to another, decoded along the line between their posterior means,
+    - ``images/reconstructions``: ten observations, with their reconstructions below,
+    - ``images/samples``: decoded draws from the prior, with the same noise each time,
+    - ``images/interpolations``: decoded points on the line between the posterior means of two observations,
     - ``images/traversals``: a row for each active latent dimension, in order of rate, at most 12: the first observation
       decoded with that dimension moved from -2.5 to 2.5 standard deviations of the prior.
 
-    The ten are spread over the validation data, chosen in the first pass and saved with the checkpoint. What is no
-    image is drawn as curves. Means are shown throughout: of the posterior, and of p(x|z) where ``decode`` gives a
-    distribution. Training is not disturbed: no random number is taken, modes are restored, and only the first process
-    draws. Where a strategy shards the parameters there are no pictures, as one process can't run the model.
+    The ten observations are spread evenly over the validation data. They are chosen in the first pass and saved with
+    the checkpoint. Observations that are not images are drawn as curves. All pictures show means: of the posterior, and
+    of p(x|z) where ``decode`` returns a distribution.
+
+    Training is not affected: the global random state and the modules' modes are restored. Only the first process draws.
+    Nothing is drawn under a strategy that shards the parameters, because one process can't run the model. What can't be
+    drawn during a run gives one warning, and training goes on.
 
     Args:
-        encode: What gives q(z|x) or its mean: ``None`` for the module's own ``encode``, the path of another method or
-            submodule (``"model.encoder"``) or of a part of what it returns (``"model.encode:0"``), or a callable
-            ``(pl_module, x)``. A pair of tensors is a mean and what ``second`` says; one tensor a mean.
-        decode: What gives observations, or a distribution over them, from latents, in the same forms.
-        reconstruct: What gives reconstructions from observations, in the same forms, if they are not ``decode`` of the
+        encode: Returns q(z|x) or its mean. ``None`` is the module's own ``encode``. Otherwise the path of another
+            method or submodule (``"model.encoder"``), or of a part of its output (``"model.encode:0"``), or a callable
+            ``(pl_module, x)``. A pair of tensors is the mean and what ``second`` says; a single tensor is the mean.
+        decode: Returns observations, or a distribution over them, for latents; given in the same forms.
+        reconstruct: Returns reconstructions of observations, given in the same forms, if they are not ``decode`` of the
             posterior mean.
         second: What stands beside the mean: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
-        chunk: Where ``encode`` gives one tensor that holds both: the axis along which it is split.
-        x: Where the observations are in a batch: a key, an index or a callable; in the usual places if not given.
-        value_range: The values drawn as black and white, ``(0, 1)``, say, or as the bottom and top of curves. By
-            default (0, 1) or (-1, 1) if images lie within, else what they span; for curves what the inputs span, and a
-            quarter of it as room above and below. Integers are divided by the module's ``levels`` - 1, or by 255,
-            before.
-        times: How often in a run to draw. TensorBoard shows ten of a tag.
+        chunk: The axis along which to split the output of ``encode``, if one tensor holds both parameters.
+        x: Where a batch holds the observations: a key, an index or a callable. By default in the usual places.
+        value_range: The values drawn as black and white, such as ``(0, 1)``, or at the bottom and the top of curves. By
+            default (0, 1) or (-1, 1) for images within these limits, else the range of the inputs; curves get a quarter
+            of it as margin at both ends. Integers are first divided by the module's ``levels`` - 1, or by 255.
+        times: How often to draw in a run. TensorBoard shows ten pictures of a tag.
 
     Raises:
-        ValueError: If an option is out of its range; when fitting starts, if a path leads nowhere.
+        ValueError: If an option is out of range; when fitting starts, if a path leads nowhere.
 
     Example::
 
@@ -98,29 +100,28 @@ class Pictures(Callback):
         self._encode = ModuleCall("encode", "encode" if encode is None else encode)
         self._decode = ModuleCall("decode", "decode" if decode is None else decode)
         self._reconstruct = None if reconstruct is None else ModuleCall("reconstruct", reconstruct)
-        self._moments = DrawSchedule(times)
+        self._draw_schedule = DrawSchedule(times)
+        self._attempt = BestEffort("Pictures")
         self._draws = False
-        self._inputs: Tensor | None = None
-        self._chosen: list[Tensor] = []
-        self._measured: list[Tensor] = []
+        self._inputs: Tensor | None = None  # shown in every pass
+        self._chosen: list[Tensor] = []  # in the first pass, until they are all of the inputs
+        self._ranking: list[Tensor] = []  # batches that rank the latent dimensions
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Start anew, before a checkpoint brings what was chosen for the run that goes on."""
-        if stage == "fit":
-            self._moments.passes, self._inputs = 0, None
+        if stage == "fit":  # before a checkpoint restores the state of a run to resume
+            self._draw_schedule.passes, self._inputs = 0, None
+            self._attempt = BestEffort("Pictures")
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """See that everything named is there."""
         for call in (self._encode, self._decode, self._reconstruct):
             if call is not None:
                 call.check(pl_module)
-        self.at_end(trainer, self._forget)
+        self.at_end(trainer, self._end_pass)
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        """Say if nobody would see the pictures."""
         if _is_sharded(trainer):
             rank_zero_info("Pictures: one process can't run a model whose parameters are sharded; none are drawn.")
         elif trainer.is_global_zero and not MediaLogger(trainer):
@@ -128,10 +129,10 @@ class Pictures(Callback):
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        """Begin a pass."""
-        self._forget()
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._draws = self._moments.next(trainer) and bool(MediaLogger(trainer)) and not _is_sharded(trainer)
+        self._end_pass()
+        self._draws = (
+            self._draw_schedule.start_pass(trainer) and bool(MediaLogger(trainer)) and not _is_sharded(trainer)
+        )
 
     @override
     def on_validation_batch_end(
@@ -143,85 +144,79 @@ class Pictures(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Keep some of the first loader's observations."""
         if self._draws and dataloader_idx == 0:
-            self._keep(self._observations(batch), batch_idx, trainer.num_val_batches[0])
+            with self._attempt("the observations"):
+                self._collect(self._observations(batch), batch_idx, trainer.num_val_batches[0])
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw."""
-        if self._draws and self._inputs is None and self._chosen:
-            self._inputs = torch.stack(self._chosen)
-        if self._draws and self._inputs is not None and self._measured:
-            board = MediaLogger(trainer)
-            pictures = self._pictures(trainer, pl_module, self._inputs, self._measured)
-            for tag, picture in pictures.items():
-                board.image(tag, picture, self.step(trainer))
-        self._forget()
+        with self._attempt("the model"):
+            if self._draws and self._inputs is None and self._chosen:
+                self._inputs = torch.stack(self._chosen)
+            if self._draws and self._inputs is not None and self._ranking:
+                for tag, picture in self._pictures(trainer, pl_module, self._inputs).items():
+                    MediaLogger(trainer).image(tag, picture, self.step(trainer))
+        self._end_pass()
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        """Return how many passes there were, and the inputs that are shown."""
         inputs = torch.empty(0) if self._inputs is None else self._inputs.cpu()
-        return {"passes": self._moments.passes, "inputs": inputs}
+        return {"passes": self._draw_schedule.passes, "inputs": inputs}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore them."""
-        self._moments.passes = state_dict["passes"]
+        self._draw_schedule.passes = state_dict["passes"]
         self._inputs = state_dict["inputs"] if len(state_dict["inputs"]) else None
 
-    def _forget(self) -> None:
-        self._draws, self._chosen, self._measured = False, [], []
+    def _end_pass(self) -> None:
+        self._draws, self._chosen, self._ranking = False, [], []
 
     def _observations(self, batch: Any) -> Tensor:
         x = batch_part(batch, self.x, OBSERVATIONS, 0)
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"Pictures: no observations were found in a batch, which is a {type(batch).__name__}. Say where they "
-                "are with `x=`, a key, an index or a callable."
+                f"no observations were found in a batch, which is a {type(batch).__name__}. Say where they are with "
+                "`x=`, a key, an index or a callable."
             )
         return x
 
-    def _keep(self, x: Tensor, batch_idx: int, batches: float) -> None:
-        if self._measured and x.shape[1:] != self._measured[0].shape[1:]:
-            return  # sequences of many lengths: those of the first batch's
+    def _collect(self, x: Tensor, batch_idx: int, batches: float) -> None:
+        if self._ranking and x.shape[1:] != self._ranking[0].shape[1:]:
+            return  # of sequences of several lengths, only those as long as the first batch's
         if self._inputs is None:
             self._chosen += [x[row].clone() for row in evenly_spaced_rows(_COLUMNS, len(x), batch_idx, batches)]
-        missing = _MEASURED - sum(map(len, self._measured))
+        missing = _RANKED_BY - sum(map(len, self._ranking))
         if missing > 0 and len(x):
-            self._measured.append(x[:missing])
+            self._ranking.append(x[:missing])
 
-    def _pictures(
-        self, trainer: Trainer, pl_module: LightningModule, inputs: Tensor, measured: list[Tensor]
-    ) -> dict[str, Tensor]:
+    def _pictures(self, trainer: Trainer, pl_module: LightningModule, inputs: Tensor) -> dict[str, Tensor]:
+        """Return the pictures by tag, each of shape ``(3, H, W)``, uint8."""
         inputs = inputs.to(pl_module.device)
         shown = _shown(inputs, pl_module)
         prior = read_prior(pl_module)
         with isolated_eval(trainer, pl_module):
             codes = PosteriorSummary.joined(
-                [PosteriorSummary.of(self._posterior(pl_module, x), prior) for x in measured]
+                [PosteriorSummary.of(self._posterior(pl_module, x), prior) for x in self._ranking]
             )
             posterior = self._posterior(pl_module, inputs)
             mean = posterior if isinstance(posterior, Tensor) else posterior.mean
-            numbers = (codes.active or codes.order[:1])[:_TRAVERSED]
+            dimensions = (codes.active or codes.order[:1])[:_MAX_TRAVERSALS]
             latents = {
                 "samples": expanded(prior, (_SAMPLES, *mean.shape[1:])).sample().to(mean)[:, None],
-                "interpolations": interpolations(mean, _PATHS, _COLUMNS - 2),
-                "traversals": traversals(mean[0], numbers, prior, _COLUMNS),
+                "interpolations": interpolations(mean, _INTERPOLATIONS, _COLUMNS - 2),
+                "traversals": traversals(mean[0], dimensions, prior, _COLUMNS),
                 "reconstructions": mean[:, None],
             }
-            decoded = self._decoded(pl_module, latents, shown.shape[1:], chunk=max(map(len, measured)))
+            decoded = self._decoded(pl_module, latents, shown.shape[1:], chunk=max(map(len, self._ranking)))
             if self._reconstruct is not None:
-                outputs = _values("reconstruct", self._reconstruct(pl_module, inputs), shown.shape[1:])
+                outputs = _means("reconstruct", self._reconstruct(pl_module, inputs), shown.shape[1:])
                 decoded["reconstructions"] = outputs[:, None]
-        gallery = Gallery(*(self.value_range or _span(shown)))
+        gallery = Gallery(*(self.value_range or _limits(shown)))
+        titles = [codes.title(dimension).removesuffix(" nats") for dimension in dimensions]
         pictures = {
             "images/reconstructions": gallery.pairs(shown, decoded["reconstructions"].squeeze(1)),
             "images/samples": gallery.each(decoded["samples"].squeeze(1), _COLUMNS),
-            "images/traversals": gallery.rows(
-                decoded["traversals"], [codes.title(number).removesuffix(" nats") for number in numbers]
-            ),
+            "images/traversals": gallery.rows(decoded["traversals"], titles),
         }
         if len(between := decoded["interpolations"]):
             first, last = shown[: len(between), None], shown[len(shown) // 2 :][: len(between), None]
@@ -235,51 +230,68 @@ class Pictures(Callback):
         try:
             return as_distribution(value, self.second, self.chunk)
         except ValueError as error:
-            raise ValueError(f"Pictures, of what `encode` gives: {error}".replace("`posterior=", "`encode=")) from None
+            raise ValueError(f"the output of `encode`: {error}".replace("`posterior=", "`encode=")) from None
 
     def _decoded(
         self, pl_module: LightningModule, latents: dict[str, Tensor], shape: Sequence[int], chunk: int
     ) -> dict[str, Tensor]:
-        """Decode latents ``(rows, columns, ...)``, a batch at a time; give them the shape of the observations."""
+        """Decode latents ``(rows, columns, ...)`` in batches of ``chunk`` to ``(rows, columns, *shape)``."""
         sizes = [part.shape[:2] for part in latents.values()]
         together = torch.cat([part.flatten(0, 1) for part in latents.values()])
-        values = [_values("decode", self._decode(pl_module, part), shape) for part in together.split(chunk)]
+        values = [_means("decode", self._decode(pl_module, part), shape) for part in together.split(chunk)]
         parts = torch.cat(values).split([math.prod(size) for size in sizes])
         return {name: part.unflatten(0, size) for name, part, size in zip(latents, parts, sizes, strict=True)}
 
 
+def evenly_spaced_rows(count: int, rows: int, batch_idx: int, batches: float) -> list[int]:
+    """Return the rows of a batch to take, so that all batches together give ``count`` evenly spaced observations.
+
+    Args:
+        count: Number of observations to take from all batches.
+        rows: Observations in this batch.
+        batch_idx: Number of this batch, from 0.
+        batches: Number of batches. If it is infinite, all observations come from the first batch.
+
+    Returns:
+        Distinct row numbers in ascending order, fewer if the batch is too small.
+    """
+    batches = batches if math.isfinite(batches) else 1
+    places = (number * batches / count for number in range(count))
+    return sorted({int((place - batch_idx) * rows) for place in places if batch_idx <= place < batch_idx + 1 and rows})
+
+
 def _is_sharded(trainer: Trainer) -> bool:
-    return any(cls.__name__ in _SHARDED for cls in type(trainer.strategy).__mro__)
+    return any(cls.__name__ in _SHARDING for cls in type(trainer.strategy).__mro__)
 
 
-def _values(option: str, output: Any, shape: Sequence[int]) -> Tensor:
-    """Return the observations in what a decoder gives: a distribution's means, or the first of several tensors."""
+def _means(option: str, output: Any, shape: Sequence[int]) -> Tensor:
+    """Return a decoder's output as observations ``(n, *shape)``: a distribution's mean, the first of several parts."""
     first = output[0] if isinstance(output, tuple | list) and output else output
     values = first.mean if isinstance(first, Distribution) else first
     if not isinstance(values, Tensor) or values.ndim == 0 or values.shape[1:].numel() != math.prod(shape):
         what = f"shape {tuple(values.shape[1:])}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(
-            f"Pictures: `{option}` gave {what} for each observation, which has shape {tuple(shape)}. Name what gives "
+            f"`{option}` gave {what} for each observation, which has shape {tuple(shape)}. Name what gives "
             f"observations, or pick a part of it: `{option}='path:part'`."
         )
     return values.float().cpu().reshape(-1, *shape)
 
 
 def _shown(inputs: Tensor, pl_module: LightningModule) -> Tensor:
-    """Return the inputs in the scale that decoders give: integers are divided by the largest there can be."""
+    """Return the inputs on the scale of the decoder's outputs: integers are divided by the largest possible value."""
     levels = getattr(pl_module, "levels", None)
     values = inputs.float().cpu()
-    if inputs.is_floating_point():  # a foreign module's `levels` may be anything
+    if inputs.is_floating_point():  # `levels` may mean something else in a foreign module
         return values
     return values / (levels - 1) if isinstance(levels, int) else values / 255 if inputs.dtype == torch.uint8 else values
 
 
-def _span(values: Tensor) -> tuple[float, float]:
-    """Return the values to draw as black and white, or between which curves have room."""
+def _limits(values: Tensor) -> tuple[float, float]:
+    """Return the values to draw as black and white, or at the bottom and the top of curves."""
     low, high = float(values.min()), float(values.max())
     if as_images(values) is None:
-        room = max((high - low) / 4, 1e-6)
-        return low - room, high + room
+        margin = max((high - low) / 4, 1e-6)
+        return low - margin, high + margin
     if low >= -1 and high <= 1:
         return (0.0 if low >= 0 else -1.0), 1.0
     return low, max(high, low + 1e-6)

@@ -1,1 +1,1 @@
-"""Turn tensors into pictures and hand them to the loggers."""
+"""Drawing: turn tensors into pictures and hand them to the loggers."""

@@ -1,4 +1,4 @@
-"""A picture of numbers over time, made of tensors alone."""
+"""Numbers as colours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-# Ten equally spaced colours of matplotlib's viridis (Smith, van der Walt, Firing, 2015; CC0).
+# Ten equally spaced colours of matplotlib's viridis (Smith, van der Walt and Firing, 2015; CC0).
 _VIRIDIS = (
     (68, 1, 84),
     (72, 40, 120),
@@ -19,16 +19,16 @@ _VIRIDIS = (
     (181, 222, 43),
     (253, 231, 37),
 )
-_MOST_CELLS = 512  # along a side
-_PIXELS = 256  # about as many along a side of fewer cells: the time to encode grows with their square
+_MAX_CELLS = 512  # a side
+_PIXELS = 256  # about, a side of fewer cells; the time to encode grows with its square
 
 
 def heat_map(values: Tensor) -> Tensor:
     """Draw a matrix of values over time as an image.
 
-    Time goes to the right and dimensions go down, in their own order, so that a dimension is the same row in every
-    picture. Dark violet is 0 or less, yellow the largest value in the matrix. Cells are enlarged to about 256 pixels a
-    side, time at most eightfold; where there are more than 512, neighbours are averaged.
+    Time runs to the right and dimensions run down, in their own order, so a dimension has the same row in every
+    picture. Dark violet is 0 or less, yellow is the largest value in the matrix. Cells are enlarged to about 256 pixels
+    a side, along time at most eightfold. Beyond 512 cells a side, neighbours are averaged.
 
     Args:
         values: Values of shape ``(time, dimensions)``.
@@ -38,7 +38,7 @@ def heat_map(values: Tensor) -> Tensor:
     """
     cells = values.detach().float().cpu().nan_to_num().clamp(min=0).T
     cells = cells / cells.max().clamp(min=torch.finfo(cells.dtype).tiny)
-    height, width = (min(size, _MOST_CELLS) for size in cells.shape)
+    height, width = (min(size, _MAX_CELLS) for size in cells.shape)
     cells = adaptive_avg_pool2d(cells[None], (height, width))[0]
     image = colour_map(cells).permute(2, 0, 1)
     down, right = max(_PIXELS // height, 1), min(max(_PIXELS // width, 1), 8)
@@ -46,7 +46,7 @@ def heat_map(values: Tensor) -> Tensor:
 
 
 def colour_map(fraction: Tensor) -> Tensor:
-    """Interpolate viridis, from dark violet at 0 to yellow at 1; adds a last axis of red, green and blue, uint8."""
+    """Return the viridis colours of fractions ``(...)``, from dark violet at 0 to yellow at 1: ``(..., 3)``, uint8."""
     anchors = torch.tensor(_VIRIDIS, dtype=torch.float32)
     position = fraction * (len(anchors) - 1)
     left = position.long().clamp(max=len(anchors) - 2)

@@ -1,4 +1,4 @@
-"""At which of a run's validation passes pictures are drawn."""
+"""Which validation passes of a run are drawn."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 
 class DrawSchedule:
-    """Counts the validation passes of a run, and picks those to draw: the first, the last, and evenly between them.
+    """Counts the validation passes of a fit and picks those to draw: the first, the last, and some evenly between them.
 
-    Where nobody knows how many there will be, the first, second, fourth, eighth and so on.
+    If the number of passes is unknown, it picks the first, second, fourth, eighth and so on.
 
     Args:
-        times: How many to pick; all of them if there are not more.
+        times: Number of passes to pick; all of them if there are no more.
 
     Attributes:
         passes: Number of passes so far.
@@ -30,19 +30,24 @@ class DrawSchedule:
         self.times = times
         self.passes = 0
 
-    def next(self, trainer: Trainer) -> bool:
-        """Count a pass that begins, and return whether it is one to draw."""
+    def start_pass(self, trainer: Trainer) -> bool:
+        """Count the validation pass that starts, and return whether to draw it.
+
+        The sanity check and passes outside a fit are neither counted nor drawn.
+        """
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return False
         self.passes += 1
-        return is_moment(self.passes, expected_passes(trainer), self.times)
+        return is_drawn(self.passes, expected_passes(trainer), self.times)
 
 
-def is_moment(number: int, total: int | None, times: int) -> bool:
-    """Return whether the pass of this number, from 1, is one to draw.
+def is_drawn(number: int, total: int | None, times: int) -> bool:
+    """Return whether a pass is one to draw.
 
     Args:
-        number: Number of the pass.
-        total: Number of the last pass, ``None`` if unknown.
-        times: How many to pick.
+        number: Number of the pass, from 1.
+        total: Number of the last pass; ``None`` if unknown.
+        times: Number of passes to draw.
     """
     if total is None:
         return number & (number - 1) == 0
@@ -53,7 +58,7 @@ def is_moment(number: int, total: int | None, times: int) -> bool:
 
 
 def expected_passes(trainer: Trainer) -> int | None:
-    """Return how many validation passes a fit will have, if its options tell."""
+    """Return how many validation passes a fit will have; ``None`` if the Trainer's options don't tell."""
     batches, between = trainer.num_training_batches, trainer.val_check_batch
     limits = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:

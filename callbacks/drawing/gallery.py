@@ -1,4 +1,4 @@
-"""Showing observations, be they images or not."""
+"""Observations in rows, as images or as curves."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ from torch import Tensor
 
 from .canvas import Colour
 from .colours import colour_map
-from .curve_panels import curve_panels
-from .image_grid import image_grid
-from .images import as_images
+from .images import as_images, image_grid
+from .panels import curve_panels
 
 _INPUT: Colour = (150, 150, 150)
 _OUTPUT: Colour = (214, 39, 40)
-_IN_A_PANEL = 5
+_CURVES_IN_A_PANEL = 5
 
 
 class Gallery:
-    """Draws observations in rows: images as they are, everything else as curves.
+    """Draws observations in rows: images as images, everything else as curves.
 
     Args:
-        low: The value drawn as black, or at the bottom of a curve's panel.
-        high: The value drawn as white, or at its top.
+        low: The value drawn as black, or at the bottom of a panel.
+        high: The value drawn as white, or at the top of a panel.
     """
 
     def __init__(self, low: float, high: float) -> None:
         self.low, self.high = low, high
 
     def pairs(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """Draw inputs above outputs; as curves, in grey and in red over it. Both have the shape ``(n, ...)``."""
+        """Draw inputs above outputs, each ``(n, ...)``; as curves, the output in red over the input in grey."""
         both = torch.stack([inputs, outputs])
         images = self._images(both)
         if images is not None:
@@ -48,12 +47,12 @@ class Gallery:
         return curve_panels(_curves(values), [tuple(shade) for shade in shades], self.low, self.high, titles)
 
     def each(self, values: Tensor, columns: int) -> Tensor:
-        """Draw observations ``(n, ...)`` that have no order, in rows; as curves, five in a panel."""
+        """Draw unordered observations ``(n, ...)`` in rows; as curves, five in a panel."""
         images = self._images(values.view(-1, columns, *values.shape[1:]))
         if images is not None:
             return image_grid(images)
-        values = values.view(-1, _IN_A_PANEL, *values.shape[1:])
-        return curve_panels(_curves(values), [_OUTPUT] * _IN_A_PANEL, self.low, self.high)
+        values = values.view(-1, _CURVES_IN_A_PANEL, *values.shape[1:])
+        return curve_panels(_curves(values), [_OUTPUT] * _CURVES_IN_A_PANEL, self.low, self.high)
 
     def _images(self, values: Tensor) -> Tensor | None:
         images = as_images(values.flatten(0, 1))
@@ -64,6 +63,6 @@ class Gallery:
 
 
 def _curves(values: Tensor) -> Tensor:
-    """Return rows and columns of observations as vectors; of a sequence of vectors, each entry's course in turn."""
+    """Return ``(rows, columns, ...)`` as vectors ``(rows, columns, n)``, a sequence one entry after the other."""
     longest = max(range(2, values.ndim), key=lambda axis: values.shape[axis], default=-1)
     return values.movedim(longest, -1).flatten(2)

@@ -1,4 +1,4 @@
-"""Where to go in the latent space to see what a decoder has learned."""
+"""Paths through the latent space, for a decoder to show."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _REACH = 2.5  # standard deviations of the prior
 
 
 def interpolations(latents: Tensor, paths: int, steps: int) -> Tensor:
-    """Return points on straight lines between latents, from each of the first half to one of the second.
+    """Return points on straight lines, each from a latent of the first half to one of the second half.
 
     Args:
         latents: Shape ``(n, ...)``.
-        paths: How many lines; n // 2 if that is less.
-        steps: How many points on each, both ends included.
+        paths: Number of lines, at most n // 2.
+        steps: Number of points on each, both ends included.
 
     Returns:
         Shape ``(lines, steps, ...)``.
@@ -30,19 +30,19 @@ def interpolations(latents: Tensor, paths: int, steps: int) -> Tensor:
 
 
 def expanded(prior: Distribution, shape: Sequence[int]) -> Distribution:
-    """Return a prior as one over latents of a shape; its own axes, a mixture's, say, are the last of them."""
-    over: Distribution = prior.expand(torch.Size(shape[: len(shape) - len(prior.event_shape)]))
-    return over
+    """Expand a prior to latents of a shape, whose last axes are the prior's event, if it has one (a mixture does)."""
+    expansion: Distribution = prior.expand(torch.Size(shape[: len(shape) - len(prior.event_shape)]))
+    return expansion
 
 
 def traversals(latent: Tensor, dimensions: Sequence[int], prior: Distribution, steps: int) -> Tensor:
-    """Return a latent with one of its dimensions moved from -2.5 to 2.5 standard deviations of the prior.
+    """Return copies of a latent with one dimension moved from -2.5 to 2.5 standard deviations of the prior.
 
     Args:
-        latent: One observation's, shape ``(...)``.
-        dimensions: Which to move, one after the other; they count through all axes.
-        prior: The prior, which broadcasts to the latent's shape. One without moments moves as N(0, 1) does.
-        steps: How many values each takes.
+        latent: The latent of one observation, shape ``(...)``.
+        dimensions: The dimensions to move, one a row, as indices into the flattened latent.
+        prior: The prior, which broadcasts to the latent's shape. Without moments, N(0, 1) takes its place.
+        steps: Number of values of each dimension.
 
     Returns:
         Shape ``(dimensions, steps, ...)``.

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -20,13 +20,12 @@ from torch.utils.data import DataLoader
 
 from lightning_vae import VAE, Gaussian
 from lightning_vae.callbacks import CollapseDetector, Dashboard, FreeBits, KLAnnealing, LatentSpace, Linear, Pictures
-from lightning_vae.callbacks.drawing.media_logger import MediaLogger
-from lightning_vae.callbacks.drawing.run_description import comparable, options
+from lightning_vae.callbacks.dashboard import hyperparameters_of, options_of
 from lightning_vae.datamodules import Digits
 from tests.doubles import ForeignModule, loader, quiet_trainer
 
 
-def board(root, **options):
+def tensorboard(root, **options):
     return TensorBoardLogger(root, "runs", version="one", **{"default_hp_metric": False, **options})
 
 
@@ -52,7 +51,7 @@ def address(tmp_path_factory):
     """One run with everything that there is, and its TensorBoard, which listens on a loopback port of its own."""
     root = tmp_path_factory.mktemp("run")
     callbacks = [KLAnnealing(Linear(fraction=0.5)), CollapseDetector(), Dashboard(), Pictures(), LatentSpace()]
-    fit(root, callbacks, board(root))
+    fit(root, callbacks, tensorboard(root))
     command = ["tensorboard.main", "--logdir", str(root), "--host", "127.0.0.1", "--port", "0", "--load_fast=false"]
     process = subprocess.Popen([sys.executable, "-m", *command], stderr=subprocess.PIPE, text=True)
     try:
@@ -166,7 +165,7 @@ class Foreign(LightningModule):
 def test_a_foreign_module_says_its_names(tmp_path):
     charts = {"rate": ["kl", "val_kl"], "beta": ["knobs/kl_weight"], "distortion": []}
     callbacks = [Dashboard(charts, objective="**Mine**"), KLAnnealing(Linear(fraction=0.5), attribute="kl_weight")]
-    logger = board(tmp_path)
+    logger = tensorboard(tmp_path)
     trainer = fit(tmp_path, callbacks, logger, Foreign(), loader())
     found = events(logger)
     assert found.Scalars("Overview/rate")[-1].value == pytest.approx(float(trainer.callback_metrics["val_kl"]))
@@ -181,7 +180,7 @@ def test_a_foreign_module_says_its_names(tmp_path):
 
 
 def test_nothing_of_the_sanity_check_and_of_other_runs(tmp_path):
-    logger = board(tmp_path)
+    logger = tensorboard(tmp_path)
     trainer = fit(tmp_path, Dashboard(), logger)
     steps = [event.step for event in events(logger).Scalars("Overview/rate")]
     assert len(steps) == 3
@@ -192,7 +191,7 @@ def test_nothing_of_the_sanity_check_and_of_other_runs(tmp_path):
 
 @pytest.mark.parametrize("default", [True, False])
 def test_hyperparameters_are_not_written_twice(tmp_path, default):
-    logger = board(tmp_path, default_hp_metric=default)
+    logger = tensorboard(tmp_path, default_hp_metric=default)
     fit(tmp_path, Dashboard(), logger, ForeignModule(), loader())
     plugins = EventAccumulator(logger.log_dir).Reload().summary_metadata
     written = [
@@ -220,7 +219,7 @@ def test_runs_are_compared_by_few_columns():
     data = Digits(batch_size=7)
     method = [KLAnnealing(Linear(fraction=0.5)), FreeBits(0.1), Dashboard()]
     model = VAE((1, 8, 8), 17, 4, likelihood=partial(Gaussian, variance=0.3))
-    assert comparable(SimpleNamespace(datamodule=data, callbacks=method), model) == {
+    assert hyperparameters_of(SimpleNamespace(datamodule=data, callbacks=method), model) == {
         "beta": 1.0,
         "latent_dim": 4,
         "likelihood/variance": 0.3,
@@ -228,7 +227,7 @@ def test_runs_are_compared_by_few_columns():
         "setup": "VAE(likelihood=Gaussian, free_bits_per=dimension, free_bits_average=batch, compile=False) on "
         "Digits(batch_size=7, val_fraction=0.1, seed=0)",
     }
-    theirs = comparable(SimpleNamespace(callbacks=[]), ForeignModule(beta=0.5))
+    theirs = hyperparameters_of(SimpleNamespace(callbacks=[]), ForeignModule(beta=0.5))
     assert theirs == {"beta": 0.5, "optimizers": 1, "method": "none", "setup": "ForeignModule()"}
 
 
@@ -257,7 +256,7 @@ def test_what_is_not_known_is_no_error(tmp_path):
     class Theirs(Callback):
         schedule = "somebody's"
 
-    logger = board(tmp_path)
+    logger = tensorboard(tmp_path)
     data = Sized(loader().dataset, 4, generator=torch.Generator())
     fit(tmp_path, [Theirs(), Dashboard()], logger, Untold(torch.zeros(90, 90), nn.Linear(2, 2)), data)
     [objective] = events(logger).Tensors("objective/text_summary")
@@ -265,41 +264,32 @@ def test_what_is_not_known_is_no_error(tmp_path):
         assert words in objective.tensor_proto.string_val[0]
     [described] = events(logger).Tensors("data/text_summary")
     assert b"12 observations" in described.tensor_proto.string_val[0]
-    texts = options(Untold(torch.zeros(90, 90), nn.Linear(2, 2)))
+    texts = options_of(Untold(torch.zeros(90, 90), nn.Linear(2, 2)))
     assert texts["part"] == "Linear"
     assert len(texts["table"]) < 100
 
 
-class Other(Logger):
-    """A logger that takes pictures and asks who is there."""
-
-    name, version = "other", 0
-    experiment = SimpleNamespace(add_image=lambda *_: None)
-
-    def log_hyperparams(self, *_, **__):
-        pass
-
-    def log_metrics(self, *_, **__):
-        pass
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_only_the_process_that_writes_has_a_board(first):
-    class Trap(Other):
-        @property
-        def experiment(self):
-            assert first, "another process would open files, or a run of its own"
-            return Other.experiment
-
-    found = MediaLogger(SimpleNamespace(loggers=[Trap()], is_global_zero=first))
-    assert bool(found) == first
-    found.image("tag", torch.zeros(3, 2, 2, dtype=torch.uint8), 0)
-
-
 def test_options_are_what_an_object_was_made_with():
-    assert options(Digits(batch_size=7)) == {"batch_size": 7, "val_fraction": 0.1, "seed": 0}
-    assert options(None) == {}
+    assert options_of(Digits(batch_size=7)) == {"batch_size": 7, "val_fraction": 0.1, "seed": 0}
+    assert options_of(None) == {}
 
     net = {"class_path": "a.b.Net", "init_args": {"hidden": [2, 3]}}
     made = SimpleNamespace(hparams={"net": net, "rate": 0.1, "none": None, "_x": 1})
-    assert options(made) == {"net": "Net", "net/hidden": "[2, 3]", "rate": 0.1}
+    assert options_of(made) == {"net": "Net", "net/hidden": "[2, 3]", "rate": 0.1}
+
+
+def test_what_cant_be_shown_is_said_once_and_training_goes_on(tmp_path):
+    class Odd(ForeignModule):
+        @property
+        def knob_targets(self):
+            raise RuntimeError("not yet")
+
+    logger = tensorboard(tmp_path)
+    with pytest.warns(UserWarning, match="Dashboard: (objective|HParams) can't be shown .*not yet") as said:
+        trainer = fit(tmp_path, Dashboard(charts={"rate": ["val_loss"]}), logger, Odd(), loader())
+    assert len([each for each in said if str(each.message).startswith("Dashboard:")]) == 2
+    assert trainer.current_epoch == 3
+    found = events(logger)
+    assert len(found.Scalars("Overview/rate")) == 3
+    assert {"data/text_summary", "How_to_read/text_summary"} <= set(found.Tags()["tensors"])
+    assert "objective/text_summary" not in found.Tags()["tensors"]

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_vae import VAE
 from lightning_vae.callbacks import Dashboard, LatentSpace, Pictures
-from lightning_vae.callbacks.latent_space import _names
+from lightning_vae.callbacks.pictures import evenly_spaced_rows
 from tests.doubles import quiet_trainer
 
 TAGS = {"images/reconstructions", "images/samples", "images/interpolations", "images/traversals"}
@@ -305,21 +305,26 @@ def test_a_wrong_path_is_an_error_before_the_first_step(tmp_path, options, messa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"encode": "embed", "decode": "net.dec"}, "(?s)of what `encode` gives.*encode='path:part'"),
+        ({"encode": "embed", "decode": "net.dec"}, "the output of `encode`.*encode='path:part'"),
         ({"encode": "embed:stats", "decode": "net.enc"}, "mat1 and mat2|shape"),
         ({"encode": "embed:stats", "decode": lambda module, z: z}, r"`decode` gave shape \(3,\) for each"),
         ({"encode": "embed:stats", "decode": lambda module, z: {"x": z}}, "`decode` gave a dict for each"),
         (
             {"encode": "embed:stats", "decode": "net.dec", "reconstruct": "embed:stats"},
-            r"(?s)`reconstruct` gave shape \(3,\) for each.*reconstruct='path:part'",
+            r"`reconstruct` gave shape \(3,\) for each.*reconstruct='path:part'",
         ),
         ({"encode": "embed:stats", "decode": "net.dec", "x": "image"}, "A batch has no 'image'"),
         ({"encode": "embed:stats", "decode": "net.dec", "x": lambda batch: 1}, "no observations were found"),
     ],
 )
-def test_what_does_not_fit_is_an_error(tmp_path, options, message):
-    with pytest.raises((ValueError, RuntimeError), match=message):
-        run(tmp_path, Pictures(**options), Foreign(), [(torch.rand(1, 8, 8), 0)] * 8)
+def test_what_does_not_fit_is_said_once_and_training_goes_on(tmp_path, options, message):
+    callback = Pictures(**options)
+    for _ in range(2):  # in each run
+        with pytest.warns(UserWarning, match=f"Pictures: the (model|observations) can't be shown.*({message})") as said:
+            trainer, logger = run(tmp_path, callback, Foreign(), [(torch.rand(1, 8, 8), 0)] * 8, epochs=3)
+        assert len([each for each in said if str(each.message).startswith("Pictures:")]) == 1
+        assert trainer.global_step == 3
+        assert logger.images == {}
 
 
 @pytest.mark.parametrize(
@@ -328,8 +333,6 @@ def test_what_does_not_fit_is_an_error(tmp_path, options, message):
         (lambda: Pictures(times=0), "`times` must be at least 1, got 0"),
         (lambda: Pictures(value_range=(1, 0)), "`value_range` must be a smaller and a larger number"),
         (lambda: Pictures(encode=3), "`encode` must be the path"),
-        (lambda: LatentSpace(observations=1), "`observations` must be at least 2"),
-        (lambda: LatentSpace(times=0), "`times`"),
     ],
 )
 def test_options_out_of_range(make, message):
@@ -402,22 +405,6 @@ def test_curves_of_small_numbers_fill_their_panels(tmp_path):
     picture = logger.last("images/reconstructions").float()
     grey = ((picture - 150).abs().amax(2) < 8).nonzero()[:, 0] % 98
     assert grey.max() - grey.min() > 35
-
-
-@pytest.mark.parametrize(
-    ("labels", "expected"),
-    [
-        (torch.tensor([1, 2]), ["1", "2"]),
-        (torch.tensor([[True], [False]]), ["True", "False"]),
-        (torch.tensor([0.5, 2.0]), ["0.5", "2"]),
-        (["cat", "dog"], ["cat", "dog"]),
-        (torch.zeros(2, 3), None),
-        (torch.zeros(3), None),
-        (None, None),
-    ],
-)
-def test_labels_of_any_kind(labels, expected):
-    assert _names(labels, 2) == expected
 
 
 def test_half_precision(tmp_path):
@@ -522,3 +509,20 @@ def test_flags_of_the_command_line(capsys, monkeypatch):
     printed = capsys.readouterr().out
     for words in ("encode: model.encode:0", "x: image", "label: 2", "- val_kl"):
         assert words in printed
+
+
+@pytest.mark.parametrize(("rows", "batches"), [([8, 8, 4], 3), ([100], 1), ([2] * 50, 50), ([10], float("inf"))])
+def test_observations_come_from_everywhere(rows, batches):
+    chosen = [
+        (number, row) for number, count in enumerate(rows) for row in evenly_spaced_rows(10, count, number, batches)
+    ]
+    assert len(set(chosen)) == len(chosen) == 10
+    places = [sum(rows[:number]) + row for number, row in chosen]
+    assert places == sorted(places)
+    assert places[-1] >= 0.85 * sum(rows)
+    assert all(row < rows[number] for number, row in chosen)
+
+
+def test_few_observations_are_taken_once():
+    assert evenly_spaced_rows(10, 3, 0, 1) == [0, 1, 2]
+    assert evenly_spaced_rows(10, 0, 0, 1) == []

@@ -1,0 +1,38 @@
+"""Failures of what only shows: said once, and the run goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_utilities.core.rank_zero import rank_zero_warn
+
+
+class BestEffort:
+    """Turns an error into a warning, the first time that something can't be shown, so that training goes on.
+
+    Args:
+        title: Name of the callback, for the warning.
+
+    Example::
+
+        >>> attempt = BestEffort("Pictures")
+        >>> with attempt("images/samples"):
+        ...     raise ValueError("the prior can't be sampled")
+    """
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._failed: set[str] = set()
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        """Try to show something; ``what`` names it in the warning."""
+        try:
+            yield
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                rank_zero_warn(
+                    f"{self._title}: {what} can't be shown ({type(error).__name__}: {error}). Training goes on without."
+                )

@@ -1,0 +1,104 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.distributions import Normal
+from torch.utils.data import DataLoader
+
+from lightning_vae.callbacks import LatentSpace
+from lightning_vae.callbacks.latent_space import _names, _planes
+from tests.doubles import quiet_trainer
+
+
+class Foreign(LightningModule):
+    """Somebody's VAE, whose encoder gives both parameters in one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.enc = nn.Linear(4, 6)
+        self.steps = 0
+
+    def training_step(self, batch, batch_idx):
+        self.steps += 1
+        return self.enc(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.enc(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def run(root, callback, model):
+    data = [(torch.randn(4, generator=torch.Generator().manual_seed(n)), n % 3) for n in range(16)]
+    logger = TensorBoardLogger(root, "runs")
+    options = {"max_epochs": 3, "num_sanity_val_steps": 0, "log_every_n_steps": 1}
+    batches = DataLoader(data, 8, generator=torch.Generator())
+    quiet_trainer(root, logger=logger, callbacks=callback, **options).fit(model, batches, batches)
+    return EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload().Tags()["images"]
+
+
+def test_it_draws_a_foreign_posterior(tmp_path):
+    assert set(run(tmp_path, LatentSpace("enc", chunk=1), Foreign())) == {"latent/against_prior", "latent/by_label"}
+
+
+def test_a_wrong_path_is_an_error_before_the_first_step(tmp_path):
+    model = Foreign()
+    with pytest.raises(ValueError, match="encoder"):
+        run(tmp_path, LatentSpace("encoder"), model)
+    assert model.steps == 0
+    assert not model.enc._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("callback", "message"),
+    [
+        (LatentSpace("enc"), "the posterior can't be shown"),  # one tensor, and no `chunk`
+        (LatentSpace("enc", chunk=1, label="class"), "A batch has no 'class'"),
+        (LatentSpace(lambda module, batch: Normal(torch.zeros(8), 1.0)), "the latent space can't be shown|posterior"),
+    ],
+)
+def test_what_cant_be_read_is_said_once_and_training_goes_on(tmp_path, callback, message):
+    model = Foreign()
+    for steps in (6, 12):
+        with pytest.warns(UserWarning, match=f"LatentSpace: .*({message})") as said:
+            assert run(tmp_path, callback, model) == []
+        assert len([each for each in said if str(each.message).startswith("LatentSpace:")]) == 1
+        assert model.steps == steps
+        assert not model.enc._forward_hooks
+
+
+def test_every_dimension_is_in_a_plane():
+    assert _planes([4, 2, 7], 9) == [[4, 2], [7, 0]]
+    assert _planes([0], 1) == [[0, 0]]
+    assert _planes([3, 1], 9) == [[3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LatentSpace(observations=1), "`observations` must be at least 2"),
+        (lambda: LatentSpace(times=0), "`times`"),
+    ],
+)
+def test_options_out_of_range(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (torch.tensor([1, 2]), ["1", "2"]),
+        (torch.tensor([[True], [False]]), ["True", "False"]),
+        (torch.tensor([0.5, 2.0]), ["0.5", "2"]),
+        (["cat", "dog"], ["cat", "dog"]),
+        (torch.zeros(2, 3), None),
+        (torch.zeros(3), None),
+        (None, None),
+    ],
+)
+def test_labels_of_any_kind(labels, expected):
+    assert _names(labels, 2) == expected
