@@ -1,4 +1,4 @@
-"""Does a trained VAE beat what needs no training: the exact probabilistic PCA, and each pixel's mean?"""
+"""Compare a trained VAE with exact probabilistic PCA and with each pixel's mean."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ WIDTHS = (14, 17, 14, 9, 9, 27, 7)
 
 
 def ppca(train: Tensor, test: Tensor, k: int) -> float:
-    """Compute the test split's mean NLL under the training split's best pPCA (Tipping and Bishop 1999)."""
+    """Compute the mean NLL of the test split under the training split's best pPCA (Tipping and Bishop 1999)."""
     mean = train.mean(0)
     values, vectors = torch.linalg.eigh(torch.cov(train.T, correction=0))
     variance = values[:-k].mean()
-    own = torch.cat([torch.full_like(values[:-k], float(variance)), values[-k:]])  # of the model's covariance
+    own = torch.cat(
+        [torch.full_like(values[:-k], float(variance)), values[-k:]]
+    )  # eigenvalues of the model's covariance
     squares = ((test - mean) @ vectors).square() / own
     return float(0.5 * (squares.sum(1).mean() + own.log().sum() + len(own) * math.log(2 * math.pi)))
 
 
 def pixel_means(train: Tensor, test: Tensor) -> float:
-    """Compute the test split's expected NLL, under its binarisation, of independent pixels with the training means."""
+    """Compute the expected NLL of the binarised test split under independent pixels with the training means."""
     on = train.mean(0).clamp(1e-4, 1 - 1e-4)
     return float(-(test * on.log() + (1 - test) * (1 - on).log()).sum(1).mean())
 
@@ -52,7 +54,7 @@ def train(data: DataModule, epochs: int, gaussian: bool, seed: int) -> VAE:
 
 
 def images(data: DataModule) -> tuple[Tensor, Tensor]:
-    """Return all of the official training images, those kept for validation too, and the test images."""
+    """Return all official training images, including those kept for validation, and the test images."""
     data.prepare_data()
     data.setup("fit")
     data.setup("test")
@@ -67,7 +69,7 @@ def main() -> None:
     root = parser.parse_args().root
     heading(
         f"Baselines. -ELBO of our VAE ({LATENT_DIM} latents, MLP 400; 60 epochs of digits, 5 of Fashion-MNIST) on the "
-        f"test split, against the exact NLL of what needs no training: pPCA with {LATENT_DIM} latents for the Gaussian "
+        f"test split, against the exact NLL of two baselines: pPCA with {LATENT_DIM} latents for the Gaussian "
         "with learned variance, each pixel's mean (expectation under binarisation) for the Bernoulli. In nats per "
         "image, images in [0, 1]; seeds 0, 1, 2 and their median. The baselines are fitted to all training images, "
         "the VAE to nine tenths of them."

@@ -1,7 +1,8 @@
-"""Collapses that really happen, what cures them and what does not: the commands of configs/collapse*.yaml."""
+"""Train models that collapse, and the same models with a cure: the commands of configs/collapse*.yaml."""
 
 from __future__ import annotations
 
+import argparse
 from statistics import median
 
 from runs import SEEDS, Result, fit, header, heading, row
@@ -21,6 +22,7 @@ WIDTHS = (19, 4, 6, 5, 5, 6, 9)
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     heading(
         "Collapse and cure. Scikit-learn's digits (1350 to train, 150 to validate), seeds 0, 1, 2; the validation "
         "split after the last epoch, in nats per image; `active` counts units, MI is capped at log 150 = 5.01. Every "

@@ -1,4 +1,4 @@
-"""What `compile` gains: the same fit with it and without, in turn."""
+"""Time the same fit with and without `compile`, in turn."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LEADING = 5  # steps that are not timed: the first compiles
 
 
 class Clock(pl.Callback):
-    """Times the steps of a fit, and its first one."""
+    """Time the steps of a fit, and its first one."""
 
     def on_train_start(self, *_: Any) -> None:
         self.times = [time.perf_counter()]
@@ -43,8 +43,8 @@ class Clock(pl.Callback):
         return (self.times[-1] - self.times[LEADING]) / (len(self.times) - 1 - LEADING)
 
 
-class Again:
-    """Loads one batch again and again."""
+class Repeated:
+    """Repeat one batch."""
 
     def __init__(self, x: torch.Tensor, times: int) -> None:
         self.x, self.times = x, times
@@ -60,22 +60,24 @@ def fit(vae: VAE, x: torch.Tensor, steps: int, precision: str) -> Clock:
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     clock = Clock()
     trainer = pl.Trainer(devices=1, max_steps=steps, limit_val_batches=0, callbacks=[clock], precision=precision, **off)
-    trainer.fit(vae, Again(x.to(trainer.strategy.root_device), steps))
+    trainer.fit(vae, Repeated(x.to(trainer.strategy.root_device), steps))
     return clock
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each trains")
-    parser.add_argument("--modes", nargs="*", default=[], help="of torch.compile, to be tried too: reduce-overhead")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each model trains")
+    parser.add_argument(
+        "--modes", nargs="*", default=[], help="further modes of torch.compile, such as reduce-overhead"
+    )
     parser.add_argument("--precision", default="32-true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as the command does
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as the command line does
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
     heading(
         f"A fit with `compile` and without, in turn, {options.rounds} rounds on {device}, {options.precision}: "
-        "milliseconds of a step and their ratio (below 1 compiled takes less), median (range); and the seconds of the "
+        "milliseconds of a step and their ratio (below 1, compiled is faster), median (range); and the seconds of the "
         "first step, in which torch compiles, with an empty cache."
     )
     wide, deep = {"hidden": (256, 256)}, {"channels": (32, 64, 128, 256)}

@@ -1,4 +1,4 @@
-"""What measuring and starting cost: memory and time as the observations grow, seconds from import to the first step."""
+"""Measure memory and time as observations grow, and the seconds from import to the first step."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTHS = (34, 14, 16, 20)
 ROWS = 4096  # in a batch
 OURS = """
 from pathlib import Path
-from lightning_vae.cli import main
+from lightning_vae.main import main
 main(["fit", "--config", "configs/digits.yaml", "--trainer.max_steps", "1", "--trainer.num_sanity_val_steps", "0",
       "--trainer.limit_val_batches", "0", "--trainer.default_root_dir", FOLDER])
 """
@@ -65,13 +65,13 @@ trainer.fit(Bare(), DataLoader(TensorDataset(x), batch_size=64, shuffle=True))
 
 
 def resident_mebibytes() -> float:
-    """Return the memory of this process that is in use now."""
+    """Return the resident memory of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 2**20
 
 
 def watchers(dim: int) -> dict[str, Callable[[Normal, torch.Tensor], Any]]:
-    """Return what takes batches of posteriors, by name."""
+    """Return functions that take a batch of posteriors and its indices, by name."""
     units, information, moments = ActiveUnits(dim), MutualInformation(dim), RunningMoments(dim)
     aggregate = AggregatePosterior(dim)
     detector, prior = ValidationPass(2048), Normal(torch.zeros(dim), torch.ones(dim))
@@ -87,7 +87,7 @@ def watchers(dim: int) -> dict[str, Callable[[Normal, torch.Tensor], Any]]:
 
 
 def growth(observations: int, dim: int) -> None:
-    """Feed posteriors to each, and print memory and time at a tenth and at the end."""
+    """Feed posteriors to each, and print memory and time after a tenth and at the end."""
     print()
     header(("posteriors", "observations", "resident, MiB", "us an observation"), WIDTHS)
     posterior = Normal(torch.randn(ROWS, dim), torch.rand(ROWS, dim) + 0.1, validate_args=False)
@@ -103,8 +103,8 @@ def growth(observations: int, dim: int) -> None:
 
 
 def startup(rounds: int) -> None:
-    """Run both scripts in turn, in processes of their own."""
-    taken: dict[str, list[float]] = {"train.py fit --config configs/digits.yaml": [], "bare Lightning, by hand": []}
+    """Run both scripts in turn, each in its own process."""
+    taken: dict[str, list[float]] = {"train.py fit --config configs/digits.yaml": [], "bare Lightning": []}
     for _ in range(rounds):
         for name, script in zip(taken, (OURS, BARE), strict=True):
             with tempfile.TemporaryDirectory() as folder:
@@ -113,7 +113,7 @@ def startup(rounds: int) -> None:
                 subprocess.run([sys.executable, "-c", source], check=True, capture_output=True)
                 taken[name].append(time.perf_counter() - started)
     header(("import to the end of step 1", "seconds", "of bare", "range"), WIDTHS)
-    bare = taken["bare Lightning, by hand"]
+    bare = taken["bare Lightning"]
     for name, seconds in taken.items():
         ratios = [own / base for own, base in zip(seconds, bare, strict=True)]
         row((name, median(seconds), median(ratios), f"{min(ratios):.2f} to {max(ratios):.2f}"), WIDTHS)
@@ -123,11 +123,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--observations", type=int, default=10_000_000)
     parser.add_argument("--dim", type=int, default=512, help="latent dimensions")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each script starts, 0 for not at all")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each script starts; 0 for never")
     options = parser.parse_args()
     heading(
-        f"Posteriors of {options.dim} dimensions, fed to what measures them {ROWS} at a time; and how long the digits "
-        "example takes to its first step beside the same model written by hand for Lightning."
+        f"Posteriors of {options.dim} dimensions, fed to each metric {ROWS} at a time; and how long the digits "
+        "example takes to its first step, beside the same model written for bare Lightning."
     )
     if options.rounds:
         startup(options.rounds)

@@ -1,11 +1,11 @@
-"""Kill a run again and again, mostly in the middle of a save, and see what is lost.
+"""Kill a run many times, mostly in the middle of a save, and measure what is lost.
 
     python benchmarks/kills.py
     python benchmarks/kills.py --every 4
     python benchmarks/kills.py --in-steps
 
-A small run of `fit ... --ckpt_path last --same_run true` is killed with SIGKILL and started anew, as often as asked
-for, and then left to end. The table compares it with a run that nothing has disturbed. Temporary files lie on another
+A small run of `fit ... --ckpt_path last --same_run true` is killed with SIGKILL and started again, as often as
+asked for, and then left to end. The table compares it with a run that was never killed. Temporary files are on another
 filesystem, where a rename would be a copy.
 """
 
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_vae import checkpoint_io, run_folders
+from lightning_vae.checkpoints import checkpoint_io, run_folder
 from lightning_vae.checkpoints.checkpoint_io import AtomicCheckpointIO
 from lightning_vae.checkpoints.flush_loggers import FlushLoggers
 from lightning_vae.main import main as command_line
@@ -72,7 +72,7 @@ def _kill() -> None:
 
 
 def _at(number: int, function: Callable[..., Any], kill: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function work `number - 1` times, and then what kills."""
+    """Let a function work `number - 1` times and then kill the process."""
     calls = iter(range(1, number + 1))
     return lambda *arguments, **options: (kill if next(calls) == number else function)(*arguments, **options)
 
@@ -88,7 +88,7 @@ torch_save, save, replace = torch.save, AtomicCheckpointIO.save_checkpoint, os.r
 
 
 def _in_save(place: str, number: int) -> None:
-    """Arrange that this process dies in its save of that number."""
+    """Let this process die in the save of that number."""
     if place == "half written":
         torch.save = _at(number, torch_save, _half)
     elif place == "before the save":  # and so between `best` and `last`, too
@@ -107,7 +107,7 @@ def _in_save(place: str, number: int) -> None:
 
 
 def _elsewhere(place: str, number: int) -> None:
-    """Arrange that this process dies outside a save."""
+    """Let this process die outside a save."""
     hooks = {"at the first step": "on_train_start", "in a step": "training_step", "in validation": "validation_step"}
     number = 1 if place == "at the first step" else number
     setattr(VAE, hooks[place], _at(number, getattr(VAE, hooks[place]), lambda *_, **__: _kill()))
@@ -118,13 +118,13 @@ ELSEWHERE = ("at the first step", "in a step", "in validation", "at any time")
 
 
 def attempt(options: list[str], reached: mmap, arrange: Callable[[], None] = lambda: None, seconds: float = 0) -> int:
-    """Run the command line in a process of its own, a fork, which costs no imports.
+    """Run the command line in a fork, which saves the imports.
 
     Args:
-        options: Behind `fit`.
-        reached: Where the process notes its last step.
-        arrange: What makes it die.
-        seconds: Until it is killed from outside; 0 does not.
+        options: Options of `fit`.
+        reached: Shared memory in which the process notes its last step.
+        arrange: Called in the process; arranges its death.
+        seconds: Time until it is killed from outside; 0 for never.
 
     Returns:
         Its exit code.
@@ -155,7 +155,7 @@ def attempt(options: list[str], reached: mmap, arrange: Callable[[], None] = lam
 
 
 def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read all curves as TensorBoard shows them."""
+    """Read all curves, as TensorBoard shows them."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
@@ -173,17 +173,17 @@ def same(one: Any, other: Any) -> bool:
 
 
 def kill_again_and_again(saves: int, others: int, epochs: int, every: int, in_steps: bool) -> dict[str, Any]:
-    """Kill a run in this folder, let it end, and compare it with one that was left alone.
+    """Kill a run in this folder, let it end, and compare it with a run that was never killed.
 
     Args:
         saves: Number of kills within a save.
         others: Number of other kills.
         epochs: Length of the run.
-        every: Steps between further saves amid the epochs; 0 saves after validation alone.
-        in_steps: Whether the length is given to the Trainer in steps, which it resumes otherwise.
+        every: Steps between further saves within the epochs; 0 for saves after validation only.
+        in_steps: Give the length to the Trainer in steps, which it resumes by another path.
 
     Returns:
-        What was seen, by name.
+        Counts and comparisons, by name.
     """
     Path("config.yaml").write_text(CONFIG + (EVERY.format(every) if every else ""))
     reached = mmap(-1, 8)
@@ -209,7 +209,7 @@ def kill_again_and_again(saves: int, others: int, epochs: int, every: int, in_st
         kills[place if code == -signal.SIGKILL else f"not killed: exit code {code}"] += 1
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            newest = run_folders.newest_checkpoint(killed, resumes=True)
+            newest = run_folder.newest_checkpoint(killed, resumes=True)
         damaged += len(found)
         step = checkpoint_io.read(newest)["global_step"] if newest else 0
         lost.append(int.from_bytes(reached[:8], "little") - step)
@@ -233,7 +233,7 @@ def kill_again_and_again(saves: int, others: int, epochs: int, every: int, in_st
         "points of the curves": wanted.total(),
         "points missing": (wanted - shown).total(),
         "points too many": (shown - wanted).total(),
-        "same curves as isolated_eval": expected == got,
+        "same curves": expected == got,
         "same parameters": same(one["state_dict"], other["state_dict"]),
         "same optimizer": same(one["optimizer_states"], other["optimizer_states"]),
     }
@@ -244,7 +244,7 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=35, help="kills within a save")
     parser.add_argument("--others", type=int, default=20, help="kills at other places")
     parser.add_argument("--epochs", type=int, default=60)
-    parser.add_argument("--every", type=int, default=0, help="steps between further saves amid the epochs")
+    parser.add_argument("--every", type=int, default=0, help="steps between further saves within the epochs")
     parser.add_argument("--in-steps", action="store_true", help="limit the run by steps and not by epochs")
     parser.add_argument("--temporary", default="/dev/shm", help="folder on another filesystem, for TMPDIR")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""A million cheap steps: does the memory stay where it is, and are the knobs and the counters right at the end?"""
+"""Run a million cheap steps, and check the memory on the way and the knobs and counters at the end."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def resident() -> float:
 
 
 class Watch(Callback):
-    """Prints a row ten times in the run."""
+    """Print a row ten times in the run."""
 
     def __init__(self, steps: int) -> None:
         self.every = steps // 10
@@ -52,7 +52,7 @@ def main() -> None:
     heading(
         f"A long run. A linear VAE on Gaussian data, {steps} steps of 8 observations in epochs of {BATCHES}: cyclical "
         "annealing, a floor that rises over the whole run, the detector and a checkpoint every 10 epochs, TensorBoard "
-        "every 1000 steps. The memory is that of the process."
+        "every 1000 steps. Memory is the resident memory of the process."
     )
     header(("step", "memory MB", "ms a step", "beta", "free bits"), WIDTHS)
     data = GaussianData(size=8 * BATCHES, batch_size=8)

@@ -1,4 +1,4 @@
-"""What the knobs do: a plain VAE, schedules, a floor, other betas and a target rate, on two data sets."""
+"""Compare a plain VAE with schedules, free bits, other betas and a target rate, on two data sets."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ DATA = {
     "digits": "",  # 22 steps an epoch
     "Fashion-MNIST": "--data=FashionMNIST --data.batch_size=128 --trainer.max_epochs=6",  # 422
 }
-# What does not move the figures: no validation, and nothing kept.
+# Leave out what does not change the results: validation, logging and checkpoints.
 SHORT = "--trainer.limit_val_batches=0 --trainer.logger=false --trainer.enable_checkpointing=false"
 IMPORTANCE_SAMPLES = 100
 RESULTS = Path(__file__).parent / "results" / "methods.csv"
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "methods.png"
 MARKERS = "os^DvPX"
 EXCESS = (0, 0.5, 1, 2, 5, 10, 20, 50, 100)  # nats
-# What the tables show: the name, the column, and the decimals.
+# Rows of the tables: the name, the column and the decimals.
 QUANTITIES = (
     ("-ELBO", "negative_elbo", 2),
     ("NLL", "nll", 2),
@@ -69,12 +69,12 @@ Row = dict[str, Any]
 
 
 def command(data: str, method: str, seed: int) -> str:
-    """Write out the run's command, without what is the same in all and without where the data lie."""
+    """Return the options that tell a run from the others, without the folder of the data."""
     return " ".join(filter(None, (BASE, DATA[data], METHODS[method], f"--seed_everything={seed}")))
 
 
 def measure(data: str, method: str, seed: int, root: str) -> Row:
-    """Train one model, and evaluate what it is after the last step on the test split."""
+    """Train one model, and evaluate it after the last step on the test split."""
     torch.set_num_threads(1)
     place = f"--data.root={root}" if "FashionMNIST" in DATA[data] else ""
     with tempfile.TemporaryDirectory() as folder:
@@ -99,7 +99,7 @@ def measure(data: str, method: str, seed: int, root: str) -> Row:
 
 
 def read(path: Path) -> list[Row]:
-    """Read the rows of runs that are done: those whose commands are still what is compared."""
+    """Read the rows of finished runs whose commands are still part of the comparison."""
     if not path.is_file():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -113,7 +113,7 @@ def plan() -> list[tuple[str, str, int]]:
 
 
 def run(path: Path, root: str, jobs: int) -> list[Row]:
-    """Do what is not done, several at once; a run is done once its row is in the file."""
+    """Run what is not in the file yet, several runs at once."""
     rows = read(path)
     done = {each["command"] for each in rows}
     missing = [point for point in plan() if command(*point) not in done]
@@ -135,7 +135,7 @@ def run(path: Path, root: str, jobs: int) -> list[Row]:
 
 
 def cell(rows: Sequence[Row], column: str, decimals: int) -> str:
-    """Write a quantity's median over the seeds and, in parentheses, its largest less its smallest value."""
+    """Format the median over the seeds and, in parentheses, the range."""
     if column == "verdict":
         return "/".join(sorted({each[column].removesuffix("-regularised") for each in rows}))
     values = [float(each[column]) for each in rows if each[column]]
@@ -157,7 +157,7 @@ def table(rows: Sequence[Row]) -> None:
 
 
 def draw(rows: Sequence[Row], path: Path) -> None:
-    """Draw each data set's rates and distortions, and beside them which method ends with the better likelihood."""
+    """Draw rates and distortions for each data set, and the likelihoods beside them."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -200,7 +200,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def _isolines(axes: Any) -> None:
-    """Lay lines of equal -ELBO, rate + distortion, under what is drawn, and name each where it leaves."""
+    """Draw labelled lines of equal -ELBO, rate + distortion, in the background."""
     from matplotlib.ticker import MaxNLocator
 
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
@@ -225,9 +225,9 @@ def _isolines(axes: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default="data", help="where Fashion-MNIST lies or will be downloaded to")
+    parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, to which it is downloaded if missing")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="table of the runs; what is in it is not redone")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="table of the runs; finished runs in it are kept")
     parser.add_argument("--figure", type=Path, default=FIGURE, help="picture to draw")
     options = parser.parse_args()
     heading(

@@ -1,4 +1,4 @@
-"""Do the callbacks do in other people's projects, unmodified, what they say?"""
+"""Check the callbacks in other, unmodified projects."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ COMPARED = (
 
 
 def environment(folder: Path, project: str, version: str) -> Path:
-    """Make the project's virtual environment, or bring one that is there up to date; return its Python."""
+    """Create or update the virtual environment of a project, and return its Python."""
     python = folder / project / "bin" / "python"
     if not python.exists():
         subprocess.run([sys.executable, "-m", "venv", folder / project], check=True)
@@ -50,7 +50,7 @@ def environment(folder: Path, project: str, version: str) -> Path:
 
 
 def check(python: Path, project: str) -> dict[str, Any]:
-    """Run a project's checks in its environment."""
+    """Run the checks of a project in its environment."""
     script = HERE / "other_projects" / f"with_{project.replace('-', '_')}.py"
     with tempfile.TemporaryDirectory() as scratch:
         done = subprocess.run([python, script], cwd=scratch, capture_output=True, text=True)
@@ -83,7 +83,7 @@ def main() -> None:
                 ok = ok and measured["ok"]
                 reports[project] = measured["report"]
     for project, report in reports.items():
-        print(f"\n{project}, its example: {report or 'no report of the first batch'}")
+        print(f"\nThe example of {project}: {report or 'no report of the first batch'}")
     sys.exit(not ok)
 
 

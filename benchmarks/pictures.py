@@ -1,4 +1,4 @@
-"""What the pictures cost: the same runs with and without the callbacks that draw."""
+"""Time the same runs with and without the callbacks that draw."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WIDTHS = (24, 8, 8, 24, 24, 24, 5)
 
 
 class Seconds(NamedTuple):
-    """What a fit took of the processor, and its drawing callbacks of that; and of the clock."""
+    """Processor time of a fit and of its drawing callbacks, and wall-clock time of the fit."""
 
     processor: float
     drawing: float
@@ -34,7 +34,7 @@ class Seconds(NamedTuple):
 
 
 class TimedCLI(VAECLI):
-    """Fits, with the drawing callbacks or without, and says how long that took."""
+    """Fit with or without the drawing callbacks, and time it."""
 
     draws = True
 
@@ -58,7 +58,7 @@ class TimedCLI(VAECLI):
 
 
 def fit(arguments: str, draws: bool) -> Seconds:
-    """Run ``train.py fit`` in this process and in silence."""
+    """Run ``train.py fit`` silently in this process."""
     quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
     cli_class = type("CLI", (TimedCLI,), {"draws": draws})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -75,8 +75,8 @@ def fit(arguments: str, draws: bool) -> Seconds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", help="where Fashion-MNIST lies; without it, digits alone")
-    parser.add_argument("--pairs", type=int, default=5, help="how many runs of each, in turn")
+    parser.add_argument("--root", help="folder of Fashion-MNIST; without it, digits alone")
+    parser.add_argument("--pairs", type=int, default=5, help="number of runs of each kind, in turn")
     options = parser.parse_args()
     cases = {"digits, 120 epochs": "--config configs/digits.yaml"}
     if options.root:
@@ -85,13 +85,13 @@ def main() -> None:
             "--trainer.max_epochs 2"
         )
     heading(
-        "A config's fit with Dashboard, Pictures and LatentSpace, and without them, in turn; seconds of the processor. "
-        "'within' divides a fit by the same fit less what it spent in their hooks; 'between' divides it by its "
-        "neighbour without them, which on a busy machine differs by more than that; 'clock' does so with the clock."
+        "A config's fit with and without Dashboard, Pictures and LatentSpace, in turn, in seconds of processor time. "
+        "'within' divides a fit by the same fit less the time in their hooks. 'between' divides it by the fit without "
+        "them in the same round, which on a busy machine varies more; 'clock' is the same in wall-clock time."
     )
     header(("run", "fit", "hooks", "within: median (range)", "between", "clock", "pairs"), WIDTHS)
     for name, arguments in cases.items():
-        fit(f"{arguments} --trainer.max_epochs 1", draws=True)  # what is loaded once
+        fit(f"{arguments} --trainer.max_epochs 1", draws=True)  # warm up
         pairs = [(fit(arguments, draws=False), fit(arguments, draws=True)) for _ in range(options.pairs)]
         ratios = (
             [drawn.processor / (drawn.processor - drawn.drawing) for _, drawn in pairs],

@@ -1,4 +1,4 @@
-"""The same model trained by our stack and by a loop written by hand: does the machinery cost nats?"""
+"""Train the same model with our stack and with a plain loop, and compare their ELBO."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DRAWS = 30_000  # binarisations and posterior samples in one evaluation: its own
 
 
 class Case(NamedTuple):
-    """One comparison."""
+    """A model, its data and the length of its training."""
 
     name: str
     data: DataModule
@@ -40,7 +40,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module, Tensor]:
-    """Train the way one would without this package: images in [0, 1], shape (N, d)."""
+    """Train as one would without this package, on images in [0, 1] of shape ``(N, d)``."""
     torch.manual_seed(seed)
     size = images.shape[1]
     encoder = mlp(size, *case.hidden, 2 * case.latent_dim)
@@ -56,7 +56,7 @@ def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module
                 x = torch.bernoulli(x)
             mean, log_variance = encoder(x).chunk(2, dim=1)
             output = decoder(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
-            if log_variance_x.isinf():  # starts where ours does
+            if log_variance_x.isinf():  # initialised as ours is
                 log_variance_x.data = (0.1 * (x - output).square().mean()).log().detach()
             if case.gaussian:
                 error = (x - output).square() / log_variance_x.exp() + log_variance_x + math.log(2 * math.pi)
@@ -73,7 +73,7 @@ def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module
 
 
 def falling(optimizer: torch.optim.Optimizer, case: Case, images: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Let the learning rate fall to 0, so that the last steps' noise does not decide between the two."""
+    """Let the learning rate fall to 0, so that noise of the last steps does not decide the comparison."""
     steps = case.epochs * math.ceil(images / case.data.batch_size)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
 
@@ -113,7 +113,7 @@ def ours(case: Case, seed: int) -> VAE:
 
 
 def filled(case: Case, encoder: nn.Module, decoder: nn.Module, log_variance: Tensor) -> VAE:
-    """Put weights trained by hand into our model, so that one evaluator judges both."""
+    """Load the plain loop's weights into our model, so that the same code evaluates both."""
     vae = make(case)
     vae.encoder.layers.load_state_dict(encoder.state_dict())
     vae.decoder.layers.load_state_dict(decoder.state_dict())
@@ -124,7 +124,7 @@ def filled(case: Case, encoder: nn.Module, decoder: nn.Module, log_variance: Ten
 
 @torch.no_grad()
 def negative_elbo(vae: VAE, data: DataModule) -> float:
-    """Mean over the validation split, each image with many draws, which are the same for every model."""
+    """Compute the mean over the validation split, with many draws per image, the same for every model."""
     vae.eval()
     batches = list(data.val_dataloader())
     images = sum(len(batch["x"]) for batch in batches)
@@ -142,7 +142,7 @@ def main() -> None:
     root = parser.parse_args().root
     heading(
         "Plain loop. -ELBO of the validation split in nats per image, trained by our stack (Trainer, VAE, data module) "
-        "and by a loop written by hand. Both have the same networks, initial weights, number of steps, batch size and "
+        "and by a plain loop. Both have the same networks, initial weights, number of steps, batch size and "
         "Adam, with a learning rate that falls from 1e-3 to 0; order of the data, binarisation and samples are each's "
         "own. 60 epochs of digits, 5 of Fashion-MNIST; seeds 0, 1, 2 and their median. `worse` is how far ours is "
         "above the loop's."

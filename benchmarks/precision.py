@@ -1,4 +1,4 @@
-"""What `bf16-mixed` does on this CPU: the same fits in float32 and in bfloat16, in turn."""
+"""Compare `bf16-mixed` with float32 on this CPU, in turn."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def fit(data: FashionMNIST, model: Any, steps: int, seed: int, precision: str) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, as in the data module")
-    parser.add_argument("--rounds", type=int, default=3, help="how often each trains, each time from another seed")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often each model trains, each time from another seed"
+    )
     parser.add_argument("--steps", type=int, default=1000)
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -61,8 +63,8 @@ def main() -> None:
     data.setup("fit")
     heading(
         f"{options.steps} steps on Fashion-MNIST in batches of {data.batch_size}, {options.rounds} rounds in turn: "
-        "milliseconds of a step, their ratio to float32's (below 1 bfloat16 takes less), median (range); and the "
-        "medians of the validation's ELBO and rate in nats, and of its active units."
+        "milliseconds of a step, their ratio to float32 (below 1, bfloat16 is faster), median (range); and the "
+        "medians of ELBO and rate in nats and of active units on the validation split."
     )
     header(("", "precision", "ms a step", "of float32", "ELBO", "rate", "active units"), WIDTHS)
     channels = {"channels": (32, 64, 128)}

@@ -1,4 +1,4 @@
-"""What the benchmarks share: one run of the command line, and how a table is printed."""
+"""Shared by the benchmarks: a run of the command line, and tables."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from lightning_vae.cli.vae_cli import VAECLI, command_line
 
 SEEDS = (0, 1, 2)
 
-# A benchmark prints its table and nothing else.
+# Print the table and nothing else.
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
 
 
 class Result(NamedTuple):
-    """Where a run ended, on the validation split, in nats per observation."""
+    """The last validation pass of a run, in nats per observation."""
 
     negative_elbo: float
     rate: float
@@ -44,14 +44,14 @@ class Result(NamedTuple):
 
 
 def train(arguments: str, seed: int) -> VAECLI:
-    """Run ``train.py fit`` in this process and in silence."""
+    """Run ``train.py fit`` silently in this process."""
     quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
     with contextlib.redirect_stdout(io.StringIO()):
         return command_line(VAECLI, ["fit", *shlex.split(f"{arguments} --seed_everything {seed} {quiet}")])
 
 
 def fit(arguments: str, seed: int) -> Result:
-    """Train, and measure the last validation pass."""
+    """Train, and return the last validation pass."""
     cli = train(arguments, seed)
     measured = {name: float(value) for name, value in cli.trainer.callback_metrics.items()}
     detector = next(each for each in cli.trainer.callbacks if isinstance(each, CollapseDetector))
@@ -68,13 +68,13 @@ def fit(arguments: str, seed: int) -> Result:
 
 
 def quiet_trainer(epochs: int, max_steps: int = -1) -> Trainer:
-    """Make a Trainer that trains on the CPU, and does nothing else."""
+    """Make a Trainer that only trains, on the CPU."""
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     return Trainer(max_epochs=epochs, max_steps=max_steps, accelerator="cpu", limit_val_batches=0, **off)
 
 
 def heading(text: str, *lines: str) -> None:
-    """Print what is compared, and with which versions."""
+    """Print the subject of the comparison and the versions."""
     versions = (
         f"lightning-vae {__version__}, torch {torch.__version__}, lightning {lightning.__version__}, "
         f"Python {platform.python_version()}, {torch.get_num_threads()} CPU threads"
@@ -83,7 +83,7 @@ def heading(text: str, *lines: str) -> None:
 
 
 def row(cells: Sequence[object], widths: Sequence[int]) -> None:
-    """Print one row as soon as it is known: text to the left, numbers with two decimals to the right."""
+    """Print one row: text to the left, numbers with two decimals to the right."""
     texts = (
         f"{cell:>{w}.2f}" if isinstance(cell, float) else f"{cell!s:<{w}}"
         for cell, w in zip(cells, widths, strict=True)
@@ -93,6 +93,6 @@ def row(cells: Sequence[object], widths: Sequence[int]) -> None:
 
 
 def header(names: Sequence[str], widths: Sequence[int]) -> None:
-    """Print a table's first two rows."""
+    """Print the first two rows of a table."""
     row(names, widths)
     row(["-" * width for width in widths], widths)

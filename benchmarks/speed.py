@@ -1,4 +1,4 @@
-"""What a step costs: the whole stack against Lightning's bare Trainer, loops written by hand and other projects."""
+"""Time a training step: the whole stack against a bare Trainer, plain loops and other projects."""
 
 from __future__ import annotations
 
@@ -36,17 +36,22 @@ from lightning_vae.datamodules import Digits, FashionMNIST
 from lightning_vae.datamodules.base import DataModule, Tensors
 
 WIDTHS = (42, 12, 26)
-Ways = dict[str, Callable[[Case], float]]
-OURS: Ways = {
+Loops = dict[str, Callable[[Case], float]]
+OURS: Loops = {
     "ours, the whole stack": whole_stack,
     "the same module in a bare Trainer": bare_trainer,
     "Trainer's own logger, bar and checkpoints": default_trainer,
-    "a loop by hand: same tensors, fused Adam": hand_written_loop,
+    "a plain loop: same tensors, fused Adam": hand_written_loop,
 }
+<<<<<<< HEAD
 SAVING: Ways = {
+=======
+SAVING: Loops = {
+    "ours, the best of all epochs": partial(whole_stack, best_every_n_epochs=1),
+>>>>>>> b1416ed (Benchmarks in plain English; they import modules by their new names)
     "ours without its checkpoints": partial(whole_stack, saves=False),
 }
-OTHERS: Ways = {
+OTHERS: Loops = {
     "the same loop, torch's default Adam": partial(hand_written_loop, fused=False),
     "that loop over torch's DataLoader": loop_over_data_loader,
     "a typical Lightning VAE": typical_lightning,
@@ -55,7 +60,7 @@ OTHERS: Ways = {
 
 
 class RandomImages(DataModule):
-    """Noise of 64 by 64 pixels."""
+    """Noise images of 64 by 64 pixels."""
 
     shape, levels = (1, 64, 64), 256
 
@@ -68,7 +73,7 @@ class RandomImages(DataModule):
 
 
 def matrix_products(case: Case) -> float:
-    """Compute what the MLP's layers multiply in an epoch's steps, forward and backward."""
+    """Time the matrix products of the MLP's layers alone, forward and backward, for one epoch."""
     widths, size = (784, 400, 64, 32, 400, 784), case.data.batch_size
     layers = [
         (torch.randn(size, into), torch.randn(into, out), torch.randn(size, out))
@@ -80,22 +85,22 @@ def matrix_products(case: Case) -> float:
         for number, (x, weight, gradient) in enumerate(layers):
             x @ weight
             x.T @ gradient
-            if number:  # nothing asks for the images' gradient
+            if number:  # the images need no gradient
                 gradient @ weight.T
     return time.perf_counter() - started
 
 
-def compare(title: str, case: Case, rounds: int, ways: Ways) -> None:
-    """Let each train in turn, several times; print a table."""
+def compare(title: str, case: Case, rounds: int, loops: Loops) -> None:
+    """Run the loops in turn, several times, and print a table."""
     print(f"\n{title}; {case.steps} steps and a validation an epoch, {case.epochs} epochs, {rounds} rounds in turn")
     header(("", "ms a step", "ours is: median (range)"), WIDTHS)
-    hand_written_loop(case)  # what is loaded once
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    names = list(ways)
+    hand_written_loop(case)  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    names = list(loops)
     for number in range(rounds):
         start = number % len(names)  # nobody is always first
         for name in names[start:] + names[:start]:
-            seconds[name].append(ways[name](case))
+            seconds[name].append(loops[name](case))
     ours = next(iter(seconds.values()))
     for name, taken in seconds.items():
         ratios = [us / them for us, them in zip(ours, taken, strict=True)]
@@ -108,7 +113,7 @@ def ratio(values: Sequence[float]) -> str:
 
 
 class Profile(pl.Callback):
-    """Profiles whole steps in the middle of an epoch."""
+    """Profile whole steps in the middle of an epoch."""
 
     def __init__(self, first: int, last: int) -> None:
         self.first, self.last = first, last
@@ -123,19 +128,17 @@ class Profile(pl.Callback):
 
 
 class Empty(pl.Callback):
-    """Has a hook that does nothing, for comparison."""
+    """Do nothing in a hook, for comparison."""
 
     def on_train_batch_start(self, *_: Any) -> None:
         pass
 
 
 def hooks(case: Case, rounds: int) -> None:
-    """Print what our hooks take of a step that does not log."""
+    """Print the time of our hooks in a step that does not log."""
     print(
-        "\nOurs in a step of the MLP that does not log, by cProfile's self time: all of callbacks/; the VAE's hooks,"
-        "\nwhich seed; beside the loss in its step the sums, the check of the batch and whether to log; its"
-        "\n__setattr__, which Lightning calls to note in what hook it is. Neither the model and the loss nor what torch"
-        "\nand Lightning take."
+        "\nOur own code in a step of the MLP that does not log, without the model and the loss, by cProfile's self"
+        "\ntime: the callbacks, the callbacks that resume and save, the VAE's hooks, and the running sums."
     )
     header(("", "us a step", "calls a step"), WIDTHS)
     parts: dict[str, list[tuple[float, float]]] = {}
@@ -156,33 +159,32 @@ def hooks(case: Case, rounds: int) -> None:
 
 
 def part_of(file: Path, name: str) -> str:
-    """Say which of our parts a function belongs to; none where it is not counted."""
+    """Return the part of our code that a function belongs to, or nothing where it is not counted."""
     if "site-packages" in file.parts:
         return ""
     if file == Path(__file__) and name == "on_train_batch_start":
-        return "for comparison: a hook that is empty"
-    if file.parent.name == "callbacks":
+        return "for comparison: an empty hook"
+    if "callbacks" in file.parts:
         return "callbacks"
-    if file.name == "vae.py" and name == "__setattr__":
-        return "VAE.__setattr__"
-    if file.name == "resuming.py" or (file.name == "vae.py" and name.startswith("on_")):
+    if file.parent.name == "checkpoints":
+        return "resuming and saving"
+    if file.name == "vae.py" and name.startswith("on_"):
         return "the VAE's hooks"
-    beside = file.name == "running_sums.py" or (file.name == "vae.py" and name in ("_observations", "_log_training"))
-    return "beside the loss in its step" if beside else ""
+    return "running sums" if file.name == "running_sums.py" else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default="data", help="folder of Fashion-MNIST, as in the data module")
-    parser.add_argument("--rounds", type=int, default=5, help="how often each trains")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each loop trains")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     if not torch.cuda.is_available():
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as the command does
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as the command line does
     heading(
-        "Seconds of training and validation, for each way of training the same VAE; median over the rounds. Ratios are "
-        "of neighbours in a round: below 1 ours takes less.",
+        "Milliseconds a step, with training and validation, of several loops that train the same VAE: medians over the "
+        "rounds. A ratio compares two loops in the same round; below 1, ours is faster.",
         f"{os.cpu_count()} x {processor()}",
     )
     fashion, digits, noise = FashionMNIST(options.root), Digits(batch_size=64), RandomImages(batch_size=64)
@@ -195,7 +197,7 @@ def main() -> None:
     conv = partial(TimedVAE, encoder=partial(ConvEncoder, **deep), decoder=partial(ConvDecoder, **deep))
     others = {name: other for name, other in OTHERS.items() if name != "pythae" or find_spec("pythae")}
     if len(others) < len(OTHERS):
-        print("pythae is not installed and left out (pip install pythae==0.1.2).")
+        print("Without pythae, which is not installed (pip install pythae==0.1.2).")
     floor = {"the matrix products alone": matrix_products}
     compare("MLP 784-400-32, Fashion-MNIST, batches of 128", mlp, options.rounds, OURS | others | floor)
     compare("Convolutions, 64 by 64, batches of 64", Case(noise, conv), options.rounds, OURS)
@@ -205,7 +207,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """Name the processor, as far as the system says."""
+    """Return the name of the processor, or of its architecture where the system does not say."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 

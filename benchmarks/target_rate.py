@@ -1,4 +1,4 @@
-"""What TargetRate holds after thousands of steps of a target that can't be reached, against the closed form."""
+"""Check TargetRate against the closed form, after thousands of steps with a target out of reach."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDTHS = (6, 4, 12, 18, 18, 11, 9, 16, 18)
 
 
 class Exact(Callback):
-    """Note weight and rate after each step behind the switch, the rate of all data in closed form."""
+    """Record the weight and the exact rate of all data at each step after the switch."""
 
     def __init__(self, x: Tensor) -> None:
         self.x = x
@@ -48,7 +48,7 @@ class Exact(Callback):
 
 
 def steer(batch_size: int, seed: int) -> Exact:
-    """Train a linear VAE that gets its target only after the switch."""
+    """Train a linear VAE whose target can be reached only after the switch."""
     seed_everything(seed, verbose=False)
     data = GaussianData(SPECTRUM, size=4 * batch_size, batch_size=batch_size)
     data.setup("fit")

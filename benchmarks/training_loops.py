@@ -1,4 +1,4 @@
-"""The same VAE trained in the ways that `speed.py` compares; each returns the seconds that one epoch takes."""
+"""The training loops that `speed.py` compares: each trains the same VAE and returns the seconds of one epoch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FREE_BITS = 0.05
 
 
 class Clock:
-    """Base of modules that time their fit: all epochs with their validation and saving, and nothing before."""
+    """Time a fit: its epochs with their validation and saving, without the setup before them."""
 
     def on_train_start(self) -> None:
         self.started = time.perf_counter()
@@ -42,12 +42,12 @@ class Clock:
 
 
 class TimedVAE(Clock, VAE):
-    """Our module, timed."""
+    """The VAE of this package, timed."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its data and how long it is trained."""
+    """A model, its data and the length of its training."""
 
     data: DataModule
     model: Callable[..., TimedVAE]  # called with the data's shape and levels, and options
@@ -56,12 +56,12 @@ class Case:
     keep_every_n_epochs: int = 1
 
     def module(self, **options: Any) -> TimedVAE:
-        """Make the model anew."""
+        """Make a new model."""
         return self.model(self.data.shape, self.data.levels, **options)
 
     @property
     def steps(self) -> int:
-        """Steps in one epoch."""
+        """Number of steps in one epoch."""
         return len(self.data.train_dataloader())
 
 
@@ -71,7 +71,7 @@ def whole_stack(
     watch: Sequence[pl.Callback] = (),
     **options: Any,
 ) -> float:
-    """Train with all that `configs/digits.yaml` and the command have, but for the callbacks that draw."""
+    """Train with everything that `configs/digits.yaml` and the command line add, except the callbacks that draw."""
     every = case.keep_every_n_epochs
     best = ModelCheckpoint(monitor="val/loss", filename="best")
     checkpoints = [best, LastCheckpoint(every_n_epochs=every)]
@@ -91,15 +91,15 @@ def whole_stack(
 
 
 def bare_trainer(case: Case) -> float:
-    """Train the same module with Lightning's Trainer and nothing else."""
+    """Train the same module with a bare Trainer."""
     off = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar"), False)
     return fit(case, case.module(free_bits=FREE_BITS), *loaders(case), **off)
 
 
 def default_trainer(case: Case) -> float:
-    """Train the same module with what Lightning's Trainer has by itself: TensorBoard, a bar, a checkpoint an epoch."""
+    """Train the same module with the Trainer's defaults: TensorBoard, a progress bar, a checkpoint an epoch."""
     with tempfile.TemporaryDirectory() as folder:
-        # The bar is named, as Lightning takes another where `rich` is installed.
+        # Named, because Lightning picks another bar where `rich` is installed.
         options = {"default_root_dir": folder, "callbacks": [TQDMProgressBar()]}
         return fit(case, case.module(free_bits=FREE_BITS), *loaders(case), **options)
 
@@ -119,7 +119,7 @@ def fit(case: Case, module: Any, train: Iterable[Any], val: Iterable[Any], **opt
 
 
 def hand_written_loop(case: Case, fused: bool = True) -> float:
-    """Train by hand on the tensors that our loader cuts its batches from, with our Adam or torch's default."""
+    """Train in a plain loop on the tensors behind our loader, with fused Adam or torch's default."""
     train, val = (case.data._splits[name]["x"] for name in ("train", "val"))
     scale, size = case.data.levels - 1, case.data.batch_size
     return by_hand(
@@ -131,7 +131,7 @@ def hand_written_loop(case: Case, fused: bool = True) -> float:
 
 
 def loop_over_data_loader(case: Case) -> float:
-    """Train by hand on the batches of torch's DataLoader over torchvision's data set."""
+    """Train in a plain loop on torch's DataLoader over torchvision's data set."""
     train, val = per_image(case)
     return by_hand(case, lambda: (x for x, _ in train), lambda: (x for x, _ in val))
 
@@ -139,7 +139,7 @@ def loop_over_data_loader(case: Case) -> float:
 def by_hand(
     case: Case, train: Callable[[], Iterable[Tensor]], val: Callable[[], Iterable[Tensor]], fused: bool = False
 ) -> float:
-    """Train the way one would without this package, on images in [0, 1]: the same terms."""
+    """Train as one would without this package, on images in [0, 1] and with the same loss."""
     vae = case.module()
     optimizer = torch.optim.Adam(vae.parameters(), lr=1e-3, fused=fused)
     started, steps = time.perf_counter(), 0
@@ -157,7 +157,7 @@ def by_hand(
 
 
 def terms(networks: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distortion and each dimension's rate of two networks, mean over the batch."""
+    """Return the distortion and the rate of each dimension in nats, averaged over the batch."""
     x = torch.bernoulli(x)
     mean, log_variance = networks.encoder(x)
     logits = networks.decoder(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
@@ -166,7 +166,7 @@ def terms(networks: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PerImage(datasets.FashionMNIST):
-    """torchvision's Fashion-MNIST, which makes tensors of one image at a time, over what has been read already."""
+    """torchvision's Fashion-MNIST, one tensor per image, over images that are already in memory."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         datasets.VisionDataset.__init__(self, transform=transforms.ToTensor())
@@ -180,7 +180,7 @@ def per_image(case: Case) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 class TypicalVAE(Clock, pl.LightningModule):
-    """A VAE as it is usually written for Lightning: it logs its terms at each step."""
+    """A VAE as it is usually written for Lightning, which logs its terms at each step."""
 
     def __init__(self, networks: VAE) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class TypicalVAE(Clock, pl.LightningModule):
 
 
 class Annealing(pl.Callback):
-    """A callback as it is usually written: at each step it sets a weight and logs it."""
+    """KL annealing as it is usually written: set the weight at each step and log it."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         pl_module.beta = min(1.0, trainer.global_step / 1000)
@@ -216,13 +216,13 @@ class Annealing(pl.Callback):
 
 
 def typical_lightning(case: Case) -> float:
-    """Train with Lightning's defaults: TensorBoard, a progress bar and a checkpoint."""
+    """Train a typical VAE with the Trainer's defaults: TensorBoard, a progress bar and a checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         return fit(case, TypicalVAE(case.module()), *per_image(case), default_root_dir=folder, callbacks=[Annealing()])
 
 
 def pythae(case: Case) -> float:
-    """Train with pythae's BaseTrainer, which knows no binarisation: one operation a step less than the others."""
+    """Train with pythae's BaseTrainer, which does not binarise: one operation fewer per step."""
     from pythae.data.datasets import BaseDataset
     from pythae.models import VAE as PythaeVAE  # noqa: N811
     from pythae.models import VAEConfig

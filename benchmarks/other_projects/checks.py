@@ -1,4 +1,4 @@
-"""The checks, the same for every project; a project's own script says what is particular to it."""
+"""The checks that all projects share; each project has a script of its own beside this one."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ QUIET |= {"enable_checkpointing": False, "logger": False, "num_sanity_val_steps"
 
 @dataclass(frozen=True)
 class Project:
-    """What the checks have to know of a project.
+    """Facts about a project that the checks need.
 
     Args:
         name: The heading of its example in docs/guides/drop_in.md.
-        fit: Trains a new module in the project's own way, given callbacks and options of the Trainer.
-        spy: Makes a module's loss report the weight that it received, each time it is computed.
-        mean_head: The layer whose first outputs are the posterior's means.
-        reduce: The project's own reduction of KL terms of shape ``(N, k)`` to the number in its loss.
+        fit: Train a new module as the project does, with callbacks and options of the Trainer.
+        spy: Let the loss of a module report the weight that it receives.
+        mean_head: Return the layer whose first outputs are the means of the posterior.
+        reduce: Reduce KL terms of shape ``(N, k)`` to the number in the project's loss.
         target: The weight that a new module is configured with.
     """
 
@@ -48,7 +48,7 @@ class Project:
 
 @dataclass(eq=False)
 class Recorder(Callback):
-    """Records what happens in a fit, without the callbacks that are checked."""
+    """Record a fit, independently of the callbacks that are checked."""
 
     project: Project
     posterior: Any
@@ -82,7 +82,7 @@ class Recorder(Callback):
 
     @torch.no_grad()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the mean head. The last pass sees the model of the one before again, with the head rescaled."""
+        """Listen to the mean head. The last pass repeats the model of the pass before it, with a rescaled head."""
         head = self.project.mean_head(pl_module)
         if trainer.current_epoch < EPOCHS - 1:
             self._state = copy.deepcopy(pl_module.state_dict())
@@ -110,7 +110,7 @@ class Recorder(Callback):
             trainer.save_checkpoint(self.checkpoint)
 
     def variance(self, validation: int) -> tuple[Tensor, Tensor]:
-        """Return mean and variance of the means in a validation pass, by two passes over them in float64."""
+        """Return the mean and the variance of the means in a validation pass, computed in two passes in float64."""
         means = self._means(validation)
         return means.mean(0), (means - means.mean(0)).square().mean(0)
 
@@ -119,7 +119,7 @@ class Recorder(Callback):
 
 
 def identity(project: Project, attribute: Any, posterior: Any, precision: str) -> tuple[float, float]:
-    """Return the relative error of ``loss(w) - loss(0) = w KL`` in the first step, and the bound on rounding."""
+    """Return the relative error of ``loss(w) - loss(0) = w KL`` in the first step, and a bound on rounding."""
     runs = []
     for weight in (WEIGHT, 0.0):
         seed_everything(0, verbose=False)
@@ -137,12 +137,12 @@ def identity(project: Project, attribute: Any, posterior: Any, precision: str) -
 
 
 def ramp(project: Project, total: int) -> list[float]:
-    """Compute the weights of a run by the formula of a linear ramp over the first part of it."""
+    """Compute the weights of a linear ramp over the first part of a run."""
     return [project.target * min(1.0, step / int(RAMP * total)) for step in range(total)]
 
 
 def main(project: Project) -> None:
-    """Run a project's example from the page and then the checks; print what they measured as one line of JSON."""
+    """Run a project's documented example and then the checks; print the results as one line of JSON."""
     with contextlib.redirect_stdout(sys.stderr):
         measured = measure(project)
     print(json.dumps(measured))
@@ -166,7 +166,7 @@ def measure(project: Project) -> dict[str, Any]:
         runs.append(recorder := Recorder(project, posterior, checkpoint="" if ckpt_path else "half.ckpt"))
         annealing = KLAnnealing(Linear(fraction=RAMP), attribute=attribute)
         detector = CollapseDetector(posterior=posterior)
-        # Ours come first, so that what they leave is what is recorded.
+        # Ours come first, so that the recorder sees their effect.
         project.fit([annealing, detector, recorder], max_epochs=EPOCHS, ckpt_path=ckpt_path, **QUIET)
     whole, resumed = runs
     weights = ramp(project, len(whole.trained))

@@ -1,4 +1,4 @@
-"""disent: the weight is a field of a dataclass, and the encoder puts out one tensor that it splits."""
+"""disent: the weight is a field of a dataclass, and the encoder returns one tensor that it splits."""
 
 from __future__ import annotations
 

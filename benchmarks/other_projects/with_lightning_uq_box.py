@@ -1,4 +1,4 @@
-"""lightning-uq-box: the weight lies in the loss function, and the two heads are made anew when a fit starts."""
+"""lightning-uq-box: the weight is in the loss function, and each fit makes new heads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scvi-tools: its training plan computes the weight in a read-only property, from two numbers."""
+"""scvi-tools: the training plan computes the weight from two numbers, in a read-only property."""
 
 from __future__ import annotations
 

@@ -150,8 +150,9 @@ def ours(trainer: Any, cls: type[Any]) -> Any:
     return next(callback for callback in trainer.callbacks if isinstance(callback, cls))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.sampled(2)  # another way in each package
 @pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("way", WAYS)
 def test_schedules_are_followed_and_everything_is_logged(package: str, way: str, tmp_path: Path) -> None:
     trainer, model = run(package, way, tmp_path / "run")
     assert model.used["beta"] == pytest.approx(BETAS)
@@ -164,8 +165,9 @@ def test_schedules_are_followed_and_everything_is_logged(package: str, way: str,
     assert model.beta == 1.0
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("package", PACKAGES)
+@pytest.mark.parametrize("way", WAYS)
 def test_a_resumed_run_equals_the_uninterrupted_one(package: str, way: str, tmp_path: Path) -> None:
     whole, model = run(package, way, tmp_path / "whole")
     path = tmp_path / "whole" / "epoch=1.ckpt"

@@ -140,6 +140,7 @@ def steered() -> list[Callback]:
     return [TargetRate(1.0), EMAWeightAveraging(decay=0.9)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("make", "options"),
     [
@@ -204,6 +205,7 @@ class Means(ModelCheckpoint):
         self.seen[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("ended", [{"max_steps": 8}, {"max_steps": 9}, {"max_epochs": 3}, 7, 8, 9], ids=str)
 @pytest.mark.parametrize(
     "options",

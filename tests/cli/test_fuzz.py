@@ -1,7 +1,7 @@
 """Wrong configs by the hundred: each must end in one readable message and exit code 2, or in a run.
 
-The ordinary run tries 30 drawn configs and one wrong value of each option; with `--hypothesis-profile=thorough` it is
-1,300 of them and all of the values.
+The default run tries a few drawn configs and one wrong value of some options, the exhaustive tests 30 configs and one
+value of each option; with `--hypothesis-profile=thorough` they try 1,300 configs and all values.
 """
 
 import contextlib
@@ -189,6 +189,7 @@ KNOWN_BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("row", range(len(KNOWN_BAD)), ids=[f"{row[1]}-{i}" for i, row in enumerate(KNOWN_BAD)])
 def test_a_value_out_of_range_is_never_taken(row):
     before, option, values = KNOWN_BAD[row]
@@ -250,14 +251,25 @@ def broken(draw):
 TRIED = {"refused": 0, "ran": 0}
 
 
-@given(broken())
-def test_a_broken_config_ends_in_one_message_or_runs(config):
+def ends_in_one_message_or_runs(config):
     with open("broken.yaml", "w") as file:
         yaml.safe_dump(config, file, allow_unicode=True)
     code, said = outcome("--config=broken.yaml")
     if code:
         refused(code, said)
     TRIED["refused" if code else "ran"] += 1
+
+
+@given(broken())
+@settings(max_examples=6)
+def test_a_broken_config_ends_in_one_message_or_runs(config):
+    ends_in_one_message_or_runs(config)
+
+
+@pytest.mark.exhaustive
+@given(broken())
+def test_many_broken_configs_end_in_one_message_or_run(config):
+    ends_in_one_message_or_runs(config)
 
 
 def test_most_of_them_were_wrong():
@@ -298,6 +310,7 @@ TEXTS = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", TEXTS)
 def test_a_text_that_is_no_config(case, tmp_path):
     text = TEXTS[case]
@@ -356,6 +369,7 @@ def test_a_checkpoint_that_holds_itself_is_refused(checkpoint):
     refused(*outcome("--config=base.yaml", "--ckpt_path=broken.ckpt"), "does not fit: RecursionError")
 
 
+@pytest.mark.exhaustive  # the samples are the emptied parts above
 @given(damage())
 @settings(max_examples=settings.default.max_examples // 3)
 def test_a_broken_checkpoint_ends_in_one_message_or_a_run(checkpoint, broken):

@@ -154,6 +154,7 @@ def test_without_a_logger_the_evaluation_is_printed_alone(run, capsys, tmp_path)
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.exhaustive
 def test_two_processes_evaluate_as_one(run, tmp_path):
     options = [*DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}"]
     main(["test", *options, "--evaluation.importance_samples=2"])
@@ -338,6 +339,7 @@ BROKEN = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", BROKEN)
 def test_wrong_input_ends_in_one_message_and_exit_code_2(case, capsys):
     arguments, message = BROKEN[case]
@@ -375,6 +377,7 @@ def test_a_broken_yaml_or_checkpoint_ends_likewise(run, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("command", [[str(ROOT / "train.py")], ["-m", "lightning_vae"]])
 def test_the_commands_themselves(command):
     result = subprocess.run(
