@@ -44,6 +44,6 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "lightning-vae"
 html_static_path = ["_static"]
-html_css_files = ["wide_tables.css"]
+html_css_files = ["tables.css"]
 html_copy_source = False
 html_show_sphinx = False
