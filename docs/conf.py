@@ -1,5 +1,6 @@
 """Configuration of the documentation: `python -m sphinx -W --keep-going -b html docs docs/_build/html`."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -26,7 +27,8 @@ exclude_patterns = ["_build", "_templates"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 
-# The reference is made from each package's `__all__`; a name that is added there appears by itself.
+# The reference is made from each package's `__all__`. The pages of an earlier build go, as names may have gone.
+shutil.rmtree(Path(__file__).parent / "api" / "generated", ignore_errors=True)
 autosummary_generate = True
 autosummary_ignore_module_all = False
 autosummary_imported_members = True
@@ -42,6 +44,6 @@ napoleon_use_ivar = True
 html_theme = "furo"
 html_title = "lightning-vae"
 html_static_path = ["_static"]
-html_css_files = ["wide_tables.css"]
+html_css_files = ["tables.css"]
 html_copy_source = False
 html_show_sphinx = False

@@ -1,4 +1,4 @@
-"""README and the pages: their commands are ones that exist, their Python runs, and their links lead somewhere."""
+"""README and the pages of the documentation: their commands, imports, files and links exist, and README's code runs."""
 
 import re
 import shlex
@@ -14,7 +14,7 @@ from torch.nn import functional as F  # noqa: N812
 from lightning_vae.main import main
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 TEXT = "\n".join(page.read_text() for page in PAGES)
 # One command a line or between backticks; a backslash continues it, and `#` starts a remark.
 JOINED = re.sub(r"\\\n\s*", "", TEXT)
@@ -53,6 +53,24 @@ def test_links_and_pictures_exist():
         for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", page.read_text()):
             path = target[0] or target[1]
             assert path.startswith("https://") or (page.parent / path).exists(), (page.name, path)
+
+
+# What a page names in the repository, and what it imports from the package.
+FILES = sorted(set(re.findall(r"(?<![\w/.])(?:tests|benchmarks|callbacks|configs|datamodules)/[\w/]+\.\w+", TEXT)))
+IMPORTS = sorted(set(re.findall(r"^from lightning_vae[\w.]* import .*$", TEXT, flags=re.MULTILINE)))
+
+
+def test_files_that_the_pages_name_exist():
+    assert [path for path in FILES if not (ROOT / path).is_file()] == []
+
+
+@pytest.mark.parametrize("line", IMPORTS)
+def test_names_that_the_pages_import_exist(line):
+    exec(line, {})
+
+
+def test_readme_fits_on_a_few_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
 
 
 class TheirModel(nn.Module):
