@@ -281,7 +281,7 @@ def test_options_are_what_an_object_was_made_with():
 def test_what_cant_be_shown_is_said_once_and_training_goes_on(tmp_path):
     class Odd(ForeignModule):
         @property
-        def knob_targets(self):
+        def knobs(self):
             raise RuntimeError("not yet")
 
     logger = tensorboard(tmp_path)
