@@ -43,12 +43,7 @@ OURS: Loops = {
     "Trainer's own logger, bar and checkpoints": default_trainer,
     "a plain loop: same tensors, fused Adam": hand_written_loop,
 }
-<<<<<<< HEAD
-SAVING: Ways = {
-=======
 SAVING: Loops = {
-    "ours, the best of all epochs": partial(whole_stack, best_every_n_epochs=1),
->>>>>>> b1416ed (Benchmarks in plain English; they import modules by their new names)
     "ours without its checkpoints": partial(whole_stack, saves=False),
 }
 OTHERS: Loops = {
