@@ -150,7 +150,7 @@ class Pictures(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with self._attempt("the model"):
+        with self._attempt("the model's output"):
             if self._draws and self._inputs is None and self._chosen:
                 self._inputs = torch.stack(self._chosen)
             if self._draws and self._inputs is not None and self._ranking:

@@ -1,4 +1,4 @@
-"""Failures of what only shows: said once, and the run goes on."""
+"""Errors of callbacks that only show something, as warnings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 
 class BestEffort:
-    """Turns an error into a warning, the first time that something can't be shown, so that training goes on.
+    """Turns an error into a warning, so that a callback that only shows something never ends a run.
+
+    Of each thing that can't be shown, only the first error is reported.
 
     Args:
         title: Name of the callback, for the warning.
@@ -33,6 +35,5 @@ class BestEffort:
         except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
-                rank_zero_warn(
-                    f"{self._title}: {what} can't be shown ({type(error).__name__}: {error}). Training goes on without."
-                )
+                reason = f"{type(error).__name__}: {error}"
+                rank_zero_warn(f"{self._title}: {what} can't be shown ({reason}). Training goes on without it.")

@@ -2,7 +2,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from lightning_vae.callbacks.drawing.draw_schedule import expected_passes, is_drawn
+from lightning_vae.callbacks.drawing.draw_schedule import DrawSchedule, expected_passes, is_drawn
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,17 @@ def test_how_many_passes_there_will_be(options, expected):
         "check_val_every_n_epoch": 1,
     }
     assert expected_passes(SimpleNamespace(**{**trainer, **options})) == expected
+
+
+def test_only_the_passes_of_a_fit_count():
+    options = {"num_training_batches": 10, "val_check_batch": 10, "max_epochs": 3, "max_steps": -1}
+    options |= {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1}
+
+    def trainer(fn="fit", sanity_checking=False):
+        return SimpleNamespace(state=SimpleNamespace(fn=fn), sanity_checking=sanity_checking, **options)
+
+    schedule = DrawSchedule(times=2)
+    assert not schedule.start_pass(trainer("validate"))
+    assert not schedule.start_pass(trainer(sanity_checking=True))
+    assert schedule.passes == 0
+    assert [schedule.start_pass(trainer()) for _ in range(3)] == [True, False, True]

@@ -86,7 +86,7 @@ def test_another_batch_size_continues_at_the_same_observation(batch_size, place)
     assert next(iter(other))["index"].tolist() == order[place : place + batch_size]
 
 
-def test_partial_passes_walk_on_when_shuffled_and_start_anew_when_not():
+def test_partial_passes_walk_on_when_shuffled_and_start_again_when_not():
     shuffled = TensorLoader(numbers(12), batch_size=3, shuffle=True)
     seen = [indices(itertools.islice(shuffled, 2)) for _ in range(2)]
     assert sorted(flat(flat(seen))) == list(range(12))
@@ -131,7 +131,7 @@ def _write_indices(rank: int, folder: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's, about any fork
 def test_two_real_processes_split_the_set(tmp_path):
-    # Forked, as spawned processes import torch and Lightning anew: 11 seconds instead of half a second.
+    # Forked: spawned processes would import torch and Lightning again, which takes seconds.
     start_processes(_write_indices, args=(str(tmp_path),), nprocs=2, start_method="fork")
     first, second = (eval((tmp_path / f"{rank}.txt").read_text()) for rank in (0, 1))
     assert [len(batch) for batch in first] == [3, 4]
