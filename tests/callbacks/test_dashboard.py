@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from lightning_vae import VAE, Gaussian
 from lightning_vae.callbacks import CollapseDetector, Dashboard, FreeBits, KLAnnealing, LatentSpace, Linear, Pictures
 from lightning_vae.callbacks.dashboard import hyperparameters_of, options_of
+from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.datamodules import Digits
 from tests.doubles import ForeignModule, loader, quiet_trainer
 
@@ -293,3 +294,16 @@ def test_what_cant_be_shown_is_said_once_and_training_goes_on(tmp_path):
     assert len(found.Scalars("Overview/rate")) == 3
     assert {"data/text_summary", "How_to_read/text_summary"} <= set(found.Tags()["tensors"])
     assert "objective/text_summary" not in found.Tags()["tensors"]
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(MediaLogger, "scalar", fail)
+    with pytest.warns(UserWarning, match="Dashboard: Overview can't be shown .*No space left") as said:
+        trainer = fit(
+            tmp_path, Dashboard(charts={"rate": ["val_loss"]}), tensorboard(tmp_path), ForeignModule(), loader()
+        )
+    assert len([each for each in said if str(each.message).startswith("Dashboard:")]) == 1
+    assert trainer.current_epoch == 3

@@ -8,6 +8,7 @@ from torch.distributions import Normal
 from torch.utils.data import DataLoader
 
 from lightning_vae.callbacks import LatentSpace
+from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.callbacks.latent_space import _names, _planes
 from tests.doubles import quiet_trainer
 
@@ -68,6 +69,17 @@ def test_what_cant_be_read_is_said_once_and_training_goes_on(tmp_path, callback,
         assert len([each for each in said if str(each.message).startswith("LatentSpace:")]) == 1
         assert model.steps == steps
         assert not model.enc._forward_hooks
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(MediaLogger, "embedding", fail)
+    model = Foreign()
+    with pytest.warns(UserWarning, match="LatentSpace: the projector can't be shown .*No space left"):
+        assert len(run(tmp_path, LatentSpace("enc", chunk=1), model)) == 2
+    assert model.steps == 6
 
 
 def test_every_dimension_is_in_a_plane():
