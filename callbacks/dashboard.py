@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from .base import Callback, callbacks_of
+from .control.attribute_writer import AttributeWriter
 from .drawing.best_effort import BestEffort
 from .drawing.media_logger import MediaLogger
 
@@ -124,7 +125,7 @@ def describe_objective(trainer: Trainer, pl_module: LightningModule) -> str:
     rows += [("optimizer", f"`{type(each).__name__}`, learning rate {_rates(each)}") for each in trainer.optimizers]
     rows += [
         (type(each).__name__, f"moves `{each.attribute or each.name}` by `{_schedule(each)}`")
-        for each in _movers(trainer)
+        for each in _writers(trainer)
     ]
     formula = "**loss = distortion + beta · floored rate**, in nats per observation.\n\n" if "beta" in knobs else ""
     terms = (
@@ -162,7 +163,7 @@ def hyperparameters_of(trainer: Trainer, pl_module: LightningModule) -> dict[str
     numbers = {name: value for name, value in own.items() if not isinstance(value, str | bool)}
     rest = {name: value for name, value in own.items() if isinstance(value, str | bool)}
     setup = _call(pl_module, rest) + (f" on {_call(data, options_of(data))}" if data is not None else "")
-    method = ", ".join(f"{type(each).__name__}({_schedule(each)})" for each in _movers(trainer))
+    method = ", ".join(f"{type(each).__name__}({_schedule(each)})" for each in _writers(trainer))
     return {**beta, **numbers, "method": method or "none", "setup": setup}
 
 
@@ -192,19 +193,19 @@ def _overview(charts: Mapping[str, Sequence[str]], metrics: Mapping[str, Any]) -
     return {title: float(metrics[tags[-1]]) for title, tags in present.items() if tags}
 
 
-def _knob_values(pl_module: LightningModule) -> Mapping[str, float]:
-    """Return the numbers that a module's knobs hold, with the digits that float32 has."""
+def _knob_values(pl_module: LightningModule) -> dict[str, float]:
+    """Return the values of a module's own knobs, rounded to the precision of float32."""
     return {name: float(f"{float(getattr(pl_module, name)):.7g}") for name in getattr(pl_module, "knobs", {})}
 
 
-def _movers(trainer: Trainer) -> list[Any]:
-    """Return the callbacks that move a module's number along a schedule."""
-    return [each for each in callbacks_of(trainer) if hasattr(each, "attribute") and hasattr(each, "schedule")]
+def _writers(trainer: Trainer) -> list[Any]:
+    """Return the callbacks that move a number of the module."""
+    return [each for each in callbacks_of(trainer) if isinstance(each, AttributeWriter)]
 
 
-def _schedule(mover: Any) -> str:
+def _schedule(writer: Any) -> str:
     """Return a schedule as text, without the arguments that are not given."""
-    return re.sub(r", \w+=None|\w+=None, ", "", repr(mover.schedule))
+    return re.sub(r", \w+=None|\w+=None, ", "", repr(writer.schedule))
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, bool | int | float | str]]:
