@@ -712,13 +712,10 @@ def test_under_weight_averaging_validation_and_checkpoints_keep_the_target(tmp_p
 
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2, save_last=True)
     weights = ModelCheckpoint(tmp_path, "weights-{step}", save_top_k=-1, every_n_train_steps=3, save_weights_only=True)
-    callbacks = [
-        EMAWeightAveraging(decay=0.9, use_buffers=use_buffers),
-        *[KLAnnealing(Linear(fraction=0.5))] * annealed,
-    ]
-    run = trainer(
-        tmp_path, callbacks=[*(callbacks if first else callbacks[::-1]), Watch(), save, weights], max_epochs=4
-    )
+    callbacks = [EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)]
+    callbacks += [KLAnnealing(Linear(fraction=0.5))] if annealed else []
+    callbacks = [*(callbacks if first else callbacks[::-1]), Watch(), save, weights]
+    run = trainer(tmp_path, callbacks=callbacks, max_epochs=4, enable_checkpointing=True)
     vae = small(beta=0.1)
     run.fit(vae, loader(), loader())
     target = torch.tensor(0.1).item()

@@ -58,7 +58,7 @@ class AttributeWriter(Callback):
     Args:
         attribute: Where the module keeps the number: a dotted path through submodules, objects, dict keys and list
             indices, or several such paths that get the same value. A method at its end is replaced by the value.
-            ``None`` if the number is the callback's own, in :attr:`_current`.
+            ``None`` if the number is the callback's own, in :attr:`_current`; it then needs a ``name``.
         setter: Writes the number instead, ``(pl_module, value) -> None``.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
@@ -125,7 +125,8 @@ class AttributeWriter(Callback):
     @cached_property  # Lightning asks at each hook of each step
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(attribute=self.attribute, name=self.name)
+        where = {} if self.attribute is None else {"attribute": self.attribute}
+        return self._generate_state_key(**where, name=self.name)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

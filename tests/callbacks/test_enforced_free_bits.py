@@ -442,7 +442,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     assert floor._reader._outputs is None
     assert floor._rates is None
     assert pickle.loads(pickle.dumps(floor)).state_dict() == floor.state_dict()
-    assert floor.state_key == "EnforcedFreeBits{'attribute': 'free_bits', 'name': 'free_bits'}"
+    assert floor.state_key == "EnforcedFreeBits{'name': 'free_bits'}"
     # The same callback and Trainer again.
     trainer = quiet_trainer(tmp_path, callbacks=[floor], max_epochs=1)
     trainer.fit(model, loader())

@@ -373,9 +373,7 @@ def test_the_base_is_saved_and_comes_back(tmp_path: Path) -> None:
     left_behind = ForeignModule(beta=2.0)  # as a script might that read the value in the middle of the run
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=6))], max_epochs=1)
     # Case "other weight at resume is ignored": it is not used, and that is said.
-    with pytest.warns(
-        UserWarning, match=r"began with 4; the module has 2 now, which is not used: the run goes on to 4"
-    ):
+    with pytest.warns(UserWarning, match="began with 4; the module has 2 now, .* the run goes on to 4"):
         trainer.fit(left_behind, loader(), ckpt_path=path)
     assert left_behind.used == pytest.approx([4.0 * step / 6 for step in (3, 4, 5)])
     assert left_behind.beta == 4.0

@@ -396,6 +396,25 @@ def test_resuming_the_vae_goes_on_bit_by_bit(tmp_path: Path) -> None:
         assert betas(run(tmp_path / f"step={saved}.ckpt")) == betas(whole)[saved:]
 
 
+def test_the_weight_that_was_found_goes_on_and_an_argument_replaces_it(tmp_path: Path) -> None:
+    def trainer(epochs: int) -> Trainer:
+        return quiet_trainer(tmp_path, callbacks=[TargetRate(0.1)], max_epochs=epochs)
+
+    (first := trainer(1)).fit(model := RecordingVAE(beta=1.0), loader())
+    first.save_checkpoint(path := tmp_path / "found.ckpt")
+    found = float(model.beta)
+    assert found != 1.0
+    for beta in (1.0, 3.0, None):
+        resumed = RecordingVAE(beta=beta)
+        trainer(2).fit(resumed, loader(), ckpt_path=path)  # nothing of the knob is said
+        assert betas(resumed)[0] == found
+        assert resumed.knobs["beta"] == beta
+    assert float(RecordingVAE.load_from_checkpoint(path).beta) == found
+    for beta in (1.0, 2.0):
+        loaded = RecordingVAE.load_from_checkpoint(path, beta=beta)
+        assert (float(loaded.beta), loaded.knobs["beta"], loaded.hparams["beta"]) == (beta, beta, beta)
+
+
 def test_the_same_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     callback = TargetRate(0.5, attribute="params.kl_weight", posterior="encoder")
     trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=1)
@@ -405,7 +424,7 @@ def test_the_same_trainer_goes_on_where_it_was(tmp_path: Path) -> None:
     trainer.fit(model, loader())
     assert before is not None
     assert model.used[6] == float(before)
-    assert callback._base == 1.0
+    assert callback.state_dict()["base"] == 1.0
 
 
 def test_a_setter_gets_floats(tmp_path: Path) -> None:
@@ -415,7 +434,7 @@ def test_a_setter_gets_floats(tmp_path: Path) -> None:
     trainer.fit(foreign(), loader())
     assert written[0] == pytest.approx(2.0)
     assert all(isinstance(value, float) for value in written)
-    assert len(set(written[:6])) == 6
+    assert len(set(written)) == 7, "the weight of each step, and the one that is left"
     assert {"knobs/w", "knobs/target_rate_w", "latent/rate_w"} <= trainer.callback_metrics.keys()
 
 
