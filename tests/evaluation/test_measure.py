@@ -164,7 +164,7 @@ def test_the_probes_see_labels():
 
 @pytest.mark.filterwarnings("ignore:CollapseDetector")
 @pytest.mark.parametrize("observations", [100, 2048])
-def test_the_detector_logs_the_mutual_information_that_test_prints(tmp_path, observations):
+def test_the_detector_logs_the_numbers_that_test_prints(tmp_path, observations):
     vae = small_vae().float()
     with torch.no_grad():
         vae.encoder.layers[-1].weight.mul_(5)  # so that there is some information
@@ -175,8 +175,7 @@ def test_the_detector_logs_the_mutual_information_that_test_prints(tmp_path, obs
     assert 0.1 < result.latents.mutual_information < math.log(observations)
     assert logged["latent/mutual_information"] == pytest.approx(result.latents.mutual_information, rel=1e-6)
     assert logged["latent/active_units"] == result.latents.active_units
-    if observations > 297:
-        assert logged["latent/marginal_kl"] == pytest.approx(result.latents.marginal_kl, rel=1e-5)
+    assert logged["latent/marginal_kl"] == pytest.approx(result.latents.marginal_kl, rel=1e-5)
 
 
 # ---- what does not change it
