@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,19 +16,17 @@ from typing_extensions import override
 
 from .base import Callback, callbacks_of
 from .control.attribute_writer import MisconfigurationException
-from .drawing.colours import heat_map
+from .drawing.dimension_history import DimensionHistory, is_drawn
 from .drawing.media_logger import MediaLogger
 from .metrics.collapse_state import CollapseState, collapse_state
 from .metrics.validation_pass import Measurements, ValidationPass, exact
+from .reading.batch_fields import index_of
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
 from .reading.rates import kl_per_dimension
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-_MOST_ROWS = 256  # passes in a picture, and in a checkpoint
-_MOST_PICTURES = 8  # drawn until the run is twice as long
 
 
 class CollapseDetector(Callback):
@@ -42,7 +40,7 @@ class CollapseDetector(Callback):
     the model was at that step.
 
     Logged are ``latent/active_units``, ``latent/active_fraction``, ``latent/mutual_information``,
-    ``latent/marginal_kl`` (rate minus mutual information) and ``collapse/alarm`` (1 while an alarm is on). TensorBoard
+    ``latent/marginal_kl`` (rate less mutual information) and ``collapse/alarm`` (1 while an alarm is on). TensorBoard
     also gets the pictures ``latent/rate_per_dimension`` and ``latent/variance_per_dimension``, with a column for each
     pass (for each second, fourth and so on of a long run), and the alarm's text as ``collapse/message``. The mutual
     information is the estimate that ``test`` prints. It can't exceed the logarithm of the number of observations it
@@ -59,7 +57,7 @@ class CollapseDetector(Callback):
             submodule that outputs it (``"encoder"``) or of a part of its output (``"vae:latent_dist.mean"``), a pair of
             paths for its two parameters, or a callable ``(pl_module, batch) -> q(z|x)``. See
             :class:`~.reading.distribution_reader.DistributionReader`.
-        second: What stands beside the mean where the posterior is a pair of tensors: ``"log_variance"``,
+        second: Meaning of the second parameter where the posterior is a pair of tensors: ``"log_variance"``,
             ``"variance"``, ``"scale"`` or ``"log_scale"``.
         chunk: Where the posterior is one tensor: the axis along which it is split into halves, the mean and the second
             parameter. 1 for ``(N, 2k)`` and ``(N, 2k, H, W)``, -1 for ``(N, T, 2k)`` and ``(N, k, 2)``.
@@ -128,8 +126,7 @@ class CollapseDetector(Callback):
         self._passes = 0
         self._alarming_passes = 0
         self._reported = ""
-        self._rates: list[Tensor] = []
-        self._variances: list[Tensor] = []
+        self._rates, self._variances = DimensionHistory(), DimensionHistory()
         self._saved_pass: dict[str, Any] = {}
         self._saves_pass = False
 
@@ -207,7 +204,7 @@ class CollapseDetector(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._passes and not self._is_drawn:
+        if self._passes and not is_drawn(self._passes):
             self._draw(trainer)
 
     @override
@@ -220,8 +217,8 @@ class CollapseDetector(Callback):
             "passes": self._passes,
             "alarming_passes": self._alarming_passes,
             "reported": self._reported,
-            "rates": torch.stack(self._rates) if self._rates else torch.empty(0),
-            "variances": torch.stack(self._variances) if self._variances else torch.empty(0),
+            "rates": self._rates.state(),
+            "variances": self._variances.state(),
             "begun": self._pass.state() if self._saves_pass and self._pass is not None else {},
         }
 
@@ -230,8 +227,8 @@ class CollapseDetector(Callback):
         self._passes = state_dict["passes"]
         self._alarming_passes = state_dict["alarming_passes"]
         self._reported = state_dict["reported"]
-        self._rates = list(state_dict["rates"])
-        self._variances = list(state_dict["variances"])
+        self._rates.load(state_dict["rates"])
+        self._variances.load(state_dict["variances"])
         self._saved_pass = state_dict.get("begun", {})
 
     # ---- a pass: begin, append, end
@@ -267,7 +264,7 @@ class CollapseDetector(Callback):
             if isinstance(posterior, Normal):
                 variance = posterior.variance
                 rates = _rates(posterior, prior) if isinstance(prior, Normal) else None
-            index = _index(batch, len(mean))
+            index = index_of(batch, len(mean))
             if index is not None:  # two views of an observation are two observations
                 index = index * len(posteriors) + view
             self._pass.append(mean, variance, rates, index)
@@ -291,8 +288,9 @@ class CollapseDetector(Callback):
         alarm = self._count(state) if is_fitting else state.alarm
         self._log(trainer, pl_module, measured, alarm)
         if is_fitting:
-            self._remember(measured)
-            if self._is_drawn:
+            self._variances.add(measured.variance, self._passes)
+            self._rates.add(measured.rate, self._passes)
+            if is_drawn(self._passes):
                 self._draw(trainer)
         self._report(trainer, pl_module, state, alarm)
         if is_fitting:
@@ -335,36 +333,15 @@ class CollapseDetector(Callback):
         self.log_now(pl_module, {self._key("latent/active_units"): float(units)}, prog_bar=True, sync=sync)
         self.log_now(pl_module, {self._key(key): value for key, value in values.items()}, sync=sync)
 
-    def _remember(self, measured: Measurements) -> None:
-        """Add a row to the pictures; of a long run only each second, fourth, ... pass is kept."""
-        if (self._passes - 1) % _stride(self._passes, _MOST_ROWS):
-            return
-        for rows, values in ((self._variances, measured.variance), (self._rates, measured.rate)):
-            if len(rows) == _MOST_ROWS:
-                del rows[1::2]
-            if values is not None:
-                rows.append(values.float().cpu())
-
-    @property
-    def _is_drawn(self) -> bool:
-        """Whether the latest pass is one of those that are drawn."""
-        return (self._passes - 1) % _stride(self._passes, _MOST_PICTURES) == 0
-
     def _draw(self, trainer: Trainer) -> None:
-        for tag, rows in (("variance", self._variances), ("rate", self._rates)):
-            if rows:
-                picture = heat_map(torch.stack(rows))
+        for tag, history in (("variance", self._variances), ("rate", self._rates)):
+            if (picture := history.picture()) is not None:
                 MediaLogger(trainer).image(self._key(f"latent/{tag}_per_dimension"), picture, self.step(trainer))
 
     def _key(self, key: str) -> str:
         """Return the key to log under: ``latent/...``, or ``latent_<name>/...``."""
         group, _, rest = key.partition("/")
         return f"{group}_{self.name}/{rest}" if self.name else key
-
-
-def _stride(passes: int, most: int) -> int:
-    """Return the power of two at which no more than ``most`` of the passes are taken."""
-    return 1 << ((passes - 1) // most).bit_length()
 
 
 def _validates(trainer: Trainer) -> bool:
@@ -392,13 +369,6 @@ def _rates(posterior: Normal, prior: Normal) -> Tensor:
     # Where the module has no prior, N(0, I) is made on the CPU.
     loc, scale = (exact(each).to(posterior.loc.device, non_blocking=True) for each in (prior.loc, prior.scale))
     return kl_per_dimension(posterior, Normal(loc, scale, validate_args=False))
-
-
-def _index(batch: Any, rows: int) -> Tensor | None:
-    """Return the numbers of a batch's observations, if the batch has them."""
-    index = batch.get("index") if isinstance(batch, Mapping) else None
-    fits = isinstance(index, Tensor) and index.shape == (rows,) and not index.is_floating_point()
-    return index if fits else None
 
 
 def _unusable(measured: Measurements | None) -> str:

@@ -9,7 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_vae import VAE, Gaussian, LinearDecoder, LinearEncoder
+from lightning_vae import VAE, Bernoulli, Gaussian, LinearDecoder, LinearEncoder
+from lightning_vae.datamodules import Digits
+from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
 
 
 def loader(rows: int = 12, batch_size: int = 2, width: int = 2) -> DataLoader[Tensor]:
@@ -101,3 +103,16 @@ def optimal_linear_vae(
         vae.encoder.mean.bias.zero_()
         vae.encoder.log_variance.copy_((level / eigenvalues).clamp(max=1).log())
     return vae
+
+
+def digits(size: int = 297, batch_size: int = 64) -> TensorLoader:
+    """The test digits in batches."""
+    data = Digits()
+    data.setup("test")
+    return TensorLoader({name: rows[:size] for name, rows in data._splits["test"].items()}, batch_size=batch_size)
+
+
+def small_vae(likelihood: Any = Bernoulli, **options: Any) -> VAE:
+    """An untrained VAE of digits with three latent dimensions, in float64."""
+    torch.manual_seed(1)
+    return VAE((1, 8, 8), 17, latent_dim=3, likelihood=likelihood, **options).double()

@@ -162,7 +162,7 @@ class MutualInformation(ObservationSubset):
     @property
     def posteriors(self) -> tuple[Tensor, Tensor]:
         """Means and variances of the distinct observations kept so far, each of shape ``(M, dim)``."""
-        mean, variance = super().compute().split(self.dim, dim=1)
+        mean, variance = self.rows.split(self.dim, dim=1)
         return mean, variance
 
     def update(self, mean: Tensor, variance: Tensor, index: Tensor) -> None:  # type: ignore[override]

@@ -48,6 +48,11 @@ class ObservationSubset(Metric):
         empty = torch.full((size, 1 + columns), math.inf, dtype=torch.float64)
         self.add_state("state", empty, dist_reduce_fx=partial(smallest_keys, number=size))
 
+    @property
+    def rows(self) -> Tensor:
+        """The rows kept so far, of shape ``(M, columns)``."""
+        return self.state[self.state[:, 0].isfinite(), 1:]
+
     def update(self, rows: Tensor, index: Tensor) -> None:
         """Add the rows of a batch."""
         keys = random_keys(index)
@@ -60,7 +65,7 @@ class ObservationSubset(Metric):
 
     def compute(self) -> Tensor:
         """Return the rows kept."""
-        return self.state[self.state[:, 0].isfinite(), 1:]
+        return self.rows
 
 
 def random_keys(index: Tensor) -> Tensor:

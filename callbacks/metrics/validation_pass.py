@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .active_units import ActiveUnits
-from .mutual_information import MutualInformation, mutual_information
+from .mutual_information import mutual_information
+from .observation_subset import ObservationSubset
 
 _MOST_KEPT = 2**20  # means and variances between passes: 16 MiB, and the memory is the model's where it is more
 
@@ -24,20 +25,16 @@ class Measurements:
         variance: Variance over the data of each dimension's posterior mean, of shape ``(k,)``.
         rate: Mean rate of each dimension in nats, of shape ``(k,)``.
         mutual_information: Of data and latents, in nats; see :func:`~.mutual_information.mutual_information`.
+        marginal_kl: Rate less mutual information, both of the same observations: the part of the rate that moves all
+            posteriors together.
         observations: Number of observations that the mutual information comes from.
     """
 
     variance: Tensor
     rate: Tensor | None
     mutual_information: float | None
+    marginal_kl: float | None
     observations: int
-
-    @property
-    def marginal_kl(self) -> float | None:
-        """Rate less mutual information: the part of the rate that moves all posteriors together."""
-        if self.rate is None or self.mutual_information is None:
-            return None
-        return float(self.rate.sum()) - self.mutual_information
 
 
 class ValidationPass:
@@ -58,7 +55,7 @@ class ValidationPass:
         self._shape: torch.Size | None = None
         self._dim = 0
         self._units: ActiveUnits
-        self._information: MutualInformation
+        self._posteriors: ObservationSubset
         self._rate_sum: Tensor
 
     @property
@@ -71,10 +68,10 @@ class ValidationPass:
         self._batches, self._rows, self._shape = [], 0, None
         if 2 * self._dim * self.observations > _MOST_KEPT:
             self._dim = 0
-            del self._units, self._information, self._rate_sum
+            del self._units, self._posteriors, self._rate_sum
         elif self._dim:
             self._units.reset()
-            self._information.reset()
+            self._posteriors.reset()
             self._rate_sum.zero_()
 
     def append(
@@ -129,23 +126,24 @@ class ValidationPass:
             return None
         self._open(dim, exact_device(device))
         self._units.sync()
-        self._information.sync()
+        self._posteriors.sync()
         rate = reduce(self._rate_sum, reduce_op="sum") / self._units.count
         if not self._units.count:
             return None
-        mean, variance = self._information.posteriors
+        mean, variance, rates = self._posteriors.rows.split([dim, dim, 1], dim=1)
         information = float(mutual_information(mean, variance))
         return Measurements(
             variance=self._units.variance,
             rate=None if rate.isnan().all() else rate,
-            mutual_information=None if math.isnan(information) else information,
+            mutual_information=_known(information),
+            marginal_kl=_known(float(rates.mean()) - information),
             observations=len(mean),
         )
 
     def state(self) -> dict[str, Any]:
         """Return the state from which a resumed run continues the pass."""
         has_folded = self._rows >= self.observations
-        moments = (self._units.moments, self._information.state, self._rate_sum) if has_folded else ()
+        moments = (self._units.moments, self._posteriors.state, self._rate_sum) if has_folded else ()
         return {"batches": list(self._batches), "rows": self._rows, "shape": self._shape, "moments": moments}
 
     def load(self, state: dict[str, Any], device: torch.device) -> None:
@@ -158,7 +156,7 @@ class ValidationPass:
         if state["moments"]:
             units, rows, rate_sum = (moment.to(device) for moment in state["moments"])
             self._open(len(rate_sum), device)
-            self._units.moments, self._information.state, self._rate_sum = units, rows, rate_sum
+            self._units.moments, self._posteriors.state, self._rate_sum = units, rows, rate_sum
 
     def _fold(self) -> None:
         if not self._batches:
@@ -167,7 +165,7 @@ class ValidationPass:
         self._batches = []
         self._open(mean.shape[1], mean.device)
         self._units.update(mean)
-        self._information.update(mean, variance, index)
+        self._posteriors.update(torch.cat([mean, variance, rate.sum(dim=1, keepdim=True)], dim=1), index)
         self._rate_sum += rate.sum(dim=0)
 
     def _open(self, dim: int, device: torch.device) -> None:
@@ -176,8 +174,12 @@ class ValidationPass:
             self._dim = dim
             # Without validation this comes amid an epoch, where no step is to wait for a copy to the device.
             self._units = ActiveUnits(dim).to(device, non_blocking=True)
-            self._information = MutualInformation(dim, self.observations).to(device, non_blocking=True)
+            self._posteriors = ObservationSubset(2 * dim + 1, self.observations).to(device, non_blocking=True)
             self._rate_sum = torch.zeros(dim, dtype=torch.float64, device=device)
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def exact(values: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 OBSERVATIONS = ("x", "X", "image", "images", "input", "inputs", "data")
 LABELS = ("label", "labels", "y", "target", "targets", "class")
 
@@ -34,3 +36,18 @@ def batch_part(batch: Any, where: str | int | Callable[[Any], Any] | None, names
     if isinstance(batch, tuple | list):
         return batch[place] if len(batch) > place else None
     return batch if place == 0 else None
+
+
+def index_of(batch: Any, rows: int) -> Tensor | None:
+    """Return the numbers of a batch's observations in their data set, ``None`` if it has none.
+
+    Args:
+        batch: The batch; a mapping has them under ``"index"``.
+        rows: Number of observations.
+
+    Returns:
+        Integers of shape ``(rows,)``.
+    """
+    index = batch.get("index") if isinstance(batch, Mapping) else None
+    fits = isinstance(index, Tensor) and index.shape == (rows,) and not index.is_floating_point()
+    return index if fits else None

@@ -40,9 +40,10 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
     .. math::
         KL(q \| p) \ge E_{z \sim q} [\log r(z) - \log p(z)]
 
-    for any density r, here the Gaussian with the moments of nine tenths of the observations, tried on the last tenth;
-    the mean over the ten. :func:`moment_marginal_kl` of the moments of M observations is too large by about
-    :math:`k (k + 3) / 4 M`, whole nats where k is 64 and M some hundreds; this is too small by about as much.
+    for any density r. Here r is the Gaussian with the moments of nine tenths of the observations, tried on the last
+    tenth, and the result is the mean over the ten folds. :func:`moment_marginal_kl` of the moments of M observations is
+    too large by about :math:`k (k + 3) / 4 M`, whole nats where k is 64 and M some hundreds; this estimate is too small
+    by about as much.
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``.
@@ -81,7 +82,7 @@ def gaussian_total_correlation(covariance: Tensor) -> Tensor:
 
 
 def shannon_distortion(eigenvalues: Sequence[float], variance: float, rate: float) -> float:
-    r"""Compute the least distortion that a rate allows on Gaussian data, in nats.
+    r"""Compute the least distortion at a given rate on Gaussian data, in nats.
 
     Reverse water-filling: with the water level :math:`s` at which
     :math:`\sum_i \max(0, \tfrac12 \log(\lambda_i / s))` is the rate, the squared error is

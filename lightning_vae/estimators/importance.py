@@ -35,9 +35,9 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
-    r"""Compute how many of K samples carry the estimate, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, from 1 to K.
+    r"""Compute the effective number of K samples, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, from 1 to K.
 
-    Below about 10 the bound is dominated by single samples, and still far from the log-likelihood.
+    Below about 10, single samples dominate the bound, and it is still far from the log-likelihood.
 
     Args:
         log_weights: In nats, of shape ``(K, B)``.

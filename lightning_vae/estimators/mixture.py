@@ -1,4 +1,4 @@
-"""The aggregate posterior as the mixture of M posteriors: mutual information and what goes with it."""
+"""The aggregate posterior as the mixture of M posteriors: mutual information, marginal KL, total correlation."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _AT_ONCE = 2**20  # pairs of observations
 
 
 class MixtureEstimates(NamedTuple):
-    """What M posteriors say about the information in z and the shape of q(z), in nats.
+    """Estimates from M posteriors: the information in z and the shape of q(z), in nats.
 
     Attributes:
         lower: Estimate of the mutual information of x and z that is a lower bound on average and at most log M.
         upper_leave_one_out: Upper bound on average, without the sample's own component in the mixture. Far too large
             where posteriors hardly overlap.
-        upper_moments: Upper bound: the rate less what the moments of q(z) say of the marginal KL at least. No cap.
+        upper_moments: Upper bound: the rate less a lower bound of the marginal KL by the moments of q(z). No cap.
         rate: Mean KL of those posteriors to the prior.
         marginal_kl: KL(q(z) || p(z)), the rate less the lower estimate. Where that is saturated, the lower bound by the
             moments of q(z).
@@ -42,9 +42,9 @@ class MixtureEstimates(NamedTuple):
 
     @property
     def upper(self) -> Tensor:
-        """The tighter upper bound; near the cap that by the moments, as equal observations cap the other one too.
+        """The tighter upper bound; near the cap the one by the moments, because equal observations cap the other too.
 
-        At least the lower one: what crosses it is the noise of the samples.
+        It is at least the lower bound: only the noise of the samples can cross it.
         """
         capped = is_saturated(float(self.upper_leave_one_out), self.observations)
         upper = self.upper_moments if capped else torch.minimum(self.upper_leave_one_out, self.upper_moments)
@@ -52,7 +52,7 @@ class MixtureEstimates(NamedTuple):
 
     @property
     def saturated(self) -> bool:
-        """Whether the lower bound is so near to its cap, log M, that it says "at least" and no more."""
+        """Whether the lower bound is so near its cap, log M, that it only says "at least"."""
         return is_saturated(float(self.lower), self.observations)
 
 

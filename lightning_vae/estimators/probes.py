@@ -1,4 +1,4 @@
-"""How far decoded latents fall from the data, and what the posterior means know of the labels.
+"""Probes of a trained model: distances of decoded latents to the data, and labels predicted from posterior means.
 
 Pure functions of tensors. Each leaves the observation itself out, so that no second split is needed.
 """
@@ -11,13 +11,13 @@ from torch.nn import functional as F  # noqa: N812
 
 
 def nearest_distance(points: Tensor, data: Tensor, excluded: Tensor, rows: int = 256) -> Tensor:
-    """Compute the Euclidean distance from each point to the nearest of the data, some of which don't count.
+    """Compute the Euclidean distance from each point to the nearest of the data, with some of the data excluded.
 
     Args:
         points: Of shape ``(N, d)``.
         data: Of shape ``(M, d)``.
-        excluded: Positions in ``data`` that don't count for each point, int64, of shape ``(N, e)``.
-        rows: How many points are compared at a time: memory is ``rows * M`` numbers.
+        excluded: Positions in ``data`` that are excluded for each point, int64, of shape ``(N, e)``.
+        rows: Number of points compared at a time: memory is ``rows * M`` numbers.
 
     Returns:
         In the data's unit, of shape ``(N,)``.
@@ -35,7 +35,7 @@ def knn_accuracy(means: Tensor, labels: Tensor, neighbours: int = 5) -> float:
     Args:
         means: Posterior means, of shape ``(N, k)``, N greater than ``neighbours``.
         labels: Classes, int64, of shape ``(N,)``.
-        neighbours: How many others vote.
+        neighbours: Number of others that vote.
 
     Returns:
         Share of observations that get their own label.
@@ -58,7 +58,7 @@ def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> 
     r"""Classify each observation by ridge regression on the others: by the largest of the predicted indicators.
 
     With :math:`H = X (X^T X + \alpha I)^{-1} X^T` of the means and an intercept (not penalised), the prediction for
-    observation i without it is :math:`(\hat y_i - H_{ii} y_i) / (1 - H_{ii})`: one fit leaves each out in turn.
+    observation i without it is :math:`(\hat y_i - H_{ii} y_i) / (1 - H_{ii})`: a single fit leaves out each in turn.
 
     Args:
         means: Posterior means, of shape ``(N, k)``.

@@ -1,4 +1,4 @@
-"""Pictures that compare models: their latent spaces side by side, and their rates and distortions."""
+"""Figures that compare models: latent spaces side by side, and rate-distortion curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Projection = Literal["pca", "tsne"]
 
 # Seven of Okabe and Ito's colours for the colour-blind ("Color Universal Design", 2008), without the yellow, which is
-# faint on white, and three more that lie far from them, also as protanopes and deuteranopes see them.
+# faint on white, and three more that differ clearly from them, for protanopes and deuteranopes too.
 COLOURS = (
     "#0072b2",
     "#e69f00",
@@ -56,8 +56,8 @@ def compare_latents(
     Args:
         models: The models by name, or without names. They must take the same data.
         loader: Batches as the models take them, with labels of shape ``(B,)`` under ``"label"`` in a mapping or as the
-            second element of a sequence; only the first observations are read.
-        observations: How many of them are shown.
+            second element of a sequence. Only the first observations are read.
+        observations: Number of observations shown.
         projection: ``"pca"`` or ``"tsne"``, for spaces of more than two dimensions.
         seed: Seed of the samples, of binarisation and of t-SNE.
 
@@ -65,7 +65,7 @@ def compare_latents(
         A matplotlib figure, which belongs to no window.
 
     Raises:
-        ValueError: On no models, less than two observations, another projection, or data that a model does not take.
+        ValueError: On no models, fewer than two observations, another projection, or data that a model does not take.
         TypeError: On another model than a VAE of this package.
 
     Example::
@@ -117,7 +117,7 @@ def compare_latents(
 
 
 class CurvePoint(NamedTuple):
-    """A point of a rate-distortion figure in nats, with its spreads over seeds and a note that stands beside it."""
+    """A point of a rate-distortion figure in nats, with its spreads over seeds and a note beside it."""
 
     rate: float
     distortion: float
@@ -133,7 +133,7 @@ def rate_distortion(
 
     Args:
         curves: The lines by name; the points of each are joined in the order of their rates.
-        bound: Rates and distortions of the best that there can be, where it is known.
+        bound: Rates and distortions of the best possible model, where they are known.
 
     Returns:
         A matplotlib figure.
@@ -179,19 +179,19 @@ def rate_distortion(
 
 
 def _bars(spreads: Sequence[float]) -> list[float] | None:
-    """Return the lengths of error bars; a point without a spread has none, not one of length zero."""
+    """Return the lengths of error bars; a point without a spread gets none rather than one of length zero."""
     return [spread or math.nan for spread in spreads] if any(spreads) else None
 
 
 def _captions(names: Sequence[str]) -> list[str]:
-    """Wrap names, and fill them up to one number of lines, so that all end at one height."""
+    """Wrap names, and pad them to the same number of lines, so that all end at one height."""
     wrapped = [[part for line in name.splitlines() for part in wrap(line, _NAME_WIDTH)] for name in names]
     most = max(map(len, wrapped))
     return ["\n".join([""] * (most - len(lines)) + lines) for lines in wrapped]
 
 
 def _explain(figure: Figure, kinds: Sequence[float]) -> None:
-    """Say under the figure which colour is which label."""
+    """Add a legend of the labels' colours under the figure."""
     from matplotlib.lines import Line2D
 
     dots = [
@@ -204,7 +204,7 @@ def _explain(figure: Figure, kinds: Sequence[float]) -> None:
 
 
 class _View(NamedTuple):
-    """A latent space as it is drawn."""
+    """A latent space, projected for drawing."""
 
     points: Tensor
     axes: tuple[str, str]
@@ -260,7 +260,7 @@ def _view(model: VAE, x: Tensor, index: Tensor, projection: Projection, seed: in
 
 @torch.no_grad()
 def _in_chunks(model: VAE, x: Tensor, index: Tensor, what: Literal["encode", "reconstruct"]) -> Tensor:
-    """Encode or reconstruct as at evaluation, where the model is, and bring the result to the CPU."""
+    """Encode or reconstruct as at evaluation, on the model's device, and copy the result to the CPU."""
     training, results = model.training, []
     model.eval()
     for chunk, numbers in zip(x.split(500), index.split(500), strict=True):
@@ -284,7 +284,7 @@ def _samples(model: VAE, number: int, seed: int) -> list[Tensor]:
 
 
 def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> None:
-    """Draw a latent space, each kind in its colour, and with its name where that has room."""
+    """Draw a latent space, each label in its colour, with its name where there is room."""
     from matplotlib.patheffects import withStroke
 
     points = view.points
@@ -302,7 +302,7 @@ def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> No
         apart = nearest > 0.05 * (reach if view.shares_scale else float(points.abs().max()))
         halo = [withStroke(linewidth=2.5, foreground="white")]
         for kind, (x, y), alone in zip(kinds, centres.tolist(), apart.tolist(), strict=True):
-            if alone and not flat:  # where they lie on each other, one would hide the rest
+            if alone and not flat:  # names on top of each other would hide the rest
                 axes.text(x, y, f"{kind:g}", fontsize=8, weight="bold", ha="center", va="center", path_effects=halo)
     elif len(kinds) > 1:
         dots = axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", **style)

@@ -1,4 +1,4 @@
-"""Write what ``predict`` finds to a file, batch by batch."""
+"""The posterior means of ``predict``, written to a file batch by batch."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from typing_extensions import override
 
 
 class LatentsWriter(Callback):
-    """Writes the posterior means of ``predict`` as CSV: columns ``index``, ``label`` (if any), ``z0``, ``z1`` and on.
+    """Write the posterior means of ``predict`` as CSV, with columns ``index``, ``label`` (if any), ``z0``, ``z1``, ...
 
-    Each batch is written as it comes and forgotten, so that memory does not grow with the data. Each process writes a
-    part of its own; at the end the first one merges them in the order of ``index`` and drops what a sampler has dealt
-    out twice. The file appears under its name when it is complete.
+    Each batch is written at once, so that memory does not grow with the data. Each process writes a part of its own. At
+    the end the first process merges them in the order of ``index`` and drops observations that a sampler has dealt out
+    twice. The file appears under its name when it is complete.
+
+    It is no ``BasePredictionWriter``: with one, Lightning asks every loader for the indices of its batches, and warns
+    of each that is not a ``torch.utils.data.DataLoader``.
 
     Args:
-        path: File to write; one that ends in ``.gz`` is compressed. ``None`` takes ``latents.csv`` in the run folder.
+        path: File to write; a name that ends in ``.gz`` is compressed. ``None`` is ``latents.csv`` in the run folder.
 
     Raises:
         MisconfigurationException: If there are several loaders, the module's ``predict_step`` returns no mapping with
@@ -46,7 +49,7 @@ class LatentsWriter(Callback):
             raise MisconfigurationException("`predict` writes the latents of one loader, but there are several.")
         self._target.parent.mkdir(parents=True, exist_ok=True)
         part = self._part(trainer.global_rank)
-        part.unlink(missing_ok=True)  # a run before that was cut off may have left it
+        part.unlink(missing_ok=True)  # an earlier run that was cut off may have left it
         self._file, self._has_header = _open(part, "w"), False
 
     @override
@@ -87,7 +90,7 @@ class LatentsWriter(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._file is not None:  # it was writing: half a table is of no use to a later run
+        if self._file is not None:  # half a table is of no use to a later run
             self._close()
             self._part(trainer.global_rank).unlink()
 
@@ -97,7 +100,7 @@ class LatentsWriter(Callback):
             self._file = None
 
     def _part(self, rank: int) -> Path:
-        # The ending stays the last one, which is what says whether the file is compressed.
+        # The suffix stays last: it says whether the file is compressed.
         return self._target.with_name(f".part{rank}-{self._target.name}")
 
 
@@ -150,5 +153,5 @@ def _merge(parts: Iterable[Path], target: Path) -> None:
 
 
 def _order(index: str) -> tuple[int, int, str]:
-    """Sort numbers as numbers, and names as they are spelled behind them."""
+    """Sort numbers by value, then names by spelling."""
     return (0, int(index), "") if index.lstrip("-").isdigit() else (1, 0, index)

@@ -1,4 +1,4 @@
-"""What ``test`` leaves: a table, the same numbers in the logger and as JSON, and pictures."""
+"""The report of ``test``: a table, the same numbers in the logger and as JSON, and pictures."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class EvaluationReport(Callback):
     """Evaluate the model when a test ends: print the table, log the numbers, write ``evaluation.json`` and pictures.
 
     Everything goes to the folder of the test run, ``trainer.log_dir``: ``evaluation.json``, and for images
-    ``reconstructions.png`` and ``samples.png``. The keys in the logger are those of the JSON after ``test/``.
+    ``reconstructions.png`` and ``samples.png``. The JSON is flat: see
+    :meth:`~lightning_vae.evaluation.record.Evaluation.to_dict`. Its keys behind ``test/`` are those in the logger.
 
     Args:
-        importance_samples: Samples K for each observation, for the log-likelihood.
-        observations: Observations M for mutual information, marginal KL, total correlation and probes.
-        samples: Prior samples, and observations that they are compared with, at most.
-        metrics: Metrics of one's own by name: import paths of functions ``(vae, loader) -> float``.
+        importance_samples: Number K of samples for each observation, for the log-likelihood.
+        observations: Number M of observations for mutual information, marginal KL, total correlation and probes.
+        samples: Number of prior samples, and of observations that they are compared with, at most.
+        metrics: The user's own metrics by name: import paths of functions ``(vae, loader) -> float``.
 
     Raises:
         ValueError: If a number is too small.
@@ -59,7 +60,7 @@ class EvaluationReport(Callback):
         loader: Any = trainer.test_dataloaders
         if isinstance(loader, list | tuple):
             if len(loader) > 1:
-                rank_zero_warn(f"The evaluation looks at the first of {len(loader)} test loaders.")
+                rank_zero_warn(f"Only the first of {len(loader)} test loaders is evaluated.")
             loader = loader[0]
         number = trainer.num_test_batches[0]
         if number < len(loader):  # `limit_test_batches`
@@ -87,14 +88,14 @@ class EvaluationReport(Callback):
         target.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             _write(picture, target / f"{name}.png")
-        whole = target / ".evaluation.json"  # what has the name is complete, and comes last
+        whole = target / ".evaluation.json"  # a file with the final name is complete, and comes last
         whole.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
         whole.replace(target / "evaluation.json")
         print("Written:  " + ", ".join([f"{target}/evaluation.json", *(f"{name}.png" for name in pictures)]))
 
 
 class _First:
-    """The first batches of a loader, each time they are asked for."""
+    """The first batches of a loader, on every iteration."""
 
     def __init__(self, loader: Iterable[Any], number: int) -> None:
         self.loader, self.number = loader, number
@@ -113,8 +114,8 @@ def draw(vae: VAE, batch: object) -> dict[str, Tensor]:
 
     Returns:
         ``"reconstructions"``, rows of images each above their reconstructions, and ``"samples"``, the means of p(x|z)
-        of 64 latents from the prior: uint8, of shape ``(3, height, width)``. Nothing for data that are no images of 1
-        or 3 channels.
+        of 64 latents from the prior: uint8, of shape ``(3, height, width)``. An empty dict unless the data are images
+        of 1 or 3 channels.
     """
     if len(vae.shape) != 3 or vae.shape[0] not in (1, 3):
         return {}
@@ -130,7 +131,7 @@ def draw(vae: VAE, batch: object) -> dict[str, Tensor]:
 
 
 def _grid(rows: list[Tensor]) -> Tensor:
-    """Lay rows of images in [0, 1], each of shape ``(n, C, H, W)``, out in one picture with lines between them."""
+    """Arrange rows of images in [0, 1], each of shape ``(n, C, H, W)``, in one picture with lines between them."""
     scale = max(1, _PICTURE_SIZE // max(rows[0].shape[-2:]))
     wide = [torch.nn.functional.pad(row, (0, 0, 0, 0, 0, 0, 0, _COLUMNS - len(row)), value=1.0) for row in rows]
     images = torch.stack(wide).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -12,15 +12,14 @@ from torch import distributions as td
 from torch import nn
 from torch.multiprocessing import start_processes
 
-from lightning_vae import VAE, Bernoulli, DiscretisedLogistic, Gaussian, LinearDecoder, LinearEncoder
+from lightning_vae import VAE, DiscretisedLogistic, Gaussian, LinearDecoder, LinearEncoder
 from lightning_vae.callbacks import CollapseDetector
 from lightning_vae.datamodules import Digits, linear_vae_optimum
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
 from lightning_vae.evaluation.measure import evaluate
 from lightning_vae.evaluation.record import Evaluation
-from lightning_vae.evaluation.report import EvaluationReport, draw
-from tests.doubles import optimal_linear_vae, quiet_trainer
+from tests.doubles import digits, optimal_linear_vae, quiet_trainer, small_vae
 
 SPECTRUM = (5.0, 3.0, 1.5, 0.8, 0.3, 0.1)
 VARIANCE = 0.4
@@ -35,17 +34,6 @@ def x():
 
 def loader(x, batch_size=512):
     return TensorLoader({"x": x}, batch_size=batch_size)
-
-
-def digits(size=297, batch_size=64):
-    data = Digits()
-    data.setup("test")
-    return TensorLoader({name: rows[:size] for name, rows in data._splits["test"].items()}, batch_size=batch_size)
-
-
-def small_vae(likelihood=Bernoulli, **options):
-    torch.manual_seed(1)
-    return VAE((1, 8, 8), 17, latent_dim=3, likelihood=likelihood, **options).double()
 
 
 # ---- exact values
@@ -164,7 +152,7 @@ def test_the_probes_see_labels():
 
 @pytest.mark.filterwarnings("ignore:CollapseDetector")
 @pytest.mark.parametrize("observations", [100, 2048])
-def test_the_detector_logs_the_mutual_information_that_test_prints(tmp_path, observations):
+def test_the_detector_logs_the_numbers_that_test_prints(tmp_path, observations):
     vae = small_vae().float()
     with torch.no_grad():
         vae.encoder.layers[-1].weight.mul_(5)  # so that there is some information
@@ -175,8 +163,7 @@ def test_the_detector_logs_the_mutual_information_that_test_prints(tmp_path, obs
     assert 0.1 < result.latents.mutual_information < math.log(observations)
     assert logged["latent/mutual_information"] == pytest.approx(result.latents.mutual_information, rel=1e-6)
     assert logged["latent/active_units"] == result.latents.active_units
-    if observations > 297:
-        assert logged["latent/marginal_kl"] == pytest.approx(result.latents.marginal_kl, rel=1e-5)
+    assert logged["latent/marginal_kl"] == pytest.approx(result.latents.marginal_kl, rel=1e-5)
 
 
 # ---- what does not change it
@@ -344,12 +331,6 @@ def test_wrong_options(options, message):
         evaluate(small_vae(), digits(64), **options)
 
 
-@pytest.mark.parametrize("option", ["importance_samples", "observations", "samples"])
-def test_the_report_refuses_them_before_anything_is_loaded(option):
-    with pytest.raises(ValueError, match=f"`{option}` must be at least"):
-        EvaluationReport(**{option: 0})
-
-
 def test_another_model_and_a_metric_that_gives_no_number():
     with pytest.raises(TypeError, match=r"must be a lightning_vae.VAE, got Linear.*lightning_vae.estimators"):
         evaluate(torch.nn.Linear(2, 2), digits(64))
@@ -411,22 +392,3 @@ class NoMoments(LaplaceEncoder):
 def test_a_posterior_without_moments_is_refused():
     with pytest.raises(ValueError, match="a mean and a variance, got TransformedDistribution"):
         evaluate(small_vae(encoder=NoMoments), digits(64))
-
-
-# ---- pictures
-
-
-def test_pictures_show_images_above_their_reconstructions():
-    (batch,) = digits(batch_size=297)
-    vae = small_vae()
-    pictures = draw(vae, batch)
-    assert {name: tuple(picture.shape) for name, picture in pictures.items()} == {
-        "reconstructions": (3, 8 * 66, 8 * 66),
-        "samples": (3, 8 * 66, 8 * 66),
-    }
-    first = pictures["reconstructions"][0, 1:65:8, 1:65:8]
-    assert torch.equal(first, (batch["x"][0, 0] / 16 * 255).round().to(torch.uint8))
-    below = pictures["reconstructions"][0, 67:131:8, 1:65:8]
-    with torch.no_grad():
-        assert torch.equal(below, (vae.reconstruct(batch["x"][:1])[0, 0] / 16 * 255).round().to(torch.uint8))
-    assert draw(optimal_linear_vae(torch.randn(10, 3), 2, 0.1), [torch.randn(4, 3)]) == {}

@@ -32,7 +32,7 @@ def test_large_moments_are_freed_between_passes():
     for dim, are_kept in ((2**17, True), (2**18 + 1, False)):
         watched.append(torch.zeros(2, dim))
         watched.restart()
-        assert hasattr(watched, "_information") == are_kept
+        assert hasattr(watched, "_posteriors") == are_kept
 
 
 def test_a_saved_pass_continues_to_the_same_measurements():
