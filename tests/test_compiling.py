@@ -102,6 +102,7 @@ def fit(
     return watch
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("traced_only")
 @pytest.mark.parametrize(
     "options",
@@ -182,6 +183,7 @@ def test_a_compiled_model_is_copied_pickled_and_saved_as_any_other(tmp_path: Pat
     assert counters["stats"]["unique_graphs"] == watch.graphs[-1] + 3  # each compiles its own
 
 
+@pytest.mark.exhaustive
 @needs_a_compiler
 def test_compiled_a_run_computes_the_same_and_resumes_bit_by_bit(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -68,6 +68,7 @@ def closed_expectation(vae: VAE, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return distortion, rates, posterior.mean.var(0, correction=0)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.5, 5.0])
 def test_linear_vae_reaches_its_optimum(tmp_path, beta):
     detector = CollapseDetector(warmup=0)

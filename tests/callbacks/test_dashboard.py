@@ -4,6 +4,7 @@ import subprocess
 import sys
 import urllib.request
 from functools import partial
+from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,8 @@ from lightning_vae.callbacks.dashboard import hyperparameters_of, options_of
 from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.datamodules import Digits
 from tests.doubles import ForeignModule, loader, quiet_trainer
+
+pytestmark = pytest.mark.skipif(not find_spec("sklearn"), reason="the base install has no digits")
 
 
 def tensorboard(root, **options):

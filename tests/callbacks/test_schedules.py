@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
-from jsonargparse import auto_cli
 
 from lightning_vae.callbacks.schedules import (
     Constant,
@@ -380,6 +380,12 @@ class PlainKnob:
 
 def linear(class_path: str) -> dict[str, object]:
     return {"class_path": class_path, "init_args": {"start": 0.1, "steps": 3}}
+
+
+def auto_cli(*arguments: Any, **options: Any) -> Any:
+    return pytest.importorskip("jsonargparse", reason="the base install has no command line").auto_cli(
+        *arguments, **options
+    )
 
 
 def joined(prefix: str) -> dict[str, object]:

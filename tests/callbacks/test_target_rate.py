@@ -154,6 +154,7 @@ def train(tmp_path: Path, callback: Callback, steps: int, model: LinearVAE, **op
     return watch, trainer
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("start", [0.1, 10.0])
 @pytest.mark.parametrize("target", [0.884, 3.2778])
 def test_rate_and_weight_reach_the_closed_form_from_both_sides(tmp_path: Path, target: float, start: float) -> None:
@@ -169,6 +170,7 @@ def test_rate_and_weight_reach_the_closed_form_from_both_sides(tmp_path: Path, t
     assert trainer.callback_metrics["val/loss"] == pytest.approx(optimum.distortion, abs=0.1)
 
 
+@pytest.mark.exhaustive
 def test_a_learned_variance_settles_with_the_weight(tmp_path: Path) -> None:
     """The target fixes the product of the two, that the error, and the error the variance."""
     model, target = LinearVAE(), 2.0
@@ -181,6 +183,7 @@ def test_a_learned_variance_settles_with_the_weight(tmp_path: Path) -> None:
     assert watch.passes[-1][1]["val/rate"] == pytest.approx(target, rel=0.01)
 
 
+@pytest.mark.exhaustive
 def test_a_reachable_target_is_met_after_an_unreachable_one(tmp_path: Path) -> None:
     def configure() -> Any:
         optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -200,6 +203,7 @@ def test_a_reachable_target_is_met_after_an_unreachable_one(tmp_path: Path) -> N
     assert watch.betas[1300:] == pytest.approx([beta_at(2.0)] * 300, rel=0.03)
 
 
+@pytest.mark.exhaustive
 def test_the_target_moves_on_a_schedule(tmp_path: Path) -> None:
     # Slow enough for the rate to follow.
     watch, trainer = train(tmp_path, TargetRate(Linear(start=0.5, stop=4.0, fraction=0.8)), 1200, LinearVAE())

@@ -40,7 +40,7 @@ def test_nothing_is_dark(value):
 
 
 def test_the_colours_are_those_of_viridis():
-    import matplotlib
+    matplotlib = pytest.importorskip("matplotlib", reason="not in the base install")
 
     image = heat_map(torch.linspace(0, 1, 64)[:, None])
     expected = torch.tensor(matplotlib.colormaps["viridis"](torch.linspace(0, 1, 64).numpy()))[:, :3] * 255
