@@ -14,10 +14,8 @@ from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 
-from lightning.pytorch import LightningDataModule
 from runs import header, heading, row
 
-from lightning_vae import VAE
 from lightning_vae.callbacks import Callback
 from lightning_vae.cli.vae_cli import VAECLI
 
@@ -62,14 +60,8 @@ def fit(arguments: str, draws: bool) -> Seconds:
     quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
     cli_class = type("CLI", (TimedCLI,), {"draws": draws})
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        seconds: Seconds = cli_class(
-            VAE,
-            LightningDataModule,
-            save_config_callback=None,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            args=["fit", *shlex.split(f"{arguments} --trainer.logger.save_dir {folder} {quiet}")],
-        ).seconds
+        arguments = f"{arguments} --trainer.logger.save_dir {folder} {quiet}"
+        seconds: Seconds = cli_class(["fit", *shlex.split(arguments)]).seconds
     return seconds
 
 

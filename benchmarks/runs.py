@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # a checkout need not be 
 from lightning_vae import __version__
 from lightning_vae.callbacks import CollapseDetector
 from lightning_vae.callbacks.metrics.collapse_state import collapse_state
-from lightning_vae.cli.vae_cli import VAECLI, command_line
+from lightning_vae.cli.vae_cli import VAECLI
 
 SEEDS = (0, 1, 2)
 
@@ -47,7 +47,7 @@ def train(arguments: str, seed: int) -> VAECLI:
     """Run ``train.py fit`` silently in this process."""
     quiet = "--trainer.enable_progress_bar false --trainer.enable_model_summary false"
     with contextlib.redirect_stdout(io.StringIO()):
-        return command_line(VAECLI, ["fit", *shlex.split(f"{arguments} --seed_everything {seed} {quiet}")])
+        return VAECLI(["fit", *shlex.split(f"{arguments} --seed_everything {seed} {quiet}")])
 
 
 def fit(arguments: str, seed: int) -> Result:

@@ -65,4 +65,6 @@ def __getattr__(name: str) -> object:
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)
+    if replaced := import_module(f"{__name__}.replaced_names").advice(name):
+        raise ImportError(replaced)  # an AttributeError's words would not reach `from lightning_vae import ...`
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

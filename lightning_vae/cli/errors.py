@@ -1,29 +1,101 @@
-"""One readable message out of what a config parser has to say."""
+"""One readable message and an exit code for whatever is wrong with the input."""
 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
-from collections.abc import Iterable
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
 
-# Lines that tell how the parser went about it, rather than what is wrong.
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer
+
+from .. import callbacks, datamodules, likelihoods, networks
+from ..checkpoints.checkpoint_io import SaveError
+from ..replaced_names import advice
+
+# Errors whose message needs no place in the code beside it.
+_INPUT_ERRORS = (ValueError, OSError, MisconfigurationException)
+
+# What a disk or a quota answers.
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+# Lines about how the parser proceeded, not about what is wrong.
 _NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Given value type: |Expected a <class 'NoneType'>"
     r"|Expected a path but|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with"
     r"|Problem with given class_path"
 )
-_LONGEST = 800
 _STRUCTURE = re.compile(r"\.? Got value: (Namespace|NestedArg)\(.*")
+# Where a message holds the path of a class that could not be imported.
+_UNKNOWN = re.compile(r"(?:import path string: |has no attribute '|Given value: |class_path[=']+:? ?')([\w.]+)")
+_LONGEST = 800
 
 
-def readable(message: str, known_names: Iterable[str] = ()) -> str:
+def exit_with(error: object, hint: str = "", code: int = 2) -> NoReturn:
+    """End the process with one message on standard error.
+
+    Args:
+        error: The message, which may be a parser's.
+        hint: What to add as it is.
+        code: The exit code.
+    """
+    print(f"error: {readable(str(error))}{hint}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+@contextmanager
+def readable_errors() -> Iterator[None]:
+    """End with one message on whatever is wrong before a run begins."""
+    try:
+        yield
+    except Exception as error:
+        exit_with(_describe(error))
+
+
+def exit_if_expected(error: Exception, trainer: Trainer, steps: int) -> None:
+    """End with one message if the input, the disk or the numbers are to blame for a run's failure.
+
+    Up to the end of the first step the input is to blame. Later on the traceback of an unknown error is worth having.
+
+    Args:
+        error: What ended the run.
+        trainer: What ran.
+        steps: Steps that this run has made.
+
+    Returns:
+        Only if the error is to be raised.
+    """
+    said = _describe(error)
+    known = isinstance(error, MisconfigurationException | SaveError | FloatingPointError)
+    if isinstance(error, OSError) and error.errno in _NO_PLACE:
+        known = True
+        place = error.filename or getattr(trainer.logger, "log_dir", None) or os.getcwd()
+        said = f"{error.strerror}: {place}."
+    monitors_nothing = "which is not available" in said  # EarlyStopping says so after the first epoch
+    if steps > 1 and not known and not monitors_nothing:
+        return
+    print(file=sys.stderr)  # ends the progress bar's line
+    if isinstance(error, FloatingPointError):
+        exit_with(said, code=1)
+    if known and steps > 0:
+        remedy = "The same command with `--ckpt_path last --same_run true` goes on from the last save."
+        exit_with(f"{said} {remedy}", code=1)
+    exit_with(_misfit(said) if "Error(s) in loading state_dict" in said else said)
+
+
+def readable(message: str) -> str:
     r"""Boil a nested parser error down to the option and what is wrong with it.
 
-    A message that isn't one is returned as it is.
+    Any other message is returned as it is.
 
     Args:
         message: The parser's message: one line per attempt to make sense of the value, nested by indentation.
-        known_names: Class names to look for a near miss in.
 
     Example::
 
@@ -41,23 +113,59 @@ def readable(message: str, known_names: Iterable[str] = ()) -> str:
             given = f", got {value[1]}"
         elif text and not _NOISE.match(text) and not text.startswith("Given value: "):
             faults.append(_STRUCTURE.sub("", text))
-    where = ".".join(dict.fromkeys(keys))
+    option = ".".join(dict.fromkeys(keys))
+    prefix = f"{option}: " if option else ""
+    unknown = _UNKNOWN.findall(message)
+    if replaced := next(filter(None, map(advice, unknown)), None):
+        return prefix + replaced
     if keys and not faults and (kind := re.search(r"Not a valid subclass of (\w+)", message)):
         faults = [f"Expected a {kind[1]}: its class path, or a mapping of `class_path` and `init_args`"]
     if not faults:
         return _shortened(message)
-    what = "; ".join(dict.fromkeys(faults)) + (given if len(faults) == 1 and given[6:] not in faults[0] else "")
-    return _shortened((f"{where}: " if where else "") + what) + _suggestion(what, known_names)
+    fault = "; ".join(dict.fromkeys(faults)) + (given if len(faults) == 1 and given[6:] not in faults[0] else "")
+    return _shortened(prefix + fault) + _suggestion(fault)
 
 
 def _shortened(text: str) -> str:
-    """Leave out what is not for reading: a file that is no config, a value of a thousand letters, a list of all."""
+    """Leave out what nobody reads: a file that is no config, a value of a thousand letters, a list of everything."""
     text = re.sub(r"(Unexpected config)\b.*", r"\1: it must be a mapping of options to values", text, flags=re.DOTALL)
     text = re.sub(r"(\S{80})\S{120,}", r"\1...", text)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
-def _suggestion(what: str, known_names: Iterable[str]) -> str:
-    unknown = re.search(r"import path string: ([\w.]+)", what)
-    near = difflib.get_close_matches(unknown[1].rpartition(".")[2], list(known_names), n=3) if unknown else []
+def _suggestion(fault: str) -> str:
+    """Name the classes whose names are like one that is unknown."""
+    unknown = re.search(r"import path string: ([\w.]+)", fault)
+    known = [
+        name
+        for module in (callbacks, datamodules, likelihoods, networks)
+        for name, value in vars(module).items()
+        if isinstance(value, type)
+    ]
+    near = difflib.get_close_matches(unknown[1].rpartition(".")[2], known, n=3) if unknown else []
     return f". Did you mean {' or '.join(near)}?" if near else ""
+
+
+def _describe(error: Exception) -> str:
+    """Put an error in one line, with its place in the code unless it names an option."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"`--config`: a file is not text in UTF-8 ({error})."
+    if "more than one stateful callback" in str(error):
+        return f"`trainer.callbacks`: {error}"  # two files that each bring the same one
+    text = str(error).partition("\nException raised from")[0]  # torch adds a page on its own functions
+    if isinstance(error, _INPUT_ERRORS) or "`" in text:
+        return text
+    frames = traceback.extract_tb(error.__traceback__)
+    if any(frame.filename.endswith("checkpoint_connector.py") for frame in frames):
+        return f"`--ckpt_path`: what the checkpoint holds does not fit: {type(error).__name__}: {text}"
+    place = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]
+    return f"{type(error).__name__}: {text} (in {place.filename}, line {place.lineno})"
+
+
+def _misfit(error: str) -> str:
+    """Say that a checkpoint is another model's, with the first of torch's complaints."""
+    first = next(line.strip() for line in error.splitlines()[1:])
+    return (
+        "`--ckpt_path`: the checkpoint is of another model than the config's networks and data make. Give the config "
+        f"that it was trained with, the config.yaml in its run's folder. The first misfit: {first}"
+    )

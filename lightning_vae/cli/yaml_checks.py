@@ -1,63 +1,70 @@
-"""Read the text of a config, and refuse what would be taken for something else or never end."""
+"""Mistakes in a config that its parser, or the Trainer, would accept in silence."""
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import yaml
 from jsonargparse import get_loader, set_loader
+from lightning.pytorch.cli import instantiate_class
+from torch import nn
 
-_MOST_VALUES = 100_000
+from ..replaced_names import advice
+
+# The least values of the Trainer's options, where the Trainer does not check them or fails on them late.
+_LEAST = {
+    "min_epochs": 0,
+    "min_steps": 0,
+    "limit_train_batches": 0,
+    "limit_val_batches": 0,
+    "limit_test_batches": 0,
+    "limit_predict_batches": 0,
+    "check_val_every_n_epoch": 1,
+    "num_sanity_val_steps": -1,
+    "log_every_n_steps": 0,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": 0,
+}
+_LARGEST = {int: 2**63 - 1, float: torch.finfo(torch.float32).max}
 
 
-def guard() -> None:
-    """Let jsonargparse read YAML by way of :func:`check`, once and for all."""
+def install() -> None:
+    """Let jsonargparse check each text in YAML with :func:`check_text` before it reads it."""
     load = get_loader("yaml")
-    if getattr(load, "guarded", False):
+    if getattr(load, "checks", False):
         return
 
-    def guarded(text: str) -> Any:
-        check(text)
+    def checked(text: str) -> Any:
+        check_text(text)
         return load(text)
 
-    guarded.guarded = True  # type: ignore[attr-defined]
-    set_loader("yaml", guarded, (yaml.YAMLError,))
+    checked.checks = True  # type: ignore[attr-defined]
+    set_loader("yaml", checked, (yaml.YAMLError,))
 
 
-def check(text: str) -> None:
-    """Look through a text in YAML before anything is made of it.
+def check_text(text: str) -> None:
+    """Check a text in YAML for what its reader would take for something else.
 
     Args:
         text: The text.
 
     Raises:
-        yaml.YAMLError: If a key is given twice in a mapping, of which YAML's reader would take the last; if a
-            `class_path` is no name or `init_args` no mapping; if aliases refer to themselves or stand for a mass of
-            values; or if it is no YAML.
+        yaml.YAMLError: If it is not YAML, if a mapping has a key twice (YAML takes the last), if a ``class_path`` is
+            not a name or if ``init_args`` is not a mapping.
     """
-    try:
-        pending = [yaml.compose(text, Loader=yaml.SafeLoader)]
-    except RecursionError as error:
-        raise yaml.YAMLError("it is nested too deeply") from error
-    seen = 0
-    while pending:
-        node = pending.pop()
-        seen += 1
-        if seen > _MOST_VALUES:
-            raise yaml.YAMLError(f"its aliases refer to themselves or stand for more than {_MOST_VALUES} values")
-        if isinstance(node, yaml.MappingNode):
-            key, times = Counter(str(key.value) for key, _ in node.value).most_common(1)[0] if node.value else ("", 1)
-            if times > 1:
-                raise yaml.YAMLError(f"`{key}` is given {times} times in the mapping{node.start_mark}")
-            for key, value in node.value:
-                if key.value == "class_path" and not value.tag.endswith(":str"):
-                    raise yaml.YAMLError(f"`class_path` must be the name of a class{value.start_mark}")
-                if key.value == "init_args" and not isinstance(value, yaml.MappingNode):
-                    raise yaml.YAMLError(f"`init_args` must be a mapping of options to values{value.start_mark}")
-                pending.append(value)
-        elif isinstance(node, yaml.SequenceNode):
-            pending.extend(node.value)
+    for node in _mappings(yaml.compose(text, Loader=yaml.SafeLoader)):
+        key, times = Counter(str(key.value) for key, _ in node.value).most_common(1)[0] if node.value else ("", 1)
+        if times > 1:
+            raise yaml.YAMLError(f"`{key}` is given {times} times in the mapping{node.start_mark}")
+        for key, value in node.value:
+            if key.value == "class_path" and not value.tag.endswith(":str"):
+                raise yaml.YAMLError(f"`class_path` must be the name of a class{value.start_mark}")
+            if key.value == "init_args" and not isinstance(value, yaml.MappingNode):
+                raise yaml.YAMLError(f"`init_args` must be a mapping of options to values{value.start_mark}")
 
 
 def check_empty(text: str, config: dict[str, Any]) -> None:
@@ -65,10 +72,10 @@ def check_empty(text: str, config: dict[str, Any]) -> None:
 
     Args:
         text: What was given, in YAML.
-        config: What was made of it.
+        config: What jsonargparse has made of it.
 
     Raises:
-        ValueError: If an empty mapping stands under a name that is no option, or in the place of a class.
+        ValueError: If an empty mapping stands under the name of no option, or in place of a class.
     """
     pending: list[tuple[str, Any, Any]] = [("", yaml.safe_load(text), config)]
     while pending:
@@ -82,3 +89,73 @@ def check_empty(text: str, config: dict[str, Any]) -> None:
             pending.extend((f"{name}.{key}", item, made.get(key)) for key, item in kept)
         elif isinstance(given, list) and isinstance(made, list):
             pending.extend((f"{name}.{n}", *both) for n, both in enumerate(zip(given, made, strict=False)))
+
+
+def check_values(config: dict[str, Any]) -> None:
+    """Refuse numbers that fit no option, and options that the Trainer does not check.
+
+    Args:
+        config: The resolved config of a subcommand.
+
+    Raises:
+        ValueError: If a number is not finite or too large, or an option of the Trainer or the seed is out of range.
+    """
+    trainer = config["trainer"]
+    if not isinstance(trainer, dict):
+        raise ValueError(f"`trainer` must be a mapping of options, got {trainer}.")
+    for name, value in _leaves(config):
+        if isinstance(value, int | float) and not abs(value) <= _LARGEST[float if isinstance(value, float) else int]:
+            raise ValueError(f"`{name}` must be a finite number that fits its type, got {value}.")
+    for name, least in _LEAST.items():
+        value = trainer.get(name)
+        if value is not None and value < least:
+            raise ValueError(f"`trainer.{name}` must be at least {least}, got {value}.")
+    interval = trainer.get("val_check_interval")
+    if isinstance(interval, int | float) and interval <= 0:
+        raise ValueError(f"`trainer.val_check_interval` must be above 0, got {interval}.")
+    if replaced := advice(str(trainer.get("profiler"))):  # for the parser any text is a profiler
+        raise ValueError(f"`trainer.profiler`: {replaced}")
+    seed = config["seed_everything"]
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"`seed_everything` must be from 0 to {2**32 - 1}, got {seed}.")
+
+
+def check_schedule(lr_scheduler: Any) -> None:
+    """Take one step of a learning rate schedule: with a length of 0 some fail only when the first epoch ends.
+
+    Args:
+        lr_scheduler: Its ``class_path`` and ``init_args``, or ``None``.
+
+    Raises:
+        ValueError: If the step divides by zero.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            instantiate_class(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), lr_scheduler).step()
+        except ArithmeticError as error:
+            name = lr_scheduler["class_path"].rpartition(".")[2]
+            raise ValueError(f"`lr_scheduler` {name}: its first step fails ({error}). Is a length in it 0?") from error
+        except Exception:
+            return  # other faults show when the run begins, and some schedules need what only the run has
+
+
+def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
+    """Yield every mapping of a document, the outer ones first."""
+    if isinstance(node, yaml.MappingNode):
+        yield node
+        for _, value in node.value:
+            yield from _mappings(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for value in node.value:
+            yield from _mappings(value)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a nested config by their dotted names, as they are given on the command line."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
+    if items is None:
+        yield name, value
+        return
+    for key, item in items:
+        yield from _leaves(item, name if key == "init_args" else f"{name}.{key}".lstrip("."))

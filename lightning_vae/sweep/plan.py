@@ -17,23 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningCLI
-from typing_extensions import override
 
 from ..checkpoints import finished_fit
-from ..cli.vae_cli import VAECLI, command_line
+from ..cli.vae_cli import Unrun
 from ..likelihoods import Gaussian
 from ..vae import VAE
 
 BETA = "model.beta"
-
-
-class _Built(VAECLI):
-    """The command line up to the point where it would run."""
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -118,20 +108,33 @@ class Point:
         ]
 
     def test(self) -> list[str]:
-        """Return the arguments that evaluate it."""
+        """Return the arguments that evaluate it, without ``--ckpt_path`` while it is not trained."""
         return [
             "test",
             f"--config={self.run / 'config.yaml'}",
-            f"--ckpt_path={self.checkpoint}",
+            *([f"--ckpt_path={self.checkpoint}"] if self.checkpoint else []),
             *self.evaluated_by,
             *_into(self.evaluation.parent),
         ]
+
+    def commands(self, evaluate: bool = True) -> dict[str, list[str]]:
+        """Return the arguments of ``fit`` and of ``test``, none for what is not to be done.
+
+        Args:
+            evaluate: Whether to evaluate it.
+        """
+        return {"fit": self.fit() if self.checkpoint is None else [], "test": self.test() if evaluate else []}
 
     @property
     def evaluation(self) -> Path:
         """Where the evaluation is, once it is done; another evaluation is elsewhere."""
         options = (argument.removeprefix("--evaluation.") for argument in self.evaluated_by)
         return self.folder / _folder(" ".join(["test", *options])) / "evaluation.json"
+
+    def found(self) -> dict[str, Any]:
+        """Read what ``test`` has found."""
+        found: dict[str, Any] = json.loads(self.evaluation.read_text())
+        return found
 
 
 def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[Configuration, VAE]:
@@ -249,14 +252,14 @@ def _into(folder: Path) -> list[str]:
     ]
 
 
-def _build(arguments: Sequence[str]) -> LightningCLI:
+def _build(arguments: Sequence[str]) -> Unrun:
     """Parse a command and build its model and data, without running it."""
     with _silence():
-        return command_line(_Built, list(arguments))
+        return Unrun(list(arguments))
 
 
-def _rebuilt(config: Path) -> LightningCLI:
-    """Build what a run has been; the checkpoint that it went on from may be gone."""
+def _rebuilt(config: Path) -> Unrun:
+    """Build a run's model and data again; the checkpoint that it went on from may be gone."""
     return _build(["fit", f"--config={config}", "--ckpt_path=null", "--same_run=false"])
 
 

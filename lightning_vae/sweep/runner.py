@@ -1,4 +1,4 @@
-"""Run the points of a sweep: one process each, several at once, and whatever is done already not again."""
+"""A pool of processes: one for each point of a sweep, several at once."""
 
 from __future__ import annotations
 
@@ -8,129 +8,123 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from pathlib import Path
-from threading import Lock
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from .plan import Point
 
 LOG = "sweep.log"
-"""What the processes of a point have printed, in its folder."""
+"""What the process of a point has printed, in the point's folder."""
+_POLL = 0.05  # seconds
 
 
-class Failed(Exception):  # noqa: N818
-    """A process of a point has ended with an error; the message is its last line."""
-
-
-class Jobs:
-    """Runs points and reports how far they are.
+def run(points: Sequence[Point], jobs: int, done: Callable[[Point], str], evaluate: bool = True) -> list[Point]:
+    """Train and evaluate points, and print a line for each with an estimate of the time left.
 
     Args:
+        points: The points. What a point has already is not done again.
         jobs: Number of processes at once; they share the threads that torch would use.
+        done: Returns what to say about a point that is done.
+        evaluate: Whether to evaluate them too.
+
+    Returns:
+        The points that failed.
     """
-
-    def __init__(self, jobs: int) -> None:
-        self.jobs = jobs
-        self.threads = max(1, torch.get_num_threads() // jobs)
-        self._running: set[subprocess.Popen[bytes]] = set()
-        self._lock = Lock()
-        self._stopped = False
-
-    def run(self, points: Sequence[Point], work: Callable[[Point], str]) -> list[Point]:
-        """Do some work on each point, and say of each how it went.
-
-        Args:
-            points: The points.
-            work: Does it, and returns what to say of the point.
-
-        Returns:
-            The points that failed.
-        """
-        failed, start = [], time.monotonic()
-        with ThreadPoolExecutor(self.jobs) as pool:
-            futures = {pool.submit(work, point): point for point in points}
-            try:
-                for number, future in enumerate(as_completed(futures), 1):
-                    point = futures[future]
-                    try:
-                        text = future.result()
-                    except Failed as error:
-                        failed.append(point)
-                        text = f"FAILED: {error} (all it said: {point.folder / LOG})"
-                    left = remaining(time.monotonic() - start, number, len(points), self.jobs)
-                    ahead = f"; about {duration(left)} to go" if number < len(points) else ""
-                    print(f"[{number:>{len(str(len(points)))}}/{len(points)}] {point.label}: {text}{ahead}", flush=True)
-            except BaseException:
-                self._stop()
-                pool.shutdown(cancel_futures=True)
-                raise
-        return failed
-
-    def fit(self, point: Point) -> None:
-        """Train a point, unless it is."""
-        if point.checkpoint is None:
-            self._call(point.fit(), point)
-        if point.checkpoint is None:
-            raise Failed("`fit` has ended without a checkpoint; the config needs a ModelCheckpoint")
-
-    def evaluate(self, point: Point) -> dict[str, Any]:
-        """Evaluate a trained point, unless it is, and return what ``test`` has found."""
-        if not point.evaluation.is_file():
-            self._call(point.test(), point)
-        return evaluation(point)
-
-    def _call(self, arguments: Sequence[str], point: Point) -> None:
-        """Run the command line in a process of its own, which writes what it says into the point's folder."""
-        point.folder.mkdir(parents=True, exist_ok=True)
-        threads = {name: str(self.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        here = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
-        command = [sys.executable, "-m", "lightning_vae.sweep.point", *arguments]
-        with (point.folder / LOG).open("ab") as log:
-            before = log.tell()
-            with self._lock:
-                if self._stopped:
-                    raise Failed("stopped")
-                process = subprocess.Popen(  # its standard input closes with this process, however that ends
-                    command,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, **threads, "PYTHONPATH": here},
-                )
-                self._running.add(process)
-            code = process.wait()
-            with self._lock:
-                self._running.discard(process)
-                _close(process)
-        if code != 0:
-            said = (point.folder / LOG).read_bytes()[before:].decode(errors="replace")
-            raise Failed(_last_words(said) or f"`{arguments[0]}` has ended with exit code {code}")
-
-    def _stop(self) -> None:
-        with self._lock:
-            self._stopped = True
-            for process in self._running:
-                process.terminate()
-                _close(process)
+    failed, begun = [], time.monotonic()
+    with closing(_finished(points, jobs, evaluate)) as finished:
+        for number, (point, error, seconds) in enumerate(finished, 1):
+            if error:
+                failed.append(point)
+                text = f"FAILED: {error} (all it said: {point.folder / LOG})"
+            else:
+                text = f"{done(point)} ({duration(seconds)})"
+            left = remaining(time.monotonic() - begun, number, len(points), jobs)
+            ahead = f"; about {duration(left)} to go" if number < len(points) else ""
+            print(f"[{number:>{len(str(len(points)))}}/{len(points)}] {point.label}: {text}{ahead}", flush=True)
+    return failed
 
 
-def _close(process: subprocess.Popen[bytes]) -> None:
-    assert process.stdin is not None
-    process.stdin.close()
+def threads_each(jobs: int) -> int:
+    """Return the number of threads that each of so many processes gets."""
+    return max(1, torch.get_num_threads() // jobs)
 
 
-def evaluation(point: Point) -> dict[str, Any]:
-    """Read what ``test`` has found."""
-    found: dict[str, Any] = json.loads(point.evaluation.read_text())
-    return found
+class Running(NamedTuple):
+    """The process of a point."""
+
+    point: Point
+    process: subprocess.Popen[bytes]
+    since: float
+    log_from: int
+    """Where it begins in the point's log, which holds what earlier ones have said."""
+
+
+def _finished(points: Sequence[Point], jobs: int, evaluate: bool) -> Generator[tuple[Point, str, float], None, None]:
+    """Yield each point as its process ends, with the reason of a failure and the seconds that it took."""
+    waiting = list(reversed(points))
+    running: list[Running] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                running.append(start(waiting.pop(), evaluate, threads_each(jobs)))
+            ended = [each for each in running if each.process.poll() is not None]
+            for each in ended:
+                running.remove(each)
+                _close(each)
+                yield each.point, _failure(each), time.monotonic() - each.since
+            if not ended:
+                time.sleep(_POLL)
+    finally:
+        for each in running:
+            _close(each)  # which ends it
+        for each in running:
+            each.process.wait()
+
+
+def start(point: Point, evaluate: bool, threads: int) -> Running:
+    """Start the process of a point. It writes what it says into the point's folder.
+
+    Args:
+        point: The point.
+        evaluate: Whether to evaluate it too.
+        threads: Number of threads for torch.
+    """
+    point.folder.mkdir(parents=True, exist_ok=True)
+    package = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
+    environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": package}
+    with (point.folder / LOG).open("ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lightning_vae.sweep.point", json.dumps(point.commands(evaluate))],
+            stdin=subprocess.PIPE,  # closes with this process, however that ends
+            stdout=log,
+            stderr=log,
+            env={**os.environ, **environment},
+        )
+        return Running(point, process, time.monotonic(), log.tell())
+
+
+def _close(running: Running) -> None:
+    assert running.process.stdin is not None
+    running.process.stdin.close()
+
+
+def _failure(ended: Running) -> str:
+    """Return the line of the log that says why a point failed: the command line's message, else the last line."""
+    code = ended.process.returncode
+    if code == 0:
+        return ""
+    said = (ended.point.folder / LOG).read_bytes()[ended.log_from :].decode(errors="replace")
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"its process has ended with exit code {code}"])[-1].removeprefix("error: ")
 
 
 def remaining(elapsed: float, done: int, total: int, jobs: int) -> float:
-    """Estimate the seconds that are left, in rounds of as many points as run at once.
+    """Estimate the seconds left, in rounds of as many points as run at once.
 
     Example::
 
@@ -153,10 +147,3 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours} h {minutes} min"
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-def _last_words(said: str) -> str:
-    """Find the line that says why: the command line's own message, else an exception's last line."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or [""])[-1].removeprefix("error: ")

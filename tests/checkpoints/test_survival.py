@@ -26,7 +26,7 @@ from lightning_vae.checkpoints.checkpoint_io import AtomicCheckpointIO, SaveErro
 from lightning_vae.checkpoints.flush_loggers import FlushLoggers
 from lightning_vae.checkpoints.last_checkpoint import LastCheckpoint
 from lightning_vae.checkpoints.run_folder import newest_checkpoint
-from lightning_vae.cli.vae_cli import VAECLI, command_line
+from lightning_vae.cli.vae_cli import Unrun
 from lightning_vae.main import main
 from tests.cli.test_vae_cli import scalars
 from tests.doubles import RecordingVAE, loader, quiet_trainer
@@ -208,13 +208,9 @@ def test_a_checkpoint_is_whole_at_every_moment(tmp_path, options):
 
 
 def test_the_command_line_saves_whole_files_unless_told_otherwise():
-    class Built(VAECLI):
-        def _run_subcommand(self, subcommand):
-            pass
-
-    assert type(command_line(Built, ["fit", *LINEAR]).trainer.strategy.checkpoint_io) is AtomicCheckpointIO
+    assert type(Unrun(["fit", *LINEAR]).trainer.strategy.checkpoint_io) is AtomicCheckpointIO
     named = ["fit", *LINEAR, "--trainer.plugins+=AsyncCheckpointIO"]
-    assert type(command_line(Built, named).trainer.strategy.checkpoint_io) is AsyncCheckpointIO
+    assert type(Unrun(named).trainer.strategy.checkpoint_io) is AsyncCheckpointIO
 
 
 class LogsEpochs(RecordingVAE):
@@ -322,12 +318,12 @@ def test_a_run_that_ends_between_two_saves_makes_up_for_the_second(capsys):
     assert sorted(path.name for path in CHECKPOINTS.iterdir()) == ["best.ckpt", "last.ckpt"]
 
 
-def test_a_run_without_a_checkpoint_begins_anew_in_its_folder(capsys):
+def test_a_run_without_a_checkpoint_starts_over_in_its_folder(capsys):
     RUN.mkdir(parents=True)
     (RUN / "config.yaml").write_text("cut o")
     (RUN / "events.out.tfevents.1.killed.1.0").write_bytes(b"\x18\0")
     main(LOOP)
-    assert "it begins anew" in capsys.readouterr().out
+    assert "it starts over" in capsys.readouterr().out
     assert [path.name for path in RUN.parent.iterdir()] == [RUN.name]
     assert [step for step, _ in scalars(RUN)["train/elbo"]] == [3, 7, 11, 15]
     assert [path.name for path in RUN.glob("*.yaml") if path.name != "hparams.yaml"] == ["config.yaml"]

@@ -1,3 +1,4 @@
+import inspect
 import json
 import os
 import re
@@ -8,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from lightning.pytorch.cli import LightningCLI
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from lightning_vae import VAE
+from lightning_vae.cli.vae_cli import VAECLI, Unrun
 from lightning_vae.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -266,7 +269,7 @@ import atexit
 import sys
 from pathlib import Path
 
-from lightning_vae.cli import main
+from lightning_vae.main import main
 
 
 @atexit.register
@@ -396,3 +399,39 @@ def test_without_a_gpu_torch_need_not_look_for_one_at_each_step(monkeypatch):
     with pytest.raises(SystemExit):
         main(["--help"])
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+# ---- Lightning's private names
+
+OVERRIDDEN = ("_prepare_subcommand_parser", "_parse_ckpt_path", "_instantiate_trainer", "_run_subcommand")
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_the_private_method_of_lightning_cli_that_ours_overrides_is_there(name):
+    theirs, ours = (inspect.signature(getattr(each, name)).parameters for each in (LightningCLI, VAECLI))
+    assert list(theirs) == list(ours)
+
+
+def test_lightning_cli_calls_the_private_methods_that_ours_overrides():
+    called = set()
+
+    class Watched(Unrun):
+        pass
+
+    for name in OVERRIDDEN:
+        real = getattr(Unrun, name)
+
+        def watched(self, *args, name=name, real=real, **kwargs):
+            called.add(name)
+            return real(self, *args, **kwargs)
+
+        setattr(Watched, name, watched)
+    Watched(["fit", *DIGITS])
+    assert called == set(OVERRIDDEN)
+
+
+def test_no_other_file_names_them():
+    for folder in ("lightning_vae", "callbacks", "datamodules"):
+        for path in (ROOT / folder).rglob("*.py"):
+            if path.name != "vae_cli.py":
+                assert not re.search("|".join(OVERRIDDEN), path.read_text()), path

@@ -1,0 +1,148 @@
+"""The checkpoint that a command names: find it, and check it before anything is made of it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
+
+from ..checkpoints import finished_fit, run_folder
+from ..checkpoints.checkpoint_io import read
+from ..checkpoints.class_paths import check_descriptions
+
+FROM_DATA = ("shape", "levels")
+"""Options of the model that the data give."""
+
+_PARTS = {"global_step": int, "epoch": int, "state_dict": dict, "hyper_parameters": dict}
+
+
+def find_checkpoint(config: Namespace, resumes: bool) -> None:
+    """Replace a ``ckpt_path`` that is ``last`` or a folder by the newest whole checkpoint there.
+
+    Where the run to go on with has saved none yet, it starts over in its folder. Where it has finished, the process
+    ends with exit code 0.
+
+    Args:
+        config: The config of a subcommand, which is changed.
+        resumes: If the subcommand is ``fit``, which needs more than weights.
+
+    Raises:
+        ValueError: If there is no checkpoint.
+        OSError: If there are some and none can be read.
+    """
+    path = config.get("ckpt_path")
+    if path != "last" and not os.path.isdir(path or ""):
+        return
+    same_run = resumes and config["same_run"]
+    runs = run_folder.of(config["trainer"]) if path == "last" else [Path(path)]
+    if same_run:
+        runs = runs[:1]
+    for run in runs:
+        finished = finished_fit.read(run)
+        if same_run and finished and finished.get("limits") == run_limits(config["trainer"]):
+            _say(
+                f"{run} has finished after {finished['steps']} steps: nothing is left to do. Raise the "
+                "limit that ended it, such as `--trainer.max_epochs`, to go on with it, or leave `--ckpt_path` out to "
+                "begin another."
+            )
+            raise SystemExit(0)
+        if found := run_folder.newest_checkpoint(run, resumes):
+            config["ckpt_path"] = str(found)
+            _say(f"The newest checkpoint is {found}.")
+            return
+    if not (same_run and path == "last"):
+        raise ValueError(f"there is no checkpoint in {', '.join(map(str, runs)) or 'any run of this config'}.")
+    config["ckpt_path"] = None
+    if runs:
+        _say(f"{runs[0]} has saved no checkpoint yet: it starts over.")
+        run_folder.go_on_in(runs[0], 0, config["trainer"])
+
+
+def run_limits(trainer: Namespace) -> dict[str, Any]:
+    """Return the limits of a run as JSON would give them back."""
+    return {name: trainer[name] and str(trainer[name]) for name in ("max_epochs", "max_steps", "max_time")}
+
+
+def read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
+    """Read a checkpoint and check it as a stranger's.
+
+    Args:
+        path: Its file.
+        resumes: If a run is to go on from it, which needs more than weights.
+
+    Raises:
+        ValueError: If it is missing, damaged, not a checkpoint of a Lightning Trainer, without what is needed, with
+            weights that are not finite or with a class that is not a network.
+    """
+    try:
+        checkpoint = read(path)
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path!r}.") from None
+    except OSError as error:
+        raise ValueError(f"{error}{_alternative(path, resumes)}") from None
+    if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
+        raise ValueError(f"{path!r} is no checkpoint of a Lightning Trainer.")
+    if resumes and not (checkpoint.get("loops") and checkpoint.get("optimizer_states")):
+        raise ValueError(f"{path!r} holds weights alone, without the state that a run could be resumed from.")
+    for name, kind in _PARTS.items():
+        if not isinstance(found := checkpoint.get(name), kind):
+            raise ValueError(f"{path!r} is damaged: `{name}` must be a {kind.__name__}, got {found!r}.")
+    if "lightning_vae" in checkpoint and not checkpoint["hyper_parameters"]:
+        raise ValueError(f"{path!r} is damaged: it holds none of the model's options (`hyper_parameters`).")
+    for name, weight in checkpoint["state_dict"].items():
+        if isinstance(weight, torch.Tensor) and not weight.isfinite().all():
+            raise ValueError(f"{path!r} holds weights that are not finite, {name} first. Take an earlier one.")
+    for name, value in checkpoint["hyper_parameters"].items():
+        check_descriptions(name, value)
+    if resumes:
+        _check_counts("loops", checkpoint["loops"])
+    return checkpoint
+
+
+def warn_of_replaced_options(given: dict[str, Any], used: dict[str, Any]) -> None:
+    """Say which of the model's options the checkpoint has replaced, as Lightning does not.
+
+    Args:
+        given: The model's options in the config.
+        used: The same with the checkpoint's.
+    """
+    changed = [
+        f"{name} {given[name]!r} -> {used[name]!r}"
+        for name in given
+        if name not in FROM_DATA and name in used and given[name] != used[name]
+    ]
+    if changed:
+        rank_zero_warn(
+            "`--ckpt_path`: the model is the checkpoint's, so these options of the config are not used: "
+            + ", ".join(changed)
+        )
+
+
+def _check_counts(name: str, state: dict[str, Any]) -> None:
+    """Refuse impossible counts of steps, batches and epochs: Lightning would count on from them."""
+    for key, item in state.items():
+        if key in ("total", "current", "epoch_loop.state_dict"):
+            counts = item.values() if isinstance(item, dict) else ()
+            if not counts or not all(type(count) is int and count >= 0 for count in counts):
+                raise ValueError(f"the checkpoint is damaged: `{name}.{key}` must hold counts, got {item!r}.")
+        elif isinstance(item, dict):
+            _check_counts(f"{name}.{key}", item)
+
+
+def _alternative(path: str, resumes: bool) -> str:
+    """Name a whole checkpoint beside a damaged one."""
+    with warnings.catch_warnings(), suppress(OSError):
+        warnings.simplefilter("ignore")  # the damaged one is among those passed over
+        if whole := run_folder.newest_checkpoint(Path(path).parent, resumes):
+            return f" The newest whole one beside it is {whole}."
+    return ""
+
+
+def _say(text: str) -> None:
+    rank_zero_only(print)(text)

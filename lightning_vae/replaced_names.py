@@ -1,0 +1,31 @@
+"""Public names of earlier versions, and what replaces each."""
+
+from __future__ import annotations
+
+_REPLACEMENTS = {
+    "Attribute": "AttributePath",
+    "BestCheckpoint": "Lightning's ModelCheckpoint with `monitor: val/loss` and `filename: best`",
+    "FlushedCurves": "FlushLoggers",
+    "NullProfiler": "the Trainer's own default, by leaving `profiler` out",
+    "PosteriorReader": "DistributionReader",
+    "QuickTensorBoardLogger": "Lightning's TensorBoardLogger",
+    "ScheduledKnob": "AttributeScheduler",
+}
+
+
+def advice(path: str) -> str | None:
+    """Say what replaces a name that is gone.
+
+    Args:
+        path: The name, or the dotted path of an import that ends in it.
+
+    Returns:
+        A sentence, or ``None`` for any other name.
+
+    Example::
+
+        >>> advice("lightning_vae.FlushedCurves")
+        '`FlushedCurves` is gone: use FlushLoggers.'
+    """
+    name = path.rpartition(".")[2]
+    return f"`{name}` is gone: use {_REPLACEMENTS[name]}." if name in _REPLACEMENTS else None

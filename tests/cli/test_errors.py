@@ -1,0 +1,94 @@
+"""What the command line says about wrong input."""
+
+import sys
+
+import pytest
+import yaml
+
+import lightning_vae
+from lightning_vae.cli.errors import readable
+from lightning_vae.cli.vae_cli import Unrun
+from lightning_vae.replaced_names import advice
+from tests.cli.test_vae_cli import DIGITS
+
+
+def test_a_message_of_one_line_stays_as_it_is():
+    assert readable("`beta` must be at least 0, got -1.") == "`beta` must be at least 0, got -1."
+
+
+def test_a_nested_message_becomes_the_option_and_the_fault():
+    nested = """Parser key "model.encoder":
+  - Does not validate against any of the Union subtypes
+  Subtypes: [<class 'A'>, <class 'NoneType'>]
+  Errors:
+    - Problem with given class_path 'A':
+      Parser key "hidden":
+        Expected a <class 'list'>
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'str'>
+  Given value: 7up"""
+    assert readable(nested) == "model.encoder.hidden: Expected a <class 'list'>, got 7up"
+
+
+def test_long_values_are_cut():
+    assert len(readable("a" * 5000)) < 100
+    assert len(readable("word " * 5000)) < 900
+
+
+def test_a_name_like_a_known_class_is_suggested_and_a_module_is_not():
+    said = readable('Parser key "trainer.callbacks": Expected a dot import path string: KLAnealing')
+    assert said.endswith(". Did you mean KLAnnealing?")
+    assert "schedules" not in readable('Parser key "x": Expected a dot import path string: Schedules')
+
+
+# ---- names of earlier versions
+
+CHECKPOINT = "use Lightning's ModelCheckpoint with `monitor: val/loss` and `filename: best`."
+LOGGER = "use Lightning's TensorBoardLogger."
+PROFILER = "use the Trainer's own default, by leaving `profiler` out."
+BEST = {"class_path": "BestCheckpoint", "init_args": {"every_n_epochs": 10}}
+KNOB = {"class_path": "lightning_vae.callbacks.ScheduledKnob", "init_args": {"attribute": "beta"}}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        ({"callbacks": [BEST]}, f"`BestCheckpoint` is gone: {CHECKPOINT}"),
+        ({"callbacks": [{**BEST, "class_path": "lightning_vae.BestCheckpoint"}]}, f"is gone: {CHECKPOINT}"),
+        ({"callbacks": {"class_path": "lightning_vae.best_checkpoint.BestCheckpoint"}}, f"is gone: {CHECKPOINT}"),
+        ({"callbacks+": [{"class_path": "Dashboard"}, BEST]}, f"is gone: {CHECKPOINT}"),
+        ({"callbacks+": "BestCheckpoint"}, f"is gone: {CHECKPOINT}"),
+        ({"callbacks": [KNOB]}, "`ScheduledKnob` is gone: use AttributeScheduler."),
+        ({"callbacks": [{"class_path": "lightning_vae.FlushedCurves"}]}, "`FlushedCurves` is gone: use FlushLoggers."),
+        ({"logger": "QuickTensorBoardLogger"}, f"`QuickTensorBoardLogger` is gone: {LOGGER}"),
+        (
+            {"logger": {"class_path": "lightning_vae.QuickTensorBoardLogger", "init_args": {"save_dir": "logs"}}},
+            f"`QuickTensorBoardLogger` is gone: {LOGGER}",
+        ),
+        ({"profiler": "NullProfiler"}, f"`NullProfiler` is gone: {PROFILER}"),
+        ({"profiler": {"class_path": "lightning_vae.NullProfiler"}}, f"`NullProfiler` is gone: {PROFILER}"),
+    ],
+)
+def test_a_removed_name_in_a_config_names_its_replacement(trainer, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    with pytest.raises(SystemExit) as exit_:
+        Unrun(["fit", *DIGITS, f"--config={tmp_path / 'old.yaml'}"])
+    assert exit_.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert len(said) < 500
+
+
+@pytest.mark.parametrize("name", ["BestCheckpoint", "QuickTensorBoardLogger", "NullProfiler", "FlushedCurves"])
+def test_a_removed_name_that_is_imported_names_its_replacement(name):
+    with pytest.raises(ImportError, match=f"`{name}` is gone: use "):
+        getattr(lightning_vae, name)
+
+
+def test_what_replaces_a_name_is_there():
+    for gone, now in (("Attribute", "AttributePath"), ("PosteriorReader", "DistributionReader"),
+                      ("ScheduledKnob", "AttributeScheduler"), ("FlushedCurves", "FlushLoggers")):  # fmt: skip
+        assert advice(gone) == f"`{gone}` is gone: use {now}."
+        assert hasattr(lightning_vae.callbacks if now != "FlushLoggers" else lightning_vae, now)
+    assert advice("KLAnnealing") is None
