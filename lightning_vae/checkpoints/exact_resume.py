@@ -20,7 +20,16 @@ from typing_extensions import override
 from .checkpoint_io import MODULE_KEY
 
 
-class ExactResume(Callback):
+class Companion(Callback):
+    """Base class of the callbacks that a module brings along."""
+
+    # Lightning enters a profiler's context for each callable hook, even an empty one, and calls these in every step.
+    _off: Any = None
+    on_train_batch_start = on_train_batch_end = on_before_zero_grad = _off
+    on_before_backward = on_after_backward = on_before_optimizer_step = _off
+
+
+class ExactResume(Companion):
     """Make a resumed run the run that never stopped. A :class:`lightning_vae.VAE` brings it along.
 
     Each training batch draws random numbers of its own, whatever was drawn before. A checkpoint also holds the training

@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from .checkpoint_io import MODULE_KEY
-from .exact_resume import ExactResume
+from .exact_resume import Companion, ExactResume
 
 _SKIPS_LAST = RequirementCache("lightning>=2.6.0")
 
 
-class Guards(Callback):
+class Guards(Companion):
     """Check a run when it starts. A :class:`lightning_vae.VAE` brings it along.
 
     Refuses monitors that would keep the wrong model. Says which options of the model and the optimizer, and which

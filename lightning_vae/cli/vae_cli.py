@@ -31,7 +31,7 @@ from .. import callbacks as callbacks  # importing them gives them short names i
 from .. import datamodules as datamodules
 from .. import likelihoods as likelihoods
 from .. import networks as networks
-from ..checkpoints import finished_fit, run_folder
+from ..checkpoints import run_folder
 from ..checkpoints.atomic_write import atomic_write
 from ..checkpoints.checkpoint_io import AtomicCheckpointIO, SaveError, read
 from ..checkpoints.class_paths import check_descriptions
@@ -251,7 +251,7 @@ class VAECLI(LightningCLI):
         lines = {}
         if self.trainer.loggers and folder:
             lines["Run"] = folder
-            finished_fit.write(Path(folder), self.trainer, _limits(self.config["fit"]["trainer"]))
+            run_folder.write_finished(Path(folder), self.trainer, _limits(self.config["fit"]["trainer"]))
         metrics = self.trainer.callback_metrics
         if "val/elbo" in metrics:
             terms = (f"{name} {float(metrics[f'val/{name.lower()}']):.4g}" for name in ("ELBO", "rate", "distortion"))
@@ -259,7 +259,7 @@ class VAECLI(LightningCLI):
             if "latent/active_units" in metrics:
                 units = int(metrics["latent/active_units"])
                 lines["At the end"] += f", {units} of {self.model.latent_dim} units active"
-        if best := finished_fit.keeper_of_best(self.trainer):
+        if best := run_folder.best_keeper(self.trainer):
             score = best.best_model_score
             monitored = f"  ({best.monitor} {score:.4g})" if score is not None else ""
             lines["Checkpoint"] = os.path.relpath(best.best_model_path) + monitored
@@ -311,7 +311,7 @@ def _find_checkpoint(config: Namespace, resumes: bool) -> None:
     if same_run:
         runs = runs[:1]
     for run in runs:
-        finished = finished_fit.read(run)
+        finished = run_folder.read_finished(run)
         if same_run and finished and finished.get("limits") == _limits(config["trainer"]):
             _say(
                 f"{run} has finished after {finished['steps']} steps: nothing is left to do. Raise the "
