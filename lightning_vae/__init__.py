@@ -1,8 +1,8 @@
 """Variational autoencoders in PyTorch Lightning that train well and show when they don't."""
 
-from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
+
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
@@ -31,11 +31,6 @@ if TYPE_CHECKING:
     from .objective import weighted_loss as weighted_loss
     from .observations import Observations as Observations
     from .vae import VAE as VAE
-
-try:
-    __version__ = _version("lightning-vae")
-except _PackageNotFoundError:  # a checkout that was never installed
-    __version__ = "0+unknown"
 
 _MODULES = {
     "checkpoints.checkpoint_io": ("AtomicCheckpointIO",),

@@ -1,4 +1,4 @@
-"""A training step made into one graph by ``torch.compile``."""
+"""A training loss compiled to one graph by ``torch.compile``."""
 
 from __future__ import annotations
 
@@ -12,41 +12,54 @@ CompileMode = bool | Literal["reduce-overhead", "max-autotune", "max-autotune-no
 _MODES = (True, False, *get_args(get_args(CompileMode)[1]))
 
 
-def check_mode(mode: CompileMode) -> None:
-    """Raise a ValueError unless an option is a mode of compilation."""
-    if not (isinstance(mode, bool) or mode in _MODES):
-        raise ValueError(f"`compile` must be one of {', '.join(map(repr, _MODES))}, got {mode!r}.")
-
-
-def compiled(method: Callable[..., Any], mode: CompileMode) -> Callable[..., Any]:
-    """Compile a method of one object as a whole: where that can't be done there is an error, and nothing runs without.
+class CompiledMethod:
+    """Call a method of one object as one graph, compiled at the first call. A copy compiles its own.
 
     Args:
-        method: A bound method.
-        mode: ``True``, or one of torch's modes.
+        mode: ``True``, or one of torch's modes; ``False`` for an object that is never called.
 
-    Returns:
-        What to call in its place. It raises a RuntimeError where there is no C++ compiler, where torch would need
-        several graphs or can't compile what is done, or where it has compiled eight graphs already.
+    Raises:
+        ValueError: If the mode is another.
     """
-    assert isinstance(method, MethodType)
-    code, globals_, closure = method.__func__.__code__, method.__func__.__globals__, method.__func__.__closure__
-    # What torch has compiled, and its limit, go by code object: each object gets its own.
-    function = FunctionType(code.replace(), globals_, closure=closure)
-    graph = torch.compile(function, fullgraph=True, mode=mode if isinstance(mode, str) else None)
 
-    def run(*args: Any) -> Any:
+    def __init__(self, mode: CompileMode) -> None:
+        if not (isinstance(mode, bool) or mode in _MODES):
+            raise ValueError(f"`compile` must be one of {', '.join(map(repr, _MODES))}, got {mode!r}.")
+        self.mode = mode
+        self._graph: Callable[..., Any] | None = None
+
+    def __call__(self, method: Callable[..., Any], *args: Any) -> Any:
+        """Call the method.
+
+        Args:
+            method: The same bound method each time.
+            *args: Its arguments.
+
+        Raises:
+            RuntimeError: If there is no C++ compiler, torch can't make one graph of the method, or it needed more than
+                eight. Nothing runs uncompiled.
+        """
+        if self._graph is None:
+            self._graph = self._compile(method)
         try:
-            return graph(method.__self__, *args)
+            return self._graph(method.__self__, *args)  # type: ignore[attr-defined]
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise RuntimeError(
                 "`compile`: the training step needs a new graph each time, and torch gives up. Its warning above names "
-                "the number or shape that changes: keep numbers in tensors, or leave `compile` out."
+                "the number or shape that changes. Keep numbers in tensors, or leave `compile` out."
             ) from error
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(
-                f"`compile`: torch can't make one graph of the training step. {error}\nMend that (for a C++ compiler "
-                "that is missing, install g++), or leave `compile` out."
+                f"`compile`: torch can't make one graph of the training step. {error}\nFix that (install g++ if the "
+                "C++ compiler is missing), or leave `compile` out."
             ) from error
 
-    return run
+    def __getstate__(self) -> dict[str, Any]:
+        return {"mode": self.mode, "_graph": None}
+
+    def _compile(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        assert isinstance(method, MethodType)
+        code, globals_, closure = method.__func__.__code__, method.__func__.__globals__, method.__func__.__closure__
+        # torch keeps its graphs, and counts them against the limit, by code object. Each object gets one of its own.
+        function = FunctionType(code.replace(), globals_, closure=closure)
+        return torch.compile(function, fullgraph=True, mode=self.mode if isinstance(self.mode, str) else None)

@@ -1,4 +1,4 @@
-"""The mean over a global batch, of which each process holds a share."""
+"""Sums and means over the processes that train together, of which each holds a share of the batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 def mean_over_processes(values: Tensor) -> Tensor:
     """Average over the observations of all processes' batches, as if one process had them all.
 
-    The value is the global mean, the same in every process. The gradient reaches this process's own observations, and
-    is scaled so that what DDP or FSDP makes of it, the mean of the processes' gradients, is the global mean's, however
-    uneven the shares are. So whatever is computed from it is right too, a floor for one:
+    The value is the global mean, the same in every process. The gradient reaches this process's own observations. It is
+    scaled so that the mean of the processes' gradients, which DDP and FSDP take, is the gradient of the global mean,
+    however uneven the shares are. Whatever is computed from the mean is then right too, such as a floor:
     ``free_bits(mean_over_processes(kl_per_dimension)[None], 0.5)``.
 
     Args:
@@ -24,42 +24,41 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def mean_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what :func:`mean_over_processes` does, and the number of all processes' observations, in one exchange."""
+    """Return what :func:`mean_over_processes` does and the number of all processes' observations, in one exchange."""
     sums = values.sum(0)
-    totals = torch.cat([sums.detach(), sums.new_full((1,), len(values))])
-    torch.distributed.all_reduce(totals)
+    totals = sum_over_processes(torch.cat([sums.detach(), sums.new_full((1,), len(values))]))
     count = totals[-1]
     share = sums * (torch.distributed.get_world_size() / count)
     return share - share.detach() + totals[:-1] / count, count
 
 
-def several_processes() -> bool:
-    """Tell whether several processes train together."""
-    return in_group() and torch.distributed.get_world_size() > 1
-
-
-def rank_and_processes() -> tuple[int, int]:
-    """Return this process's number and how many there are; ``(0, 1)`` outside of a group."""
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_group() else (0, 1)
-
-
 def sum_over_processes(sums: Tensor) -> Tensor:
-    """Add up a tensor over the processes, in place."""
+    """Add up a tensor over all processes, in place, and return it."""
     if in_group():
         torch.distributed.all_reduce(sums)
     return sums
 
 
+def rank_and_processes() -> tuple[int, int]:
+    """Return this process's rank and the number of processes; ``(0, 1)`` outside a group."""
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_group() else (0, 1)
+
+
+def several_processes() -> bool:
+    """Return whether several processes train together."""
+    return in_group() and torch.distributed.get_world_size() > 1
+
+
 def in_group() -> bool:
-    """Tell whether this process is in a group, be it of one."""
+    """Return whether this process is in a group, even a group of one."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def leave_processes() -> None:
     """Leave the group of processes, if there is one, before the interpreter ends.
 
-    One of gloo's threads may hold a tensor of the last exchange for a moment longer than the run does, and a thread
-    that lets go of a tensor while the interpreter ends aborts the process. Lightning itself sees to NCCL's alone.
+    A thread of gloo's may hold a tensor of the last exchange for a moment longer than the run takes, and a thread that
+    frees a tensor while the interpreter ends aborts the process. Lightning itself cleans up after NCCL alone.
     """
     if in_group():
         torch.distributed.destroy_process_group()

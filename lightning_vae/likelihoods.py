@@ -1,7 +1,7 @@
 """Likelihoods p(x|z): what the decoder's output means.
 
 Each is a module that turns the decoder's output into a normalised ``torch.distributions.Distribution`` over the data in
-the network's scale (images in [0, 1]), constants included, so that its ``log_prob`` is in nats and methods compare.
+the networks' scale (images in [0, 1]). Constants are included: ``log_prob`` is in nats and comparable across methods.
 """
 
 from __future__ import annotations
@@ -11,18 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch import distributions as td
 from torch.distributions.utils import broadcast_all
 from torch.nn import functional as F  # noqa: N812
 
+from .distributed import sum_over_processes
 from .networks import Shape
 from .noise import uniform_by_index
-from .precision import at_least_float32
 
 
 class Likelihood(nn.Module):
-    """Base of the likelihoods: from the decoder's output to a distribution over one observation.
+    """Base class of the likelihoods: from the decoder's output to a distribution over one observation.
 
     Args:
         shape: Shape of one observation.
@@ -30,11 +31,11 @@ class Likelihood(nn.Module):
     """
 
     learns_scale = False
-    """Whether its scale adapts to the reconstruction error while training."""
+    """Whether the scale adapts to the reconstruction error while training."""
     unit_interval = False
-    """Whether data in the network's scale must lie in [0, 1]."""
+    """Whether data in the networks' scale must lie in [0, 1]."""
     starts = False
-    """Whether it takes something from the first training batch, and has not seen it yet."""
+    """Whether a parameter still waits for the first training batch, which sets where it starts."""
 
     def __init__(self, shape: Shape, levels: int | None = None) -> None:
         super().__init__()
@@ -42,11 +43,11 @@ class Likelihood(nn.Module):
         self.levels = levels
 
     def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """Return what is observed, given data in the network's scale.
+        """Return what is observed of data in the networks' scale: the data, unless a subclass makes noise of them.
 
         Args:
-            x: Data in the network's scale, shape ``(B, *shape)``.
-            index: Which observations these are, to draw their noise by; ``None`` to draw fresh noise (training).
+            x: Data in the networks' scale, shape ``(B, *shape)``.
+            index: Number of each observation, which fixes its noise; ``None`` for fresh noise, as in training.
         """
         del index
         return x
@@ -56,13 +57,13 @@ class Likelihood(nn.Module):
 
         Args:
             output: The decoder's output, shape ``(B, *shape)``.
-            x: While training, the data it will be evaluated on, for a scale that is computed from the error.
+            x: While training, the data that it will be evaluated on, for a scale computed from the error.
         """
-        raise NotImplementedError(f"`likelihood`: {type(self).__name__} has no `forward` of its own: give a subclass.")
+        raise NotImplementedError(f"`likelihood`: {type(self).__name__} has no `forward`. Give one that has.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Under `bf16-true` a learned scale would round each optimizer step away.
-        super()._apply(at_least_float32(fn), recurse)  # type: ignore[no-untyped-call]
+        # Under `bf16-true` rounding would undo each optimizer step of a learned scale.
+        super()._apply(_at_least_float32(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _independent(self, distribution: td.Distribution) -> td.Distribution:
@@ -72,17 +73,17 @@ class Likelihood(nn.Module):
 class Bernoulli(Likelihood):
     """Bernoulli over dynamically binarised data; the decoder's output is the logit.
 
-    Grey data in [0, 1] are the probability of a pixel being on. In training each use draws it afresh (Burda et al.
-    2015, section 5); at evaluation the draw is fixed by seed and index. Cross-entropy on the grey levels themselves
-    would be no likelihood.
+    A grey level in [0, 1] is the probability that the pixel is on. Training draws the pixel afresh at each use (Burda
+    et al. 2015, section 5); at evaluation seed and index fix the draw. Cross-entropy on the grey levels themselves is
+    not a likelihood.
 
     Args:
         shape: Shape of one observation.
         levels: Number of integer levels of the raw data, ``None`` for data in [0, 1].
         seed: Seed of the binarisation at evaluation.
-        start_at_mean: Whether to add to the decoder's output the logits of each pixel's mean over the first training
-            batch. A decoder that starts there need not learn them first, while the pressure on the rate already
-            closes latents (Burda et al.'s code sets its output bias so).
+        start_at_mean: Add the logits of each pixel's mean over the first training batch to the decoder's output. The
+            decoder then need not learn them first, while the pressure on the rate already closes latents. (Burda et
+            al.'s code sets its output bias so.)
     """
 
     offset: Tensor
@@ -99,9 +100,9 @@ class Bernoulli(Likelihood):
             self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
 
     def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """Return ``x`` binarised: afresh, or by the observations' own noise where ``index`` is given."""
+        """Return ``x`` binarised, by each observation's own noise where ``index`` is given."""
         noise = torch.rand_like(x) if index is None else uniform_by_index(index, math.prod(self.shape), self.seed)
-        return noise.view_as(x).lt_(x).to(x.dtype)  # in place, as 0 or 1: no pass to turn bools into numbers
+        return noise.view_as(x).lt_(x).to(x.dtype)  # in place, as 0 or 1: saves the pass from bools to numbers
 
     def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Bernoulli distribution with these logits."""
@@ -114,7 +115,7 @@ class Bernoulli(Likelihood):
 
 
 class _IndependentBernoulli(td.Independent):  # type: ignore[type-arg]
-    """Bernoullis of an observation, which negate their sum and not each of them: two passes less for the gradient."""
+    """Independent Bernoullis. They negate the sum, not each term, which saves the gradient two passes."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         logits, value = broadcast_all(self.base_dist.logits, value)
@@ -146,27 +147,27 @@ class Gaussian(Likelihood):
         levels: Number of integer levels of the raw data, ``None`` for real-valued data.
         variance: A positive number fixes it (1 on data in [0, 1] collapses the latents: the scale of the variance
             decides what is worth encoding). ``"learned"`` makes its logarithm a parameter, which starts at a tenth of
-            the first training batch's mean squared error: an optimizer's steps are too small to cross scales.
-            ``"optimal"`` takes, while training, the mean squared error over the global batch, and at evaluation a
-            running mean of it (sigma-VAE).
+            the first training batch's mean squared error, because an optimizer's steps are too small to cross scales.
+            ``"optimal"`` is the mean squared error over the global batch while training, and its running mean at
+            evaluation (sigma-VAE).
 
     Raises:
         ValueError: If the variance is neither.
 
     References:
         Rybkin, Daniilidis and Levine, "Simple and Effective VAE Training with Calibrated Decoders", ICML 2021; Lucas
-        et al., "Don't Blame the ELBO!", NeurIPS 2019, for what a variance that is too large does.
+        et al., "Don't Blame the ELBO!", NeurIPS 2019, on variances that are too large.
     """
 
     log_variance: Tensor
     start_weight: Tensor
 
     start_share = 0.1
-    """Of the first batch's mean squared error, where a learned variance starts: about what training leaves of it."""
+    """Share of the first batch's mean squared error at which a learned variance starts: about what training leaves."""
     momentum = 0.99
-    """Of the running mean of the optimal variance."""
+    """Momentum of the running mean of the optimal variance."""
     min_log_variance = -12.0
-    """Data that are reconstructed exactly would have an unbounded density; sigma-VAE's log-sigma of -6."""
+    """Lower bound, as in sigma-VAE: the density of data that are reconstructed exactly is unbounded otherwise."""
 
     def __init__(
         self, shape: Shape, levels: int | None = None, variance: float | Literal["learned", "optimal"] = "learned"
@@ -183,7 +184,7 @@ class Gaussian(Likelihood):
             self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
         elif variance == "optimal":
             self.register_buffer("log_variance", torch.tensor(0.0))
-            # What is left of the start value's weight: dividing by the rest makes the first batches count in full.
+            # The start value's weight in the running mean, which divides by the rest: it corrects the bias.
             self.register_buffer("start_weight", torch.tensor(1.0))
         else:
             self.register_buffer("log_variance", torch.tensor(math.log(float(variance))), persistent=False)
@@ -205,15 +206,15 @@ class Gaussian(Likelihood):
     def _optimal(self, output: Tensor, x: Tensor) -> Tensor:
         """Compute the global batch's optimal log-variance.
 
-        Without a gradient: at its optimum the loss is flat in the variance, so the gradient of the rest is the same.
+        It needs no gradient: at the optimum the loss is flat in the variance.
         """
         error = (output - x).square().sum()
-        sums = _over_processes(torch.stack([error, error.new_full((), x.numel())]))
+        sums = sum_over_processes(torch.stack([error, error.new_full((), x.numel())]))
         return (sums[0] / sums[1]).log().clamp(min=self.min_log_variance)
 
     @torch.no_grad()
     def _update(self, output: Tensor, x: Tensor) -> Tensor:
-        """Compute the optimal log-variance and take it into the running mean."""
+        """Compute the optimal log-variance and update the running mean."""
         optimal = self._optimal(output, x)
         self.start_weight.mul_(self.momentum)
         share = (1 - self.momentum) / (1 - self.start_weight)
@@ -223,27 +224,20 @@ class Gaussian(Likelihood):
 
 
 def _has_started(module: nn.Module, _keys: object) -> None:
-    """Keep what was loaded: a learned variance or an offset that started from another first batch."""
+    """Keep the parameters that were loaded: they started from another run's first batch."""
     module.starts = False  # type: ignore[assignment]
 
 
-def _over_processes(sums: Tensor) -> Tensor:
-    """Add up over the processes that train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(sums)
-    return sums
-
-
 def _mean_logits(x: Tensor) -> Tensor:
-    """Compute the logits of the global batch's mean, with half a count on either side, as few pixels are never on."""
-    on = _over_processes(torch.cat([x.sum(dim=0).flatten(), x.new_tensor([float(len(x))])]))
+    """Compute the logits of the global batch's mean, with half a count on either side for pixels that are never on."""
+    on = sum_over_processes(torch.cat([x.sum(dim=0).flatten(), x.new_tensor([float(len(x))])]))
     return torch.logit((on[:-1] + 0.5) / (on[-1] + 1)).view(x.shape[1:])
 
 
 class DiscretisedLogistic(Likelihood):
-    """Logistic integrated over each level's bin, so that integer data get probabilities.
+    """Logistic integrated over each level's bin, which gives integer data probabilities.
 
-    The decoder's output is the location. The scale is learned, one per channel. The outermost bins take the tails.
+    The decoder's output is the location. One scale per channel is learned. The outermost bins take the tails.
 
     Args:
         shape: Shape of one observation.
@@ -267,7 +261,7 @@ class DiscretisedLogistic(Likelihood):
 
 
 class _DiscretisedLogistic(td.Distribution):
-    """Logistic over [0, 1] in ``levels`` bins, whose centres are the values it gives probability to."""
+    """Logistic over [0, 1] in ``levels`` bins. Its values are the bins' centres."""
 
     def __init__(self, loc: Tensor, scale: Tensor, levels: int) -> None:
         self.loc, self.scale = torch.broadcast_tensors(loc, scale)
@@ -287,7 +281,7 @@ class _DiscretisedLogistic(td.Distribution):
         lower = (value - self.loc - half) / self.scale
         below: Tensor = F.logsigmoid(upper)
         above: Tensor = F.logsigmoid(-lower)
-        # log(s(u) - s(l)) = log s(u) + log s(-l) + log(1 - e^(l - u)): no difference of nearly equal numbers.
+        # log(s(u) - s(l)) = log s(u) + log s(-l) + log(1 - e^(l - u)) avoids a difference of nearly equal numbers.
         inside = below + above + torch.log(-torch.expm1(-2 * half / self.scale))
         return torch.where(value < half, below, torch.where(value > 1 - half, above, inside))
 
@@ -307,3 +301,25 @@ def default_likelihood(shape: Shape, levels: int | None = None) -> Likelihood:
     if len(shape) != 3:
         return Gaussian(shape, levels)
     return Bernoulli(shape, levels) if shape[0] == 1 else DiscretisedLogistic(shape, levels)
+
+
+def warn_of_feedback(beta: float, likelihood: Likelihood) -> None:
+    """Warn of a weight on the rate other than 1 beside a likelihood whose scale adapts."""
+    if beta != 1 and likelihood.learns_scale:
+        rank_zero_warn(
+            f"`beta` is {beta:g} with a likelihood whose scale adapts: the two feed back. A larger beta worsens the "
+            "reconstruction, which widens the scale, which weakens the reconstruction again, until everything has "
+            "collapsed. Fix the variance (train once at beta 1 and use its variance), or keep beta at 1."
+        )
+
+
+def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Wrap what ``nn.Module._apply`` applies to each tensor: moves as ``fn`` does, but not to half precision."""
+
+    def apply(tensor: Tensor) -> Tensor:
+        applied = fn(tensor)
+        if applied.dtype in (torch.bfloat16, torch.float16) and applied.dtype != tensor.dtype:
+            return tensor.to(applied.device)
+        return applied
+
+    return apply

@@ -1,4 +1,4 @@
-"""Sums over batches that stay on their device until somebody asks."""
+"""Sums and means over batches that stay on their device until somebody asks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,80 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_TERMS = ("distortion", "rate", "floored_rate", "loss")
 _BLOCK = 64  # batches that are added up at once
+
+
+def named_terms(stage: str, terms: Tensor) -> dict[str, Tensor]:
+    """Name the terms of the loss as they are logged, and add the ELBO.
+
+    Args:
+        stage: ``"train"``, ``"val"`` or ``"test"``.
+        terms: Distortion, rate, floored rate and loss, shape ``(4,)``.
+    """
+    values = {f"{stage}/{name}": value for name, value in zip(_TERMS, terms, strict=True)}
+    values[f"{stage}/elbo"] = -(values[f"{stage}/distortion"] + values[f"{stage}/rate"])
+    return values
+
+
+class TrainingMeans:
+    """Keep the means of the loss's terms while training: since they were last logged, and over the epoch.
+
+    A term that is not finite is found when the means are asked for, at no cost to the steps between.
+    """
+
+    def __init__(self) -> None:
+        self._sums = RunningSums(len(_TERMS))
+        self._step = 0
+
+    def add(self, terms: Tensor, count: int | Tensor, step: int) -> None:
+        """Add one batch.
+
+        Args:
+            terms: Means of distortion, rate, floored rate and loss, shape ``(4,)``.
+            count: Number of observations.
+            step: Number of batches that stepped before.
+        """
+        self._step = step
+        self._sums.add(terms * count, count)
+
+    def since_last_logged(self) -> dict[str, Tensor]:
+        """Return the means since the last call by the names they are logged under, on the CPU."""
+        return named_terms("train", mean(self._sums.flush()).cpu())
+
+    def epoch(self, has_ended: bool) -> dict[str, Tensor]:
+        """Return the epoch's means by the names they are logged under; see :meth:`RunningSums.epoch`."""
+        return named_terms("train", mean(self._sums.epoch(has_ended)))
+
+    def check_finite(self, batches_per_step: int) -> None:
+        """Check the terms since they were last logged.
+
+        Args:
+            batches_per_step: Number of batches whose gradients are accumulated.
+
+        Raises:
+            FloatingPointError: If one is not finite.
+        """
+        if found := self._sums.first_not_finite():
+            term, batches = found
+            raise FloatingPointError(
+                f"`train/{_TERMS[term]}` is not a finite number since step {self._step - batches // batches_per_step}, "
+                f"so training ends at step {self._step}; nothing was saved since. A run resumed from the last "
+                "checkpoint gets here again unless something changes: set `gradient_clip_val`, or start over with a "
+                "lower learning rate."
+            )
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._sums.reset()
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs to continue."""
+        return self._sums.state()
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._sums.load(state)
 
 
 class RunningSums:
@@ -20,7 +93,7 @@ class RunningSums:
     """
 
     _window: Tensor
-    _finite: Tensor  # in how many batches each value was
+    _finite: Tensor  # number of batches in which each value was finite
     _latest: list[Tensor]
     _count: float | Tensor
     _batches: int
@@ -30,7 +103,7 @@ class RunningSums:
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Forget all batches."""
         self._epoch = torch.zeros(self.size + 1, dtype=torch.float32)
         self._start_window()
 
@@ -44,17 +117,17 @@ class RunningSums:
             self._latest = []
 
     def flush(self) -> Tensor:
-        """Return the sums and the count since the last flush, shape ``(size + 1,)``, and start again."""
+        """Return the sums and the count since the last flush, shape ``(size + 1,)``, and start a new window."""
         window = self._since_flush()
         self._epoch = self._epoch.to(window.device) + window
         self._start_window()
         return window
 
     def epoch(self, has_ended: bool = True) -> Tensor:
-        """Return the epoch's sums and count, shape ``(size + 1,)``, and start a new epoch; the window goes on.
+        """Return the epoch's sums and count, shape ``(size + 1,)``; the window goes on.
 
         Args:
-            has_ended: Whether it has; one that the end of the run cuts short goes on when the run does.
+            has_ended: Start a new epoch. An epoch that the end of the run cuts short goes on when the run does.
         """
         window = self._since_flush()
         total = self._epoch.to(window.device) + window
@@ -63,25 +136,25 @@ class RunningSums:
         return total
 
     def first_not_finite(self) -> tuple[int, int] | None:
-        """Look for the first value since the last flush that was not finite.
+        """Find the first value since the last flush that was not finite.
 
         Returns:
             Which of the values it was, and how many batches ago, 0 being the latest; ``None`` if there was none.
         """
-        # From then on none is, as a rule, so that the batches before it are those that were.
+        # A run seldom recovers: the number of finite batches is then the place of the first that is not.
         finite = self._with_latest()[1].tolist()
         first = min(range(self.size), key=finite.__getitem__)
         return None if finite[first] == self._batches else (first, self._batches - 1 - int(finite[first]))
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs to go on."""
+        """Return what a resumed run needs to continue."""
         latest = torch.stack(self._latest).cpu() if self._latest else torch.zeros(0, self.size)
         tensors = {"window": self._window, "finite": self._finite, "epoch": self._epoch}
         copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
         return {**copies, "latest": latest, "count": float(self._count), "batches": self._batches}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
+        """Continue from a saved state."""
         self._window, self._finite, self._epoch = (state[name].clone() for name in ("window", "finite", "epoch"))
         self._latest = list(state["latest"])
         self._count, self._batches = state["count"], state["batches"]
@@ -101,3 +174,8 @@ class RunningSums:
     def _since_flush(self) -> Tensor:
         window = self._with_latest()[0]
         return torch.cat([window, window.new_ones(1) * self._count])
+
+
+def mean(sums: Tensor) -> Tensor:
+    """Divide sums by the count that ends them."""
+    return sums[:-1] / sums[-1]

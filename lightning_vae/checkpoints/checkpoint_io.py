@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there."""
+"""Save checkpoints that are whole or not there, and read them with a check of each byte."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from typing_extensions import override
 
 from .atomic_write import atomic_write
 
+MODULE_KEY = "lightning_vae"
+"""Where a checkpoint holds what a VAE adds to Lightning's."""
+
 
 class SaveError(OSError):
-    """A checkpoint could not be saved; those saved before are as they were."""
+    """A checkpoint could not be saved. Those saved before are untouched."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Saves a checkpoint beside its place, flushes it to the disk and renames it.
+    """Save a checkpoint beside its place, flush it to the disk and rename it.
 
     Whatever ends the process, and whenever, a checkpoint's name holds the whole new file or the whole old one. A save
-    needs room for one file more. What lies on a remote filesystem (``s3://...``) is left to Lightning.
+    needs space for one more file. Remote filesystems (``s3://...``) are left to Lightning.
 
     Example::
 
@@ -36,10 +39,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Args:
             checkpoint: What to save.
             path: Where to.
-            storage_options: Not used here.
+            storage_options: Passed on to Lightning, which then saves by itself.
 
         Raises:
-            SaveError: If the disk is full, the folder can't be written to and the like.
+            SaveError: If the disk is full, the folder can't be written to, or the like.
         """
         if _is_remote(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -48,7 +51,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_write(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
-            # torch's writer fails at the write, and then again with an error of its own about the position.
+            # torch's writer fails at the write, then again with its own error about the position.
             reason = error if isinstance(error, OSError) else error.__context__
             if not isinstance(reason, OSError):
                 raise
@@ -59,16 +62,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint, of data alone unless told otherwise.
+        """Load a checkpoint that holds data alone, unless told otherwise.
 
         Args:
-            path: Where it lies.
+            path: Its file.
             map_location: As for :func:`torch.load`.
             weights_only: ``False`` to trust code in it.
 
         Raises:
-            FileNotFoundError: If there is none.
-            OSError: If it is damaged, or holds more than data.
+            FileNotFoundError: If there is no such file.
+            OSError: If it is damaged or holds more than data.
         """
         if _is_remote(path):
             return super().load_checkpoint(path, map_location)
@@ -81,13 +84,13 @@ def read(
     """Read a checkpoint and check each of its bytes, which :func:`torch.load` does not.
 
     Args:
-        path: Where it lies.
+        path: Its file.
         map_location: As for :func:`torch.load`.
         weights_only: ``False`` to trust code in it.
 
     Raises:
-        FileNotFoundError: If there is none.
-        OSError: If it is damaged, or holds more than data.
+        FileNotFoundError: If there is no such file.
+        OSError: If it is damaged or holds more than data.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -95,10 +98,12 @@ def read(
                 if archive.testzip():  # compares checksums
                     raise zipfile.BadZipFile
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=weights_only)
-    except Exception as error:  # an unpickler on bytes that are no pickle may raise anything
+    except Exception as error:  # unpickling arbitrary bytes may raise anything
         if isinstance(error, OSError) and error.filename:
             raise
-        raise OSError(f"{str(path)!r} can't be read. It is damaged, or no checkpoint that holds data alone.") from error
+        raise OSError(
+            f"{str(path)!r} can't be read. It is damaged, or not a checkpoint that holds data alone."
+        ) from error
     return checkpoint
 
 

@@ -1,21 +1,23 @@
-"""Parts of a model named in a form that a checkpoint can hold: ``{"class_path": ..., "init_args": {...}}``."""
+"""Describe a model's parts in a form that a checkpoint can hold, and build them from it."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
+import torch
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import nn
 
 
 def describe(part: Any) -> Any:
-    """Describe a part, so that :func:`build` can make it again from a checkpoint loaded with ``weights_only=True``.
+    """Describe a part so that :func:`build` can make it from a checkpoint loaded with ``weights_only=True``.
 
     Args:
-        part: A class, a ``functools.partial`` of one with plain keyword arguments, a description already, or ``None``;
-            anything else (an ``nn.Module``, a function) can't be described.
+        part: A class, a ``functools.partial`` of one with plain keyword arguments, a description, or ``None``. Nothing
+            else (an ``nn.Module``, a function) can be described.
 
     Returns:
         ``{"class_path": ..., "init_args": {...}}``, or ``{"instance_of": ...}`` for what can't be described.
@@ -29,7 +31,7 @@ def describe(part: Any) -> Any:
 
 
 def build(name: str, part: Any, *args: Any) -> nn.Module:
-    """Make a part of the model.
+    """Build a part of the model.
 
     Args:
         name: Name of the model's argument, for messages.
@@ -37,16 +39,16 @@ def build(name: str, part: Any, *args: Any) -> nn.Module:
         args: What every such constructor takes.
 
     Raises:
-        ValueError: If the part is the description of something that can't be made again.
-        TypeError: If it is something else altogether.
+        ValueError: If the description is of something that can't be built from it, or building fails.
+        TypeError: If the result is no ``nn.Module``.
     """
     if isinstance(part, Mapping):
         part = partial(_constructor(name, part), **part.get("init_args", {}))
     try:
         built = part if isinstance(part, nn.Module) or not callable(part) else part(*args)
-    except (TypeError, RuntimeError) as error:  # not made for such arguments, or for numbers such as these
-        made_of = ", ".join(map(str, args))
-        raise ValueError(f"`{name}` can't be made of {made_of} by {_name(part)}: {error}") from error
+    except (TypeError, RuntimeError) as error:  # other arguments, or numbers that don't fit
+        given = ", ".join(map(str, args))
+        raise ValueError(f"`{name}`: {_name(part)} can't be built with {given}: {error}") from error
     if not isinstance(built, nn.Module):
         raise TypeError(
             f"`{name}` must be an nn.Module, or a class or callable that makes one, got {type(built).__name__}."
@@ -54,10 +56,32 @@ def build(name: str, part: Any, *args: Any) -> nn.Module:
     return built
 
 
-def check_descriptions(name: str, value: Any) -> None:
-    """Refuse hyper-parameters in a checkpoint that name anything but networks, at whatever depth.
+def check_checkpoint(source: Any, replaced: Collection[str] = ()) -> None:
+    """Check that the hyper-parameters in a checkpoint name nothing but networks.
 
-    Config parsers call whatever a ``class_path`` names, a function such as ``os.system`` too.
+    Args:
+        source: A path, a URL or an open file.
+        replaced: Names of the hyper-parameters that are not taken from the checkpoint.
+
+    Raises:
+        ValueError: If a ``class_path`` names no subclass of ``torch.nn.Module``.
+    """
+    if hasattr(source, "seek"):
+        place = source.tell()
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        source.seek(place)
+    else:
+        with get_filesystem(source).open(str(source), "rb") as file:
+            checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+    for name, value in checkpoint.get("hyper_parameters", {}).items():
+        if name not in replaced:
+            check_descriptions(name, value)
+
+
+def check_descriptions(name: str, value: Any) -> None:
+    """Refuse hyper-parameters that name anything but networks, at any depth.
+
+    Config parsers call whatever a ``class_path`` names, even a function such as ``os.system``.
 
     Args:
         name: Name of the value, for messages.
@@ -80,7 +104,7 @@ def _constructor(name: str, description: Mapping[str, Any]) -> type[nn.Module]:
     remedy = f"Pass one to load its weights into: `VAE.load_from_checkpoint(path, {name.rpartition('.')[2]}=...)`."
     if "instance_of" in description:
         raise ValueError(
-            f"`{name}` was given as an instance of {description['instance_of']}, which a checkpoint can't make again. "
+            f"`{name}` was given as an instance of {description['instance_of']}, which a checkpoint can't rebuild. "
             + remedy
         )
     path = str(description.get("class_path"))
@@ -89,7 +113,7 @@ def _constructor(name: str, description: Mapping[str, Any]) -> type[nn.Module]:
         constructor = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"`{name}` names the class {path!r}, which can't be imported: {error}. {remedy}") from error
-    # A checkpoint is data: what it names is called only if it is a network.
+    # A checkpoint may come from a stranger: only networks that it names are called.
     if not (isinstance(constructor, type) and issubclass(constructor, nn.Module)):
         raise ValueError(f"`{name}` must name a subclass of torch.nn.Module, got {path!r}. {remedy}")
     return constructor

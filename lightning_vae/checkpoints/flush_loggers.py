@@ -1,4 +1,4 @@
-"""Curves that reach as far as the checkpoint."""
+"""Write the curves as far as the checkpoint reaches."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing_extensions import override
 
 
 class FlushLoggers(Callback):
-    """Writes what the loggers have not been given yet, or hold back, before a checkpoint is saved.
+    """Write what the loggers do not have yet, or hold back, before a checkpoint is saved.
 
-    A run that is killed goes on behind its checkpoint: a point from before that was still in memory would be missing.
-    TensorBoard's files are flushed to the disk as well, like the checkpoint itself.
+    A run that is killed resumes from its checkpoint. A point from before that was still in memory would be missing from
+    its curves. TensorBoard's files are flushed to the disk too, as the checkpoint is.
     """
 
     @override
     def on_exception(self, trainer: Trainer, *_: Any) -> None:
-        vars(trainer._logger_connector).pop("log_metrics", None)  # the epoch's end is not reached any more
+        vars(trainer._logger_connector).pop("log_metrics", None)  # the epoch's end is never reached
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, *_: Any) -> None:
@@ -37,10 +37,22 @@ class FlushLoggers(Callback):
                         os.fsync(file.fileno())
 
 
+def is_logging_step(trainer: Trainer, step: int) -> bool:
+    """Return whether Lightning writes to the loggers after this training batch.
+
+    Args:
+        trainer: The Trainer, within ``training_step``.
+        step: Number of batches that stepped before.
+    """
+    every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]
+    is_due = trainer.fast_dev_run or (every and (step + 1) % every == 0)  # type: ignore[attr-defined]
+    return bool(is_due) and not trainer.fit_loop._should_accumulate()
+
+
 def _log_epoch(trainer: Trainer) -> None:
-    """Log an epoch's values so far; Lightning would behind the hooks that save, and is left those that come later."""
+    """Log an epoch's values so far. Lightning logs after the hooks that save: it is left those that come later."""
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
-    if "log_metrics" in vars(connector):  # for the checkpoint before, at the same epoch's end
+    if "log_metrics" in vars(connector):  # by the checkpoint before, at the same epoch's end
         return
     written = connector.metrics["log"]
     loop._batches_that_stepped -= 1  # as Lightning does

@@ -1,31 +1,40 @@
-"""Find the run to go on with, and the newest of its checkpoints that is whole."""
+"""Find the run to resume and the newest of its whole checkpoints, and write and read what a finished fit leaves."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning
 import torch
 from jsonargparse import Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from ..version import __version__
+from .atomic_write import atomic_write
 from .checkpoint_io import read
+from .last_checkpoint import LastCheckpoint
 
 _CONFIG = "config.yaml"
+_FINISHED = "fit.json"
 
 
 def of(trainer: Namespace) -> list[Path]:
-    """List the folders of the runs that a config has made, the newest first.
+    """List the folders of a config's runs, the newest first.
 
     Args:
         trainer: The Trainer's options in the config.
 
     Raises:
-        ValueError: If they can't be found: the logger is not TensorBoard's, or the checkpoints lie elsewhere.
+        ValueError: If they can't be found, because the logger is not TensorBoard's or the checkpoints lie elsewhere.
     """
     callbacks = trainer["callbacks"] or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
@@ -42,13 +51,13 @@ def of(trainer: Namespace) -> list[Path]:
 
 
 def of_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Path:
-    """Return the folder of a checkpoint's run as the run itself named it, relative or not.
+    """Return the folder of a checkpoint's run as the run itself named it, relative or absolute.
 
-    ModelCheckpoint goes on only where it finds itself.
+    ModelCheckpoint restores its state only under the same name.
 
     Args:
-        path: Where the checkpoint lies.
-        checkpoint: What it holds.
+        path: The checkpoint's file.
+        checkpoint: Its content.
 
     Raises:
         ValueError: If it lies in no run's folder.
@@ -61,12 +70,12 @@ def of_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Path:
 
 
 def go_on_in(run: Path, step: int, trainer: Namespace) -> None:
-    """Let a TensorBoardLogger go on in a run's folder, without doubling its curves.
+    """Make a config's TensorBoardLogger continue in a run's folder, without doubling its curves.
 
     Args:
         run: The folder.
-        step: Where it goes on; what was logged from there on is dropped.
-        trainer: The Trainer's options in the config, which are changed.
+        step: The first step to log. What the run logged from there on is dropped.
+        trainer: The Trainer's options in the config. Changed in place.
 
     Raises:
         ValueError: If the logger is another.
@@ -83,14 +92,14 @@ def go_on_in(run: Path, step: int, trainer: Namespace) -> None:
 
 
 def newest_checkpoint(folder: Path, resumes: bool) -> Path | None:
-    """Return the checkpoint of the most steps that is whole, or ``None``; warn of those that are not whole.
+    """Return the whole checkpoint of the most steps, ``None`` without any. Warn of damaged ones.
 
     Args:
-        folder: A run's, or that of its checkpoints.
-        resumes: Pass over those that hold weights alone.
+        folder: The folder of a run, or of its checkpoints.
+        resumes: Skip checkpoints of weights alone.
 
     Raises:
-        OSError: If there are checkpoints, but none that is whole.
+        OSError: If there are checkpoints, but none is whole.
     """
     damaged = []
     for path in sorted(_checkpoints(folder), key=_age):
@@ -107,6 +116,42 @@ def newest_checkpoint(folder: Path, resumes: bool) -> Path | None:
     return None
 
 
+def write_finished(folder: Path, trainer: Trainer, limits: Mapping[str, Any]) -> None:
+    """Write what a finished fit leaves: its best checkpoint, steps, limits and versions.
+
+    Args:
+        folder: The run's folder.
+        trainer: The Trainer that has fitted.
+        limits: The limits of the run by the Trainer's names.
+    """
+    best = best_keeper(trainer)
+    found = {
+        "checkpoint": os.path.relpath(best.best_model_path, folder) if best else None,
+        "steps": trainer.global_step,
+        "limits": dict(limits),
+        "versions": {
+            "lightning_vae": __version__,
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    with atomic_write(folder / _FINISHED) as file:
+        file.write(json.dumps(found, indent=2).encode())
+
+
+def read_finished(folder: Path) -> dict[str, Any] | None:
+    """Read what a finished fit has left in a run's folder, ``None`` where no fit has finished."""
+    path = folder / _FINISHED
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def best_keeper(trainer: Trainer) -> ModelCheckpoint | None:
+    """Return the first callback that has kept the best checkpoint; if none monitors, the one that keeps the last."""
+    kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
+    return min(kept, key=lambda each: (each.monitor is None, not isinstance(each, LastCheckpoint)), default=None)
+
+
 def _logger(trainer: Namespace) -> dict[str, Any]:
     logger = trainer["logger"]
     if logger in (None, True):  # Lightning's default
@@ -114,7 +159,7 @@ def _logger(trainer: Namespace) -> dict[str, Any]:
         return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
     described: dict[str, Any] = logger.as_dict() if isinstance(logger, Namespace) else {"class_path": str(logger)}
     if not described["class_path"].endswith("TensorBoardLogger"):
-        raise ValueError(f"a run is found and gone on with by TensorBoardLogger alone, got {described['class_path']}.")
+        raise ValueError(f"`last` finds and resumes runs of TensorBoardLogger alone, got {described['class_path']}.")
     return described
 
 
@@ -124,15 +169,15 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
 
 
 def _age(path: Path) -> tuple[float, float]:
-    """Sort by steps, the most first, then by time; what can't be read comes first, so that it is named."""
+    """Return a key that sorts by steps, the most first, then by time. Unreadable files come first, to be warned of."""
     try:
         step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]  # reads no tensor
-    except Exception:  # an unpickler on bytes that are no pickle may raise anything
+    except Exception:  # unpickling arbitrary bytes may raise anything
         step = float("inf")
     return -step, -os.stat(path).st_mtime
 
 
 def _is_of_fit(run: Path) -> bool:
-    """Tell a run from the folder of an evaluation, whose config has options that ``fit`` has not."""
-    config = run / _CONFIG  # not there if the run was killed at once
+    """Return whether a folder is a fit's. An evaluation's config has options that a fit's lacks."""
+    config = run / _CONFIG  # missing if the run was killed at once
     return not (config.is_file() and re.search(r"^(verbose|return_predictions):", config.read_text(), re.MULTILINE))

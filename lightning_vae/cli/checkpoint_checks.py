@@ -12,7 +12,7 @@ import torch
 from jsonargparse import Namespace
 from lightning_utilities.core.rank_zero import rank_zero_only, rank_zero_warn
 
-from ..checkpoints import finished_fit, run_folder
+from ..checkpoints import run_folder
 from ..checkpoints.checkpoint_io import read
 from ..checkpoints.class_paths import check_descriptions
 
@@ -44,7 +44,7 @@ def find_checkpoint(config: Namespace, resumes: bool) -> None:
     if same_run:
         runs = runs[:1]
     for run in runs:
-        finished = finished_fit.read(run)
+        finished = run_folder.read_finished(run)
         if same_run and finished and finished.get("limits") == run_limits(config["trainer"]):
             _say(
                 f"{run} has finished after {finished['steps']} steps: nothing is left to do. Raise the "

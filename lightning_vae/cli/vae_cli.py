@@ -23,7 +23,7 @@ from .. import callbacks as callbacks  # importing them gives their classes shor
 from .. import datamodules as datamodules
 from .. import likelihoods as likelihoods
 from .. import networks as networks
-from ..checkpoints import finished_fit, run_folder
+from ..checkpoints import run_folder
 from ..checkpoints.checkpoint_io import AtomicCheckpointIO
 from ..checkpoints.exact_resume import first_step
 from ..checkpoints.flush_loggers import FlushLoggers
@@ -219,7 +219,7 @@ class VAECLI(LightningCLI):
         if not self.trainer.is_global_zero:
             return
         if self.trainer.loggers and folder:
-            finished_fit.write(Path(folder), self.trainer, run_limits(self.config["fit"]["trainer"]))
+            run_folder.write_finished(Path(folder), self.trainer, run_limits(self.config["fit"]["trainer"]))
         print("\n" + "\n".join(f"{name + ':':<12}{text}" for name, text in self._summary(folder).items()))
 
     def _save_last(self) -> None:
@@ -242,7 +242,7 @@ class VAECLI(LightningCLI):
             if "latent/active_units" in metrics:
                 units = int(metrics["latent/active_units"])
                 lines["At the end"] += f", {units} of {self.model.latent_dim} units active"
-        if best := finished_fit.keeper_of_best(self.trainer):
+        if best := run_folder.best_keeper(self.trainer):
             score = best.best_model_score
             monitored = f"  ({best.monitor} {score:.4g})" if score is not None else ""
             lines["Checkpoint"] = os.path.relpath(best.best_model_path) + monitored

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..distributed import rank_and_processes
+from ..observations import Observations
 from ..vae import VAE
 
 # Numbers of data that are decoded at once, whatever K and the batch size. Few on a CPU, so that what the layers compute
@@ -18,30 +18,17 @@ _NUMBERS_AT_ONCE = {"cpu": 2**17}
 _ELSEWHERE = 2**22
 
 
-def batches(
-    vae: VAE, loader: Iterable[Any], most: float = math.inf
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
-    """Yield the data in the networks' scale, their binarisation, the indices and the labels, on the model's device.
+def batches(vae: VAE, loader: Iterable[Any], most: float = math.inf) -> Iterator[Observations]:
+    """Yield what the model observes of each batch.
 
     Batches of more observations than are decoded at once, or than `most`, come in parts.
     """
     rows = int(min(decoded_at_once(vae), most))
-    position = 0
-    rank, processes = rank_and_processes()
-    for number, batch in enumerate(loader):
-        x = vae._observations(batch, check=number == 0)
-        given = batch if isinstance(batch, Mapping) else {}
-        label = given.get("label")
-        # Without an index, in the order in which DistributedSampler deals them.
-        index = given["index"] if "index" in given else torch.arange(position, position + len(x)) * processes + rank
-        position += len(x)
-        if not isinstance(label, Tensor) or label.ndim != 1 or label.is_floating_point():  # no classes
-            label = None
-        for start in range(0, len(x), rows):
-            part = slice(start, start + rows)
-            data, indices = vae._to_network_scale(x[part].to(vae.device)), index[part].to(vae.device).long()
-            observed = vae.likelihood.observe(data, indices)
-            yield data, observed, indices, None if label is None else label[part].to(vae.device)
+    count = 0
+    for batch in loader:
+        observations = vae.observe(batch, first=count)
+        count += len(observations)
+        yield from observations.split(rows)
 
 
 def decoded_at_once(vae: VAE) -> int:

@@ -36,9 +36,9 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
     likelihood, pruned = (ImportanceWeightedLikelihood().to(device) for _ in range(2))
     averages = RunningMoments(5).to(device)
     active = moments.active(ACTIVE)
-    mean, scale = (values.to(vae._working_dtype) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
-    for _, observed, index, _ in batches(vae, loader, max(1, _WEIGHTS_AT_ONCE // number)):
-        posterior = vae._encode(observed)
+    mean, scale = (values.to(vae.prior.loc) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
+    for observations in batches(vae, loader, max(1, _WEIGHTS_AT_ONCE // number)):
+        observed, index, posterior = observations.observed, observations.index, vae.encode(observations)
         log_weights, log_pruned, distortion = [], [], torch.zeros(len(index), dtype=torch.float64, device=device)
         chunk = max(1, decoded_at_once(vae) // len(index))
         for start in range(0, number, chunk):

@@ -18,6 +18,7 @@ from ..estimators.mixture import mixture_estimates
 from ..estimators.probes import knn_accuracy, linear_probe_accuracy
 from ..noise import sample_by_index
 from ..objective import kl_per_dimension
+from ..observations import Observations
 from ..vae import VAE
 from .chunks import batches
 from .record import ACTIVE, Labels, Latents
@@ -69,8 +70,8 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     posteriors = ObservationSubset(2 * k + 1, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size, samples).to(device)
     is_gaussian = True
-    for x, observed, index, label in batches(vae, loader):
-        posterior = vae._encode(observed)
+    for part in batches(vae, loader):
+        x, index, posterior = part.scaled, part.index, vae.encode(part)
         is_gaussian = is_gaussian and isinstance(posterior, td.Normal)
         try:
             mean, variance = posterior.mean, posterior.variance
@@ -81,7 +82,7 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
         aggregate.update(mean, variance)
         rates = kl_per_dimension(posterior, vae.prior, z)
         rates_and_widths.update(torch.cat([rates.double(), posterior.stddev.double()], dim=1))
-        labels = torch.full_like(index, -1) if label is None else label
+        labels = _classes(part)
         posteriors.update(torch.cat([mean, variance, labels[:, None].double()], dim=1), index)
         data.update(torch.cat([index[:, None].double(), mean, z, x.flatten(1)], dim=1), index)
 
@@ -95,9 +96,16 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     rates, widths = averages.split(k)
     latents = _latents(moments, rates, widths, (mean, variance) if is_gaussian else None)
     index, means, z, x = data.compute().split([1, k, k, size], dim=1)
-    dtype = vae._working_dtype
+    dtype = vae.prior.loc.dtype
     kept = Kept(index[:, 0].long(), means.to(dtype), z.to(dtype), x.to(dtype))
     return Encoded(int(count), share, moments, latents, _labels(mean, labels[:, 0].long()), kept)
+
+
+def _classes(observations: Observations) -> Tensor:
+    """Return each observation's class, -1 where the labels are no classes."""
+    label, index = observations.label, observations.index
+    is_class = isinstance(label, Tensor) and label.ndim == 1 and not label.is_floating_point()
+    return label if is_class else torch.full_like(index, -1)
 
 
 def _latents(

@@ -211,35 +211,27 @@ class _View(NamedTuple):
     shares_scale: bool
 
 
-def _first(loader: Iterable[Any], observations: int, models: Mapping[str, VAE]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _first(loader: Iterable[Any], most: int, models: Mapping[str, VAE]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Read the first observations, their indices, and their labels if there are any."""
     parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
     count = 0
     for batch in loader:
         for name, model in models.items():
             try:
-                x = model._observations(batch, check=count == 0)
+                observations = model.observe(batch, first=count)
             except ValueError as error:
                 raise ValueError(f"`models`: {name.splitlines()[0]!r} does not take these data. {error}") from None
-        given = batch if isinstance(batch, Mapping) else {}
-        index = given.get("index", torch.arange(count, count + len(x)))
-        parts.append((x, index, _labels(batch, len(x))))
-        count += len(x)
-        if count >= observations:
+        label = observations.label
+        is_number = isinstance(label, Tensor) and label.shape == (len(observations),)
+        parts.append((observations.x.cpu(), observations.index.cpu(), label.cpu() if is_number else None))
+        count += len(observations)
+        if count >= most:
             break
     if count < 2:
         raise ValueError(f"`loader` must hold at least 2 observations, got {count}.")
     xs, indices, labels = zip(*parts, strict=True)
-    known = None if any(label is None for label in labels) else torch.cat(labels)[:observations].cpu()
-    return torch.cat(xs)[:observations], torch.cat(indices)[:observations], known
-
-
-def _labels(batch: Any, size: int) -> Tensor | None:
-    if isinstance(batch, Mapping):
-        label = batch.get("label")
-    else:
-        label = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-    return label if isinstance(label, Tensor) and label.shape == (size,) else None
+    known = None if any(label is None for label in labels) else torch.cat(labels)[:most]
+    return torch.cat(xs)[:most], torch.cat(indices)[:most], known
 
 
 def _view(model: VAE, x: Tensor, index: Tensor, projection: Projection, seed: int) -> _View:
@@ -263,11 +255,10 @@ def _in_chunks(model: VAE, x: Tensor, index: Tensor, what: Literal["encode", "re
     """Encode or reconstruct as at evaluation, on the model's device, and copy the result to the CPU."""
     training, results = model.training, []
     model.eval()
-    for chunk, numbers in zip(x.split(500), index.split(500), strict=True):
-        on_device = chunk.to(model.device)
-        observed = model.likelihood.observe(model._to_network_scale(on_device), numbers.to(model.device))
-        mean = model._encode(observed).mean
-        result = mean if what == "encode" else model._to_data_scale(model.decode(mean).mean)
+    for start in range(0, len(x), 500):
+        part = slice(start, start + 500)
+        observations = model.observe({"x": x[part], "index": index[part]}, first=start)
+        result = model.encode(observations).mean if what == "encode" else model.reconstruct(observations)
         results.append(result.float().cpu())
     model.train(training)
     return torch.cat(results)
@@ -278,7 +269,7 @@ def _samples(model: VAE, number: int, seed: int) -> list[Tensor]:
     training = model.training
     model.eval()
     z = torch.randn(number, model.latent_dim, generator=torch.Generator().manual_seed(seed))
-    samples = model._to_data_scale(model.decode(z.to(model.device, model._working_dtype)).mean).float().cpu()
+    samples = model.to_data_scale(model.decode(z.to(model.device)).mean).float().cpu()
     model.train(training)
     return list(samples.split(_IMAGES))
 

@@ -119,13 +119,14 @@ def draw(vae: VAE, batch: object) -> dict[str, Tensor]:
     """
     if len(vae.shape) != 3 or vae.shape[0] not in (1, 3):
         return {}
-    x = vae._observations(batch, check=False)[: 4 * _COLUMNS].to(vae.device)
+    observations = vae.observe(batch)[: 4 * _COLUMNS]
+    reconstructions = vae.decode(vae.encode(observations.x).mean).mean
     places = torch.arange(_COLUMNS**2, device=vae.device)
     samples = vae.decode(vae.prior.icdf(uniform_by_index(places, vae.latent_dim, seed=_SEED))).mean
     pairs = [
         row
-        for images in zip(x.split(_COLUMNS), vae.reconstruct(x).split(_COLUMNS), strict=True)
-        for row in (vae._to_network_scale(part) for part in images)
+        for images in zip(observations.scaled.split(_COLUMNS), reconstructions.split(_COLUMNS), strict=True)
+        for row in images
     ]
     return {"reconstructions": _grid(pairs), "samples": _grid(list(samples.split(_COLUMNS)))}
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
-from ..checkpoints import finished_fit
+from ..checkpoints import run_folder
 from ..cli.vae_cli import Unrun
 from ..likelihoods import Gaussian
 from ..vae import VAE
@@ -92,7 +92,7 @@ class Point:
         """The checkpoint to evaluate, as soon as there is one."""
         if self.trained is not None:
             return self.trained
-        found = finished_fit.read(self.folder)
+        found = run_folder.read_finished(self.folder)
         return self.folder / found["checkpoint"] if found and found["checkpoint"] else None
 
     def fit(self) -> list[str]:

@@ -22,13 +22,13 @@ def work(fit: Sequence[str], test: Sequence[str]) -> None:
         fit: Arguments of ``fit``, or none for what is trained.
         test: Arguments of ``test``, or none for what is not to be evaluated; without ``--ckpt_path`` after a ``fit``.
     """
-    from ..checkpoints.finished_fit import keeper_of_best
+    from ..checkpoints.run_folder import best_keeper
     from ..cli.errors import exit_with
     from ..cli.vae_cli import run
 
     checkpoint = []
     if fit:
-        best = keeper_of_best(run(list(fit)).trainer)
+        best = best_keeper(run(list(fit)).trainer)
         if best is None:
             exit_with("`fit` has ended without a checkpoint; the config needs a ModelCheckpoint.")
         checkpoint = [f"--ckpt_path={best.best_model_path}"]

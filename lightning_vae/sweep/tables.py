@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import finished_fit
+from ..checkpoints import run_folder
 from ..datamodules import Gaussian as GaussianData
 from ..estimators.closed_forms import shannon_distortion
 from ..vae import VAE
@@ -29,7 +29,7 @@ def row(point: Point, found: Mapping[str, Any], model: VAE | None, data: object)
     configuration = point.configuration
     varied = {name: value for name, value in configuration.options.items() if name != BETA} if configuration else {}
     measured = {name: value for name, value in found.items() if not isinstance(value, list | dict)}
-    versions = (finished_fit.read(point.run) or {}).get("versions", {})
+    versions = (run_folder.read_finished(point.run) or {}).get("versions", {})
     described: Row = {
         "point": point.folder.name,
         "config": configuration.name if configuration else str(point.trained),

@@ -56,9 +56,8 @@ def exact(checkpoint):
     data = Digits()
     data.setup("predict")
     test = data._splits["test"]
-    x = vae.likelihood.observe(test["x"] / 16, torch.arange(len(test["x"])))
     with torch.no_grad():
-        return vae._encode(x).mean, test["label"]
+        return vae.encode(vae.observe(test["x"])).mean, test["label"]
 
 
 def trainer(*callbacks):

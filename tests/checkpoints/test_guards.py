@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_vae.checkpoints.exact_resume import ExactResume
+from lightning_vae.checkpoints.guards import Guards
 from lightning_vae.datamodules import TensorLoader
 from lightning_vae.main import main
 from lightning_vae.running_sums import RunningSums
@@ -105,3 +108,47 @@ def test_the_command_line_says_it_without_a_traceback(
         main(["fit", f"--config={config}", "--optimizer.lr=1e20", "--trainer.max_epochs=1"])
     assert exit_.value.code == 1
     assert "error: `train/distortion` is not a finite number since step 1" in capsys.readouterr().err
+
+
+# ---- the callbacks that a VAE brings along
+
+
+def brought_along(trainer: Trainer) -> list[str]:
+    return [type(each).__name__ for each in trainer.callbacks if isinstance(each, ExactResume | Guards)]
+
+
+def test_a_second_fit_brings_nothing_along_twice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, loader = quiet_trainer(tmp_path, max_epochs=1), TensorLoader({"x": torch.randn(4, 2)}, batch_size=2)
+    with caplog.at_level("INFO"):
+        for model in (RecordingVAE(), RecordingVAE()):
+            trainer.fit(model, loader)
+            assert brought_along(trainer) == ["ExactResume", "Guards"]
+    assert "will override" not in caplog.text
+    given = quiet_trainer(tmp_path, max_epochs=1, callbacks=[Guards(), ExactResume()])
+    given.fit(RecordingVAE(), loader)
+    assert brought_along(given) == ["Guards", "ExactResume"]
+
+
+class KeepsAway(RecordingVAE):
+    def configure_callbacks(self) -> list[Callback]:
+        return []
+
+
+def test_callbacks_that_a_subclass_keeps_away_are_named(tmp_path: Path) -> None:
+    trainer, loader = quiet_trainer(tmp_path, max_epochs=1), TensorLoader({"x": torch.randn(4, 2)}, batch_size=2)
+    with pytest.warns(UserWarning, match=r"The run lacks ExactResume, Guards: .*super\(\)\.configure_callbacks"):
+        trainer.fit(KeepsAway(), loader)
+    trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    RecordingVAE.load_from_checkpoint(tmp_path / "saved.ckpt")
+
+
+def test_weights_alone_are_checked_and_hold_the_knobs(tmp_path: Path) -> None:
+    vae = RecordingVAE(beta=3.0)
+    fit(tmp_path, vae, max_epochs=1)
+    vae.trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert RecordingVAE.load_from_checkpoint(tmp_path / "weights.ckpt").beta == 3.0
+    with torch.no_grad():
+        vae.decoder.map.bias.fill_(math.nan)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        vae.trainer.save_checkpoint(tmp_path / "broken.ckpt", weights_only=True)
+    assert not (tmp_path / "broken.ckpt").exists()

@@ -1,0 +1,187 @@
+"""Checks of a run: its monitors, its options since it was saved, and that its numbers are finite."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_utilities.core.imports import RequirementCache
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from .checkpoint_io import MODULE_KEY
+from .exact_resume import Companion, ExactResume
+
+_SKIPS_LAST = RequirementCache("lightning>=2.6.0")
+
+
+class Guards(Companion):
+    """Check a run when it starts. A :class:`lightning_vae.VAE` brings it along.
+
+    Refuses monitors that would keep the wrong model. Says which options of the model and the optimizer, and which
+    length of the run, differ from those that a resumed run was saved with.
+
+    Raises:
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: If a monitor minimises the ELBO.
+    """
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Any] = {}
+        self._configured: list[list[dict[str, float]]] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._loaded = {}
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._loaded = {name: checkpoint.get(name, {}) for name in ("hyper_parameters", MODULE_KEY)}
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._configured = _configured(trainer.optimizers)  # before a checkpoint or the training changes them
+        if self._loaded:
+            self._say_what_changed(trainer, pl_module)
+            self._loaded = {}
+        if trainer.gradient_clip_val:
+            for optimizer in trainer.optimizers:
+                # Lightning refuses to clip under mixed precision where an optimizer may unscale gradients by itself,
+                # which fused ones do unless told not to.
+                optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+        check_monitors(trainer)
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault(MODULE_KEY, {}).update(length=_length(trainer), optimizers=self._configured)
+
+    def _say_what_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        own = self._loaded[MODULE_KEY]
+        # The module itself tells of knobs as it loads them.
+        options = {
+            name: value for name, value in pl_module.hparams.items() if name not in getattr(pl_module, "knobs", {})
+        }
+        if changed := _differences(self._loaded["hyper_parameters"], options):
+            rank_zero_warn(f"The run goes on with other options of the model than it was saved with: {changed}.")
+        for optimizer, before, now in zip(
+            trainer.optimizers, own.get("optimizers", ()), self._configured, strict=False
+        ):
+            changes = [_differences(*groups) for groups in zip(before, now, strict=False)]
+            if any(changes):
+                rank_zero_warn(
+                    f"{type(optimizer).__name__} keeps the options in the checkpoint, although they were changed "
+                    f"since: {next(filter(None, changes))}."
+                )
+        if changed := _differences(own.get("length", {}), _length(trainer)):
+            rank_zero_info(f"The run is not as long as when it was saved: {changed}.")
+
+
+def missing_companions(trainer: Trainer) -> list[Callback]:
+    """Return the callbacks that accompany each run of a VAE and are not among a Trainer's yet."""
+    present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [kind() for kind in (ExactResume, Guards) if not any(isinstance(each, kind) for each in present)]
+
+
+def warn_of_missing_companions(trainer: Trainer) -> None:
+    """Warn where a module kept the callbacks that accompany each run of a VAE away from it."""
+    if names := ", ".join(type(each).__name__ for each in missing_companions(trainer)):
+        rank_zero_warn(
+            f"The run lacks {names}: `configure_callbacks` of the model does not return what `super()` does. Without "
+            "ExactResume a resumed run draws other noise, without Guards no monitor and no changed option is checked. "
+            "Return `[*super().configure_callbacks(), ...]`."
+        )
+
+
+def check_finite(module: nn.Module, trainer: Trainer) -> None:
+    """Check a module's parameters before they are saved.
+
+    Args:
+        module: The module. Of sharded parameters this process's part is checked.
+        trainer: The Trainer that saves, in all processes at once.
+
+    Raises:
+        FloatingPointError: If a parameter of any process is not finite.
+    """
+    found = _parameter_not_finite(module)
+    if trainer.strategy.reduce_boolean_decision(found is not None, all=False):
+        raise FloatingPointError(
+            f"The parameter `{found or 'of another process'}` holds values that are not finite numbers, so nothing is "
+            "saved; the checkpoints saved before are untouched."
+        )
+
+
+def check_monitors(trainer: Trainer) -> None:
+    """Refuse monitors that would keep the worst model, and warn where the newest is not saved.
+
+    Args:
+        trainer: The Trainer that is about to fit.
+
+    Raises:
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: If a monitor minimises the ELBO.
+    """
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    for owner, monitor in [(each, getattr(each, "monitor", None)) for each in callbacks] + [
+        (each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs
+    ]:
+        mode = getattr(owner, "mode", None)
+        if isinstance(monitor, str) and monitor.rpartition("/")[2] == "elbo" and mode == "min":
+            raise MisconfigurationException(
+                f"{type(owner).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: "
+                "the ELBO is higher when better. Use mode='max', or monitor 'val/loss'."
+            )
+    savers = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
+    if not _SKIPS_LAST or any(_saves_regardless(each) for each in savers):
+        return
+    for each in savers:
+        if each.save_last and each.monitor and each.every_n_epochs and each.save_top_k > 0:
+            rank_zero_warn(
+                f"ModelCheckpoint(monitor={each.monitor!r}, save_last={each.save_last!r}): since Lightning 2.6 "
+                "`last.ckpt` is written only when the model is among the best, so a run resumed from it loses all "
+                "steps since then. Leave `save_last` out, and add `lightning_vae.LastCheckpoint` to the callbacks."
+            )
+
+
+def _saves_regardless(callback: ModelCheckpoint) -> bool:
+    return callback.monitor is None and callback.save_top_k != 0 and not callback.save_weights_only
+
+
+def _length(trainer: Trainer) -> dict[str, int | None]:
+    return {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+
+
+def _configured(optimizers: Sequence[Optimizer]) -> list[list[dict[str, float]]]:
+    """Return the options that a config gives, for each optimizer and group of parameters."""
+    names = ("lr", "weight_decay")
+    return [
+        [{name: float(group[name]) for name in names if name in group} for group in optimizer.param_groups]
+        for optimizer in optimizers
+    ]
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    # Compared as text, since tensors and arrays compare element by element.
+    texts = {name: (repr(before[name]), repr(now[name])) for name in before if name in now and not name.startswith("_")}
+    return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in texts.items() if old != new)
+
+
+@torch.no_grad()
+def _parameter_not_finite(module: nn.Module) -> str | None:
+    """Return the name of the first parameter that is not finite."""
+    named = {name: _own_part(parameter) for name, parameter in module.named_parameters()}
+    if not named:
+        return None
+    device = next(iter(named.values())).device  # waits for it once for all parameters
+    if torch.stack([part.sum().to(device) for part in named.values()]).isfinite().all():
+        return None
+    # A sum may overflow although each value is finite.
+    return next((name for name, part in named.items() if not part.isfinite().all()), None)
+
+
+def _own_part(parameter: Tensor) -> Tensor:
+    part: Tensor = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return part

@@ -1,0 +1,150 @@
+"""The knobs of a module's loss: numbers that callbacks turn while training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor
+from typing_extensions import override
+
+from .checkpoints.checkpoint_io import MODULE_KEY
+from .checkpoints.exact_resume import trainer_of
+
+
+class KnobModule(LightningModule):
+    """Base class of a module whose loss has knobs.
+
+    A knob is a 0-dim float32 buffer. Assigning a number fills it in place. Outside of a fit the assignment configures
+    the module too, as the constructor does. The buffer is the one truth: a callback that moves a knob does so in
+    training batches alone, so validation, checkpoints and the finished module hold its target.
+
+    Attributes:
+        knobs: The number that each knob is configured with; ``None`` for one that was left at its default, which a
+            callback's schedule may end elsewhere than at.
+        rate_limit: The rate in nats that a controller holds the module at, and the price of each nat above it; saved in
+            checkpoints. ``None`` where no controller has set it.
+    """
+
+    knobs: dict[str, float | None]
+    rate_limit: tuple[float, float] | None
+
+    def _register_knobs(self, defaults: Mapping[str, float], configured: Mapping[str, float | None]) -> None:
+        self.rate_limit = None
+        self.knobs = {name: None if value is None else checked_knob(name, value) for name, value in configured.items()}
+        for name, default in defaults.items():
+            value = self.knobs[name]
+            knob = torch.tensor(default if value is None else value, dtype=torch.float32)
+            self.register_buffer(name, knob, persistent=False)
+        # Callbacks turn the knobs alike in every process: there is nothing to broadcast.
+        self._ddp_params_and_buffers_to_ignore = tuple(self.knobs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Fill a knob that is given a value; outside of a fit, configure it."""
+        knobs = self.__dict__.get("knobs")
+        if knobs is None or name not in knobs or name not in self._buffers:
+            super().__setattr__(name, value)
+            return
+        if not self._is_fitting:
+            knobs[name] = checked_knob(name, float(value))
+            self.save_hyperparameters({name: knobs[name]})
+        self._fill(name, value)
+
+    @torch.no_grad()
+    def _fill(self, name: str, value: float | Tensor) -> None:
+        self._buffers[name].fill_(value)  # type: ignore[union-attr]
+
+    @property
+    def _is_fitting(self) -> bool:
+        trainer = trainer_of(self)
+        return trainer is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.state.stopped
+
+    @override
+    def setup(self, stage: str) -> None:
+        if stage == "fit":  # a checkpoint brings the limit of the run that is resumed
+            self.rate_limit = None
+            for name, value in self.knobs.items():
+                if value is not None:  # else it stays where it is
+                    self._fill(name, value)
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint.setdefault(MODULE_KEY, {}).update(
+            knobs=dict(self.knobs),
+            knob_values={name: float(getattr(self, name)) for name in self.knobs},
+            rate_limit=self.rate_limit,
+        )
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get(MODULE_KEY, {})
+        self.rate_limit = saved.get("rate_limit")
+        for name, value in saved.get("knob_values", {}).items():
+            self._load_knob(name, value, saved["knobs"][name])
+
+    def _load_knob(self, name: str, value: float, saved: float | None) -> None:
+        """Take a knob from a checkpoint, unless the module is configured with another number.
+
+        Args:
+            name: The knob.
+            value: Its value when the checkpoint was saved.
+            saved: What the module that was saved was configured with.
+        """
+        own = self.knobs[name]
+        if self._is_fitting:
+            steered = name == "beta" and self.rate_limit is not None  # what a controller has found goes on
+            keeps = own is not None and not steered
+            if keeps and float(getattr(self, name)) != value:
+                rank_zero_warn(
+                    f"The checkpoint was saved with `{name}={value:g}`; the module is configured with `{name}={own:g}`,"
+                    " which the run goes on with."
+                )
+        else:
+            keeps = trainer_of(self) is None and own not in (None, saved)  # an argument that replaces the checkpoint's
+        if not keeps:
+            self._fill(name, value)
+
+    @override
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        for name in module.knobs:
+            if kwargs.get(name) is not None:  # it wins over what a controller has found, too
+                setattr(module, name, kwargs[name])
+        return module
+
+    @override
+    def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
+        """Leave out the knobs: weight averaging goes through these, and a knob is no weight to be averaged."""
+        knobs = {id(self._buffers.get(name)) for name in self.knobs}
+        return (each for each in super().buffers(recurse) if id(each) not in knobs)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Give a copy knobs of its own: spawned processes share the memory of what Lightning does not copy."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        for name in self.knobs:
+            self._buffers[name] = getattr(self, name).clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        knobs = {name: self._buffers[name] for name in self.knobs}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, knob in knobs.items():
+            moved = self._buffers[name]
+            if knob is not None and moved is not None and moved.dtype != torch.float32:
+                self._buffers[name] = knob.to(moved.device)
+        return self
+
+
+def checked_knob(name: str, value: float) -> float:
+    """Return a knob's value.
+
+    Raises:
+        ValueError: If it is negative or not finite.
+    """
+    if not 0 <= value <= torch.finfo(torch.float32).max:
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
+    return float(value)
