@@ -54,7 +54,8 @@ class AttributeScheduler(AttributeWriter):
     @override
     def _value(self, step: int) -> float:
         end = self._schedule.final
-        return end if end is not None and step >= self._schedule.length else self._schedule(step)
+        self._has_settled = end is not None and step >= self._schedule.length
+        return end if end is not None and self._has_settled else self._schedule(step)
 
     @property
     @override

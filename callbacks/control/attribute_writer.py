@@ -81,6 +81,7 @@ class AttributeWriter(Callback):
         self._place: NumberPlace | None = None  # while a fit goes on
         self._current: float | Tensor = math.nan  # the number of this step
         self._target: float | Tensor | None = None
+        self._has_settled = False  # for a subclass whose number no longer changes
         self._restored: dict[str, Any] = {}
         self._checks_left: float = 0
         self._conflicts = 0
@@ -151,12 +152,12 @@ class AttributeWriter(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._place is None:
             self._begin(trainer, pl_module)
-        step = self.step(trainer)
-        self._current = self._value(step)
+        if not self._has_settled:
+            self._current = self._value(self.step(trainer))
         self._place.write(self._current)  # type: ignore[union-attr]
         if self._reader.paths:
             self._reader.listen(pl_module)
-        if step == 0 and batch_idx == 0:
+        if batch_idx == 0 and self.step(trainer) == 0:
             self._probe(trainer, pl_module, batch)
 
     @override
@@ -170,8 +171,8 @@ class AttributeWriter(Callback):
             self._log(trainer, pl_module, batch)
         if self._reader.paths:
             self._reader.forget()
-        if self._current is not self._target:  # else it is there already
-            self._write_target()
+        if self._target is not None and self._current is not self._target and self._place is not None:
+            self._place.write(self._target)
 
     @override
     def on_validation_batch_start(
@@ -234,7 +235,7 @@ class AttributeWriter(Callback):
                 "length as it is now; what is measured begins from nothing."
             )
         self._place = place
-        self._conflicts = 0
+        self._conflicts, self._has_settled = 0, False
         self._checks_left = math.inf if getattr(trainer, "fast_dev_run", False) else _FIRST_CHECKS
         self._write_target()
 
