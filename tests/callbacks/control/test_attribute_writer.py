@@ -1,5 +1,6 @@
 import sys
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
 
 from lightning_vae.callbacks import KLAnnealing, Linear
@@ -217,3 +219,46 @@ def test_a_schedule_that_gives_no_number_is_an_error(tmp_path: Path) -> None:
     annealing = KLAnnealing(lambda step: float("nan") if step == 2 else 1.0)
     with pytest.raises(ValueError, match="finite numbers, got nan at step 2"):
         quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(ForeignModule(), loader())
+
+
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_averaging_does_not_average_the_number(tmp_path: Path, first: bool, use_buffers: bool) -> None:
+    """Case "averaged weights average beta": validation and checkpoints hold the target of somebody's buffer."""
+
+    class Buffered(Warmed):
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.validated.append(float(self.buffer))
+
+    model = Buffered()
+    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
+    annealing = KLAnnealing(Linear(fraction=0.5), "buffer", probe=False)
+    callbacks = [annealing, EMAWeightAveraging(decay=0.5, use_buffers=use_buffers)]
+    trainer = quiet_trainer(
+        tmp_path, callbacks=[*(callbacks if first else callbacks[::-1]), save], max_epochs=3, enable_checkpointing=True
+    )
+    trainer.fit(model, loader(), loader(4))
+    assert set(model.validated) == {1.0}
+    assert float(model.buffer) == 1.0
+    files = list(tmp_path.glob("*.ckpt"))
+    assert len(files) == 9
+    assert {float(torch.load(file, weights_only=True)["state_dict"]["buffer"]) for file in files} == {1.0}
+
+
+@pytest.mark.parametrize("how", ["a save in between", "an exception"])
+def test_saves_of_weights_alone_hold_the_target_though_they_ask_no_callback(tmp_path: Path, how: str) -> None:
+    class Fails(Warmed):
+        def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+            if how == "an exception" and batch_idx == 3:
+                raise KeyError
+            return super().training_step(batch, batch_idx)
+
+    every = {"every_n_train_steps": 3} if how == "a save in between" else {"save_on_exception": True}
+    save = ModelCheckpoint(tmp_path, "{step}", save_weights_only=True, save_top_k=-1, **every)  # type: ignore[arg-type]
+    annealing = KLAnnealing(Linear(steps=6), "buffer", probe=False)
+    trainer = quiet_trainer(tmp_path, callbacks=[annealing, save], max_epochs=1, enable_checkpointing=True)
+    with pytest.raises(KeyError) if how == "an exception" else nullcontext():
+        trainer.fit(Fails(), loader())
+    files = list(tmp_path.glob("*.ckpt"))
+    assert files
+    assert {float(torch.load(file, weights_only=True)["state_dict"]["buffer"]) for file in files} == {1.0}
