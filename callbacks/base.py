@@ -28,8 +28,8 @@ else:
 class Callback(_Callback):
     """Base of this package's callbacks: a Lightning callback that the Trainers of both Lightning packages accept.
 
-    Besides, it holds what every callback here needs from a Trainer: on which step it is, whether this step's values
-    will reach the loggers, and a moment to clean up that always comes.
+    It also gathers what the callbacks here need from a Trainer and Lightning has no public name for: the step, whether
+    this step's values reach the loggers, and a moment to clean up that comes however the run ends.
     """
 
     @staticmethod
@@ -65,12 +65,12 @@ class Callback(_Callback):
     def log_now(
         pl_module: LightningModule, values: dict[str, Tensor | float], prog_bar: bool = False, sync: bool = False
     ) -> None:
-        """Log values of this very moment under the keys as they are: to every logger, for monitors, in the bar.
+        """Log values under the given keys: to every logger, for monitors and, with ``prog_bar``, in the progress bar.
 
-        From ``on_train_batch_end`` on logging steps, from an epoch's end, or from ``on_validation_epoch_end``. At the
-        end of an epoch Lightning asks for ``sync`` where there are several processes.
+        Meant for ``on_train_batch_end`` on logging steps, the end of an epoch, and ``on_validation_epoch_end``. At the
+        end of an epoch Lightning needs ``sync`` where there are several processes.
 
-        They are copied from the device once: Lightning reads what is for the bar in every step from then on.
+        The values are copied to the CPU once, because Lightning reads those of the progress bar in every later step.
         """
         tensors: dict[str, Any] = {
             name: value.detach().float() if isinstance(value, Tensor) else torch.tensor(float(value))
@@ -105,7 +105,7 @@ class Callback(_Callback):
 
 
 class _CleanUp:
-    """Takes the place of a strategy's ``teardown``, once. A class, so that a Trainer can be pickled with it."""
+    """A strategy's ``teardown`` with something to do before it, once. A class, so that a Trainer can be pickled."""
 
     def __init__(self, strategy: Any, before: Any, clean_up: Callable[[], None]) -> None:
         self._strategy = strategy

@@ -1,4 +1,4 @@
-"""Keep a floor under the rate of a module whose loss knows of none."""
+"""Keep a floor under the rate of a module whose loss has none."""
 
 from __future__ import annotations
 
@@ -36,22 +36,22 @@ _REDUCTIONS: dict[str, Callable[[Tensor], float]] = {
 class EnforcedFreeBits(AttributeScheduler):
     r"""Enforce a floor under the rate, in nats, on a module that can't be changed.
 
-    :class:`FreeBits` is the better choice for a module that can: it sets the floor that the module's loss reads. This
-    one needs a loss of the form
+    Prefer :class:`FreeBits` for a module that you can change: it sets the floor that the module's loss reads. This
+    callback needs a loss of the form
 
     .. math:: \text{reconstruction} + w \, c \, \sum_j \tfrac1B \sum_n \mathrm{KL}_{nj}
 
-    and adds what each rate is short of its floor, :math:`\max(\lambda, \mathrm{KL}) = \mathrm{KL} + \max(0, \lambda -
-    \mathrm{KL})`, with the same :math:`w c`, right before the backward pass. All gradients are then those of
+    Right before the backward pass it adds the shortfall of each rate, :math:`\max(\lambda, \mathrm{KL}) = \mathrm{KL} +
+    \max(0, \lambda - \mathrm{KL})`, with the same :math:`w c`. All gradients are then those of
     ``loss = reconstruction + w * c * free_bits(kl_per_dimension, threshold)``, up to rounding, under any optimizer,
-    accumulation and clipping; what the module logs as its loss is still without the floor. The mean that the floor is
-    under is the global batch's, of all processes; each accumulated batch has a floor of its own.
+    accumulation and clipping. The loss that the module logs is still without the floor. The floor is under the mean of
+    the global batch, over all processes; each accumulated batch has its own floor.
 
-    The KL has to be that of the very output that ``posterior`` names, which nothing clamps or changes on the way,
-    against N(0, I) or a ``Normal`` that the module offers as ``prior``; it has to enter with the weight and the
-    reduction given here, and linearly. At the first batch that is tried on copies of the module, where it can be (see
-    :class:`KLAnnealing`): what the loss rises by for a weight of 1 has to be that KL. Otherwise it is taken on trust,
-    as is a clamp that acts later on. The weight is read when the loss is complete.
+    The KL in the loss has to be that of the output that ``posterior`` names, not clamped or changed in between, against
+    N(0, I) or a ``Normal`` that the module offers as ``prior``. It has to enter linearly, with the weight and the
+    reduction given here. At the first batch this is checked on copies of the module where that is possible (see
+    :class:`KLAnnealing`): the loss has to rise by that KL for a weight of 1. Otherwise it is taken on trust, as is a
+    clamp that acts only later. The weight is read when the loss is complete.
 
     Logged on logging steps: ``knobs/free_bits`` and ``latent/at_floor``, as by :class:`FreeBits`.
 
@@ -61,8 +61,9 @@ class EnforcedFreeBits(AttributeScheduler):
             in :class:`~.reading.distribution_reader.DistributionReader`.
         weight: Where the module keeps the weight of the KL term, a dotted path as in :class:`KLAnnealing`; or a number,
             where the loss has one.
-        reduction: What the weight multiplies. ``"sum"``: the KL summed over the latent dimensions, mean over the batch;
-            ``"mean"``: mean over both; ``"batch_sum"``: summed over both; or the number of times it is ``"sum"``.
+        reduction: Reduction of the KL that the weight multiplies. ``"sum"``: summed over the latent dimensions, mean
+            over the batch; ``"mean"``: mean over both; ``"batch_sum"``: summed over both; or a number, the factor
+            between it and ``"sum"``.
         second: What stands beside the mean where the posterior is a pair of tensors.
         chunk: Axis along which the posterior is split, where it is one tensor.
         per: What each floor is under: ``"dimension"``, ``"whole"`` (the total rate), or a number of consecutive
@@ -142,7 +143,7 @@ class EnforcedFreeBits(AttributeScheduler):
             shared = self.average == "batch" and several_processes(trainer)
             means = mean_over_processes(trainer, rates.detach()) if shared else None
             missing = self.factor(rates) * shortfall(rates, threshold, self.per, self.average, means)
-            # Lightning has divided the loss already, into a tensor that it keeps to itself.
+            # In place, because Lightning has already divided the loss and keeps that tensor.
             loss.add_((self._read_weight(pl_module) * missing / trainer.accumulate_grad_batches).reshape(loss.shape))
         self._rates = rates.detach()
 
@@ -161,7 +162,7 @@ class EnforcedFreeBits(AttributeScheduler):
             self.log_now(pl_module, {"latent/at_floor": at_floor})
 
     def factor(self, rates: Tensor) -> float:
-        """Return what the module's reduction makes of the rate, as :attr:`reduction` says.
+        """Return the factor that the module's reduction applies to the rate.
 
         Args:
             rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
@@ -181,7 +182,7 @@ class EnforcedFreeBits(AttributeScheduler):
         super()._prepare(trainer, pl_module, current, restored)
 
     def _read_weight(self, pl_module: LightningModule) -> Any:
-        """Return the weight as the module has it: a tensor stays one, on its device and with its gradient."""
+        """Return the module's weight; a tensor stays a tensor, on its device and with its gradient."""
         if not isinstance(self.weight, str):
             return self.weight
         value: Any = pl_module
@@ -198,7 +199,7 @@ class EnforcedFreeBits(AttributeScheduler):
         return value
 
     def _read_rates(self, pl_module: LightningModule) -> Tensor | None:
-        """Compute the rates of the posterior that the loss was made of, shape ``(B, k)``; ``None`` without one."""
+        """Compute the rates of the posterior in the loss, shape ``(B, k)``; ``None`` for a step without one."""
         posteriors, prior = self._reader.read(pl_module, None), read_prior(pl_module)
         self._reader.listen(pl_module)  # some optimizers compute the loss several times in a step
         if not posteriors:
@@ -231,7 +232,7 @@ class EnforcedFreeBits(AttributeScheduler):
         return rates
 
     def _try_declaration(self, probe: LossProbe, weight: str) -> None:
-        """Refuse a loss that does not rise with the weight as declared, where that can be found out."""
+        """Refuse a loss that does not rise with the weight as declared, where that can be tried."""
         seen: list[tuple[DistributionReader, LightningModule]] = []
 
         def look_on(copy: LightningModule) -> None:
@@ -247,7 +248,7 @@ class EnforcedFreeBits(AttributeScheduler):
                 return  # the step itself refuses
             rates = kl_per_dimension(posteriors[0], prior).detach().flatten(1)
             declared = self.factor(rates) * float(rates.sum(1).mean())
-        except Exception as reason:  # nothing that is only tried may end somebody's training
+        except Exception as reason:  # a trial must not end the training
             rank_zero_info(f"EnforcedFreeBits takes `weight` and `reduction` on trust: they can't be tried ({reason}).")
             return
         noise = 4 * probe.epsilon * max(abs(zero), abs(one)) + 4 * abs(again - zero)
@@ -303,15 +304,15 @@ def shortfall(
     average: str,
     global_mean: Tensor | None = None,
 ) -> Tensor:
-    """Compute what the rates are short of their floors.
+    """Compute the shortfall of the rates below their floors.
 
     Args:
         rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
         threshold: The floor in nats, above 0.
         per: What each floor is under, as in :class:`EnforcedFreeBits`.
         average: Whether the floors are under the ``"batch"``'s mean or under each ``"sample"``.
-        global_mean: Where the batch is a process's share of a larger one, the rates' mean over that, shape ``(k,)``: it
-            decides, and the gradient reaches the share.
+        global_mean: The rates' mean over the batch of all processes, shape ``(k,)``, where there are several. It
+            decides which floors act; the gradient reaches this process's share.
 
     Returns:
         Nats per observation, a scalar.

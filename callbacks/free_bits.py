@@ -27,24 +27,26 @@ _NEAR = 1.05  # a rate within 5 % of its floor sits at it: nothing pulls it up, 
 
 
 class FreeBits(AttributeScheduler):
-    """Set the floor under the rate, in nats: less than it saves nothing, so no dimension is given up for its cost.
+    """Set a floor under the rate, in nats, so that giving up a latent dimension saves nothing.
 
-    The module's loss has to read the floor. ``lightning_vae.VAE`` does; a loss of your own needs the one line
+    The module's loss has to read the floor. ``lightning_vae.VAE`` does; your own loss needs one line,
 
         loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bits)
 
     with ``lightning_vae.free_bits``. Logged on logging steps: ``knobs/free_bits``, and ``latent/at_floor``, how many of
     the floored dimensions (or groups) sit at the floor, where the posterior can be read and its dimensions have rates
-    of their own; where it is not Gaussian, they are measured against the module's own ``prior``. Warns once, from half
-    of the run on, when the floors together exceed the measured rate or hold more than 90 % of the dimensions: the floor
-    then sets the model and not the data. A single floor under the whole rate is there to do so, and does not warn.
+    of their own; where it is not Gaussian, they are measured against the module's own ``prior``. In the second half of
+    the run it warns once if the floors together exceed the measured rate or hold more than 90 % of the dimensions: the
+    floor, and not the data, then determines the model. A single floor under the whole rate is meant to, and does not
+    warn.
 
-    With ``accumulate_grad_batches`` each of the accumulated batches has a floor under its own mean: a mean of floored
-    rates, which is at least the floored rate of the mean.
+    With ``accumulate_grad_batches`` each accumulated batch has a floor under its own mean. The mean of the floored
+    rates is at least the floored rate of the mean.
 
-    On the threshold: 0.1 to 2 nats per dimension, start at 0.5. Too much: all dimensions at the floor, a rate of about
-    threshold times dimensions, a mutual information well below it, a worse ELBO. Too little: as without it, inactive
-    dimensions. The floor guarantees a rate, not information: watch ``latent/mutual_information`` beside it.
+    Choose a threshold of 0.1 to 2 nats per dimension and start with 0.5. If it is too high, all dimensions sit at the
+    floor, the rate is about threshold times dimensions, the mutual information is well below that and the ELBO is
+    worse. If it is too low, dimensions stay inactive as they would without it. The floor guarantees a rate, not
+    information: watch ``latent/mutual_information`` beside it.
 
     Args:
         threshold: The floor in nats: a number, or a schedule of the training step.
@@ -126,8 +128,8 @@ class FreeBits(AttributeScheduler):
             rank_zero_warn(
                 f"FreeBits: {latest.at_floor:.0f} of {latest.groups} floors hold their dimension; together they are "
                 f"{latest.floors:.2f} nats, the measured rate is {latest.rate:.2f}. The threshold sets the model, and "
-                "its rate need not be information: lower `threshold`, or use fewer latent dimensions. Or the run is "
-                "too short for the rates to rise above it, or the loss does not read it."
+                "its rate need not be information: lower `threshold`, or use fewer latent dimensions. Otherwise the "
+                "run is too short for the rates to rise above it, or the loss does not read it."
             )
 
     @override
@@ -144,13 +146,13 @@ class FreeBits(AttributeScheduler):
         """Compute the rate of each observation and dimension, of all posteriors; ``None`` where there is none."""
         own = getattr(pl_module, "posterior", None)
         if self._reader.posterior is None and (own is None or callable(own)):
-            return None  # the module offers none, or means a method or a submodule by that name
+            return None  # the module offers none, or has a method or a submodule of that name
         posteriors, prior = self._reader.read(pl_module, batch), read_prior(pl_module)
         if not posteriors or any(each.event_shape for each in (prior, *posteriors)):
             return None  # a step without one, or a distribution over whole vectors has no rate of a dimension
         offers_prior = isinstance(getattr(pl_module, "prior", None), Distribution)
         if not offers_prior and not all(isinstance(each, Normal) for each in posteriors):
-            return None  # N(0, I) would be an invention
+            return None  # N(0, I) would be a guess
         sizes = {each.batch_shape[1:] for each in posteriors}
         if len(sizes) > 1:
             raise ValueError(
@@ -182,7 +184,7 @@ class _AtFloor(NamedTuple):
 
     @property
     def sets_the_model(self) -> bool:
-        """Whether it is the floors that decide the rates; a single floor under all of them is there to do so."""
+        """Whether the floors determine the rates; a single floor under all of them is meant to."""
         return self.floors > 0 and self.groups > 1 and (self.floors > self.rate or self.at_floor > 0.9 * self.groups)
 
 

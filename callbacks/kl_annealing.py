@@ -24,18 +24,19 @@ log = logging.getLogger(__name__)
 
 
 class KLAnnealing(AttributeScheduler):
-    """Move the weight of the KL term along a schedule: the cure of a collapse that happens early in training.
+    """Anneal the weight of the KL term along a schedule, against a collapse early in training.
 
     A schedule whose ``stop`` is left out ends at the value the module is configured with, so one config serves every
     ``beta``. Validation, checkpoints and the module after fitting have that value. Logged as ``knobs/beta``, or the
     path's last part.
 
-    At the first batch it reports what the weight does to the loss, in nats per observation where it recognises the
-    loss's terms: the *effective beta*, which is what the weight would be in an ELBO. A weight that the loss ignores, or
-    applies twice, shows there. For that the loss of this batch is evaluated on copies of the module with the same
-    random state, at weight 0 and at others. Where that isn't cheap and without side effects (a setter, several
-    processes, manual optimization, compiled or large modules, hooks), it is left out. What it can't know of is a step
-    that acts on the world, past Lightning: ``probe=False`` is for that. ``lightning_vae.VAE`` needs no report.
+    At the first batch the callback reports how the loss depends on the weight. Where it recognises the terms of the
+    loss, it gives the *effective beta*: the weight in an ELBO that would have the same effect. The report shows a
+    weight that the loss ignores or applies twice. To find out, it evaluates the loss of this batch on copies of the
+    module, with the same random state, at weight 0 and at others. It leaves the report out where that is expensive or
+    has side effects (a setter, several processes, manual optimization, compiled or large modules, hooks). It can't
+    detect a training step with effects outside of Lightning; switch the report off there with ``probe=False``.
+    ``lightning_vae.VAE`` needs no report.
 
     Args:
         schedule: Weight per step: ``Linear``, ``Sigmoid``, ``Cosine``, ``Cyclical``, ``Staged``, ``Constant``, ``Join``
@@ -81,12 +82,12 @@ class KLAnnealing(AttributeScheduler):
             self._report(trainer, pl_module, batch)
 
     def _is_foreign(self, pl_module: LightningModule) -> bool:
-        """Whether it is unknown what the number does; what a setter does besides is unknown too, so it isn't tried."""
+        """Whether the effect of the number is unknown. A setter may have side effects, so it is not probed."""
         return self.setter is None and not set(self._paths) & set(getattr(pl_module, "knobs", {}))
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         others = [each for each in callbacks_of(trainer) if isinstance(each, KLAnnealing) and each is not self]
-        # Two weights may be multiplied, and the other be 0 now.
+        # The loss may multiply two weights, of which the other is 0 at this step.
         held = {tuple(each._paths): float(each._target) for each in others if each._paths and each._target is not None}
         target = None if self._target is None else float(self._target)
         probe = LossProbe(trainer, pl_module, batch, batch_idx=0)
@@ -103,18 +104,18 @@ class KLAnnealing(AttributeScheduler):
 
 
 def describe(effect: WeightEffect, name: str, target: float | None) -> str:
-    """Say what a weight does to a loss.
+    """Describe the effect of a weight on a loss.
 
     Args:
-        effect: What was measured.
-        name: The weight's name.
-        target: The value it is meant to have, if that is known.
+        effect: The measured effect.
+        name: Name of the weight.
+        target: The value it ends at, if that is known.
     """
     zero, half, full = effect.losses
     if effect.is_ignored:
         return (
-            f"the loss of the first batch is {zero:.6g} whatever `{name}` is. In this batch it doesn't read the number "
-            "that is written, or sets it itself, or multiplies it by something that is 0, or the KL is exactly 0."
+            f"the loss of the first batch is {zero:.6g} whatever `{name}` is. The loss doesn't read the number that is "
+            "written, or sets it itself, or multiplies it by something that is 0, or the KL is exactly 0."
         )
     if not effect.is_linear:
         text = (

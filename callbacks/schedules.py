@@ -3,9 +3,9 @@
 A schedule maps a step, counted from 0, to a value. It has no counter, so a resumed run goes on where it was. It is
 exact at both ends, rises or falls, and is defined for every step >= 0; past its end it holds its last value.
 
-A length is given in exactly one unit: steps, epochs or a fraction of the run. ``stop=None`` ends at the value that the
-module is configured with. :meth:`Schedule.resolve` turns both into numbers. A schedule with a number of steps and a
-``stop`` needs no resolving, so it works in any training loop:
+A length is given in exactly one unit: steps, epochs or a fraction of the run. With ``stop=None`` a schedule ends at the
+value that the module is configured with. :meth:`Schedule.resolve` turns both into numbers. A schedule with a length in
+steps and a ``stop`` needs no resolving, so it works in any training loop:
 
 >>> warm_up = Linear(start=0.0, stop=1.0, steps=4)
 >>> [warm_up(step) for step in range(6)]
@@ -46,7 +46,7 @@ def sigmoid_ramp(ratio: float, steepness: float = 12.0) -> float:
 
     Args:
         ratio: How far along, from 0 to 1.
-        steepness: Above 0; the larger, the more of a jump at the middle.
+        steepness: Above 0; a large value makes the curve jump at the middle.
     """
     return 0.5 * (1.0 + math.tanh(steepness / 4 * (2 * ratio - 1)) / math.tanh(steepness / 4))
 
@@ -63,7 +63,7 @@ def interpolate(start: float, stop: float, ratio: float) -> float:
 
 
 class Schedule(ABC):
-    """What the schedules have in common: a value per step, a length, an end, and how to turn them into numbers."""
+    """Base of the schedules: a value per step, a length and an end."""
 
     def __call__(self, step: int) -> float:
         """Return the value at ``step``, which counts from 0."""
@@ -96,17 +96,17 @@ class Schedule(ABC):
     def length(self) -> float:
         """Steps until the value no longer changes; ``math.inf`` if it never stops changing.
 
-        From then on callbacks take :attr:`final`, without asking.
+        From then on callbacks use :attr:`final`.
         """
 
     @property
     @abstractmethod
     def final(self) -> float:
-        """The value held at the end; for cycles without an end, the one that each of them ends at."""
+        """The value held at the end; for endless cycles, the value at which each cycle ends."""
 
     @property
     def endless(self) -> bool:
-        """Whether it goes on for ever, so that nothing can follow it in a :class:`Join`."""
+        """Whether the schedule never ends, so that nothing can follow it in a :class:`Join`."""
         return False
 
 
@@ -169,7 +169,7 @@ class Constant(Schedule):
 
 @dataclass(frozen=True, kw_only=True)
 class _Ramp(Schedule):
-    """Go from ``start`` to ``stop`` once; a subclass says along which curve from (0, 0) to (1, 1)."""
+    """Go from ``start`` to ``stop`` once, along the curve from (0, 0) to (1, 1) that a subclass gives."""
 
     start: float = 0.0
     stop: float | None = None
@@ -256,8 +256,8 @@ class Sigmoid(_Ramp):
 
     ``start + (stop - start) * sigmoid_ramp(min(1, step / steps), steepness)``
 
-    :func:`sigmoid_ramp` is shifted and scaled to be exact at both ends, where the textbook's curve never gets. Over a
-    length of ``T`` steps, the textbook's ``sigmoid((step - T/2) / tau)`` has ``steepness = T / tau``, and Bowman's
+    :func:`sigmoid_ramp` is shifted and scaled to be exact at both ends, which the textbook's curve never reaches. Over
+    a length of ``T`` steps, the textbook's ``sigmoid((step - T/2) / tau)`` has ``steepness = T / tau``, and Bowman's
     ``1 / (1 + exp(-a (step - t0)))`` has ``T = 2 t0`` and ``steepness = a T``.
 
     Args:
@@ -266,7 +266,7 @@ class Sigmoid(_Ramp):
         steps: Length in steps.
         epochs: Length in epochs, instead of ``steps``.
         fraction: Length as a fraction of the run, instead of ``steps``.
-        steepness: Near 0 a straight line; the larger, the more of a jump at half the length.
+        steepness: Near 0 the curve is a straight line; a large value makes it jump at half the length.
     """
 
     steepness: float = 12.0
@@ -284,12 +284,12 @@ class Sigmoid(_Ramp):
 
 @dataclass(frozen=True, kw_only=True)
 class Cyclical(Schedule):
-    """Go from ``start`` to ``stop`` and hold it, again and again: Fu et al. 2019, arXiv:1903.10145.
+    """Repeat a ramp from ``start`` to ``stop`` that then holds ``stop``: Fu et al. 2019, arXiv:1903.10145.
 
     With a period of ``P`` steps, ``tau = (step mod P) / P`` and ``f`` the curve:
     ``start + (stop - start) * f(min(1, tau / ratio))``. After the last cycle ``stop`` is held.
 
-    ``ratio=0.5`` is the paper's; ``ratio=1`` is the sawtooth ``(step mod P) / P``, which never gets to ``stop`` within
+    ``ratio=0.5`` is the paper's; ``ratio=1`` is the sawtooth ``(step mod P) / P``, which never reaches ``stop`` within
     a cycle. A phase at ``start`` before each ramp, as in Optimus, is a :class:`Join` of constants and single cycles.
 
     Args:
@@ -298,7 +298,7 @@ class Cyclical(Schedule):
         period_steps: Length of one cycle in steps.
         period_epochs: Length of one cycle in epochs, instead of ``period_steps``.
         period_fraction: Length of one cycle as a fraction of the run, instead of ``period_steps``.
-        cycles: How many; ``None`` goes on for ever.
+        cycles: Number of cycles; ``None`` repeats them for ever.
         ratio: The part of a cycle that the ramp takes.
         shape: The curve of the ramp; ``"sigmoid"`` has steepness 12.
     """
@@ -361,7 +361,7 @@ class Cyclical(Schedule):
 
 @dataclass(frozen=True)
 class Staged(Schedule):
-    """Hold one value after the other: ``values[i]`` from the i-th boundary on.
+    """Hold a sequence of values: ``values[i]`` from the i-th boundary on.
 
     Args:
         values: The values; the last may be ``None``, the value the module is configured with.
@@ -383,7 +383,7 @@ class Staged(Schedule):
         name, boundaries = self._boundaries
         if len(self.values) != len(boundaries) + 1:
             raise ValueError(
-                f"`{name}` must hold one boundary less than there are `values`, "
+                f"`{name}` must hold one boundary fewer than there are `values`, "
                 f"got {len(boundaries)} for {len(self.values)}. Leave out the boundary of the first value."
             )
         for boundary in boundaries:
@@ -425,9 +425,10 @@ class Staged(Schedule):
 
 @dataclass(frozen=True)
 class Join(Schedule):
-    """Run one schedule after the other, each counting from its own start.
+    """Run schedules one after another, each counting from its own start.
 
-    A schedule gives way after its length, at the step at which it would first return its last value.
+    The next schedule begins after the length of the one before, at the step at which that would first return its last
+    value.
 
     Args:
         schedules: The schedules; each but the last needs an end.
@@ -489,7 +490,7 @@ def _check_finite(name: str, value: float | None) -> None:
 
 
 def _only_one(**options: _T | None) -> tuple[str, _T]:
-    """Return name and value of the one option that is given."""
+    """Return the name and value of the only option that is given."""
     given = {name: value for name, value in options.items() if value is not None}
     if len(given) != 1:
         allowed = ", ".join(f"`{name}`" for name in options)
@@ -510,7 +511,7 @@ def _check_length(name: str, length: float) -> None:
 
 
 def _in_steps(name: str, length: float, steps_per_epoch: int | None, total_steps: int | None) -> int:
-    """Return a length in steps, whatever the unit that its option is named after."""
+    """Return a length in steps; the option's name gives its unit."""
     if name.endswith("steps"):
         return int(length)
     unit = steps_per_epoch if name.endswith("epochs") else total_steps
@@ -524,7 +525,7 @@ def _in_steps(name: str, length: float, steps_per_epoch: int | None, total_steps
 
 
 def _end_at(stop: float | None, target: float | None) -> float:
-    """Return the value a schedule ends at: its own, else the configured one."""
+    """Return the end of a schedule: its own, or else the configured value."""
     end = target if stop is None else stop
     if end is None:
         raise ValueError("The end of a schedule must be a number, got None and no configured value. Give it a `stop`.")

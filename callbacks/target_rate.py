@@ -29,7 +29,7 @@ _VALIDATION_LOSS = re.compile(r"val(id|idation)?[/_]loss(_epoch)?")
 
 
 class TargetRate(AttributeWriter):
-    r"""Hold the rate at a target by moving the weight of the KL term: compression to a given number of nats or bits.
+    r"""Hold the rate at a target number of nats or bits by moving the weight of the KL term.
 
     ControlVAE's PI controller, in the logarithm of the weight,
 
@@ -37,17 +37,17 @@ class TargetRate(AttributeWriter):
         e = \frac{R - C}{\max(C, 1)}, \quad \log \beta = K_p e + I, \quad I \leftarrow I + K_i e
 
     where R is the moving average of the training batches' rates and C the target, each in nats per observation. The
-    error is held within -1 and 1 and the weight within its bounds, at which the integral stops. A step moves
-    :math:`\log \beta` by :math:`K_i` at most, besides what the first term does.
+    error is clamped to -1 and 1 and the weight to its bounds, where the integral stops. Apart from the proportional
+    term, a step moves :math:`\log \beta` by at most :math:`K_i`.
 
-    The weight starts where the module is configured. It stays where the controller has it in validation, in checkpoints
-    and after fitting. What a resumed run needs is saved. Logged on logging steps: ``knobs/beta`` (or the path's last
-    part), ``knobs/target_rate`` and ``latent/rate``, the average that is steered, both in nats. A target that no weight
-    within the bounds reaches is reported once.
+    The weight starts at the module's configured value. Validation, checkpoints and the finished module have the weight
+    that the controller has found. The controller's state is saved, so a resumed run goes on from it. Logged on logging
+    steps: ``knobs/beta`` (or the path's last part), ``knobs/target_rate`` and ``latent/rate``, the average that is
+    steered, both in nats. A target that no weight within the bounds reaches is reported once.
 
-    Under it the ``val/loss`` and ``test/loss`` of ``lightning_vae.VAE`` serve the target at the schedule's end: they
-    are the distortion, and ``price`` for each nat of rate above the target and its tolerance. On any other module the
-    validation loss has the weight of the moment in it: monitor something without one.
+    The ``val/loss`` and ``test/loss`` of ``lightning_vae.VAE`` then measure the target at the schedule's end: the
+    distortion, plus ``price`` for each nat of rate above the target and its tolerance. The validation loss of any other
+    module contains the current weight: monitor something without it.
 
     Args:
         nats: The target in nats per observation: a number, a schedule of the training step with an explicit end, or
@@ -64,7 +64,7 @@ class TargetRate(AttributeWriter):
         max_beta: The largest weight; a hundred times the first if not given.
         proportional: Gain :math:`K_p`.
         integral: Gain :math:`K_i` per step. Lower it where rate and weight swing, in runs of very many steps.
-        smoothing: Part of the average rate that a new batch leaves, from 0 to below 1.
+        smoothing: Weight of the previous average in the moving average, from 0 to below 1.
         tolerance: By how much the rate may exceed the target in ``val/loss``, and miss it before that counts as not
             met: a fraction of the target, or of 1 nat for smaller targets.
         price: What ``val/loss`` charges for each nat above that. It must be more than the weight that holds the target,
@@ -213,7 +213,7 @@ class TargetRate(AttributeWriter):
         return sum_and_count(posteriors, read_prior(pl_module), pl_module.device)
 
     def _steer(self, trainer: Trainer) -> None:
-        """Measure the step that has just been taken, and find the weight of the next."""
+        """Update the controller with the step that has just been taken."""
         assert self._controller is not None
         assert self._state is not None
         assert self._measured is not None
@@ -236,7 +236,7 @@ class TargetRate(AttributeWriter):
                 rank_zero_warn(f"{type(self).__name__}({self.name}): {text}")
 
     def _problems(self, target: float) -> Iterator[tuple[str, str]]:
-        """Say what is wrong with the options, and what to change. Waits for the device."""
+        """Yield each problem with the options, and its remedy. Waits for the device."""
         assert self._state is not None
         rate, _, log_weight, steps = (float(value) for value in self._state)
         weight = f"`{self.name}` has been at its {{}}, {math.exp(log_weight):.4g}, for {abs(steps):.0f} steps"

@@ -1,1 +1,1 @@
-"""Write a number of a LightningModule: where it lies, and what it is over the steps."""
+"""Write a number of a LightningModule during training."""

@@ -1,4 +1,4 @@
-"""Reading and writing a number that a LightningModule keeps somewhere."""
+"""Read and write a number at a dotted path of a LightningModule."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-# What every module has, and nobody means.
+# Attributes that every module has, which no path means.
 _FOREIGN = ("builtins", "torch", "lightning", "lightning_fabric", "pytorch_lightning")
 _OF_LIGHTNING = ("training", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
 
 
 class AttributePath:
-    """A number that lies at a dotted path of a module: ``"beta"``, ``"model.beta"``, ``"params.kld_weight"``.
+    """A number at a dotted path of a module: ``"beta"``, ``"model.beta"``, ``"params.kld_weight"``.
 
-    The path may pass through submodules, plain objects, dict keys, list indices and the elements of a tensor. It must
+    The path may lead through submodules, plain objects, dict keys, list indices and the elements of a tensor. It must
     exist: an ``nn.Module`` takes any new name, so that a typing error would otherwise go unnoticed and anneal nothing.
     Wrappers that keep the real thing in ``_orig_mod`` or ``module`` (``torch.compile``, DDP) are looked through. It is
     walked each time, because a project may replace what lies on the way.
 
-    A path may also lead to a method that returns the number. Writing then replaces it, on this one object and for good,
-    by a function that returns what was written, whatever it is called with.
+    A path may also lead to a method that returns the number. Writing then replaces the method, on this object and for
+    good, by a function that returns the written number for any arguments.
 
     Args:
         pl_module: Where the path starts.
         path: The path.
 
     Raises:
-        ValueError: If the path leads nowhere, to something that is no number, or to a number that can't be set.
+        ValueError: If the path leads nowhere, to something other than a number, or to a number that can't be set.
     """
 
     def __init__(self, pl_module: LightningModule, path: str) -> None:
@@ -44,7 +44,7 @@ class AttributePath:
         self._root = pl_module
         *self._parents, self._name = path.split(".")
         self._written: float | Tensor = math.nan
-        self._place: tuple[int, int] | None = None
+        self._filled: tuple[int, int] | None = None
         try:
             owner, value = self._find()
         except _NowhereError as error:
@@ -54,13 +54,13 @@ class AttributePath:
         self._check(owner, value)
 
     def read(self) -> float | None:
-        """Return the number as it is now; ``None`` for a method, which only its caller can ask."""
+        """Return the current number; ``None`` for a method, whose arguments are not known."""
         return _number(self._find()[1])
 
     def write(self, value: float | Tensor) -> None:
-        """Set the number: a tensor is filled in place, a method returns it from now on, anything else is replaced.
+        """Set the number: a tensor is filled in place, a method is replaced by one that returns it, a number is set.
 
-        Only what is no tensor waits for the device of a 0-dim one.
+        Writing a 0-dim tensor to a place that holds no tensor waits for its device.
 
         Raises:
             ValueError: If the place does not take this value.
@@ -74,7 +74,7 @@ class AttributePath:
                 owner, current = self._find()
             if isinstance(current, Tensor):
                 (current.detach() if current.requires_grad else current).fill_(value)
-                self._place = (current.data_ptr(), current._version)
+                self._filled = (current.data_ptr(), current._version)
             else:
                 value = float(value) if isinstance(value, Tensor) else value
                 if isinstance(current, _Returns):
@@ -91,7 +91,7 @@ class AttributePath:
         current = self._find()[1]
         # Nobody has filled it; or it is a parameter, which its optimizer moves, but only after the loss.
         if isinstance(current, Tensor) and (
-            current.requires_grad or (current.data_ptr(), current._version) == self._place
+            current.requires_grad or (current.data_ptr(), current._version) == self._filled
         ):
             return None
         value = _number(current)
@@ -100,7 +100,7 @@ class AttributePath:
         return None if holds else self
 
     def _find(self) -> tuple[Any, Any]:
-        """Return what keeps the number, and what it keeps."""
+        """Return the number's owner and its value."""
         return look_up(self._owner(), self._name, self.path)
 
     def _owner(self) -> Any:
@@ -110,7 +110,7 @@ class AttributePath:
         return owner
 
     def _check(self, owner: Any, value: Any) -> None:
-        """Find out before the first step whether this is a number that can be set."""
+        """Refuse, before the first step, what is not a number that can be set."""
         if isinstance(value, _Returns):
             return
         if inspect.isroutine(value):
@@ -154,7 +154,7 @@ def _is_lightnings(value: Any) -> bool:
 
 
 class _Returns:
-    """What a method is replaced by. A class, so that a module that holds one can be copied and pickled."""
+    """The replacement of a method. A class, so that a module that holds one can be copied and pickled."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -187,7 +187,7 @@ def _is_indexed(owner: Any) -> bool:
 
 
 def _is_element(owner: Any, name: str) -> bool:
-    """Whether a name is a number that stands for an element: of a list, a tensor or an array."""
+    """Whether a name is the index of an element of a list, a tensor or an array."""
     return name.lstrip("-").isdigit() and _is_indexed(owner)
 
 
@@ -196,7 +196,7 @@ def _key(owner: Mapping[Any, Any], name: str) -> Any:
 
 
 def look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
-    """Return what has a name, which is what a wrapper wraps if the wrapper has not, and what it has there."""
+    """Return the owner of a name, looking through wrappers, and the value that it has there."""
     if owner is None:
         raise _NowhereError(f"`attribute={path!r}`: what should have {name!r} is None when fitting starts.")
     tried = []
@@ -236,7 +236,7 @@ def _nowhere(owner: Any, name: str, path: str) -> _NowhereError:
 
 
 def _unwrapped(owner: Any) -> Any:
-    """Return what a wrapper wraps, if it is one."""
+    """Return the wrapped module of a wrapper; ``None`` for anything else."""
     if isinstance(owner, nn.Module):
         for name in ("_orig_mod", "module"):
             if isinstance(inner := owner._modules.get(name), nn.Module):
@@ -263,12 +263,12 @@ def _names(owner: Any) -> list[str]:
 
 
 def _near(owner: Any, name: str) -> list[str]:
-    """Return what may have been meant: where the very name exists further in, and names that are alike."""
+    """Return likely meanings: places further in where the name exists, and similar names."""
     return [*_elsewhere(owner, name), *difflib.get_close_matches(name, _names(owner), n=3)]
 
 
 def _elsewhere(owner: Any, name: str) -> list[str]:
-    """Return where in a module's submodules, and in the objects that these hold, a name exists."""
+    """Return the paths at which a module's submodules, and the objects that they hold, have a name."""
     found = []
     for prefix, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
         start = [prefix] if prefix else []

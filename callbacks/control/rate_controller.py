@@ -1,9 +1,9 @@
 """A PI controller of the rate, in the logarithm of the weight, as pure functions of 0-dim tensors.
 
-What a linear VAE does says why in the logarithm: with ``n`` active dimensions its rate falls by ``n / 2`` nats per unit
-of ``log(weight)``, wherever the weight is, and by what ``n / weight`` makes of it in the weight itself. An active
-dimension carries about a nat, so an error that is taken relative to the target answers to the logarithm with a gain
-between 1/2 and 1 for any target and any number of latent dimensions: one pair of gains serves them all.
+The linear VAE shows why the logarithm is right: with ``n`` active dimensions its rate falls by ``n / 2`` nats per unit
+of ``log(weight)`` at any weight, but by ``n / (2 weight)`` nats per unit of the weight itself. An active dimension
+carries about a nat, so the error relative to the target responds to the logarithm with a gain between 1/2 and 1, for
+any target and any number of latent dimensions. One pair of gains therefore serves them all.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 
 
 class ControllerState(NamedTuple):
-    """What a controller remembers, as 0-dim float32 tensors on one device.
+    """State of a controller, as 0-dim float32 tensors on one device.
 
     Attributes:
         rate: The filtered rate in nats; NaN until one is measured.
         integral: The sum of the errors, in units of ``log(weight)``.
         log_weight: Logarithm of the weight of the next step.
-        steps_at_bound: For how many steps in a row the weight has been at a bound and the target missed; negative at
-            the lower bound.
+        steps_at_bound: Number of consecutive steps with the weight at a bound and the target missed; negative at the
+            lower bound.
     """
 
     rate: Tensor
@@ -47,7 +47,7 @@ class RateController:
         upper: Largest ``log(weight)``.
         proportional: Gain of the error.
         integral: Gain of its sum, per step.
-        smoothing: Part of the filtered rate that a new measurement leaves: 0.95 averages over about 20 steps.
+        smoothing: Weight of the previous filtered rate: 0.95 averages over about 20 steps.
         tolerance: Relative error up to which the target counts as met.
     """
 
@@ -59,12 +59,12 @@ class RateController:
     tolerance: float
 
     def __call__(self, state: ControllerState, rate: Tensor, target: float) -> ControllerState:
-        """Return the state after a measurement. No device is waited for.
+        """Return the state after a measurement, without waiting for the device.
 
         Args:
             state: The state before it.
-            rate: The rate of this step in nats; one that is not finite is passed over.
-            target: What it should be, in nats.
+            rate: The rate of this step in nats; a rate that is not finite is skipped.
+            target: The target rate in nats.
         """
         filtered = exponential_average(state.rate, rate, self.smoothing)
         error = relative_error(filtered, target)
@@ -79,26 +79,26 @@ class RateController:
 
 
 def exponential_average(previous: Tensor, value: Tensor, smoothing: float) -> Tensor:
-    """Return the moving average after another value; the first is its own average, and one not finite leaves it.
+    """Return the moving average after another value; a value that is not finite leaves it unchanged.
 
     Args:
-        previous: The average before, NaN if there is none.
+        previous: The previous average, NaN before the first value.
         value: The value.
-        smoothing: The weight of what was before, from 0 to below 1.
+        smoothing: Weight of the previous average, from 0 to below 1.
     """
     average = torch.where(previous.isnan(), value, torch.lerp(value, previous, smoothing))
     return torch.where(value.isfinite(), average, previous)
 
 
 def rate_scale(target: float) -> float:
-    """Return the nats that errors are measured in: the target, or 1 for targets below it."""
+    """Return the unit of errors in nats: the target, but at least 1."""
     return max(target, 1.0)
 
 
 def relative_error(rate: Tensor, target: float) -> Tensor:
-    """Return by how much a rate is too high, in units of :func:`rate_scale`, within -1 and 1.
+    """Return the excess of a rate over its target, in units of :func:`rate_scale`, clamped to -1 and 1.
 
-    The limits make the largest move of the weight a matter of the gains alone, whatever an untrained model's rate is;
+    With the clamp the gains alone determine the largest move of the weight, even for an untrained model's rate, and
     nothing can overflow.
 
     Args:
@@ -109,14 +109,14 @@ def relative_error(rate: Tensor, target: float) -> Tensor:
 
 
 def integrate(integral: Tensor, error: Tensor, lower: float, upper: float, proportional: float, gain: float) -> Tensor:
-    """Add ``gain * error`` to the integral, as far as the bounds of the output leave room for it.
+    """Add ``gain * error`` to the integral, as far as the output stays within its bounds.
 
     At a bound the integral stops instead of winding up, so the output leaves the bound with the first error of the
-    other sign. (ControlVAE's published image and text code tests ``W < 0 and W >= 1``, which nothing is.)
+    other sign. (ControlVAE's published image and text code tests ``W < 0 and W >= 1``, which is never true.)
 
     Args:
-        integral: The integral before.
-        error: What to add.
+        integral: The previous integral.
+        error: The error of this step.
         lower: Smallest output, ``proportional * error + integral``.
         upper: Largest output.
         proportional: Gain of the error in the output.

@@ -1,4 +1,4 @@
-"""What a callback writes to: one attribute, several that are one number, or a function."""
+"""The places that a callback writes to: one attribute, several attributes that hold one number, or a function."""
 
 from __future__ import annotations
 

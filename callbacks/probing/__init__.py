@@ -1,1 +1,1 @@
-"""Try a module's loss on copies of it."""
+"""Evaluate a module's loss on copies of it."""

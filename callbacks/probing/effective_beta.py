@@ -1,4 +1,4 @@
-"""What the weight of the KL term does to a loss, in nats."""
+"""The effect of the KL term's weight on a loss, in nats."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _HUGE = 1e6
 
 @dataclass(frozen=True)
 class Term:
-    """A term of a loss that was recognised.
+    """A recognised term of a loss.
 
     Attributes:
-        what: What it is, in words.
-        scale: How many units of the loss one nat per observation counts.
-        twice: Whether it is there twice, summed as in an ELBO.
+        what: The term in words.
+        scale: Units of the loss per nat per observation.
+        twice: Whether the loss contains it twice, summed as in an ELBO.
     """
 
     what: str
@@ -44,12 +44,12 @@ class Term:
 
 @dataclass(frozen=True)
 class WeightEffect:
-    """What the weight of the KL term does to the loss of one batch.
+    """The effect of the KL term's weight on the loss of one batch.
 
     Attributes:
         weight: The weight that was tried.
         losses: The loss at 0, at half that weight and at that weight.
-        noise: What the losses may differ by without a reason.
+        noise: Largest difference of the losses that rounding and noise explain.
         is_ignored: Whether the loss is the same, bit for bit, at any weight.
         rate: The KL term, if recognised.
         distortion: The reconstruction term, if recognised.
@@ -64,12 +64,12 @@ class WeightEffect:
 
     @property
     def rise(self) -> float:
-        """How much more the loss is at the weight than at 0."""
+        """Increase of the loss from weight 0 to the weight."""
         return self.losses[2] - self.losses[0]
 
     @property
     def slope(self) -> float:
-        """Units of the loss for one unit of the weight."""
+        """Units of the loss per unit of the weight."""
         return self.rise / self.weight
 
     @property
@@ -85,40 +85,40 @@ class WeightEffect:
 
     @property
     def is_squared(self) -> bool:
-        """Whether the loss grows with the weight's square, as when it is multiplied by it twice."""
+        """Whether the loss grows with the square of the weight, as if it were applied twice."""
         first, second = self.losses[1] - self.losses[0], self.losses[2] - self.losses[1]
         return self.uncertainty < 1e-3 and abs(second - 3 * first) <= 0.02 * abs(second)
 
     @property
     def is_counted_twice(self) -> bool:
-        """Whether the loss has a KL twice, and not the reconstruction too."""
+        """Whether the loss counts the KL twice but the reconstruction once."""
         return self.rate is not None and self.rate.twice and not (self.distortion is not None and self.distortion.twice)
 
     @property
     def effective_beta(self) -> float | None:
-        """Nats of reconstruction that a nat of KL counts at a weight of 1; ``None`` where a term is not recognised."""
+        """Weight of a nat of KL against a nat of reconstruction, at a weight of 1; ``None`` if a term is unknown."""
         return self.rate.scale / self.distortion.scale if self.rate and self.distortion else None
 
 
 def weight_effect(
     probe: LossProbe, paths: tuple[str, ...], held: Mapping[tuple[str, ...], float], batch: Any, weight: float
 ) -> WeightEffect:
-    """Find out what a weight does to the loss of one batch, and which terms the loss is made of.
+    """Measure the effect of a weight on the loss of one batch, and recognise the terms of the loss.
 
     The loss is evaluated with the same random state at weight 0, half the weight and the weight. Its rise is compared
-    with the KL divergence from N(0, I) of every Gaussian that the outputs of the module's submodules may stand for, and
-    its value at 0 with the usual reconstruction terms of the batch and every output of its shape. A weight whose effect
-    drowns in the loss's rounding is tried at 1 as well; one without any effect, at a million.
+    with the KL divergence from N(0, I) of every Gaussian that the outputs of the module's submodules may parametrise,
+    and its value at 0 with the usual reconstruction terms of the batch and every output of its shape. A weight whose
+    effect is below the loss's rounding is tried at 1 too, and a weight without any effect at a million.
 
     Args:
         probe: Evaluates the loss.
-        paths: Where the weight is kept.
-        held: What else to write to the module, by the paths that keep it.
+        paths: Where the module keeps the weight.
+        held: Other numbers to write to the module, by their paths.
         batch: The batch that the probe evaluates.
         weight: The weight to try, not 0.
 
     Raises:
-        LossProbe.NotPossible: If the loss can't be evaluated, or is another one each time.
+        LossProbe.NotPossible: If the loss can't be evaluated, or differs between evaluations.
     """
     tensors = [leaf.detach().cpu() for _, leaf in _leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
     rows = len(tensors[0]) if tensors else 0
@@ -162,10 +162,10 @@ def recognise_rate(
 
     Args:
         outputs: Outputs by name, on the CPU.
-        slope: The number: the KL of a batch in whatever reduction.
+        slope: The number: the KL of a batch in any reduction.
         rows: Number of observations in the batch.
-        uncertainty: Relative uncertainty of the number. Where it is large, only Gaussians that are said to be ones are
-            looked at: among many pairs of tensors some would fit by chance.
+        uncertainty: Relative uncertainty of the number. Where it is large, only outputs that are ``Normal`` are
+            considered: among many pairs of tensors some would fit by chance.
     """
     for what, posterior, is_said in _gaussians(outputs):
         if not is_said and uncertainty > _CLOSE:
@@ -189,8 +189,8 @@ def recognise_distortion(outputs: Mapping[str, Tensor | Normal], loss: float, da
 
     Args:
         outputs: A network's outputs by name, on the CPU.
-        loss: The number: the term for a batch in whatever reduction.
-        data: What may have been reconstructed.
+        loss: The number: the term for a batch in any reduction.
+        data: Tensors of the batch that may have been reconstructed.
     """
     for x, output in itertools.product(data, outputs.values()):
         if not isinstance(output, Tensor) or output.shape[:1] != x.shape[:1] or output.numel() != x.numel():
@@ -210,7 +210,7 @@ def recognise_distortion(outputs: Mapping[str, Tensor | Normal], loss: float, da
 
 
 def _distortions(x: Tensor, output: Tensor) -> Iterator[tuple[str, float]]:
-    """Yield the usual reconstruction terms in nats, summed over the batch, constants left out."""
+    """Yield the usual reconstruction terms in nats, summed over the batch, without constants."""
     for reconstruction in (output, output.sigmoid(), output.tanh()):
         yield "half the squared error", float(0.5 * (x - reconstruction).square().sum())
         yield "the absolute error", float((x - reconstruction).abs().sum())
@@ -221,7 +221,7 @@ def _distortions(x: Tensor, output: Tensor) -> Iterator[tuple[str, float]]:
 
 
 def _gaussians(outputs: Mapping[str, Tensor | Normal]) -> Iterator[tuple[str, Normal, bool]]:
-    """Yield every Gaussian that the outputs may stand for, and whether it is said to be one; the likeliest first."""
+    """Yield every Gaussian that the outputs may parametrise, the likeliest first, and whether it is a ``Normal``."""
     alike: dict[tuple[int, ...], dict[str, Tensor]] = {}
     for name, output in outputs.items():
         if isinstance(output, Normal):
@@ -259,14 +259,14 @@ def _look_on(outputs: dict[str, Tensor | Normal], rows: int, most: int, pl_modul
 def _keep(
     outputs: dict[str, Tensor | Normal], rows: int, most: int, name: str, _module: Any, _inputs: Any, output: Any
 ) -> None:
-    """Keep what may be a posterior or a reconstruction: one row an observation, and no more numbers than the data."""
+    """Keep possible posteriors and reconstructions: a row per observation, and no more numbers than the data."""
     for part, leaf in _leaves(output):
         path = f"{name}:{part}" if part else name
         if isinstance(leaf, Normal):
             if leaf.batch_shape[:1] == (rows,):
                 outputs[path] = Normal(leaf.loc.detach().cpu(), leaf.scale.detach().cpu(), validate_args=False)
         elif leaf.is_floating_point() and leaf.ndim and len(leaf) == rows and leaf.numel() <= most:
-            # What a module hands on has several names; the one that says most is a whole module's, and short.
+            # An output that is passed on has several names; prefer a whole module's, and a short one.
             leaf = leaf.detach()
             kept = leaf if leaf.device.type == "cpu" else leaf.cpu()
             same = [known for known, other in outputs.items() if isinstance(other, Tensor) and _is_same(other, kept)]
@@ -281,7 +281,7 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
 
 
 def _leaves(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor | Normal]]:
-    """Yield the tensors and the Gaussians in a structure, each with where it is."""
+    """Yield the tensors and the Gaussians in a structure, each with its path."""
     if isinstance(value, Normal):
         yield path, value
     elif isinstance(value, Tensor):

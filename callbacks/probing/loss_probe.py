@@ -1,4 +1,4 @@
-"""Evaluating a module's training loss without training it."""
+"""Evaluate a module's training loss without training it."""
 
 from __future__ import annotations
 
@@ -25,26 +25,25 @@ _MOST_BYTES = 2**28  # a copy of more than 256 MiB is no longer cheap
 
 
 class LossProbe:
-    """Evaluates the training loss of one batch on copies of a module, which itself stays as it is.
+    """Evaluate the training loss of one batch on copies of a module, and leave the module as it is.
 
-    Whatever a training step changes besides its gradients, such as buffers, counters and metrics, it changes on a copy.
-    The loggers see nothing, and each evaluation begins with the same random state of torch, numpy and Python, which is
-    put back afterwards. Where a copy turns out to act on the module itself, or on the Trainer, the evaluation ends.
-    What can't be seen from here is a step that acts on the world: that draws from a generator of its own file, say, or
-    logs past Lightning.
+    Buffers, counters and metrics that a training step changes are changed on a copy. Nothing reaches the loggers. Each
+    evaluation begins with the same random state of torch, numpy and Python, which is restored afterwards. The
+    evaluation ends where a copy acts on the module itself or on the Trainer. Effects outside of Lightning go
+    unnoticed, such as draws from a generator in another file or a logger of the module's own.
 
     Args:
         trainer: The Trainer that is about to run the batch.
         pl_module: The module.
         batch: The batch, as the training step gets it.
         batch_idx: Its number.
-        autocast: Whether the copies compute in mixed precision, as the training step does; else in full.
+        autocast: Whether the copies compute in the mixed precision of the training step, or else in full precision.
 
     Raises:
-        NotPossible: When called, where that can't be done cheaply and safely.
+        NotPossible: When called, if the evaluation would be expensive or unsafe.
     """
 
-    class NotPossible(Exception):  # noqa: N818 - it is an answer and no error
+    class NotPossible(Exception):  # noqa: N818 - an answer, not an error
         """The loss can't be evaluated without side effects, or without a considerable cost."""
 
     def __init__(
@@ -69,8 +68,8 @@ class LossProbe:
         """Return the loss of a copy.
 
         Args:
-            values: What to write to the copy, by the paths that keep it.
-            look_on: Gets the copy before its training step.
+            values: Numbers to write to the copy, by their paths.
+            look_on: Called with the copy before its training step.
         """
         try:
             if reason := self._obstacle():
@@ -120,7 +119,7 @@ class LossProbe:
         return float(loss.detach())
 
     def _write(self, twin: LightningModule, paths: Sequence[str], value: float) -> None:
-        """Write to a copy; what copies share with the module, a class that serves as a config say, is put back."""
+        """Write to a copy; restore a number that copies share with the module, in a class used as a config, say."""
         original, copied = number_place(self._pl_module, paths), number_place(twin, paths)
         before = original.read()
         copied.write(value)
@@ -150,7 +149,7 @@ class LossProbe:
 
     @contextmanager
     def _originals_at_rest(self) -> Iterator[None]:
-        """End the evaluation where a copy calls a submodule of the module itself."""
+        """End the evaluation if a copy calls a submodule of the module itself."""
         originals = {id(module) for module in self._pl_module.modules()}
 
         def refuse(module: nn.Module, _inputs: Any) -> None:
@@ -165,7 +164,7 @@ class LossProbe:
 
 
 class _Onlooker:
-    """The Trainer as a copy sees it, and its strategy: to be read, without what a copy must not touch."""
+    """A read-only view of the Trainer, or of its strategy, without the parts that a copy must not touch."""
 
     _BARRED = ("optimizer", "lr_scheduler", "fit_loop", "save_checkpoint", "backward")
 
@@ -193,7 +192,7 @@ class _Onlooker:
 
 
 class _Nothing:
-    """A logger that takes everything and does nothing."""
+    """A logger that accepts every call and does nothing."""
 
     def __getattr__(self, name: str) -> _Nothing:
         return self
@@ -203,7 +202,7 @@ class _Nothing:
 
 
 def _accepted(step: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:
-    """Return as many of the arguments as a function takes, as Lightning does."""
+    """Return as many of the arguments as a function accepts, as Lightning does."""
     try:
         inspect.signature(step).bind(*arguments)
     except TypeError:
@@ -216,7 +215,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _acts_on(originals: set[int], value: Any) -> bool:
-    """Whether this is a function that a copy shares, compiled or with a module itself in its closure."""
+    """Whether a value is a function that acts on the module also in a copy: compiled, or with it in its closure."""
     if not inspect.isfunction(value):
         return False
     cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
@@ -232,7 +231,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield values, and the contents of those that are containers."""
+    """Yield values, and the contents of containers among them."""
     for name, value in values.items():
         if name in ("_modules", "_parameters", "_buffers"):
             continue
