@@ -81,9 +81,7 @@ class KnobModule(LightningModule):
             knobs=dict(self.knobs),
             knob_values={name: float(getattr(self, name)) for name in self.knobs},
             rate_limit=self.rate_limit,
-            chosen={
-                name: value for name in self.chosen_options if (value := getattr(self, name)) != self.hparams[name]
-            },
+            chosen={name: value for name, value in options.items() if value != self.hparams[name]},
         )
 
     @override
