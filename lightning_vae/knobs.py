@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .checkpoints.checkpoint_io import MODULE_KEY
+from .checkpoints.class_paths import check_checkpoint
 from .checkpoints.exact_resume import trainer_of
 
 
@@ -32,13 +33,15 @@ class KnobModule(LightningModule):
 
     knobs: dict[str, float | None]
     rate_limit: tuple[float, float] | None
+    chosen_options: tuple[str, ...] = ()
+    """Options of the constructor that a callback may choose another value for. It is saved like the knobs."""
 
-    def _register_knobs(self, defaults: Mapping[str, float], configured: Mapping[str, float | None]) -> None:
+    def _register_knobs(self, **knobs: tuple[float | None, float]) -> None:
+        """Register knobs by name, each with its configured number, if any, and its default."""
         self.rate_limit = None
-        self.knobs = {name: None if value is None else checked_knob(name, value) for name, value in configured.items()}
-        for name, default in defaults.items():
-            value = self.knobs[name]
-            knob = torch.tensor(default if value is None else value, dtype=torch.float32)
+        self.knobs = {name: None if own is None else checked_knob(name, own) for name, (own, _) in knobs.items()}
+        for name, (own, default) in knobs.items():
+            knob = torch.tensor(default if own is None else own, dtype=torch.float32)
             self.register_buffer(name, knob, persistent=False)
         # Callbacks turn the knobs alike in every process: there is nothing to broadcast.
         self._ddp_params_and_buffers_to_ignore = tuple(self.knobs)
@@ -73,10 +76,12 @@ class KnobModule(LightningModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        options = {name: getattr(self, name) for name in self.chosen_options}
         checkpoint.setdefault(MODULE_KEY, {}).update(
             knobs=dict(self.knobs),
             knob_values={name: float(getattr(self, name)) for name in self.knobs},
             rate_limit=self.rate_limit,
+            chosen={name: value for name, value in options.items() if value != self.hparams[name]},
         )
 
     @override
@@ -85,6 +90,8 @@ class KnobModule(LightningModule):
         self.rate_limit = saved.get("rate_limit")
         for name, value in saved.get("knob_values", {}).items():
             self._load_knob(name, value, saved["knobs"][name])
+        for name, value in saved.get("chosen", {}).items():
+            setattr(self, name, value)
 
     def _load_knob(self, name: str, value: float, saved: float | None) -> None:
         """Take a knob from a checkpoint, unless the module is configured with another number.
@@ -111,6 +118,18 @@ class KnobModule(LightningModule):
     @override
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """Load a module as Lightning does, after a check of what the checkpoint names.
+
+        Args:
+            checkpoint_path: A path, a URL or an open file.
+            *args: Passed on to Lightning.
+            **kwargs: Passed on to Lightning; replacements of constructor arguments.
+
+        Raises:
+            ValueError: If the checkpoint names something to be built that is no network.
+        """
+        if kwargs.get("weights_only") is not False:
+            check_checkpoint(checkpoint_path, replaced=kwargs)
         module = super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         for name in module.knobs:
             if kwargs.get(name) is not None:  # it wins over what a controller has found, too

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch import distributions as td
 from typing_extensions import override
 
-from .checkpoints.checkpoint_io import MODULE_KEY
-from .checkpoints.class_paths import build, check_checkpoint, describe
+from .checkpoints.class_paths import build, describe
 from .checkpoints.exact_resume import step_of, trainer_of
 from .checkpoints.flush_loggers import is_logging_step
 from .checkpoints.guards import check_finite, missing_companions, warn_of_missing_companions
@@ -36,8 +35,6 @@ from .objective import (
 from .observations import Observations, check_scale, data_of, index_and_label_of
 from .posteriors import posterior_of, widen
 from .running_sums import RunningSums, TrainingMeans, mean, named_terms
-
-_KNOBS = {"beta": 1.0, "free_bits": 0.0}
 
 
 class VAE(KnobModule):
@@ -74,18 +71,18 @@ class VAE(KnobModule):
             images Bernoulli, colour images discretised logistic, vectors Gaussian with learned variance.
         beta: Weight of the rate; 1, the default, trains on the negative ELBO.
         free_bits: Floor of the rate in nats, 0 for none, the default; see :func:`lightning_vae.free_bits`.
-        free_bits_per: What each floor is under: ``"dimension"``, ``"whole"``, or a number of consecutive dimensions.
-        free_bits_average: Whether the floor acts on the mean over the ``"batch"`` or on each ``"sample"``. The batch is
-            that of all processes; of accumulated batches each has a floor of its own.
-        compile: Whether ``torch.compile`` makes one graph of the loss while training, or in which of its modes: with
-            ``"reduce-overhead"`` a GPU replays CUDA graphs. Evaluation is not compiled. The noise is drawn by other
-            means than without, so the numbers are others.
+        free_bits_per: Dimensions that share a floor: ``"dimension"``, ``"whole"``, or a number of consecutive ones.
+        free_bits_average: ``"batch"`` floors the mean over the batch, ``"sample"`` each observation's rate. The batch
+            is that of all processes. Accumulated batches each have a floor of their own.
+        compile: Compile the training loss to one graph by ``torch.compile``, or a mode of it: with
+            ``"reduce-overhead"`` a GPU replays CUDA graphs. Evaluation is not compiled. A compiled loss draws other
+            noise.
 
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
         prior: p(z), standard normal, batch shape ``(k,)``.
         knobs: The number that each knob is configured with, by the constructor or an assignment; ``None`` for one that
-            was left at its default, which a callback's schedule may end elsewhere than at.
+            was left at its default.
         rate_limit: The rate in nats up to which ``val/loss`` is the distortion, and the price of each nat above it; set
             by ``TargetRate``, saved in checkpoints. ``None`` where no controller has set it.
 
@@ -100,6 +97,7 @@ class VAE(KnobModule):
     free_bits: Tensor
     _prior_parameters: Tensor
     likelihood: Likelihood
+    chosen_options = ("free_bits_per", "free_bits_average")
 
     def __init__(
         self,
@@ -142,7 +140,7 @@ class VAE(KnobModule):
         self.free_bits_per, self.free_bits_average = free_bits_per, free_bits_average
         self._compiled_loss = CompiledMethod(compile)
 
-        self._register_knobs(_KNOBS, {"beta": beta, "free_bits": free_bits})
+        self._register_knobs(beta=(beta, 1.0), free_bits=(free_bits, 0.0))
         warn_of_feedback(float(self.beta), built)
         self.register_buffer("_prior_parameters", torch.tensor([0.0, 1.0]), persistent=False)
         self.posterior: td.Distribution | None = None
@@ -398,20 +396,12 @@ class VAE(KnobModule):
         return missing_companions(self.trainer)
 
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit":  # a checkpoint brings the means of the run that is resumed
-            self.training_means.reset()
-
-    @override
     def on_fit_start(self) -> None:
         warn_of_missing_companions(self.trainer)
-        if self.knobs["beta"] is None:  # else the constructor has
-            warn_of_feedback(float(self.beta), self.likelihood)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the knobs and what callbacks chose, after a check that all numbers are finite.
+        """Save the knobs, after a check that all numbers are finite.
 
         Raises:
             FloatingPointError: If a term of the loss or a parameter is not finite.
@@ -419,33 +409,6 @@ class VAE(KnobModule):
         self.training_means.check_finite(self.trainer.accumulate_grad_batches)
         check_finite(self, self.trainer)
         super().on_save_checkpoint(checkpoint)
-        variant = {name: getattr(self, name) for name in ("free_bits_per", "free_bits_average")}
-        checkpoint[MODULE_KEY]["chosen"] = {
-            name: value for name, value in variant.items() if value != self.hparams[name]
-        }
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        for name, value in checkpoint.get(MODULE_KEY, {}).get("chosen", {}).items():
-            setattr(self, name, value)
-
-    @override
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """Load a model as Lightning does, after a check of what the checkpoint names.
-
-        Args:
-            checkpoint_path: A path, a URL or an open file.
-            *args: Passed on to Lightning.
-            **kwargs: Passed on to Lightning; replacements of constructor arguments.
-
-        Raises:
-            ValueError: If the checkpoint names something to be built that is no network.
-        """
-        if kwargs.get("weights_only") is not False:
-            check_checkpoint(checkpoint_path, replaced=kwargs)
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     # ---- scales and types
 

@@ -823,7 +823,7 @@ def test_a_checkpoint_of_an_earlier_version_loads():
     path = Path(__file__).parent / "fixtures" / "digits_of_0.1.0.ckpt"
     vae, saved = VAE.load_from_checkpoint(path, map_location="cpu"), torch.load(path, weights_only=True)
     assert all(torch.equal(vae.state_dict()[name], weight) for name, weight in saved["state_dict"].items())
-    assert (vae.beta.item(), vae.free_bits.item()) == pytest.approx((1.0, 0.05))
+    assert vae.beta.item() == 1.0
     digits = Digits()
     digits.setup("test")
     x = next(iter(digits.test_dataloader()))["x"]

@@ -41,8 +41,9 @@ class ExactResume(Companion):
         self._unfinished: dict[str, Any] | None = None
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
         if stage == "fit":
+            pl_module.training_means.reset()
             self._seed = trainer.strategy.broadcast(int(torch.randint(2**31, ())))
             self._unfinished = None
 

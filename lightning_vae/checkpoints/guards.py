@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from ..likelihoods import warn_of_feedback
 from .checkpoint_io import MODULE_KEY
 from .exact_resume import Companion, ExactResume
 
@@ -44,7 +45,7 @@ class Guards(Companion):
         self._loaded = {name: checkpoint.get(name, {}) for name in ("hyper_parameters", MODULE_KEY)}
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
         self._configured = _configured(trainer.optimizers)  # before a checkpoint or the training changes them
         if self._loaded:
             self._say_what_changed(trainer, pl_module)
@@ -55,17 +56,17 @@ class Guards(Companion):
                 # which fused ones do unless told not to.
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         check_monitors(trainer)
+        if pl_module.knobs["beta"] is None:  # else the constructor has warned
+            warn_of_feedback(float(pl_module.beta), pl_module.likelihood)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint.setdefault(MODULE_KEY, {}).update(length=_length(trainer), optimizers=self._configured)
 
-    def _say_what_changed(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _say_what_changed(self, trainer: Trainer, pl_module: Any) -> None:
         own = self._loaded[MODULE_KEY]
         # The module itself tells of knobs as it loads them.
-        options = {
-            name: value for name, value in pl_module.hparams.items() if name not in getattr(pl_module, "knobs", {})
-        }
+        options = {name: value for name, value in pl_module.hparams.items() if name not in pl_module.knobs}
         if changed := _differences(self._loaded["hyper_parameters"], options):
             rank_zero_warn(f"The run goes on with other options of the model than it was saved with: {changed}.")
         for optimizer, before, now in zip(
