@@ -254,7 +254,7 @@ BROKEN = {
     "an empty list": (["--config", LINEAR, "--betas", "[]"], "must be a list"),
     "betas twice": (["--config", LINEAR, "--betas", "[1]", "--vary", "model.beta=[2]"], "are the same"),
     "half a seed": (["--config", LINEAR, "--seeds", "[0.5]"], "seeds: Expected a <class 'int'>"),
-    "no seed": (["--config", LINEAR, "--seeds", "true"], "seeds: Expected a <class 'int'>"),
+    "no seed": (["--config", LINEAR, "--seeds", "true"], "seeds: Expected"),
     "a beta of text": (["--config", LINEAR, "--betas", "[one]"], "betas: Expected"),
     "a negative seed": (["--config", LINEAR, "--seeds", "[-1]"], "`--seeds` must be whole numbers"),
     "an option twice": (["--config", LINEAR, *["--vary", "data.size=[9]"] * 2], "names an option twice"),
