@@ -5,11 +5,13 @@ from __future__ import annotations
 _REPLACEMENTS = {
     "Attribute": "AttributePath",
     "BestCheckpoint": "Lightning's ModelCheckpoint with `monitor: val/loss` and `filename: best`",
+    "Diagnosis": "CollapseState",
     "FlushedCurves": "FlushLoggers",
     "NullProfiler": "the Trainer's own default, by leaving `profiler` out",
     "PosteriorReader": "DistributionReader",
     "QuickTensorBoardLogger": "Lightning's TensorBoardLogger",
     "ScheduledKnob": "AttributeScheduler",
+    "diagnose": "collapse_state",
 }
 
 

@@ -1,6 +1,7 @@
 """What the command line says about wrong input."""
 
 import sys
+from operator import attrgetter
 
 import pytest
 import yaml
@@ -50,6 +51,7 @@ BEST = {"class_path": "BestCheckpoint", "init_args": {"every_n_epochs": 10}}
 KNOB = {"class_path": "lightning_vae.callbacks.ScheduledKnob", "init_args": {"attribute": "beta"}}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("trainer", "says"),
     [
@@ -86,9 +88,21 @@ def test_a_removed_name_that_is_imported_names_its_replacement(name):
         getattr(lightning_vae, name)
 
 
-def test_what_replaces_a_name_is_there():
-    for gone, now in (("Attribute", "AttributePath"), ("PosteriorReader", "DistributionReader"),
-                      ("ScheduledKnob", "AttributeScheduler"), ("FlushedCurves", "FlushLoggers")):  # fmt: skip
-        assert advice(gone) == f"`{gone}` is gone: use {now}."
-        assert hasattr(lightning_vae.callbacks if now != "FlushLoggers" else lightning_vae, now)
+@pytest.mark.parametrize(
+    ("gone", "now"),
+    [
+        ("Attribute", "callbacks.AttributePath"),
+        ("Diagnosis", "callbacks.CollapseState"),
+        ("FlushedCurves", "FlushLoggers"),
+        ("PosteriorReader", "callbacks.DistributionReader"),
+        ("ScheduledKnob", "callbacks.AttributeScheduler"),
+        ("diagnose", "callbacks.collapse_state"),
+    ],
+)
+def test_what_replaces_a_name_is_there(gone, now):
+    assert advice(gone) == f"`{gone}` is gone: use {now.rpartition('.')[2]}."
+    assert attrgetter(now)(lightning_vae)
+
+
+def test_other_names_have_no_replacement():
     assert advice("KLAnnealing") is None

@@ -86,6 +86,7 @@ def test_each_point_is_a_process_of_its_own(capsys):
     assert "Restoring states" in log
 
 
+@pytest.mark.exhaustive
 def test_the_grid_its_table_its_means_and_its_pictures(calls, capsys):
     main([*SWEEP, "--betas", "[0.5, 2]", "--vary", "model.latent_dim=[2, 3]", "--seeds", "[0, 1]"])
     assert kinds(calls) == ["fit", "test"] * 8
@@ -119,6 +120,7 @@ def test_the_grid_its_table_its_means_and_its_pictures(calls, capsys):
     assert "tensorboard --logdir sweeps/linear/comparison" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_what_is_done_is_not_done_again(calls):
     main([*SWEEP, "--betas", "[0.5, 2]"])
     before = table("results")
@@ -148,6 +150,7 @@ def test_what_is_done_is_not_done_again(calls):
     assert kinds(calls) == ["fit", "test"]
 
 
+@pytest.mark.exhaustive
 def test_a_learned_variance_is_fixed_at_its_value_at_beta_1(calls, capsys):
     main([*SWEEP, "--betas", "[0.5, 1, 4]", "--model.likelihood.variance=learned"])
     assert kinds(calls) == ["fit"] + ["fit", "test"] * 3
@@ -164,6 +167,7 @@ def test_a_learned_variance_is_fixed_at_its_value_at_beta_1(calls, capsys):
     assert f"The variance at every beta is what linear beta=1 seed=0 has learned: {learned:.6g}" in said
 
 
+@pytest.mark.exhaustive
 def test_options_of_text_and_of_one_last_name_are_kept_apart(calls):
     main([*SWEEP, "--model.encoder=MLPEncoder", "--model.decoder=MLPDecoder", "--vary=model.encoder.hidden=[[4]]",
           "--vary=model.decoder.hidden=[[8]]", "--vary=data.seed=[3]", "--vary=optimizer=[SGD]"])  # fmt: skip
@@ -194,6 +198,7 @@ def test_a_failure_stops_nothing_else_and_is_tried_again(calls, capsys, monkeypa
     assert [row["beta"] for row in table("results")] == ["2.0", "0.5"]
 
 
+@pytest.mark.exhaustive
 def test_trained_checkpoints_are_compared_too(calls, capsys):
     main(["fit", "--config", LINEAR, *TINY, "--seed_everything=5", "--trainer.enable_progress_bar=false"])
     checkpoint = "logs/linear/version_0/checkpoints/best.ckpt"
@@ -209,6 +214,7 @@ def test_trained_checkpoints_are_compared_too(calls, capsys):
     assert len(list(Path("logs/linear").iterdir())) == 1  # nothing is written beside it
 
 
+@pytest.mark.exhaustive
 def test_the_commands_for_a_cluster_are_all_that_is_left_to_train(calls, capsys):
     command = [*SWEEP, "--betas", "[0.5, 2]", "--model.likelihood.variance=learned"]
     printed = []
@@ -248,7 +254,7 @@ BROKEN = {
     "an empty list": (["--config", LINEAR, "--betas", "[]"], "must be a list"),
     "betas twice": (["--config", LINEAR, "--betas", "[1]", "--vary", "model.beta=[2]"], "are the same"),
     "half a seed": (["--config", LINEAR, "--seeds", "[0.5]"], "seeds: Expected a <class 'int'>"),
-    "no seed": (["--config", LINEAR, "--seeds", "true"], "seeds: Expected a <class 'int'>"),
+    "no seed": (["--config", LINEAR, "--seeds", "true"], "seeds: Expected"),
     "a beta of text": (["--config", LINEAR, "--betas", "[one]"], "betas: Expected"),
     "a negative seed": (["--config", LINEAR, "--seeds", "[-1]"], "`--seeds` must be whole numbers"),
     "an option twice": (["--config", LINEAR, *["--vary", "data.size=[9]"] * 2], "names an option twice"),
@@ -264,6 +270,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("case", BROKEN)
 def test_wrong_input_ends_in_one_message_before_anything_is_run(case, calls, capsys):
     arguments, message = BROKEN[case]

@@ -78,6 +78,7 @@ def test_jobs_run_at_once_and_no_more_than_that(tmp_path, monkeypatch, capsys):
     assert "to go" not in said[6]
 
 
+@pytest.mark.exhaustive
 def test_a_process_that_fails_is_quoted_by_its_own_message(tmp_path, capsys):
     (tmp_path / "point").mkdir()
     (tmp_path / "point" / runner.LOG).write_text("error: of the time before\n")
@@ -127,7 +128,8 @@ def _ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("_ctrl_c")
 def test_a_sweep_that_is_stopped_leaves_no_process_behind(stop):
     command = [sys.executable, str(ROOT / "train.py"), "sweep", "--config", LINEAR, "--data.size=256",
