@@ -86,6 +86,7 @@ def test_each_point_is_a_process_of_its_own(capsys):
     assert "Restoring states" in log
 
 
+@pytest.mark.exhaustive
 def test_the_grid_its_table_its_means_and_its_pictures(calls, capsys):
     main([*SWEEP, "--betas", "[0.5, 2]", "--vary", "model.latent_dim=[2, 3]", "--seeds", "[0, 1]"])
     assert kinds(calls) == ["fit", "test"] * 8
@@ -119,6 +120,7 @@ def test_the_grid_its_table_its_means_and_its_pictures(calls, capsys):
     assert "tensorboard --logdir sweeps/linear/comparison" in capsys.readouterr().out
 
 
+@pytest.mark.exhaustive
 def test_what_is_done_is_not_done_again(calls):
     main([*SWEEP, "--betas", "[0.5, 2]"])
     before = table("results")
@@ -194,6 +196,7 @@ def test_a_failure_stops_nothing_else_and_is_tried_again(calls, capsys, monkeypa
     assert [row["beta"] for row in table("results")] == ["2.0", "0.5"]
 
 
+@pytest.mark.exhaustive
 def test_trained_checkpoints_are_compared_too(calls, capsys):
     main(["fit", "--config", LINEAR, *TINY, "--seed_everything=5", "--trainer.enable_progress_bar=false"])
     checkpoint = "logs/linear/version_0/checkpoints/best.ckpt"
@@ -264,6 +267,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", BROKEN)
 def test_wrong_input_ends_in_one_message_before_anything_is_run(case, calls, capsys):
     arguments, message = BROKEN[case]
