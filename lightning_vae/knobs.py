@@ -88,8 +88,9 @@ class KnobModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(MODULE_KEY, {})
         self.rate_limit = saved.get("rate_limit")
-        for name, value in saved.get("knob_values", {}).items():
-            self._load_knob(name, value, saved["knobs"][name])
+        values = saved.get("knob_values", saved.get("knob_targets", {}))  # so named by version 0.1.0
+        for name, value in values.items():
+            self._load_knob(name, value, saved.get("knobs", {}).get(name))
         for name, value in saved.get("chosen", {}).items():
             setattr(self, name, value)
 
