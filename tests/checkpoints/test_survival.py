@@ -168,7 +168,7 @@ def test_a_flipped_bit_is_seen_or_changes_nothing(tmp_path):
 
 def test_code_in_a_checkpoint_is_refused_unless_it_is_trusted(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"path": Path("x")}, tmp_path / "a.ckpt")
-    with pytest.raises(OSError, match="no checkpoint that holds data alone"):
+    with pytest.raises(OSError, match="not a checkpoint that holds data alone"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
