@@ -95,13 +95,14 @@ class PosteriorSample(NamedTuple):
         # Nothing is lost in double precision near the origin, to which all are moved alike.
         centre = self.mean.mean(dim=0)
         mean, z, precision = self.mean - centre, self.z - centre, 1 / self.variance
-        slopes = torch.cat([-0.5 * precision, mean * precision], dim=1).T
+        powers, slopes = torch.cat([z.square(), z], dim=1), torch.cat([-0.5 * precision, mean * precision], dim=1).T
         offset = -0.5 * (mean.square() * precision + self.variance.log()).sum(dim=1)
+        log_own = torch.full_like(self.log_own, -math.inf) if leave_one_out else self.log_own
         results = []
-        for rows in torch.arange(count, device=z.device).split(_ROWS):
-            joint = torch.addmm(offset, torch.cat([z[rows].square(), z[rows]], dim=1), slopes)  # [n, m]: log q(z_n|x_m)
-            own = torch.arange(len(rows), device=z.device), rows
-            joint[own] = -math.inf if leave_one_out else self.log_own[rows]
+        for first in range(0, max(count, 1), _ROWS):
+            rows = slice(first, first + _ROWS)
+            joint = torch.addmm(offset, powers[rows], slopes)  # [n, m]: log q(z_n|x_m)
+            joint.diagonal(first).copy_(log_own[rows])
             results.append(joint.logsumexp(dim=1))
         return torch.cat(results) - math.log(max(count - leave_one_out, 1))
 
