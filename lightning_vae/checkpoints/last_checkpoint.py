@@ -58,12 +58,12 @@ class LastCheckpoint(ModelCheckpoint):
         self._save(trainer)
 
     def _save(self, trainer: Trainer) -> None:
-        is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0 or is_last(trainer)
+        is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0 or _is_last(trainer)
         if is_due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
-def is_last(trainer: Trainer) -> bool:
+def _is_last(trainer: Trainer) -> bool:
     """Tell whether the run ends with this epoch."""
     return trainer.current_epoch + 1 == trainer.max_epochs or _stops(trainer)
 
