@@ -325,7 +325,7 @@ def test_a_length_that_cannot_be_resolved_asks_for_steps(schedule: Schedule, mes
             lambda: Cyclical(period_steps=3, shape="square"),  # type: ignore[arg-type]
             "`shape` must be one of linear, cosine, sigmoid, got 'square'",
         ),
-        (lambda: Staged([0.0, 1.0], at_steps=[1, 2]), "`at_steps` must hold one boundary less .* got 2 for 2"),
+        (lambda: Staged([0.0, 1.0], at_steps=[1, 2]), "`at_steps` must hold one boundary fewer .* got 2 for 2"),
         (lambda: Staged([0.0, 1.0], at_steps=[0]), "`at_steps` must be an integer >= 1, got 0"),
         (lambda: Staged([0.0, 0.5, 1.0], at_epochs=[2, 1]), r"`at_epochs` must not fall, got \[2, 1\]"),
         (lambda: Staged([None, 1.0], at_steps=[1]), r"Only the last of `values` may be None, got \[None, 1.0\]"),
