@@ -277,8 +277,8 @@ def go_on(path: Path, vae: VAE, data: Any = None, **options: Any) -> None:
     quiet_trainer(path.parent, **options).fit(vae, data or Digits(), ckpt_path=path, weights_only=True)
 
 
-def test_another_option_of_the_model_is_said(saved: Path) -> None:
-    with pytest.warns(UserWarning, match=r"other options of the model than it was saved with: beta 1.0 -> 4.0"):
+def test_another_knob_is_said(saved: Path) -> None:
+    with pytest.warns(UserWarning, match=r"was saved with `beta=1`; the module is configured with `beta=4`"):
         go_on(saved, Adams(beta=4.0))
 
 
