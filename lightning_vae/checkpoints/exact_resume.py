@@ -90,6 +90,12 @@ def step_of(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def is_stopping(trainer: Trainer) -> bool:
+    """Return whether the run ends with this batch: it was told to stop and may, or has reached ``max_steps``."""
+    stops: bool = trainer.should_stop and trainer.fit_loop._can_stop_early
+    return stops or trainer.global_step >= trainer.max_steps != -1
+
+
 def first_step(checkpoint: dict[str, Any]) -> int:
     """Return the step from which a run that is resumed from a checkpoint writes its curves.
 

@@ -9,6 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from .exact_resume import is_stopping
+
 
 class LastCheckpoint(ModelCheckpoint):
     """Keeps the newest model as ``last.ckpt``, better or not: after each epoch, and each validation amid one.
@@ -49,7 +51,7 @@ class LastCheckpoint(ModelCheckpoint):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save after a validation amid an epoch."""
-        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not _stops(trainer):
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch and not is_stopping(trainer):
             self._save(trainer)
 
     @override
@@ -65,10 +67,4 @@ class LastCheckpoint(ModelCheckpoint):
 
 def _is_last(trainer: Trainer) -> bool:
     """Tell whether the run ends with this epoch."""
-    return trainer.current_epoch + 1 == trainer.max_epochs or _stops(trainer)
-
-
-def _stops(trainer: Trainer) -> bool:
-    """Tell whether the run ends with this batch."""
-    stops: bool = trainer.should_stop and trainer.fit_loop._can_stop_early
-    return stops or trainer.global_step >= trainer.max_steps != -1
+    return trainer.current_epoch + 1 == trainer.max_epochs or is_stopping(trainer)

@@ -31,6 +31,7 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
 NAMES = (
     # exact_resume
     "lightning_module._trainer",
+    "fit_loop._can_stop_early",
     "fit_loop._combined_loader",
     "fit_loop._combined_loader_states_to_load",
     "fit_loop._combined_loader._load_state_dicts",
@@ -79,7 +80,6 @@ def test_a_trainer_has(name: str, trainer: Any) -> None:
         (ModelCheckpoint, "_monitor_candidates"),
         (ModelCheckpoint, "_save_topk_checkpoint"),
         (ModelCheckpoint, "_should_skip_saving_checkpoint"),
-        (fit_loop._FitLoop, "_can_stop_early"),
     ],
     ids=str,
 )
