@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
-from .base import Callback, callbacks_of
+from .base import Callback, callbacks_of, several_processes
 from .control.attribute_writer import MisconfigurationException
 from .drawing.dimension_history import DimensionHistory, is_drawn
 from .drawing.media_logger import MediaLogger
@@ -172,7 +172,7 @@ class CollapseDetector(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watches_training = not _validates(trainer)
         # With several processes a checkpoint holds the share of one: then only the rest of the epoch is measured.
-        self._saves_pass = self._watches_training and trainer.world_size == 1
+        self._saves_pass = self._watches_training and not several_processes(trainer)
         if self._watches_training:
             rank_zero_info(f"{self._title}: this run has no validation, so each training epoch is measured instead.")
             self._begin_pass(trainer).load(self._saved_pass, pl_module.device)
@@ -329,7 +329,7 @@ class CollapseDetector(Callback):
             "collapse/alarm": float(alarm),
             **{key: value for key, value in optional.items() if value is not None},
         }
-        sync = trainer.world_size > 1
+        sync = several_processes(trainer)
         self.log_now(pl_module, {self._key("latent/active_units"): float(units)}, prog_bar=True, sync=sync)
         self.log_now(pl_module, {self._key(key): value for key, value in values.items()}, sync=sync)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
+from ..base import several_processes
 from ..control.tied_attributes import number_place
 from ..reading.distribution_reader import is_compiled
 
@@ -86,7 +87,7 @@ class LossProbe:
         modules = list(pl_module.modules())
         if not pl_module.automatic_optimization:
             return "its training step optimizes"
-        if trainer.world_size > 1 or type(trainer.strategy).__name__ != "SingleDeviceStrategy":
+        if several_processes(trainer) or type(trainer.strategy).__name__ != "SingleDeviceStrategy":
             return "its processes might wait for each other"
         if pl_module.device.type not in ("cpu", "cuda"):
             return "the random state of its device is not known"
