@@ -54,14 +54,9 @@ class ObservationSubset(Metric):
         return self.state[self.state[:, 0].isfinite(), 1:]
 
     def update(self, rows: Tensor, index: Tensor) -> None:
-        """Add the rows of a batch."""
-        keys = random_keys(index)
-        if keys.device.type == "cpu":  # few rows of a long stream are kept; on a GPU, looking would wait for it
-            kept = keys < self.state[-1, 0]
-            rows, keys = rows[kept], keys[kept]
-        added = torch.cat([keys.unsqueeze(1), rows.detach().double()], dim=1)
-        if len(added):
-            self.state = smallest_keys(torch.cat([self.state, added]), self.size)
+        """Add the rows of a batch, without waiting for their device."""
+        added = torch.cat([random_keys(index).unsqueeze(1), rows.detach().double()], dim=1)
+        self.state = smallest_keys(torch.cat([self.state, added]), self.size)
 
     def compute(self) -> Tensor:
         """Return the rows kept."""
