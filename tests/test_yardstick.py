@@ -81,9 +81,10 @@ def test_linear_vae_reaches_its_optimum(tmp_path, beta):
     assert int((variances > 0.01).sum()) == optimum.active_units
     assert trainer.callback_metrics["latent/active_units"] == optimum.active_units
     assert variances.sort(descending=True).values.tolist() == pytest.approx(optimum.posterior_mean_variance, abs=0.02)
-    # The data are Gaussian, so q(z) = p(z) at the optimum, and the rate is all information.
+    # The data are Gaussian, so q(z) = p(z) at the optimum, and the rate is all information. Its estimate is a lower
+    # bound, which loses the more the larger it is: 0.03 of 3.3 nats, and 0.11 of 4.7.
     information = trainer.callback_metrics["latent/mutual_information"]
-    assert information == pytest.approx(optimum.rate, abs=0.1)
+    assert 0.97 * optimum.rate < information < optimum.rate + 0.01
 
 
 def test_free_bits_put_the_rates_at_their_closed_form(tmp_path):

@@ -261,11 +261,12 @@ def test_the_first_samples_elbo_is_the_one_of_a_test_step():
 
 @pytest.mark.parametrize("likelihood", [Gaussian, DiscretisedLogistic])
 def test_other_likelihoods_on_batches_without_an_index(likelihood):
-    batches = [(batch["x"], batch["label"]) for batch in digits(64, 16)]
-    result = evaluate(small_vae(likelihood), batches, importance_samples=2)
+    vae, data = small_vae(likelihood), digits(64, 16)
+    result = evaluate(vae, [(batch["x"], batch["label"]) for batch in data], importance_samples=2)
     assert math.isfinite(result.likelihood.nll)
     assert math.isnan(result.terms.calibration) == (likelihood is DiscretisedLogistic)  # which claims no variance
-    assert math.isnan(result.labels.knn_accuracy)  # no mapping, no labels
+    assert result.labels == evaluate(vae, data, importance_samples=2).labels
+    assert math.isnan(evaluate(vae, [batch["x"] for batch in data], importance_samples=2).labels.knn_accuracy)
 
 
 class LaplaceEncoder(nn.Module):

@@ -10,7 +10,7 @@ def test_interpolations_are_straight():
     assert paths.shape == (2, 4, 2, 3)
     assert paths[:, 0].equal(latents[:2])
     assert paths[:, -1].equal(latents[2:4])
-    assert torch.allclose(paths[:, 1], latents[:2] * 2 / 3 + latents[2:4] / 3)
+    torch.testing.assert_close(paths[:, 1], latents[:2] * 2 / 3 + latents[2:4] / 3)
     assert interpolations(latents[:1], 3, 4).shape[0] == 0
 
 
