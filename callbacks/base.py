@@ -1,4 +1,4 @@
-"""One base class that runs under either Lightning."""
+"""Base class of the callbacks, for both Lightning packages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
     from lightning.pytorch import LightningModule, Trainer
 else:
-    # `lightning.pytorch` and `pytorch_lightning` hold distinct class trees, and each one's Trainer and LightningCLI
+    # `lightning.pytorch` and `pytorch_lightning` have distinct class trees, and the Trainer and LightningCLI of each
     # refuse the other's callbacks. Deriving from both satisfies both; every hook has the same signature in each.
     _bases = []
     for _name in ("lightning.pytorch", "pytorch_lightning"):
@@ -28,36 +28,36 @@ else:
 class Callback(_Callback):
     """Base of this package's callbacks: a Lightning callback that the Trainers of both Lightning packages accept.
 
-    It also gathers what the callbacks here need from a Trainer and Lightning has no public name for: the step, whether
-    this step's values reach the loggers, and a moment to clean up that comes however the run ends.
+    It also collects what the callbacks here need from a Trainer and Lightning does not expose publicly: the step, if
+    this step's values reach the loggers, and a cleanup that runs however the run ends.
     """
 
     @staticmethod
     def step(trainer: Trainer) -> int:
-        """Number of batches that stepped before this one: the loggers' own x-axis.
+        """Return the number of batches that stepped before this one: the loggers' own x-axis.
 
-        Equal to ``trainer.global_step`` with one optimizer, and right with several, where ``global_step`` counts each
-        optimizer's step.
+        It equals ``trainer.global_step`` with one optimizer. With several, ``global_step`` counts each optimizer's
+        step.
         """
         return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     @staticmethod
     def accumulates(trainer: Trainer) -> bool:
-        """Whether this training batch only accumulates gradients, and a later one steps.
+        """Return whether this training batch only accumulates gradients, for a later one to step.
 
-        Meant for ``on_train_batch_end``; a module that optimizes manually is taken to step in each.
+        Meant for ``on_train_batch_end``; a module that optimizes manually is assumed to step in each batch.
         """
         return bool(trainer.fit_loop._should_accumulate()) and trainer.lightning_module.automatic_optimization
 
     @staticmethod
     def logs_now(trainer: Trainer) -> bool:
-        """Whether the Trainer passes the values of this training batch to the loggers.
+        """Return whether the Trainer passes the values of this training batch to the loggers.
 
         Meant for ``on_train_batch_end``; a batch that only accumulates gradients never logs.
         """
         every = trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = trainer.fit_loop.epoch_loop._batches_that_stepped + 1
-        # As Lightning decides it, in a tenth of the time.
+        # The same decision as Lightning's, in a tenth of the time.
         logs = (every and step % every == 0) or getattr(trainer, "fast_dev_run", False)
         return bool(logs) and not Callback.accumulates(trainer)
 
@@ -81,10 +81,10 @@ class Callback(_Callback):
 
     @staticmethod
     def take_up_loaders(trainer: Trainer) -> None:
-        """Let the loaders of a resumed run take up their places, where these were made before Lightning does that.
+        """Restore the positions of a resumed run's loaders if the loaders were made before Lightning restores them.
 
-        Meant for ``on_train_start``. Asking for ``trainer.estimated_stepping_batches`` early, as schedules do, makes
-        the loaders before Lightning has read their places from the checkpoint, and it would then forget them.
+        Meant for ``on_train_start``. Reading ``trainer.estimated_stepping_batches`` early, as schedules do, makes the
+        loaders before Lightning has read their positions from the checkpoint, and it would then forget them.
         """
         loop = trainer.fit_loop
         if loop._combined_loader is not None and loop._combined_loader_states_to_load:
@@ -96,16 +96,16 @@ class Callback(_Callback):
     def at_end(trainer: Trainer, clean_up: Callable[[], None]) -> None:
         """Call a function when the Trainer's run ends, however it ends.
 
-        After an exception Lightning skips every ``teardown`` hook, and a project that empties ``trainer.callbacks`` on
-        its way out (disent does) skips ``on_exception`` too. The strategy is torn down in every case.
+        After an exception Lightning skips every ``teardown`` hook, and a project that empties ``trainer.callbacks``
+        while it fails (disent does) also skips ``on_exception``. The strategy is always torn down.
         """
         strategy = trainer.strategy
-        before = vars(strategy).get("teardown")  # of callbacks that asked already
+        before = vars(strategy).get("teardown")  # set by callbacks that registered earlier
         strategy.teardown = _CleanUp(strategy, before, clean_up)  # type: ignore[method-assign]
 
 
 class _CleanUp:
-    """A strategy's ``teardown`` with something to do before it, once. A class, so that a Trainer can be pickled."""
+    """A strategy's ``teardown`` that first runs a cleanup, once. It is a class so that a Trainer can be pickled."""
 
     def __init__(self, strategy: Any, before: Any, clean_up: Callable[[], None]) -> None:
         self._strategy = strategy
@@ -118,13 +118,13 @@ class _CleanUp:
             self._strategy.teardown = self._before
         try:
             self._clean_up()
-        except Exception as error:  # which must not hide the one that ended the run
+        except Exception as error:  # it must not hide the error that ended the run
             rank_zero_warn(f"Cleaning up after the run failed: {error}")
         self._strategy.teardown()
 
 
 def several_processes(trainer: Trainer) -> bool:
-    """Whether the run shares its batches among several processes."""
+    """Return whether the run shares its batches among several processes."""
     return trainer.world_size > 1
 
 
@@ -148,5 +148,5 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
 
 
 def writes_hparams(logger: Any) -> bool:
-    """Return whether a TensorBoardLogger fills the HParams page itself, which it does with ``default_hp_metric``."""
+    """Return whether a TensorBoardLogger fills the HParams page itself, as it does with ``default_hp_metric``."""
     return bool(getattr(logger, "_default_hp_metric", True))

@@ -1,4 +1,4 @@
-"""Detection of posterior collapse while a model trains."""
+"""Detect posterior collapse during training."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
 class CollapseDetector(Callback):
     """Detect posterior collapse, and suggest a remedy.
 
-    After each validation pass it knows, over all of the validation data and all processes, each latent dimension's rate
-    and the variance of its posterior mean, and the mutual information of data and latents. From these it tells a
+    After each validation pass it knows, over all validation data and all processes, each latent dimension's rate, the
+    variance of its posterior mean, and the mutual information of data and latents. From these it distinguishes a
     collapsed posterior from one that only has dimensions to spare; see
     :func:`~.metrics.collapse_state.collapse_state`. It reads the posteriors that the module computes anyway and runs no
-    forward pass of its own. In a run without validation a pass is a training epoch, with the posteriors of each step as
-    the model was at that step.
+    forward pass of its own. In a run without validation a pass is a training epoch, in which each step contributes the
+    posteriors of the model at that step.
 
     Logged are ``latent/active_units``, ``latent/active_fraction``, ``latent/mutual_information``,
-    ``latent/marginal_kl`` (rate less mutual information) and ``collapse/alarm`` (1 while an alarm is on). TensorBoard
+    ``latent/marginal_kl`` (rate minus mutual information) and ``collapse/alarm`` (1 while an alarm is on). TensorBoard
     also gets the pictures ``latent/rate_per_dimension`` and ``latent/variance_per_dimension``, with a column for each
-    pass (for each second, fourth and so on of a long run), and the alarm's text as ``collapse/message``. The mutual
+    pass (every second, fourth and so on in a long run), and the alarm's text as ``collapse/message``. The mutual
     information is the estimate that ``test`` prints. It can't exceed the logarithm of the number of observations it
-    comes from (7.6 nats for 2048): above 90 % of that read it as "at least". For a posterior that is not a diagonal
+    comes from (7.6 nats for 2048): above 90 % of that, read it as "at least". For a posterior that is not a diagonal
     Gaussian there are only the active units; with a prior that is not one there is no rate.
 
     Latents with several axes, ``(N, k, H, W)``, have a dimension at each position. A step may have several posteriors,
-    one for each view, say: each counts as that of an observation of its own.
+    for example one for each view: each counts as a separate observation.
 
-    In ``trainer.validate`` it measures and logs too, and reports an alarm at once.
+    In ``trainer.validate`` it also measures and logs, and reports an alarm immediately.
 
     Args:
         posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
@@ -70,12 +70,12 @@ class CollapseDetector(Callback):
             as the schedule takes to reach its end.
         on_alarm: Action on an alarm, once for each state: ``"warn"``, ``"stop"`` (warn and stop training), or a
             callable ``(trainer, pl_module, state)`` that takes over. It runs on every process.
-        name: Tells several detectors apart, of two encoders, say: its keys are ``latent_<name>/active_units``,
-            ``collapse_<name>/alarm`` and so on.
+        name: Distinguishes several detectors, for example of two encoders: the keys become
+            ``latent_<name>/active_units``, ``collapse_<name>/alarm`` and so on.
 
     Raises:
-        ValueError: If an option is out of its range, the posterior is not found where it should be, it has no mean, or
-            its shape changes from batch to batch.
+        ValueError: If an option is out of range, the posterior is not found where it should be, it has no mean, or its
+            shape changes from batch to batch.
         lightning.pytorch.utilities.exceptions.MisconfigurationException: When a run starts, if two detectors have the
             same ``name``.
 
@@ -130,7 +130,7 @@ class CollapseDetector(Callback):
         self._saved_pass: dict[str, Any] = {}
         self._saves_pass = False
 
-    @cached_property  # Lightning asks for it at every hook of every step
+    @cached_property  # Lightning reads it at every hook of every step
     @override
     def state_key(self) -> str:
         posterior = getattr(self.posterior, "__qualname__", self.posterior)
@@ -171,7 +171,7 @@ class CollapseDetector(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._watches_training = not _validates(trainer)
-        # With several processes a checkpoint holds the share of one: then only the rest of the epoch is measured.
+        # With several processes a checkpoint holds one process's share: then only the rest of the epoch is measured.
         self._saves_pass = self._watches_training and not several_processes(trainer)
         if self._watches_training:
             rank_zero_info(f"{self._title}: this run has no validation, so each training epoch is measured instead.")
@@ -209,7 +209,7 @@ class CollapseDetector(Callback):
 
     @override
     def on_save_checkpoint(self, *_: Any) -> None:
-        self._reader.unhook()  # a saved module must not take the hooks along
+        self._reader.unhook()  # a saved module must not contain the hooks
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -234,11 +234,11 @@ class CollapseDetector(Callback):
     # ---- a pass: begin, append, end
 
     def _start(self, trainer: Trainer) -> None:
-        """Refuse a second detector with the same keys, and clean up when the run ends."""
+        """Refuse a second detector with the same keys, and register the cleanup for the end of the run."""
         detectors = [each for each in callbacks_of(trainer) if isinstance(each, CollapseDetector)]
         if [each.name for each in detectors].count(self.name) > 1:
             raise MisconfigurationException(
-                f"Two CollapseDetectors log `{self._key('latent/active_units')}`. Tell them apart with `name=`."
+                f"Two CollapseDetectors log `{self._key('latent/active_units')}`. Distinguish them with `name=`."
             )
         self.at_end(trainer, self._discard)
 
@@ -265,7 +265,7 @@ class CollapseDetector(Callback):
                 variance = posterior.variance
                 rates = _rates(posterior, prior) if isinstance(prior, Normal) else None
             index = index_of(batch, len(mean))
-            if index is not None:  # two views of an observation are two observations
+            if index is not None:  # two views of an observation count as two observations
                 index = index * len(posteriors) + view
             self._pass.append(mean, variance, rates, index)
 
@@ -306,7 +306,7 @@ class CollapseDetector(Callback):
         return self._alarming_passes >= self.patience
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, state: CollapseState, alarm: bool) -> None:
-        """Raise an alarm that is new in some process, or say that one has ended."""
+        """Raise an alarm that is new in some process, or report that one has ended."""
         if trainer.strategy.reduce_boolean_decision(alarm and state.name != self._reported, all=False):
             message = _message(self._title, state)
             MediaLogger(trainer).text(self._key("collapse/message"), message, self.step(trainer))
@@ -345,7 +345,7 @@ class CollapseDetector(Callback):
 
 
 def _validates(trainer: Trainer) -> bool:
-    """Whether the run has validation passes. Their loaders may not be known yet."""
+    """Return whether the run has validation passes. Their loaders may not be known yet."""
     every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
     if every is not None and epochs is not None and 0 <= epochs < every:
         return False
@@ -357,31 +357,31 @@ def _mean(posterior: Distribution) -> Tensor:
         return posterior.mean
     except NotImplementedError:
         raise ValueError(
-            f"CollapseDetector: the posterior, a {type(posterior).__name__}, has no `mean`, whose variance the active "
-            "units are. Pass a callable `posterior=lambda pl_module, batch: ...` that returns a Normal, or another "
-            "distribution with a mean."
+            f"CollapseDetector: the posterior, a {type(posterior).__name__}, has no `mean`, from whose variance the "
+            "active units are computed. Pass a callable `posterior=lambda pl_module, batch: ...` that returns a "
+            "Normal, or another distribution with a mean."
         ) from None
 
 
 def _rates(posterior: Normal, prior: Normal) -> Tensor:
     """Compute the rate of each observation and dimension in float64, without waiting for the device."""
     posterior = Normal(exact(posterior.loc), exact(posterior.scale), validate_args=False)
-    # Where the module has no prior, N(0, I) is made on the CPU.
+    # If the module has no prior, N(0, I) is made on the CPU.
     loc, scale = (exact(each).to(posterior.loc.device, non_blocking=True) for each in (prior.loc, prior.scale))
     return kl_per_dimension(posterior, Normal(loc, scale, validate_args=False))
 
 
 def _unusable(measured: Measurements | None) -> str:
-    """Say why a pass can't be judged; empty if it can."""
+    """Return the reason why a pass can't be judged; empty if it can."""
     if measured is None:
         return (
-            "the module offered no posterior in this pass. Set `self.posterior` in each step, or name its place with "
+            "the module offered no posterior in this pass. Set `self.posterior` in each step, or give its path with "
             "`posterior=`."
         )
     if measured.observations < 2:
         return "a variance over the data needs two observations, and this pass had one."
     if not measured.variance.isfinite().all():
-        return "the posterior's means are not finite, so nothing can be said of them."
+        return "the posterior's means are not finite, so they can't be judged."
     return ""
 
 

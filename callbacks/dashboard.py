@@ -52,14 +52,14 @@ class Dashboard(Callback):
       of the networks, and the schedules of the knobs; and ``data``.
     - HParams, to compare runs: the module's numbers, the callbacks that move its knobs (``method``) and all other
       options (``setup``), against the overview. This page needs a ``TensorBoardLogger(default_hp_metric=False)``,
-      because a logger that has filled it can't add to it.
+      because a logger that has already filled the page can't add to it.
 
-    Other loggers get the numbers without it. What can't be shown gives one warning, and training goes on.
+    Other loggers get only the numbers. Anything that can't be shown gives one warning, and training continues.
 
     Args:
-        charts: The curves of a chart by its title, where they have other names: ``{"rate": ["kl", "val_kl"]}``. They
-            replace the default curves of that title; an empty list removes the chart. The overview shows the last curve
-            of a chart that the run logs.
+        charts: The curves of a chart by its title, if they have other names: ``{"rate": ["kl", "val_kl"]}``. They
+            replace the default curves of that title; an empty list removes the chart. The overview shows the last
+            curve of a chart that the run logs.
         objective: Markdown about the objective, instead of the description.
         data: Markdown about the data, instead of the description.
 
@@ -110,7 +110,7 @@ class Dashboard(Callback):
 def describe_objective(trainer: Trainer, pl_module: LightningModule) -> str:
     """Describe in Markdown the loss, the module with the sizes of its parts, and the schedules of its knobs.
 
-    The formula is that of a module with ``knobs``. Of other modules the description has the parts alone.
+    The formula is shown only for a module with ``knobs``. For other modules the description lists only the parts.
     """
     knobs = _knob_values(pl_module)
     rows = [("module", f"`{type(pl_module).__name__}`, {_size(pl_module)}")]
@@ -157,7 +157,7 @@ def hyperparameters_of(trainer: Trainer, pl_module: LightningModule) -> dict[str
     The texts hold everything else: a column for each option would push the measurements out of sight.
     """
     data: Any = getattr(trainer, "datamodule", None)
-    # An option with the data module's value, such as the shape, is listed there.
+    # An option whose value comes from the data module, such as the shape, is listed there.
     own = {name: value for name, value in options_of(pl_module).items() if str(getattr(data, name, None)) != str(value)}
     beta = {name: value for name, value in _knob_values(pl_module).items() if name == "beta"}
     numbers = {name: value for name, value in own.items() if not isinstance(value, str | bool)}
@@ -170,8 +170,8 @@ def hyperparameters_of(trainer: Trainer, pl_module: LightningModule) -> dict[str
 def options_of(owner: Any) -> dict[str, bool | int | float | str]:
     """Return the options of an object: its hyperparameters, or else the attributes named like constructor arguments.
 
-    Nested options have names with slashes. A part given as ``class_path`` and ``init_args`` is the name of its class,
-    with its arguments below it.
+    Nested options have names with slashes. For a part given as ``class_path`` and ``init_args`` the value is the name
+    of its class, with its arguments below it.
     """
     given = dict(getattr(owner, "hparams", None) or {})
     if not given and owner is not None:

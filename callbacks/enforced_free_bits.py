@@ -1,4 +1,4 @@
-"""Keep a floor under the rate of a module whose loss has none."""
+"""Enforce a floor under the rate of a module whose loss has none."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class EnforcedFreeBits(AttributeScheduler):
     Right before the backward pass it adds the shortfall of each rate, :math:`\max(\lambda, \mathrm{KL}) = \mathrm{KL} +
     \max(0, \lambda - \mathrm{KL})`, with the same :math:`w c`. All gradients are then those of
     ``loss = reconstruction + w * c * free_bits(kl_per_dimension, threshold)``, up to rounding, under any optimizer,
-    accumulation and clipping. The loss that the module logs is still without the floor. The floor is under the mean of
-    the global batch, over all processes; each accumulated batch has its own floor.
+    accumulation and clipping. The loss that the module logs still lacks the floor. The floor applies to the mean of the
+    global batch, over all processes; each accumulated batch has its own floor.
 
     The KL in the loss has to be that of the output that ``posterior`` names, not clamped or changed in between, against
     N(0, I) or a ``Normal`` that the module offers as ``prior``. It has to enter linearly, with the weight and the
-    reduction given here. At the first batch this is checked on copies of the module where that is possible (see
-    :class:`KLAnnealing`): the loss has to rise by that KL for a weight of 1. Otherwise it is taken on trust, as is a
-    clamp that acts only later. The weight is read when the loss is complete.
+    reduction given here. At the first batch this is checked on copies of the module if possible (see
+    :class:`KLAnnealing`): the loss has to rise by that KL for a weight of 1. Otherwise the declaration is taken on
+    trust, and so is the absence of a clamp that acts only later. The weight is read when the loss is complete.
 
     Logged on logging steps: ``knobs/free_bits`` and ``latent/at_floor``, as by :class:`FreeBits`.
 
@@ -60,20 +60,19 @@ class EnforcedFreeBits(AttributeScheduler):
         posterior: The path of the submodule that outputs the posterior, or a pair of paths for its two parameters, as
             in :class:`~.reading.distribution_reader.DistributionReader`.
         weight: Where the module keeps the weight of the KL term, a dotted path as in :class:`KLAnnealing`; or a number,
-            where the loss has one.
+            if the loss uses a literal.
         reduction: Reduction of the KL that the weight multiplies. ``"sum"``: summed over the latent dimensions, mean
             over the batch; ``"mean"``: mean over both; ``"batch_sum"``: summed over both; or a number, the factor
             between it and ``"sum"``.
-        second: What stands beside the mean where the posterior is a pair of tensors.
-        chunk: Axis along which the posterior is split, where it is one tensor.
-        per: What each floor is under: ``"dimension"``, ``"whole"`` (the total rate), or a number of consecutive
-            dimensions.
+        second: Meaning of the second parameter if the posterior is a pair of tensors.
+        chunk: Axis along which the posterior is split, if it is one tensor.
+        per: Scope of each floor: ``"dimension"``, ``"whole"`` (the total rate), or a number of consecutive dimensions.
         average: ``"batch"`` floors the batch's mean rate (Kingma et al.), ``"sample"`` each observation's.
         name: Logged as ``knobs/<name>``.
 
     Raises:
-        ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere.
-        lightning.pytorch.utilities.exceptions.MisconfigurationException: Where the gradients could not be exact. When
+        ValueError: If an option is out of range, or, when fitting starts, if a path leads nowhere.
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: If the gradients could not be exact. When
             fitting starts: under manual optimization, a precision other than 32-true, 64-true and bf16-mixed (within
             its rounding), a strategy other than a single device or DDP, ``torch.compile``, and for a module
             with ``free_bits`` of its own. In the first step: if the posterior is not a diagonal ``Normal``, has no
@@ -139,7 +138,7 @@ class EnforcedFreeBits(AttributeScheduler):
         if rates is None:
             return
         threshold = float(self._current)
-        if threshold > 0:  # a floor of 0 is none, also where a rate rounds to 0
+        if threshold > 0:  # a floor of 0 is no floor, even if a rate rounds to 0
             shared = self.average == "batch" and several_processes(trainer)
             means = mean_over_processes(trainer, rates.detach()) if shared else None
             missing = self.factor(rates) * shortfall(rates, threshold, self.per, self.average, means)
@@ -177,7 +176,7 @@ class EnforcedFreeBits(AttributeScheduler):
         self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
     ) -> None:
         self._read_weight(pl_module)
-        self._reader.listen(pl_module)  # both raise where a path leads nowhere
+        self._reader.listen(pl_module)  # both raise if a path leads nowhere
         self._reader.forget()
         super()._prepare(trainer, pl_module, current, restored)
 
@@ -210,7 +209,7 @@ class EnforcedFreeBits(AttributeScheduler):
         if not isinstance(prior, Normal) or callable(getattr(pl_module, "prior", None)):
             kind = type(getattr(pl_module, "prior", None)).__name__
             raise _refusal(f"The module's `prior` must be a diagonal Normal, or left out for N(0, I), got {kind}.")
-        # Calls without a gradient, to log or show something, have no part in the loss.
+        # Calls without a gradient, to log or show something, do not contribute to the loss.
         normals = [each for each in normals if each.loc.requires_grad or each.scale.requires_grad]
         if len(normals) != 1:
             raise _refusal(
@@ -220,7 +219,7 @@ class EnforcedFreeBits(AttributeScheduler):
         if not (posterior.loc.requires_grad and posterior.scale.requires_grad):
             raise _refusal(
                 f"`posterior={self.posterior!r}` must have a gradient for its mean and for its second parameter, and "
-                "has it for one. (Within activation checkpointing, `use_reentrant=True` hides it.)"
+                "has one for only one of them. (Within activation checkpointing, `use_reentrant=True` hides it.)"
             )
         posterior = Normal(widened(posterior.loc), widened(posterior.scale), validate_args=False)
         rates = kl_per_dimension(posterior, prior).flatten(1)
@@ -232,7 +231,7 @@ class EnforcedFreeBits(AttributeScheduler):
         return rates
 
     def _try_declaration(self, probe: LossProbe, weight: str) -> None:
-        """Refuse a loss that does not rise with the weight as declared, where that can be tried."""
+        """Refuse a loss that does not rise with the weight as declared, if that can be tried."""
         seen: list[tuple[DistributionReader, LightningModule]] = []
 
         def look_on(copy: LightningModule) -> None:
@@ -245,7 +244,7 @@ class EnforcedFreeBits(AttributeScheduler):
             [(reader, copy)] = seen
             posteriors, prior = [each for each in reader.read(copy, None) if each.mean.requires_grad], read_prior(copy)
             if len(posteriors) != 1 or not isinstance(posteriors[0], Normal) or not isinstance(prior, Normal):
-                return  # the step itself refuses
+                return  # the step itself raises the error
             rates = kl_per_dimension(posteriors[0], prior).detach().flatten(1)
             declared = self.factor(rates) * float(rates.sum(1).mean())
         except Exception as reason:  # a trial must not end the training
@@ -269,12 +268,12 @@ class EnforcedFreeBits(AttributeScheduler):
         name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
         if hasattr(pl_module, "free_bits"):
             raise MisconfigurationException(
-                f"EnforcedFreeBits: {name} has a `free_bits` of its own, so that two floors would add up. Use "
-                "`FreeBits`, which sets it."
+                f"EnforcedFreeBits: {name} has its own `free_bits`, so two floors would add up. Use `FreeBits`, which "
+                "sets it."
             )
         if not pl_module.automatic_optimization:
             raise _refusal(
-                f"{name} optimizes manually: which of its losses the KL is in, and scaled how, is not known."
+                f"{name} optimizes manually, so it is not known which of its losses contains the KL, and how scaled."
             )
         if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
             raise _refusal(
@@ -284,12 +283,12 @@ class EnforcedFreeBits(AttributeScheduler):
         if trainer.precision == "bf16-mixed":
             rank_zero_info(
                 "EnforcedFreeBits: bfloat16 rounds the module's own KL. A dimension under its floor keeps a gradient "
-                "of that size: small beside those of active dimensions, and not beside a collapsed one's."
+                "of that size: small compared with those of active dimensions, but not with a collapsed one's."
             )
         if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
             raise _refusal(f"`strategy` must be a single device or DDP, got {strategy}, which may shard the posterior.")
         if any(is_compiled(module) for module in pl_module.modules()):
-            raise _refusal("Code that `torch.compile` made may run without the hooks that read the posterior.")
+            raise _refusal("Code compiled by `torch.compile` may run without the hooks that read the posterior.")
         for other in callbacks_of(trainer):
             if isinstance(other, EnforcedFreeBits) and other is not self and other.posterior == self.posterior:
                 raise MisconfigurationException(
@@ -309,10 +308,10 @@ def shortfall(
     Args:
         rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
         threshold: The floor in nats, above 0.
-        per: What each floor is under, as in :class:`EnforcedFreeBits`.
-        average: Whether the floors are under the ``"batch"``'s mean or under each ``"sample"``.
-        global_mean: The rates' mean over the batch of all processes, shape ``(k,)``, where there are several. It
-            decides which floors act; the gradient reaches this process's share.
+        per: Scope of each floor, as in :class:`EnforcedFreeBits`.
+        average: ``"batch"`` floors the mean over the batch, ``"sample"`` each observation's rate.
+        global_mean: The mean of the rates over the batch of all processes, shape ``(k,)``, if there are several. It
+            decides which floors act; the gradient flows to this process's share.
 
     Returns:
         Nats per observation, a scalar.
@@ -323,13 +322,13 @@ def shortfall(
         grouped = grouped.mean(0, keepdim=True)
     if global_mean is not None:
         grouped = grouped - grouped.detach() + global_mean.unflatten(0, (-1, size)).sum(-1)
-    # The clamp that floors the rate, so that a rate right at its floor has the same gradient too.
+    # Use the clamp of the floored rate, so that a rate exactly at its floor has the same gradient too.
     missing: Tensor = grouped.clamp(min=torch.full_like(grouped, threshold)) - grouped
     return missing.sum(-1).mean()
 
 
 def _refusal(reason: str) -> MisconfigurationException:
     return MisconfigurationException(
-        f"EnforcedFreeBits can't be exact here. {reason} Put the floor into the loss, and set it with `FreeBits`: "
+        f"EnforcedFreeBits can't be exact here. {reason} Put the floor in the loss, and set it with `FreeBits`: "
         f"`{_LINE}`."
     )

@@ -1,4 +1,4 @@
-"""Keep a floor under the rate."""
+"""Set a floor under the rate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _LINE = "loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bits)"
-_NEAR = 1.05  # a rate within 5 % of its floor sits at it: nothing pulls it up, and noise moves it about
+_NEAR = 1.05  # a rate within 5 % of its floor counts as at the floor: nothing pulls it up, but noise moves it
 
 
 class FreeBits(AttributeScheduler):
@@ -33,12 +33,12 @@ class FreeBits(AttributeScheduler):
 
         loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bits)
 
-    with ``lightning_vae.free_bits``. Logged on logging steps: ``knobs/free_bits``, and ``latent/at_floor``, how many of
-    the floored dimensions (or groups) sit at the floor, where the posterior can be read and its dimensions have rates
-    of their own; where it is not Gaussian, they are measured against the module's own ``prior``. In the second half of
-    the run it warns once if the floors together exceed the measured rate or hold more than 90 % of the dimensions: the
-    floor, and not the data, then determines the model. A single floor under the whole rate is meant to, and does not
-    warn.
+    with ``lightning_vae.free_bits``. Logged on logging steps: ``knobs/free_bits``, and ``latent/at_floor``, the number
+    of floored dimensions (or groups) at the floor, if the posterior can be read and has a rate for each dimension. If
+    it is not Gaussian, the rates are measured against the module's own ``prior``. In the second half of the run the
+    callback warns once if the floors together exceed the measured rate or hold more than 90 % of the dimensions: the
+    floor, and not the data, then determines the model. A single floor under the whole rate is meant to do that, and
+    gives no warning.
 
     With ``accumulate_grad_batches`` each accumulated batch has a floor under its own mean. The mean of the floored
     rates is at least the floored rate of the mean.
@@ -51,14 +51,14 @@ class FreeBits(AttributeScheduler):
     Args:
         threshold: The floor in nats: a number, or a schedule of the training step.
         attribute: Where the module keeps the threshold: a dotted path, or several.
-        per: What each floor is under: ``"dimension"``, ``"whole"`` (the total rate), or a number of consecutive
-            dimensions; ``None`` leaves the module's own choice, ``free_bits_per``.
+        per: Scope of each floor: ``"dimension"``, ``"whole"`` (the total rate), or a number of consecutive dimensions;
+            ``None`` keeps the module's own choice, ``free_bits_per``.
         average: ``"batch"`` floors the batch's mean rate (Kingma et al.), ``"sample"`` each observation's; ``None``
-            leaves the module's own choice, ``free_bits_average``.
+            keeps the module's own choice, ``free_bits_average``.
         posterior: Where to read the posterior for ``latent/at_floor``, as in :class:`CollapseDetector`; ``None`` is the
             module's own ``posterior``, if it has one.
-        second: What stands beside the mean where the posterior is a pair of tensors.
-        chunk: Axis along which it is split into halves where the posterior is one tensor.
+        second: Meaning of the second parameter if the posterior is a pair of tensors.
+        chunk: Axis along which the posterior is split into halves, if it is one tensor.
         setter: Writes the threshold instead, ``(pl_module, value) -> None``.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
@@ -103,8 +103,8 @@ class FreeBits(AttributeScheduler):
         self._warned, self._latest = False, None
         if trainer.accumulate_grad_batches > 1 and getattr(pl_module, "free_bits_average", "batch") == "batch":
             rank_zero_info(
-                f"FreeBits: gradients are accumulated over {trainer.accumulate_grad_batches} batches, and the floor is "
-                "under the mean of each by itself, which is a little stricter than under the mean of all."
+                f"FreeBits: gradients are accumulated over {trainer.accumulate_grad_batches} batches, and the floor "
+                "applies to the mean of each batch, which is slightly stricter than a floor under the mean of all."
             )
 
     @override
@@ -127,9 +127,9 @@ class FreeBits(AttributeScheduler):
             self._warned = True
             rank_zero_warn(
                 f"FreeBits: {latest.at_floor:.0f} of {latest.groups} floors hold their dimension; together they are "
-                f"{latest.floors:.2f} nats, the measured rate is {latest.rate:.2f}. The threshold sets the model, and "
-                "its rate need not be information: lower `threshold`, or use fewer latent dimensions. Otherwise the "
-                "run is too short for the rates to rise above it, or the loss does not read it."
+                f"{latest.floors:.2f} nats, the measured rate is {latest.rate:.2f}. The threshold determines the "
+                "model, and its rate need not be information: lower `threshold`, or use fewer latent dimensions. Or "
+                "the run is too short for the rates to rise above the floor, or the loss does not read it."
             )
 
     @override
@@ -138,27 +138,27 @@ class FreeBits(AttributeScheduler):
             return super()._find(pl_module)
         except ValueError as error:
             raise ValueError(
-                f"FreeBits: {error} The module's own loss has to read the floor: `{_LINE}`. On "
-                "a module that can't be changed `EnforcedFreeBits` does it."
+                f"FreeBits: {error} The module's own loss has to read the floor: `{_LINE}`. For "
+                "a module that can't be changed, use `EnforcedFreeBits`."
             ) from error
 
     def _rates(self, pl_module: LightningModule, batch: Any) -> Tensor | None:
-        """Compute the rate of each observation and dimension, of all posteriors; ``None`` where there is none."""
+        """Compute the rate of each observation and dimension, over all posteriors; ``None`` if there is none."""
         own = getattr(pl_module, "posterior", None)
         if self._reader.posterior is None and (own is None or callable(own)):
-            return None  # the module offers none, or has a method or a submodule of that name
+            return None  # the module has no posterior, or a method or a submodule of that name
         posteriors, prior = self._reader.read(pl_module, batch), read_prior(pl_module)
         if not posteriors or any(each.event_shape for each in (prior, *posteriors)):
-            return None  # a step without one, or a distribution over whole vectors has no rate of a dimension
+            return None  # a step without a posterior, or a distribution over vectors, without rates per dimension
         offers_prior = isinstance(getattr(pl_module, "prior", None), Distribution)
         if not offers_prior and not all(isinstance(each, Normal) for each in posteriors):
-            return None  # N(0, I) would be a guess
+            return None  # N(0, I) would only be a guess
         sizes = {each.batch_shape[1:] for each in posteriors}
         if len(sizes) > 1:
             raise ValueError(
                 "FreeBits: the posteriors of a step have latents of different shapes, "
-                f"{' and '.join(str(tuple(size)) for size in sorted(sizes))}. Choose those that the floor is under, in "
-                "a callable `posterior=lambda pl_module, batch: ...`."
+                f"{' and '.join(str(tuple(size)) for size in sorted(sizes))}. Select those that the floor applies to, "
+                "in a callable `posterior=lambda pl_module, batch: ...`."
             )
         return torch.cat([measured_rates(each, prior) for each in posteriors])
 
@@ -175,7 +175,7 @@ class FreeBits(AttributeScheduler):
 
 
 class _AtFloor(NamedTuple):
-    """How much of the rate the floors hold, in one batch."""
+    """Counts and sums of one batch's rates and their floors."""
 
     at_floor: float
     groups: int
@@ -184,18 +184,18 @@ class _AtFloor(NamedTuple):
 
     @property
     def sets_the_model(self) -> bool:
-        """Whether the floors determine the rates; a single floor under all of them is meant to."""
+        """Return whether the floors determine the model; a single floor under the whole rate is meant to."""
         return self.floors > 0 and self.groups > 1 and (self.floors > self.rate or self.at_floor > 0.9 * self.groups)
 
 
 def count_at_floor(rates: Tensor, threshold: float, per: Literal["dimension", "whole"] | int, average: str) -> _AtFloor:
-    """Count the dimensions, or groups of them, whose rate sits at its floor.
+    """Count the dimensions, or groups of them, whose rate is at its floor.
 
     Args:
         rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
         threshold: The floor in nats.
-        per: What each floor is under, as in :class:`FreeBits`.
-        average: ``"batch"`` counts groups by their mean rate; ``"sample"`` counts in each observation, and averages.
+        per: Scope of each floor, as in :class:`FreeBits`.
+        average: ``"batch"`` counts groups by their mean rate; ``"sample"`` counts per observation, and averages.
     """
     size = rates.shape[1] if per == "whole" else 1 if per == "dimension" else per
     grouped = rates.reshape(len(rates), -1, int(size)).sum(-1)

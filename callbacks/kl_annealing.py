@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 
 class KLAnnealing(AttributeScheduler):
-    """Anneal the weight of the KL term along a schedule, against a collapse early in training.
+    """Anneal the weight of the KL term along a schedule, to prevent a collapse early in training.
 
     A schedule whose ``stop`` is left out ends at the value the module is configured with, so one config serves every
     ``beta``. Validation, checkpoints and the module after fitting have that value. Logged as ``knobs/beta``, or the
     path's last part.
 
-    At the first batch the callback reports how the loss depends on the weight. Where it recognises the terms of the
-    loss, it gives the *effective beta*: the weight in an ELBO that would have the same effect. The report shows a
-    weight that the loss ignores or applies twice. To find out, it evaluates the loss of this batch on copies of the
-    module, with the same random state, at weight 0 and at others. It leaves the report out where that is expensive or
-    has side effects (a setter, several processes, manual optimization, compiled or large modules, hooks). It can't
-    detect a training step with effects outside of Lightning; switch the report off there with ``probe=False``.
+    At the first batch the callback reports how the loss depends on the weight. If it recognises the terms of the loss,
+    it gives the *effective beta*: the weight in an ELBO that would have the same effect. The report reveals a weight
+    that the loss ignores or applies twice. To measure this, the callback evaluates the loss of this batch on copies of
+    the module, with the same random state, at weight 0 and at others. It skips the report if that is expensive or has
+    side effects (a setter, several processes, manual optimization, compiled or large modules, hooks). It can't detect
+    a training step with effects outside Lightning; switch the report off for such a step with ``probe=False``.
     ``lightning_vae.VAE`` needs no report.
 
     Args:
@@ -48,11 +48,11 @@ class KLAnnealing(AttributeScheduler):
         probe: Whether to evaluate the first batch for the report.
 
     Raises:
-        ValueError: If there is no path, or, when fitting starts, if it leads nowhere or a length can't be turned into
+        ValueError: If there is no path, or, when fitting starts, if it leads nowhere or a length can't be converted to
             steps.
-        lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, if the schedule ends
-            elsewhere than the module is configured to, if two callbacks move one number, or if a monitor watches
-            ``train/loss``, which moves.
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, if the schedule does not
+            end at the value that the module is configured with, if two callbacks move one number, or if a monitor
+            watches ``train/loss``, which moves.
 
     References:
         Bowman et al., "Generating Sentences from a Continuous Space", CoNLL 2016; Fu et al., "Cyclical Annealing
@@ -82,18 +82,18 @@ class KLAnnealing(AttributeScheduler):
             self._report(trainer, pl_module, batch)
 
     def _is_foreign(self, pl_module: LightningModule) -> bool:
-        """Whether the effect of the number is unknown. A setter may have side effects, so it is not probed."""
+        """Return whether the effect of the number is unknown. A setter may have side effects, so it is not probed."""
         return self.setter is None and not set(self._paths) & set(getattr(pl_module, "knobs", {}))
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         others = [each for each in callbacks_of(trainer) if isinstance(each, KLAnnealing) and each is not self]
-        # The loss may multiply two weights, of which the other is 0 at this step.
+        # The loss may multiply two weights, and the other one may be 0 at this step.
         held = {tuple(each._paths): float(each._target) for each in others if each._paths and each._target is not None}
         target = None if self._target is None else float(self._target)
         probe = LossProbe(trainer, pl_module, batch, batch_idx=0)
         try:
             effect = weight_effect(probe, tuple(self._paths), held, batch, target or 1.0)
-        except Exception as reason:  # a report that fails must not end somebody's training
+        except Exception as reason:  # a failed report must not end a training run
             log.debug("%s(%s): the loss was not probed: %r.", type(self).__name__, self.name, reason)
             return
         say = rank_zero_warn if effect.is_ignored or effect.is_squared or effect.is_counted_twice else rank_zero_info
@@ -109,13 +109,13 @@ def describe(effect: WeightEffect, name: str, target: float | None) -> str:
     Args:
         effect: The measured effect.
         name: Name of the weight.
-        target: The value it ends at, if that is known.
+        target: The value it ends at, if known.
     """
     zero, half, full = effect.losses
     if effect.is_ignored:
         return (
-            f"the loss of the first batch is {zero:.6g} whatever `{name}` is. In this batch it doesn't read the number "
-            "that is written, or sets it itself, or multiplies it by something that is 0, or the KL is exactly 0."
+            f"the loss of the first batch is {zero:.6g} whatever `{name}` is. In this batch the loss doesn't read the "
+            "number that is written, or sets it itself, or multiplies it by 0, or the KL is exactly 0."
         )
     if not effect.is_linear:
         text = (
@@ -123,7 +123,7 @@ def describe(effect: WeightEffect, name: str, target: float | None) -> str:
             f"{full:.6g} at {effect.weight:g}"
         )
         if effect.is_squared:
-            return f"{text}: it grows with the square of `{name}`, which is applied twice. Take it out once."
+            return f"{text}: it grows with the square of `{name}`, which is applied twice. Remove one of the two."
         return f"{text}: it is not linear in it."
     found = [f"the loss of the first batch is {zero:.6g} {effect.slope:+.6g} * `{name}`".replace(" +", " + ", 1)]
     if effect.rate is not None:

@@ -1,4 +1,4 @@
-"""Pictures of where a VAE's posteriors lie, while it trains."""
+"""Pictures of a VAE's posteriors during training."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ class LatentSpace(Callback):
     TensorBoard also gets histograms of all ``latent/posterior_mean`` and ``latent/posterior_scale``. When training
     ends, its projector gets the posterior means as ``latent``, with labels and thumbnails of the observations.
 
-    Only the validation data of the first process are drawn. What can't be drawn during a run gives one warning, and
-    training goes on.
+    Only the validation data of the first process are drawn. Anything that can't be drawn during a run gives one
+    warning, and training continues.
 
     Args:
         posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
             submodule that outputs it, a pair of paths, or a callable. See :class:`DistributionReader`.
-        second: What stands beside the mean: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
+        second: Meaning of the second parameter: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
         chunk: The axis along which to split the posterior, if one tensor holds both parameters.
-        label: Where a batch holds the labels: a key, an index or a callable. By default in the usual places.
-        observations: Number of validation observations to show, from the first on.
-        times: How often to draw in a run. TensorBoard shows ten pictures of a tag.
+        label: Location of the labels in a batch: a key, an index or a callable. By default the usual places.
+        observations: Number of validation observations to show, starting with the first.
+        times: Number of times to draw in a run. TensorBoard shows ten pictures per tag.
 
     Raises:
         ValueError: If an option is out of range; when fitting starts, if a path leads nowhere.
@@ -117,7 +117,7 @@ class LatentSpace(Callback):
     ) -> None:
         if self._wants_more and not (self.posterior is None and getattr(pl_module, "posterior", self) is None):
             with self._attempt("the posterior"):
-                posterior = self._reader.read(pl_module, batch)[0]  # that of the first view, if there are several
+                posterior = self._reader.read(pl_module, batch)[0]  # the posterior of the first view, if several
                 self._rows.append(_Rows.of(PosteriorSummary.of(posterior, read_prior(pl_module)), batch, self.label))
 
     @override
@@ -198,7 +198,7 @@ class _Rows(NamedTuple):
         """Concatenate several, and return the first ``count`` rows."""
         codes = PosteriorSummary.joined([part.codes for part in parts]).first(count)
         labels, x = [part.labels for part in parts], [part.x for part in parts]
-        shapes = {None if each is None else each.shape[1:] for each in x}  # several loaders may have several
+        shapes = {None if each is None else each.shape[1:] for each in x}  # the shapes may differ between loaders
         return cls(
             codes,
             None if None in labels else [name for part in labels for name in part or ()][:count],
@@ -224,7 +224,7 @@ def _in_units_of_prior(codes: PosteriorSummary, prior: Distribution) -> tuple[Te
 
 
 def _planes(dimensions: list[int], total: int) -> list[list[int]]:
-    """Pair dimensions. An odd one is paired with the first of all that is not among them, or else with itself."""
+    """Pair dimensions. An odd one is paired with the first dimension not listed, or else with itself."""
     if len(dimensions) % 2:
         others = (dimension for dimension in range(total) if dimension not in dimensions)
         dimensions = [*dimensions, next(others, dimensions[-1])]

@@ -1,4 +1,4 @@
-"""Pictures of what a VAE decodes, while it trains."""
+"""Pictures of a VAE's decoder outputs during training."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 
 
 class Pictures(Callback):
-    """Show a VAE's reconstructions, samples and latent traversals, always for the same inputs.
+    """Show a VAE's reconstructions, samples and latent traversals, always of the same inputs.
 
     At some validation passes, the first and the last among them, TensorBoard and other loggers of pictures get
 
@@ -53,23 +53,24 @@ class Pictures(Callback):
     of p(x|z) where ``decode`` returns a distribution.
 
     Training is not affected: the global random state and the modules' modes are restored. Only the first process draws.
-    Nothing is drawn under a strategy that shards the parameters, because one process can't run the model. What can't be
-    drawn during a run gives one warning, and training goes on.
+    Nothing is drawn under a strategy that shards the parameters, because one process can't run the model. Anything that
+    can't be drawn during a run gives one warning, and training continues.
 
     Args:
         encode: Returns q(z|x) or its mean. ``None`` is the module's own ``encode``. Otherwise the path of another
             method or submodule (``"model.encoder"``), or of a part of its output (``"model.encode:0"``), or a callable
-            ``(pl_module, x)``. A pair of tensors is the mean and what ``second`` says; a single tensor is the mean.
+            ``(pl_module, x)``. A pair of tensors is the mean and the parameter named by ``second``; a single tensor is
+            the mean.
         decode: Returns observations, or a distribution over them, for latents; given in the same forms.
         reconstruct: Returns reconstructions of observations, given in the same forms, if they are not ``decode`` of the
             posterior mean.
-        second: What stands beside the mean: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
+        second: Meaning of the second parameter: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
         chunk: The axis along which to split the output of ``encode``, if one tensor holds both parameters.
-        x: Where a batch holds the observations: a key, an index or a callable. By default in the usual places.
+        x: Location of the observations in a batch: a key, an index or a callable. By default the usual places.
         value_range: The values drawn as black and white, such as ``(0, 1)``, or at the bottom and the top of curves. By
             default (0, 1) or (-1, 1) for images within these limits, else the range of the inputs; curves get a quarter
             of it as margin at both ends. Integers are first divided by the module's ``levels`` - 1, or by 255.
-        times: How often to draw in a run. TensorBoard shows ten pictures of a tag.
+        times: Number of times to draw in a run. TensorBoard shows ten pictures per tag.
 
     Raises:
         ValueError: If an option is out of range; when fitting starts, if a path leads nowhere.
@@ -104,7 +105,7 @@ class Pictures(Callback):
         self._attempt = BestEffort("Pictures")
         self._draws = False
         self._inputs: Tensor | None = None  # shown in every pass
-        self._chosen: list[Tensor] = []  # in the first pass, until they are all of the inputs
+        self._chosen: list[Tensor] = []  # collected in the first pass, until the inputs are complete
         self._ranking: list[Tensor] = []  # batches that rank the latent dimensions
 
     @override
@@ -175,14 +176,14 @@ class Pictures(Callback):
         x = batch_part(batch, self.x, OBSERVATIONS, 0)
         if not isinstance(x, Tensor):
             raise ValueError(
-                f"no observations were found in a batch, which is a {type(batch).__name__}. Say where they are with "
+                f"no observations were found in a batch, which is a {type(batch).__name__}. Give their location with "
                 "`x=`, a key, an index or a callable."
             )
         return x
 
     def _collect(self, x: Tensor, batch_idx: int, batches: float) -> None:
         if self._ranking and x.shape[1:] != self._ranking[0].shape[1:]:
-            return  # of sequences of several lengths, only those as long as the first batch's
+            return  # of sequences of different lengths, keep only those as long as the first batch's
         if self._inputs is None:
             self._chosen += [x[row].clone() for row in evenly_spaced_rows(_COLUMNS, len(x), batch_idx, batches)]
         missing = _RANKED_BY - sum(map(len, self._ranking))
@@ -265,14 +266,14 @@ def _is_sharded(trainer: Trainer) -> bool:
 
 
 def _means(option: str, output: Any, shape: Sequence[int]) -> Tensor:
-    """Return a decoder's output as observations ``(n, *shape)``: a distribution's mean, the first of several parts."""
+    """Return a decoder's output as observations ``(n, *shape)``: a distribution's mean, or the first of several."""
     first = output[0] if isinstance(output, tuple | list) and output else output
     values = first.mean if isinstance(first, Distribution) else first
     if not isinstance(values, Tensor) or values.ndim == 0 or values.shape[1:].numel() != math.prod(shape):
         what = f"shape {tuple(values.shape[1:])}" if isinstance(values, Tensor) else f"a {type(values).__name__}"
         raise ValueError(
-            f"`{option}` gave {what} for each observation, which has shape {tuple(shape)}. Name what gives "
-            f"observations, or pick a part of it: `{option}='path:part'`."
+            f"`{option}` gave {what} for each observation, which has shape {tuple(shape)}. Name a method or submodule "
+            f"that gives observations, or pick a part of its output: `{option}='path:part'`."
         )
     return values.float().cpu().reshape(-1, *shape)
 

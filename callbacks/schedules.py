@@ -1,11 +1,11 @@
 """Schedules: pure functions of the step, for the weight of the KL term or for any other knob.
 
-A schedule maps a step, counted from 0, to a value. It has no counter, so a resumed run goes on where it was. It is
+A schedule maps a step, counted from 0, to a value. It has no counter, so a resumed run continues where it was. It is
 exact at both ends, rises or falls, and is defined for every step >= 0; past its end it holds its last value.
 
 A length is given in exactly one unit: steps, epochs or a fraction of the run. With ``stop=None`` a schedule ends at the
-value that the module is configured with. :meth:`Schedule.resolve` turns both into numbers. A schedule with a length in
-steps and a ``stop`` needs no resolving, so it works in any training loop:
+value that the module is configured with. :meth:`Schedule.resolve` converts both to numbers. A schedule with a length in
+steps and a ``stop`` does not need resolving, so it works in any training loop:
 
 >>> warm_up = Linear(start=0.0, stop=1.0, steps=4)
 >>> [warm_up(step) for step in range(6)]
@@ -33,7 +33,7 @@ def cosine_ramp(ratio: float) -> float:
     """Return the half wave ``(1 - cos(pi ratio)) / 2``, which goes from 0 to 1.
 
     Args:
-        ratio: How far along, from 0 to 1.
+        ratio: Fraction of the way, from 0 to 1.
     """
     return 0.5 * (1.0 - math.cos(math.pi * ratio))
 
@@ -45,8 +45,8 @@ def sigmoid_ramp(ratio: float, steepness: float = 12.0) -> float:
     written with ``tanh``, which can't overflow.
 
     Args:
-        ratio: How far along, from 0 to 1.
-        steepness: Above 0; a large value makes the curve jump at the middle.
+        ratio: Fraction of the way, from 0 to 1.
+        steepness: Above 0; a large value makes the curve jump in the middle.
     """
     return 0.5 * (1.0 + math.tanh(steepness / 4 * (2 * ratio - 1)) / math.tanh(steepness / 4))
 
@@ -57,7 +57,7 @@ def interpolate(start: float, stop: float, ratio: float) -> float:
     Args:
         start: Value at ratio 0.
         stop: Value at ratio 1 and beyond.
-        ratio: How far along, at least 0.
+        ratio: Fraction of the way, at least 0.
     """
     return stop if ratio >= 1 else start + (stop - start) * ratio
 
@@ -80,7 +80,7 @@ class Schedule(ABC):
     ) -> Self:
         """Return the same schedule with its lengths in steps and its open end filled in.
 
-        Lengths are rounded down, but to one step at least, so fractions that sum to 1 fit into the run.
+        Lengths are rounded down, but to at least one step, so fractions that sum to 1 fit into the run.
 
         Args:
             target: The value that ``None`` stands for as the end of a schedule.
@@ -88,7 +88,7 @@ class Schedule(ABC):
             total_steps: Steps in the whole run, if known.
 
         Raises:
-            ValueError: If the schedule needs one of them that is ``None``.
+            ValueError: If the schedule needs an argument that is ``None``.
         """
 
     @property
@@ -106,7 +106,7 @@ class Schedule(ABC):
 
     @property
     def endless(self) -> bool:
-        """Whether the schedule never ends, so that nothing can follow it in a :class:`Join`."""
+        """Return whether the schedule never ends, so that nothing can follow it in a :class:`Join`."""
         return False
 
 
@@ -114,7 +114,7 @@ class Schedule(ABC):
 class Constant(Schedule):
     """Hold one value.
 
-    It needs no length, except inside a :class:`Join` that goes on to something else.
+    It needs no length, except inside a :class:`Join` that continues with another schedule.
 
     Args:
         value: The value.
@@ -298,8 +298,8 @@ class Cyclical(Schedule):
         period_steps: Length of one cycle in steps.
         period_epochs: Length of one cycle in epochs, instead of ``period_steps``.
         period_fraction: Length of one cycle as a fraction of the run, instead of ``period_steps``.
-        cycles: Number of cycles; ``None`` repeats them for ever.
-        ratio: The part of a cycle that the ramp takes.
+        cycles: Number of cycles; ``None`` repeats them forever.
+        ratio: The fraction of a cycle taken by the ramp.
         shape: The curve of the ramp; ``"sigmoid"`` has steepness 12.
     """
 
@@ -317,7 +317,7 @@ class Cyclical(Schedule):
         _check_finite("stop", self.stop)
         _check_length(*self._duration)
         if self.cycles is not None and (not isinstance(self.cycles, int) or self.cycles < 1):
-            raise ValueError(f"`cycles` must be an integer >= 1, or None to go on for ever, got {self.cycles}.")
+            raise ValueError(f"`cycles` must be an integer >= 1, or None to repeat forever, got {self.cycles}.")
         if not 0 < self.ratio <= 1:
             raise ValueError(f"`ratio` must be in (0, 1], got {self.ratio}. Start with 0.5.")
         if self.shape not in _CURVES:
@@ -383,13 +383,13 @@ class Staged(Schedule):
         name, boundaries = self._boundaries
         if len(self.values) != len(boundaries) + 1:
             raise ValueError(
-                f"`{name}` must hold one boundary fewer than there are `values`, "
+                f"`{name}` must have one boundary fewer than there are `values`, "
                 f"got {len(boundaries)} for {len(self.values)}. Leave out the boundary of the first value."
             )
         for boundary in boundaries:
             _check_length(name, boundary)
         if any(later < earlier for earlier, later in pairwise(boundaries)):
-            raise ValueError(f"`{name}` must not fall, got {list(boundaries)}. Sort the boundaries.")
+            raise ValueError(f"`{name}` must not decrease, got {list(boundaries)}. Sort the boundaries.")
         if None in self.values[:-1]:
             raise ValueError(f"Only the last of `values` may be None, got {list(self.values)}. Give the others.")
         for value in self.values:
@@ -427,8 +427,8 @@ class Staged(Schedule):
 class Join(Schedule):
     """Run schedules one after another, each counting from its own start.
 
-    The next schedule begins after the length of the one before, at the step at which that would first return its last
-    value.
+    The next schedule begins after the length of the previous one, at the step at which that one would first return its
+    last value.
 
     Args:
         schedules: The schedules; each but the last needs an end.
@@ -442,11 +442,11 @@ class Join(Schedule):
             raise ValueError("`schedules` must hold at least one schedule, got none.")
         for schedule in self.schedules:
             if not isinstance(schedule, Schedule):
-                raise ValueError(f"`schedules` must hold `Schedule` objects, got {schedule!r}. Make it one.")
+                raise ValueError(f"`schedules` must hold `Schedule` objects, got {schedule!r}. Make it a `Schedule`.")
         for schedule in self.schedules[:-1]:
             if schedule.endless:
                 raise ValueError(
-                    f"`schedules` must end, all but the last, got {schedule}. "
+                    f"`schedules` must all end except the last, got {schedule}. "
                     "Give a Constant a length, or a Cyclical a number of `cycles`."
                 )
 
@@ -518,10 +518,10 @@ def _in_steps(name: str, length: float, steps_per_epoch: int | None, total_steps
     if unit is None:
         whole = "an epoch" if name.endswith("epochs") else "the run"
         raise ValueError(
-            f"`{name}` must be given in steps here, got {name}={length}: how many steps {whole} has is not known. "
+            f"`{name}` must be given in steps here, got {name}={length}: the number of steps in {whole} is not known. "
             "Give the length in steps, or limit the run."
         )
-    return max(1, math.floor(round(length * unit, 6)))  # 0.29 * 100 is 28.999999999999996, and means 29
+    return max(1, math.floor(round(length * unit, 6)))  # 0.29 * 100 is 28.999999999999996 and should give 29
 
 
 def _end_at(stop: float | None, target: float | None) -> float:
@@ -536,6 +536,6 @@ def _known(name: str, value: _T | None) -> _T:
     if value is None:
         raise ValueError(
             f"`{name}` must be a number to compute with, got None. "
-            "Give it, or use what `resolve(target, steps_per_epoch, total_steps)` returns."
+            "Give it, or use the result of `resolve(target, steps_per_epoch, total_steps)`."
         )
     return value

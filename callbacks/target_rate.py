@@ -41,13 +41,13 @@ class TargetRate(AttributeWriter):
     term, a step moves :math:`\log \beta` by at most :math:`K_i`.
 
     The weight starts at the module's configured value. Validation, checkpoints and the finished module have the weight
-    that the controller has found. The controller's state is saved, so a resumed run goes on from it. Logged on logging
-    steps: ``knobs/beta`` (or the path's last part), ``knobs/target_rate`` and ``latent/rate``, the average that is
-    steered, both in nats. A target that no weight within the bounds reaches is reported once.
+    that the controller has found. The controller's state is saved, so a resumed run continues from it. Logged on
+    logging steps: ``knobs/beta`` (or the path's last part), ``knobs/target_rate`` and ``latent/rate``, the controlled
+    average, both in nats. A target that no weight within the bounds reaches is reported once.
 
-    The ``val/loss`` and ``test/loss`` of ``lightning_vae.VAE`` then measure the target at the schedule's end: the
-    distortion, plus ``price`` for each nat of rate above the target and its tolerance. The validation loss of any other
-    module contains the current weight: monitor something without it.
+    The ``val/loss`` and ``test/loss`` of ``lightning_vae.VAE`` then refer to the target at the schedule's end: they are
+    the distortion, plus ``price`` for each nat of rate above the target and its tolerance. The validation loss of any
+    other module contains the current weight: monitor something without it.
 
     Args:
         nats: The target in nats per observation: a number, a schedule of the training step with an explicit end, or
@@ -56,26 +56,26 @@ class TargetRate(AttributeWriter):
         attribute: Where the module keeps the weight: a dotted path as in :class:`KLAnnealing`, or several.
         posterior: Where to read the posterior, as in :class:`CollapseDetector`; ``None`` is the module's own
             ``posterior``. The rate is measured against the module's own ``prior``, N(0, I) if it has none. Several
-            posteriors in a step count as so many observations.
-        second: What stands beside the mean where the posterior is a pair of tensors.
-        chunk: Axis along which it is split into halves where the posterior is one tensor.
-        start: The weight to start from; the module's configured one if not given.
+            posteriors in a step count as that many observations.
+        second: Meaning of the second parameter if the posterior is a pair of tensors.
+        chunk: Axis along which the posterior is split into halves, if it is one tensor.
+        start: The weight to start from; the module's configured weight if not given.
         min_beta: The smallest weight; a hundredth of the first if not given.
         max_beta: The largest weight; a hundred times the first if not given.
         proportional: Gain :math:`K_p`.
-        integral: Gain :math:`K_i` per step. Lower it where rate and weight swing, in runs of very many steps.
+        integral: Gain :math:`K_i` per step. Lower it if rate and weight oscillate, in runs of very many steps.
         smoothing: Weight of the previous average in the moving average, from 0 to below 1.
-        tolerance: By how much the rate may exceed the target in ``val/loss``, and miss it before that counts as not
-            met: a fraction of the target, or of 1 nat for smaller targets.
-        price: What ``val/loss`` charges for each nat above that. It must be more than the weight that holds the target,
-            or it would pay to exceed it; if it turns out to be less, that is reported.
-        patience: Steps at a bound, the target not met, until that is reported.
+        tolerance: Amount by which the rate may exceed the target in ``val/loss``, and may miss the target before it
+            counts as not met: a fraction of the target, or of 1 nat for smaller targets.
+        price: Price in ``val/loss`` of each nat above that. It must be more than the weight that holds the target,
+            or exceeding the target would pay; if it turns out to be less, that is reported.
+        patience: Number of steps at a bound, with the target not met, before that is reported.
         setter: Writes the weight instead, ``(pl_module, value) -> None``; needs a ``start``.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
     Raises:
-        ValueError: If an option is out of its range, or, when fitting starts, if a path leads nowhere, there is no
-            positive weight to start from, or the target does not end at a rate.
+        ValueError: If an option is out of range, or, when fitting starts, if a path leads nowhere, there is no
+            positive weight to start from, or the target does not end at a valid rate.
         lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, if another callback moves
             the same weight, or a monitor watches ``train/loss``, which moves.
 
@@ -130,7 +130,7 @@ class TargetRate(AttributeWriter):
         if not 0 <= smoothing < 1:
             raise ValueError(f"`smoothing` must be at least 0 and below 1, got {smoothing}.")
         if setter is not None and start is None:
-            raise ValueError("`start` must be given with a `setter`: nothing else tells the weight to start from.")
+            raise ValueError("`start` must be given with a `setter`: the weight to start from is not known otherwise.")
         super().__init__(attribute, setter, name)
         self.schedule = target if callable(target) else Constant(float(target or 0.0))
         self.nats = nats
@@ -152,7 +152,7 @@ class TargetRate(AttributeWriter):
         self._controller: RateController | None = None
         self._state: ControllerState | None = None
         self._measured: Tensor | None = None  # sum of the rates and number of observations since the last step
-        self._sets_limit = False  # whether the module's validation loss serves the target
+        self._sets_limit = False  # True if the module's validation loss uses the target
         self._reported: set[str] = set()
 
     @override
@@ -172,7 +172,7 @@ class TargetRate(AttributeWriter):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._report(self.target(self.step(trainer)))  # for runs that hardly log
+        self._report(self.target(self.step(trainer)))  # for runs that rarely log
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -236,13 +236,13 @@ class TargetRate(AttributeWriter):
                 rank_zero_warn(f"{type(self).__name__}({self.name}): {text}")
 
     def _problems(self, target: float) -> Iterator[tuple[str, str]]:
-        """Yield each problem with the options, and its remedy. Waits for the device."""
+        """Yield each problem with the options, and its remedy. Synchronises with the device."""
         assert self._state is not None
         rate, _, log_weight, steps = (float(value) for value in self._state)
         weight = f"`{self.name}` has been at its {{}}, {math.exp(log_weight):.4g}, for {abs(steps):.0f} steps"
         missed = f", and the rate is {rate:.4g} nats instead of {target:.4g}."
         if steps >= self.patience:
-            remedy = "Raise `max_beta` or the target. Where no weight lowers the rate, the loss does not read it."
+            remedy = "Raise `max_beta` or the target. If no weight lowers the rate, the loss does not read it."
             yield "high", f"{weight.format('largest')}{missed} {remedy}"
         elif steps <= -self.patience:
             remedy = "Lower `min_beta` or the target, or give the model more latent dimensions."
@@ -252,7 +252,7 @@ class TargetRate(AttributeWriter):
             yield (
                 "price",
                 f"it takes `{self.name}` = {math.exp(log_weight):.4g} to hold the rate, and `val/loss` charges "
-                f"{self.price:g} for a nat above the target: it would pay to exceed it. Raise `price`.",
+                f"{self.price:g} for a nat above the target: exceeding it would pay. Raise `price`.",
             )
 
     @override
@@ -263,7 +263,7 @@ class TargetRate(AttributeWriter):
         if first is None or not first > 0:
             raise ValueError(
                 f"{type(self).__name__}({self.name}): the weight to start from must be above 0, got {first}. Configure "
-                "the module with another, or give `start`."
+                "the module with another weight, or give `start`."
             )
         self._first = float(first)
         self._schedule.begin(trainer, f"{type(self).__name__}({self.name})", None, restored)
@@ -288,9 +288,9 @@ class TargetRate(AttributeWriter):
         )
 
     def _set_limit(self, pl_module: Any) -> None:
-        """Tell a module with knobs which rate its loss is to be selected at, and the price of exceeding it."""
+        """Pass the rate limit for model selection, and the price of exceeding it, to a module with knobs."""
         end = self._schedule.final
-        if end is None:  # another callable, which ends with the run
+        if end is None:  # a plain callable, which ends with the run
             end = self.schedule(self._schedule.total_steps or 10**9)
         limit = self._in_nats(end)
         if not 0 <= limit < math.inf:
@@ -307,9 +307,9 @@ class TargetRate(AttributeWriter):
         for owner, monitor in () if self._sets_limit else monitors(trainer):
             if _VALIDATION_LOSS.fullmatch(monitor):
                 rank_zero_warn(
-                    f"{type(self).__name__}({self.name}): {owner} monitors {monitor!r}. If `{self.name}` is in it, it "
-                    "moves with the controller and is lowest where the weight is. Monitor a reconstruction error, or "
-                    "an ELBO without the weight once the rate is at its target."
+                    f"{type(self).__name__}({self.name}): {owner} monitors {monitor!r}. If that contains "
+                    f"`{self.name}`, it moves with the controller and is lowest where the weight is. Monitor a "
+                    "reconstruction error, or an ELBO without the weight once the rate is at its target."
                 )
 
     @override
@@ -317,7 +317,7 @@ class TargetRate(AttributeWriter):
         super()._refuse_twins(trainer)
         for each in callbacks_of(trainer):
             if isinstance(each, TargetRate) and each is not self and each._log_key == self._log_key:
-                raise MisconfigurationException(f"Two callbacks log `{self._log_key}`. Tell them apart with `name=`.")
+                raise MisconfigurationException(f"Two callbacks log `{self._log_key}`. Distinguish them with `name=`.")
 
 
 def sum_and_count(posteriors: Sequence[Distribution], prior: Distribution, device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-"""Base class of the data modules, and how a data set is split."""
+"""Base class of the data modules, and functions to split a data set."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ class DataModule(pl.LightningDataModule, ABC):
 
     A batch is a dict. `"x"` holds the raw observations, uint8 images `(B, C, H, W)` or float32 vectors `(B, d)`.
     `"index"` holds their positions in the split, `(B,)`, which do not depend on the order, the batch size or the number
-    of processes. `"label"` holds their classes, `(B,)`, where the data set has any.
+    of processes. `"label"` holds their classes, `(B,)`, if the data set has any.
 
     Training and validation are parts of the training data. Only `test` and `predict` use the test split; `predict` goes
     through all of it in order.
 
     On a GPU, a split that takes at most a quarter of the free memory is copied there once, when its loader is made. Its
-    batches are then cut on the GPU: the same batches in the same order, without a copy for each.
+    batches are then cut on the GPU: the same batches in the same order, without a copy per batch.
 
     Args:
         batch_size: Observations in a batch of one process.
@@ -66,7 +66,7 @@ class DataModule(pl.LightningDataModule, ABC):
         """Return a shuffled loader over the training split; in order under `overfit_batches`."""
         overfit = self.trainer is not None and self.trainer.overfit_batches > 0  # type: ignore[attr-defined]
         loader = self._loader("train", shuffle=not overfit)
-        # A second fit and `reload_dataloaders_every_n_epochs` get a new loader, which must not repeat the first order.
+        # A second fit and `reload_dataloaders_every_n_epochs` make a new loader, which must not repeat the first order.
         loader.load_state_dict({"epoch": self.trainer.current_epoch if self.trainer else 0, "position": 0})
         return loader
 

@@ -30,9 +30,9 @@ class Images(DataModule):
         flip: Whether to mirror each training image left to right with probability one half.
         test_root: Folder of the test images, laid out like `root`. Without it they are a part of `root`.
         val_fraction: Share kept for validation, of the images that are not for the test.
-        test_fraction: Share kept for the test, where there is no `test_root`.
+        test_fraction: Share kept for the test, if there is no `test_root`.
         memory_budget: Memory in GiB that the images of all splits may take as tensors.
-        num_workers: Processes that read ahead for each loader, where the images exceed the memory budget; 0 for none.
+        num_workers: Processes that read ahead for each loader, if the images exceed the memory budget; 0 for none.
         batch_size: Observations in a batch of one process.
         seed: Seed of the splits, the training order and the flips.
 

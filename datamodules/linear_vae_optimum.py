@@ -131,6 +131,6 @@ def _water_filled_error(eigenvalues: Sequence[float], signal: float) -> float:
     for count in range(len(eigenvalues), 0, -1):
         roots = [math.sqrt(eigenvalue) for eigenvalue in eigenvalues[:count]]
         scale = (signal + count) / sum(roots)  # 1 + m_i = scale * root of l_i
-        if count == 1 or scale * roots[-1] >= 1:  # one alone takes all the signal, whatever rounding says
+        if count == 1 or scale * roots[-1] >= 1:  # a single one takes all the signal, whatever the rounding
             return sum(roots) / scale + sum(eigenvalues[count:])
     return 0.0

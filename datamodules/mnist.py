@@ -60,11 +60,11 @@ class MNIST(TorchVision):
 
 
 class FashionMNIST(MNIST):
-    """Fashion-MNIST: 60,000 training and 10,000 test images of clothing; files and sizes as of `MNIST`."""
+    """Fashion-MNIST: 60,000 training and 10,000 test images of clothing; files and sizes as for `MNIST`."""
 
 
 class KMNIST(MNIST):
-    """Kuzushiji-MNIST: 60,000 training and 10,000 test images of cursive Japanese; files and sizes as of `MNIST`."""
+    """Kuzushiji-MNIST: 60,000 training and 10,000 test images of cursive Japanese; files and sizes as for `MNIST`."""
 
 
 def read_idx(path: Path) -> Tensor:

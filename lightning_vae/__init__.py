@@ -54,12 +54,12 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> object:
-    # Importing `lightning_vae.callbacks` runs this file, and must stay light: the VAE comes when it is asked for.
+    # Importing `lightning_vae.callbacks` runs this file and must stay light, so the VAE is imported on first use.
     from importlib import import_module
 
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)
     if replaced := import_module(f"{__name__}.replaced_names").advice(name):
-        raise ImportError(replaced)  # an AttributeError's words would not reach `from lightning_vae import ...`
+        raise ImportError(replaced)  # `from lightning_vae import ...` would hide the message of an AttributeError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

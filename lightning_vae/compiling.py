@@ -13,13 +13,13 @@ _MODES = (True, False, *get_args(get_args(CompileMode)[1]))
 
 
 class CompiledMethod:
-    """Call a method of one object as one graph, compiled at the first call. A copy compiles its own.
+    """A method of one object, compiled to one graph at the first call. A copy compiles its own graph.
 
     Args:
         mode: ``True``, or one of torch's modes; ``False`` for an object that is never called.
 
     Raises:
-        ValueError: If the mode is another.
+        ValueError: If the mode is unknown.
     """
 
     def __init__(self, mode: CompileMode) -> None:
@@ -36,8 +36,8 @@ class CompiledMethod:
             *args: Its arguments.
 
         Raises:
-            RuntimeError: If there is no C++ compiler, torch can't make one graph of the method, or it needed more than
-                eight. Nothing runs uncompiled.
+            RuntimeError: If there is no C++ compiler, torch can't make one graph of the method, or the method needs
+                more than eight graphs. Nothing runs uncompiled.
         """
         if self._graph is None:
             self._graph = self._compile(method)
@@ -46,12 +46,12 @@ class CompiledMethod:
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
             raise RuntimeError(
                 "`compile`: the training step needs a new graph each time, and torch gives up. Its warning above names "
-                "the number or shape that changes. Keep numbers in tensors, or leave `compile` out."
+                "the number or shape that changes. Keep numbers in tensors, or remove `compile`."
             ) from error
         except torch._dynamo.exc.TorchDynamoException as error:
             raise RuntimeError(
                 f"`compile`: torch can't make one graph of the training step. {error}\nFix that (install g++ if the "
-                "C++ compiler is missing), or leave `compile` out."
+                "C++ compiler is missing), or remove `compile`."
             ) from error
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,6 +60,6 @@ class CompiledMethod:
     def _compile(self, method: Callable[..., Any]) -> Callable[..., Any]:
         assert isinstance(method, MethodType)
         code, globals_, closure = method.__func__.__code__, method.__func__.__globals__, method.__func__.__closure__
-        # torch keeps its graphs, and counts them against the limit, by code object. Each object gets one of its own.
+        # torch stores its graphs, and limits their number, per code object. Each instance gets its own code object.
         function = FunctionType(code.replace(), globals_, closure=closure)
         return torch.compile(function, fullgraph=True, mode=self.mode if isinstance(self.mode, str) else None)

@@ -1,4 +1,4 @@
-"""Sums and means over the processes that train together, of which each holds a share of the batch."""
+"""Sums and means over the processes of a run, each of which holds a share of the batch."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor
 def mean_over_processes(values: Tensor) -> Tensor:
     """Average over the observations of all processes' batches, as if one process had them all.
 
-    The value is the global mean, the same in every process. The gradient reaches this process's own observations. It is
-    scaled so that the mean of the processes' gradients, which DDP and FSDP take, is the gradient of the global mean,
-    however uneven the shares are. Whatever is computed from the mean is then right too, such as a floor:
+    The value is the global mean, the same in every process. The gradient flows to this process's own observations. It
+    is scaled so that the mean of the processes' gradients, which DDP and FSDP compute, is the gradient of the global
+    mean, however uneven the shares are. Functions of the mean, such as a floor, then have the right gradient too:
     ``free_bits(mean_over_processes(kl_per_dimension)[None], 0.5)``.
 
     Args:
@@ -24,7 +24,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def mean_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what :func:`mean_over_processes` does and the number of all processes' observations, in one exchange."""
+    """Return the result of :func:`mean_over_processes` and the total number of observations, in one exchange."""
     sums = values.sum(0)
     totals = sum_over_processes(torch.cat([sums.detach(), sums.new_full((1,), len(values))]))
     count = totals[-1]
@@ -33,7 +33,7 @@ def mean_and_count(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sum_over_processes(sums: Tensor) -> Tensor:
-    """Add up a tensor over all processes, in place, and return it."""
+    """Sum a tensor over all processes, in place, and return it."""
     if in_group():
         torch.distributed.all_reduce(sums)
     return sums
@@ -55,10 +55,10 @@ def in_group() -> bool:
 
 
 def leave_processes() -> None:
-    """Leave the group of processes, if there is one, before the interpreter ends.
+    """Destroy the process group, if there is one, before the interpreter exits.
 
-    A thread of gloo's may hold a tensor of the last exchange for a moment longer than the run takes, and a thread that
-    frees a tensor while the interpreter ends aborts the process. Lightning itself cleans up after NCCL alone.
+    A gloo thread may hold a tensor of the last exchange slightly longer than the run lasts, and a thread that frees a
+    tensor while the interpreter exits aborts the process. Lightning itself cleans up only after NCCL.
     """
     if in_group():
         torch.distributed.destroy_process_group()

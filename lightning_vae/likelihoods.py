@@ -1,4 +1,4 @@
-"""Likelihoods p(x|z): what the decoder's output means.
+"""Likelihoods p(x|z): the meaning of the decoder's output.
 
 Each is a module that turns the decoder's output into a normalised ``torch.distributions.Distribution`` over the data in
 the networks' scale (images in [0, 1]). Constants are included: ``log_prob`` is in nats and comparable across methods.
@@ -31,11 +31,11 @@ class Likelihood(nn.Module):
     """
 
     learns_scale = False
-    """Whether the scale adapts to the reconstruction error while training."""
+    """True if the scale adapts to the reconstruction error during training."""
     unit_interval = False
-    """Whether data in the networks' scale must lie in [0, 1]."""
+    """True if data in the networks' scale must lie in [0, 1]."""
     starts = False
-    """Whether a parameter still waits for the first training batch, which sets where it starts."""
+    """True if a parameter still waits for the first training batch, which sets its initial value."""
 
     def __init__(self, shape: Shape, levels: int | None = None) -> None:
         super().__init__()
@@ -43,11 +43,11 @@ class Likelihood(nn.Module):
         self.levels = levels
 
     def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """Return what is observed of data in the networks' scale: the data, unless a subclass makes noise of them.
+        """Return the observed values of data in the networks' scale: the data, unless a subclass randomises them.
 
         Args:
             x: Data in the networks' scale, shape ``(B, *shape)``.
-            index: Number of each observation, which fixes its noise; ``None`` for fresh noise, as in training.
+            index: Index of each observation, which fixes its noise; ``None`` for fresh noise, as in training.
         """
         del index
         return x
@@ -57,12 +57,12 @@ class Likelihood(nn.Module):
 
         Args:
             output: The decoder's output, shape ``(B, *shape)``.
-            x: While training, the data that it will be evaluated on, for a scale computed from the error.
+            x: During training, the data that it will be evaluated on, for a scale computed from the error.
         """
-        raise NotImplementedError(f"`likelihood`: {type(self).__name__} has no `forward`. Give one that has.")
+        raise NotImplementedError(f"`likelihood`: {type(self).__name__} has no `forward`. Use a class that has one.")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Under `bf16-true` rounding would undo each optimizer step of a learned scale.
+        # Under `bf16-true`, rounding would undo each optimizer step of a learned scale.
         super()._apply(_at_least_float32(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -73,17 +73,17 @@ class Likelihood(nn.Module):
 class Bernoulli(Likelihood):
     """Bernoulli over dynamically binarised data; the decoder's output is the logit.
 
-    A grey level in [0, 1] is the probability that the pixel is on. Training draws the pixel afresh at each use (Burda
-    et al. 2015, section 5); at evaluation seed and index fix the draw. Cross-entropy on the grey levels themselves is
-    not a likelihood.
+    A grey level in [0, 1] is the probability that the pixel is on. Training draws the pixel again at each use (Burda et
+    al. 2015, section 5); at evaluation the seed and the index fix the draw. Cross-entropy on the grey levels themselves
+    is not a likelihood.
 
     Args:
         shape: Shape of one observation.
         levels: Number of integer levels of the raw data, ``None`` for data in [0, 1].
         seed: Seed of the binarisation at evaluation.
         start_at_mean: Add the logits of each pixel's mean over the first training batch to the decoder's output. The
-            decoder then need not learn them first, while the pressure on the rate already closes latents. (Burda et
-            al.'s code sets its output bias so.)
+            decoder then does not have to learn them first, while the pressure on the rate already shuts latents down.
+            (Burda et al.'s code initialises its output bias this way.)
     """
 
     offset: Tensor
@@ -100,9 +100,9 @@ class Bernoulli(Likelihood):
             self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
 
     def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
-        """Return ``x`` binarised, by each observation's own noise where ``index`` is given."""
+        """Return ``x`` binarised, with each observation's own noise if ``index`` is given."""
         noise = torch.rand_like(x) if index is None else uniform_by_index(index, math.prod(self.shape), self.seed)
-        return noise.view_as(x).lt_(x).to(x.dtype)  # in place, as 0 or 1: saves the pass from bools to numbers
+        return noise.view_as(x).lt_(x).to(x.dtype)  # in place, as 0 or 1: saves a conversion from bool
 
     def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Bernoulli distribution with these logits."""
@@ -115,7 +115,7 @@ class Bernoulli(Likelihood):
 
 
 class _IndependentBernoulli(td.Independent):  # type: ignore[type-arg]
-    """Independent Bernoullis. They negate the sum, not each term, which saves the gradient two passes."""
+    """Independent Bernoullis that negate the sum and not each term, which saves two passes in the gradient."""
 
     def log_prob(self, value: Tensor) -> Tensor:
         logits, value = broadcast_all(self.base_dist.logits, value)
@@ -140,7 +140,7 @@ class ContinuousBernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """Gaussian whose variance all pixels share; the decoder's output is the mean.
+    """Gaussian with one variance for all pixels; the decoder's output is the mean.
 
     Args:
         shape: Shape of one observation.
@@ -148,11 +148,11 @@ class Gaussian(Likelihood):
         variance: A positive number fixes it (1 on data in [0, 1] collapses the latents: the scale of the variance
             decides what is worth encoding). ``"learned"`` makes its logarithm a parameter, which starts at a tenth of
             the first training batch's mean squared error, because an optimizer's steps are too small to cross scales.
-            ``"optimal"`` is the mean squared error over the global batch while training, and its running mean at
+            ``"optimal"`` is the mean squared error over the global batch during training, and its running mean at
             evaluation (sigma-VAE).
 
     Raises:
-        ValueError: If the variance is neither.
+        ValueError: If the variance is none of these.
 
     References:
         Rybkin, Daniilidis and Levine, "Simple and Effective VAE Training with Calibrated Decoders", ICML 2021; Lucas
@@ -163,7 +163,7 @@ class Gaussian(Likelihood):
     start_weight: Tensor
 
     start_share = 0.1
-    """Share of the first batch's mean squared error at which a learned variance starts: about what training leaves."""
+    """Initial learned variance, as a share of the first batch's mean squared error: about what training leaves."""
     momentum = 0.99
     """Momentum of the running mean of the optimal variance."""
     min_log_variance = -12.0
@@ -184,7 +184,7 @@ class Gaussian(Likelihood):
             self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
         elif variance == "optimal":
             self.register_buffer("log_variance", torch.tensor(0.0))
-            # The start value's weight in the running mean, which divides by the rest: it corrects the bias.
+            # Weight of the initial value in the running mean, which is divided by one minus it to correct the bias.
             self.register_buffer("start_weight", torch.tensor(1.0))
         else:
             self.register_buffer("log_variance", torch.tensor(math.log(float(variance))), persistent=False)
@@ -206,7 +206,7 @@ class Gaussian(Likelihood):
     def _optimal(self, output: Tensor, x: Tensor) -> Tensor:
         """Compute the global batch's optimal log-variance.
 
-        It needs no gradient: at the optimum the loss is flat in the variance.
+        It needs no gradient: at the optimum, the loss has zero slope in the variance.
         """
         error = (output - x).square().sum()
         sums = sum_over_processes(torch.stack([error, error.new_full((), x.numel())]))
@@ -224,24 +224,24 @@ class Gaussian(Likelihood):
 
 
 def _has_started(module: nn.Module, _keys: object) -> None:
-    """Keep the parameters that were loaded: they started from another run's first batch."""
+    """Keep the loaded parameters, which were initialised from another run's first batch."""
     module.starts = False  # type: ignore[assignment]
 
 
 def _mean_logits(x: Tensor) -> Tensor:
-    """Compute the logits of the global batch's mean, with half a count on either side for pixels that are never on."""
+    """Compute the logits of the global batch's mean, with half a count added on both sides for constant pixels."""
     on = sum_over_processes(torch.cat([x.sum(dim=0).flatten(), x.new_tensor([float(len(x))])]))
     return torch.logit((on[:-1] + 0.5) / (on[-1] + 1)).view(x.shape[1:])
 
 
 class DiscretisedLogistic(Likelihood):
-    """Logistic integrated over each level's bin, which gives integer data probabilities.
+    """Logistic integrated over each level's bin, which gives probabilities of integer data.
 
-    The decoder's output is the location. One scale per channel is learned. The outermost bins take the tails.
+    The decoder's output is the location. One scale per channel is learned. The outermost bins include the tails.
 
     Args:
         shape: Shape of one observation.
-        levels: Number of integer levels of the raw data; ``None`` takes 256 on data in [0, 1].
+        levels: Number of integer levels of the raw data; ``None`` means 256 levels, on data in [0, 1].
 
     References:
         Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016.
@@ -270,7 +270,7 @@ class _DiscretisedLogistic(td.Distribution):
 
     @property
     def mean(self) -> Tensor:
-        """Location, held inside the range of the data."""
+        """Location, clamped to the range of the data."""
         inside: Tensor = self.loc.clamp(0, 1)
         return inside
 
@@ -294,9 +294,9 @@ class _DiscretisedLogistic(td.Distribution):
 
 
 def default_likelihood(shape: Shape, levels: int | None = None) -> Likelihood:
-    """Choose by the data: grey images Bernoulli, colour images discretised logistic, vectors Gaussian.
+    """Choose the likelihood by the data: Bernoulli for grey images, discretised logistic for colour, else Gaussian.
 
-    The Gaussian's variance is learned. A variance fixed at 1 is never a default: on data in [0, 1] it collapses.
+    The Gaussian's variance is learned. A variance fixed at 1 is never a default: on data in [0, 1] the model collapses.
     """
     if len(shape) != 3:
         return Gaussian(shape, levels)
@@ -304,17 +304,17 @@ def default_likelihood(shape: Shape, levels: int | None = None) -> Likelihood:
 
 
 def warn_of_feedback(beta: float, likelihood: Likelihood) -> None:
-    """Warn of a weight on the rate other than 1 beside a likelihood whose scale adapts."""
+    """Warn about a beta other than 1 with a likelihood whose scale adapts."""
     if beta != 1 and likelihood.learns_scale:
         rank_zero_warn(
-            f"`beta` is {beta:g} with a likelihood whose scale adapts: the two feed back. A larger beta worsens the "
-            "reconstruction, which widens the scale, which weakens the reconstruction again, until everything has "
-            "collapsed. Fix the variance (train once at beta 1 and use its variance), or keep beta at 1."
+            f"`beta` is {beta:g} with a likelihood whose scale adapts: the two form a feedback loop. A larger beta "
+            "worsens the reconstruction, which widens the scale, which weakens the reconstruction term again, until "
+            "everything has collapsed. Fix the variance (train once at beta 1 and use its variance), or keep beta at 1."
         )
 
 
 def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wrap what ``nn.Module._apply`` applies to each tensor: moves as ``fn`` does, but not to half precision."""
+    """Wrap the function of ``nn.Module._apply``: move tensors as ``fn`` does, but never to half precision."""
 
     def apply(tensor: Tensor) -> Tensor:
         applied = fn(tensor)

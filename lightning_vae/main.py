@@ -18,14 +18,14 @@ def main(args: ArgsType = None) -> None:
         args: Arguments in place of the process's own, for use from Python.
     """
     if not torch.cuda.is_available():
-        # With Lightning's settings torch searches the disk for NVIDIA's library at each step of Adam, in vain.
+        # With Lightning's settings torch searches the disk for NVIDIA's library, in vain, at each step of Adam.
         os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
-    # Lightning redraws its bar at each step, which takes a small model longer than the step.
+    # Lightning redraws its bar at each step, which takes longer than a step of a small model.
     os.environ.setdefault("TQDM_MINITERS", "20")
-    sys.path.insert(0, os.getcwd())  # a config may name classes that lie where the command is run
+    sys.path.insert(0, os.getcwd())  # a config may name classes in the current directory
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list) and given[:1] == ["sweep"]:
-        from .sweep.command import sweep  # imports what only a sweep needs
+        from .sweep.command import sweep  # imported here because only a sweep needs it
 
         sweep(given[1:])
     else:

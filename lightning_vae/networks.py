@@ -1,6 +1,6 @@
-"""Encoders and decoders. They know of shapes alone: no loss, no distribution, no Lightning.
+"""Encoders and decoders, which know only shapes: no loss, no distribution, no Lightning.
 
-A network of one's own needs only the same constructor, ``Encoder(shape, latent_dim, ...)`` or
+Your own network needs only the same constructor, ``Encoder(shape, latent_dim, ...)`` or
 ``Decoder(latent_dim, shape, ...)``, and the same output: an encoder returns the pair (mean, log-variance), each
 ``(B, latent_dim)``, or both in one tensor of ``2 * latent_dim`` columns; a decoder returns the likelihood's parameter,
 ``(B, *shape)``.
@@ -21,7 +21,7 @@ _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
 
 
 class LinearEncoder(nn.Module):
-    """Encode by a linear map, with one log-variance per dimension that all observations share.
+    """Encode by a linear map, with one log-variance per latent dimension, shared by all observations.
 
     With :class:`LinearDecoder` and a Gaussian likelihood this is the linear VAE, whose optimum is known in closed form
     (Lucas et al., "Don't Blame the ELBO!", NeurIPS 2019).
@@ -113,7 +113,7 @@ class MLPDecoder(nn.Module):
 
 
 class ConvEncoder(nn.Module):
-    """Encode images of any size by convolutions of stride 2 and one fully connected layer.
+    """Encode images of any size by stride-2 convolutions and one fully connected layer.
 
     Args:
         shape: Channels, height and width of one image.
@@ -122,7 +122,7 @@ class ConvEncoder(nn.Module):
         hidden: Width of the fully connected layer.
 
     Raises:
-        ValueError: If the observations are no images, or a width is below 1.
+        ValueError: If the observations are not images, or a width is below 1.
     """
 
     def __init__(self, shape: Shape, latent_dim: int, channels: Sequence[int] = (32, 64), hidden: int = 256) -> None:
@@ -143,16 +143,17 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Decode to images of any size: :class:`ConvEncoder` backwards.
+    """Decode to images of any size: the mirror image of :class:`ConvEncoder`.
 
     Args:
         latent_dim: Number of latent dimensions.
         shape: Channels, height and width of one image.
-        channels: Channels of each transposed convolution, in the order of :class:`ConvEncoder`: last used first.
+        channels: Channels of each transposed convolution, in :class:`ConvEncoder`'s order: they are used from last to
+            first.
         hidden: Width of the fully connected layer.
 
     Raises:
-        ValueError: If the observations are no images, or a width is below 1.
+        ValueError: If the observations are not images, or a width is below 1.
     """
 
     def __init__(self, latent_dim: int, shape: Shape, channels: Sequence[int] = (32, 64), hidden: int = 256) -> None:
@@ -168,7 +169,7 @@ class ConvDecoder(nn.Module):
         widths = [shape[0], *channels]
         for stage in range(len(channels), 0, -1):
             (height, width), (small_height, small_width) = sizes[stage - 1], sizes[stage]
-            # A transposed convolution of stride 2 can end on an odd or an even size; this picks the encoder's.
+            # The output size of a stride-2 transposed convolution may be odd or even; this picks the encoder's.
             padding = (height - 2 * small_height + 1, width - 2 * small_width + 1)
             layers += [
                 nn.ConvTranspose2d(
@@ -200,14 +201,14 @@ def _check_widths(name: str, widths: Sequence[int]) -> None:
 
 
 def _conv_sizes(shape: Shape, channels: Sequence[int], hidden: int) -> list[tuple[int, int]]:
-    """List height and width before the first convolution and after each."""
+    """Return the height and width before the first convolution and after each one."""
     if len(shape) != 3:
         raise ValueError(
             f"A convolutional network needs images of shape (channels, height, width), got {tuple(shape)}; "
             "use MLPEncoder and MLPDecoder for vectors."
         )
     if not channels:
-        raise ValueError("`channels` must name at least one convolution's channels, got none.")
+        raise ValueError("`channels` must list the channels of at least one convolution, got none.")
     _check_widths("channels", channels)
     _check_widths("hidden", [hidden])
     sizes = [(shape[1], shape[2])]

@@ -1,4 +1,4 @@
-"""The ELBO's terms and the loss made of them, as pure functions of tensors and distributions."""
+"""The terms of the ELBO and the loss built from them, as pure functions of tensors and distributions."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class ELBOTerms(NamedTuple):
 
 
 class BatchMeans(NamedTuple):
-    """What the loss is made of: means over the global batch, in nats, each a scalar.
+    """Means over the global batch that make up the loss, in nats, each a scalar.
 
     Attributes:
         distortion: Mean of ``-log p(x|z)``.
         rate: Mean of the rate, without gradient.
-        floored_rate: Mean of the rate with its floor.
+        floored_rate: Mean of the floored rate.
         size: Number of observations.
     """
 
@@ -53,7 +53,7 @@ class BatchMeans(NamedTuple):
 
 
 def elbo(distortion: Tensor, rate: Tensor) -> Tensor:
-    """Compute the evidence lower bound ``-(distortion + rate)``: higher is better, and no knob is in it.
+    """Compute the evidence lower bound ``-(distortion + rate)``: unweighted, higher is better.
 
     Args:
         distortion: ``-E_q log p(x|z)`` in nats, any shape.
@@ -71,14 +71,14 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
     Args:
         posterior: ``q(z|x)``, factorised: batch shape ``(B, k)`` and no event dimension.
         prior: ``p(z)``, broadcastable to it: batch shape ``(k,)`` or ``(B, k)``.
-        z: A sample of the posterior, shape ``(B, k)``. Used where this pair of distributions has no closed form: the
-            rate is then the estimate ``log q(z_j|x) - log p(z_j)`` on that same sample, which may be negative.
+        z: A sample of the posterior, shape ``(B, k)``. It is used if this pair of distributions has no closed form: the
+            rate is then the estimate ``log q(z_j|x) - log p(z_j)`` at that sample, which may be negative.
 
     Returns:
         Nats, shape ``(B, k)``.
 
     Raises:
-        ValueError: If the posterior has event dimensions, or needs a sample and got none.
+        ValueError: If the posterior has event dimensions, or if a sample is needed and none was given.
     """
     if posterior.event_shape:
         raise ValueError(
@@ -92,7 +92,7 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
     except NotImplementedError:
         if z is None:
             raise ValueError(
-                f"No closed form for KL({type(posterior).__name__} || {type(prior).__name__}) is known; "
+                f"KL({type(posterior).__name__} || {type(prior).__name__}) has no known closed form; "
                 "pass `z`, a sample of the posterior, for an estimate."
             ) from None
         return posterior.log_prob(z) - prior.log_prob(z)
@@ -100,7 +100,7 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _look_up(posterior: type[Distribution], prior: type[Distribution]) -> None:
-    """Fill the table that `kl_divergence` keeps of formulas: a graph can hold what it finds there, but no search."""
+    """Fill `kl_divergence`'s table of formulas: a compiled graph can use an entry, but can't search for one."""
     kl._KL_MEMOIZE[posterior, prior] = kl._dispatch_kl(posterior, prior)
 
 
@@ -116,19 +116,19 @@ def free_bits(
         \sum_{j=1}^{G} \max\bigl(\lambda,\; \tfrac1B \sum_n \mathrm{KL}_{nj}\bigr)
 
     is Kingma's form and the default. The floor acts on the raw rate, so weight the result:
-    ``loss = reconstruction + beta * free_bits(kl_per_dimension, 0.5)``. It guarantees a rate, not that the rate carries
-    information: an offset of the posterior that is the same for every observation satisfies it too.
+    ``loss = reconstruction + beta * free_bits(kl_per_dimension, 0.5)``. The floor guarantees a rate, not information: a
+    posterior offset that is the same for every observation satisfies it too.
 
     Args:
         kl_per_dimension: Raw rates in nats, shape ``(B, k)``.
-        threshold: The floor in nats, for each dimension, each group or the whole, as ``per`` says. 0 switches it off.
+        threshold: The floor in nats, per dimension, per group or in total, depending on ``per``. 0 switches it off.
         per: ``"dimension"``; ``"whole"``, one floor under the total rate; or an int, the number of consecutive
             dimensions that share one floor.
         average: ``"batch"`` floors the mean over the batch (Kingma et al. 2016); ``"sample"`` floors each observation's
-            rate and is never smaller (Jensen).
+            rate, which never gives a smaller result (Jensen).
 
     Returns:
-        The floored rate, mean over the batch, in nats; a scalar.
+        The floored rate, averaged over the batch, in nats; a scalar.
 
     Raises:
         ValueError: On an unknown ``per`` or ``average``, or a group size that does not divide ``k``.
@@ -148,9 +148,9 @@ def free_bits(
     rates = group_rates(kl_per_dimension, per)
     if average == "batch":
         rates = rates.mean(0)
-    # A number is filled in on the device: copying it there would wait for it.
+    # Fill the number in on the device: copying it there would synchronise.
     threshold = threshold.to(rates) if isinstance(threshold, Tensor) else rates.new_full((), threshold)
-    # At 0 the floor is off, rather than max(0, rate): a Monte Carlo estimate of the rate may be negative.
+    # At 0 the floor is off, and not max(0, rate): a Monte Carlo estimate of the rate may be negative.
     floor = torch.where(threshold > 0, threshold, -torch.inf)
     floored = rates.clamp(min=floor).sum(-1)
     return floored.mean() if average == "sample" else floored
@@ -159,10 +159,10 @@ def free_bits(
 def batch_means(
     terms: ELBOTerms, threshold: Tensor | float, per: FreeBitsPer = "dimension", average: FreeBitsAverage = "batch"
 ) -> BatchMeans:
-    """Average the ELBO's terms over the batch, all processes' shares together, and floor the rate.
+    """Average the terms of the ELBO over the global batch of all processes, and floor the rate.
 
     Args:
-        terms: Those of this process's observations.
+        terms: The terms of this process's observations.
         threshold: As in :func:`free_bits`.
         per: As in :func:`free_bits`.
         average: As in :func:`free_bits`. With ``"batch"`` the floor acts on the mean over all processes.
@@ -206,11 +206,11 @@ def group_rates(kl_per_dimension: Tensor, per: FreeBitsPer = "dimension") -> Ten
 
 
 def weighted_loss(distortion: Tensor, floored_rate: Tensor, beta: Tensor | float) -> Tensor:
-    """Compute what is minimised, ``distortion + beta * floored_rate``, in nats per observation.
+    """Compute the training loss, ``distortion + beta * floored_rate``, in nats per observation.
 
     Args:
         distortion: Mean over the batch of ``-log p(x|z)``, a scalar.
-        floored_rate: Mean rate with its floor, from :func:`free_bits`; without free bits, the mean rate. A scalar.
+        floored_rate: Mean floored rate, from :func:`free_bits`; without free bits, the mean rate. A scalar.
         beta: Weight of the rate; 1 gives the negative ELBO.
 
     References:
@@ -221,14 +221,14 @@ def weighted_loss(distortion: Tensor, floored_rate: Tensor, beta: Tensor | float
 
 
 def limited_rate_loss(distortion: Tensor, rate: Tensor, limit: float, price: float) -> Tensor:
-    r"""Compute what selects models under a limit on the rate: the distortion, and a price for what exceeds the limit.
+    r"""Compute the loss that selects models under a rate limit: the distortion, plus a price on rate above the limit.
 
     .. math::
         D + \text{price} \cdot \max(0, R - \text{limit})
 
-    The least distortion at a rate is a convex function of the rate, and minus its slope is the weight ``beta`` that
-    leads there. So where the price is at least the ``beta`` at the limit, the model of least loss is the one of least
-    distortion within the limit: none gains by exceeding it.
+    The smallest distortion at a given rate is a convex function of the rate, with slope minus the ``beta`` that leads
+    to that rate. If the price is at least the ``beta`` at the limit, the model with the smallest loss is therefore the
+    one with the smallest distortion within the limit: exceeding the limit never pays.
 
     Args:
         distortion: Mean of ``-log p(x|z)`` in nats per observation, a scalar.

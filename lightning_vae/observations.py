@@ -1,4 +1,4 @@
-"""What a model observes of a batch."""
+"""Observations: a batch as a model sees it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .networks import Shape
 
 @dataclass(frozen=True, eq=False)
 class Observations:
-    """One batch as a model observes it; :meth:`lightning_vae.VAE.observe` makes it.
+    """One batch as a model sees it, made by :meth:`lightning_vae.VAE.observe`.
 
     Attributes:
         x: The data in their own scale, shape ``(B, *shape)``.
         scaled: The data in the networks' scale, shape ``(B, *shape)``.
-        observed: What the encoder sees and the likelihood is evaluated on: ``scaled``, binarised for a Bernoulli.
-        index: Number of each observation in its data set, int64, shape ``(B,)``. It fixes the observation's noise.
-        label: Class or attributes of each observation as the batch holds them, ``None`` without.
+        observed: The encoder's input, on which the likelihood is also evaluated: ``scaled``, binarised for a Bernoulli.
+        index: Index of each observation in its data set, int64, shape ``(B,)``. It fixes the observation's noise.
+        label: Class or attributes of each observation as the batch holds them; ``None`` if it has none.
     """
 
     x: Tensor
@@ -57,7 +57,7 @@ def data_of(batch: Any, shape: Shape) -> Tensor:
     Raises:
         ValueError: If the batch holds no tensor of such observations.
     """
-    is_mapping = type(batch) is dict or isinstance(batch, Mapping)  # asking about a `Mapping` takes longer
+    is_mapping = type(batch) is dict or isinstance(batch, Mapping)  # the check for a `Mapping` is slower
     x = batch["x"] if is_mapping else batch[0] if isinstance(batch, tuple | list) else batch
     if not isinstance(x, Tensor) or x.shape[1:] != shape:
         raise ValueError(
@@ -69,10 +69,10 @@ def data_of(batch: Any, shape: Shape) -> Tensor:
 
 
 def index_and_label_of(batch: Any, size: int) -> tuple[Tensor | None, Any]:
-    """Return the indices and the labels in a batch, ``None`` for what it lacks.
+    """Return the indices and the labels in a batch, ``None`` for either that it lacks.
 
     A mapping has them under ``"index"`` and ``"label"``. The second item of a sequence is the label if it is a tensor
-    of one number per observation.
+    with one number per observation.
     """
     if isinstance(batch, Mapping):
         return batch.get("index"), batch.get("label")
@@ -81,7 +81,7 @@ def index_and_label_of(batch: Any, size: int) -> tuple[Tensor | None, Any]:
 
 
 def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
-    """Check that data are in the scale that a model expects. This waits for the device.
+    """Check that data are in the scale that a model expects. This synchronises with the device.
 
     Args:
         x: The data in their own scale.
@@ -89,7 +89,7 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
         likelihood: The model's.
 
     Raises:
-        ValueError: If they are not finite, scaled already, or out of the likelihood's range.
+        ValueError: If they are not finite, already scaled, or outside the likelihood's range.
     """
     if not len(x):
         return
@@ -99,7 +99,7 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
     if levels is not None and x.is_floating_point() and high <= 1 < levels - 1:
         raise ValueError(
             f"`levels` is {levels}, so the data should be integers from 0 to {levels - 1}, but a batch holds fractions "
-            f"from {low:g} to {high:g}, as if scaled already. Pass levels=None for data in [0, 1]."
+            f"from {low:g} to {high:g}, as if already scaled. Pass levels=None for data in [0, 1]."
         )
     top = 1 if levels is None else levels - 1
     if likelihood.unit_interval and not 0 <= low <= high <= top:

@@ -1,4 +1,4 @@
-"""Posteriors q(z|x): what the encoder's output means."""
+"""Posteriors q(z|x): the meaning of the encoder's output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import distributions as td
 
 
 def posterior_of(output: Any, size: int, latent_dim: int) -> td.Distribution:
-    """Make a posterior of an encoder's output, in float32 at least.
+    """Turn an encoder's output into a posterior, in at least float32.
 
     Args:
         output: A factorised distribution; or the mean and log-variance of a Gaussian, each of shape ``(B, k)``, as a
@@ -44,7 +44,7 @@ def widen(tensor: Tensor) -> Tensor:
 
 
 def _widened(distribution: td.Distribution) -> td.Distribution:
-    """Return a distribution without parameters in half precision."""
+    """Return the distribution with parameters in half precision cast to float32."""
     parameters: dict[str, Any] = {
         name: value for name, value in vars(distribution).items() if name in distribution.arg_constraints
     }

@@ -16,7 +16,7 @@ _REPLACEMENTS = {
 
 
 def advice(path: str) -> str | None:
-    """Say what replaces a name that is gone.
+    """Return advice on what replaces a removed name.
 
     Args:
         path: The name, or the dotted path of an import that ends in it.

@@ -1,4 +1,4 @@
-"""Sums and means over batches that stay on their device until somebody asks."""
+"""Sums and means over batches that stay on their device until they are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BLOCK = 64  # batches that are added up at once
 
 
 def named_terms(stage: str, terms: Tensor) -> dict[str, Tensor]:
-    """Name the terms of the loss as they are logged, and add the ELBO.
+    """Return the terms of the loss by the names they are logged under, with the ELBO.
 
     Args:
         stage: ``"train"``, ``"val"`` or ``"test"``.
@@ -24,9 +24,9 @@ def named_terms(stage: str, terms: Tensor) -> dict[str, Tensor]:
 
 
 class TrainingMeans:
-    """Keep the means of the loss's terms while training: since they were last logged, and over the epoch.
+    """Keep the means of the loss terms during training: since they were last logged, and over the epoch.
 
-    A term that is not finite is found when the means are asked for, at no cost to the steps between.
+    A non-finite term is detected when the means are read, so the steps in between pay nothing for it.
     """
 
     def __init__(self) -> None:
@@ -53,21 +53,21 @@ class TrainingMeans:
         return named_terms("train", mean(self._sums.epoch(has_ended)))
 
     def check_finite(self, batches_per_step: int) -> None:
-        """Check the terms since they were last logged.
+        """Check that the terms since the last logging are finite.
 
         Args:
             batches_per_step: Number of batches whose gradients are accumulated.
 
         Raises:
-            FloatingPointError: If one is not finite.
+            FloatingPointError: If a term is not finite.
         """
         if found := self._sums.first_not_finite():
             term, batches = found
             raise FloatingPointError(
                 f"`train/{_TERMS[term]}` is not a finite number since step {self._step - batches // batches_per_step}, "
-                f"so training ends at step {self._step}; nothing was saved since. A run resumed from the last "
-                "checkpoint gets here again unless something changes: set `gradient_clip_val`, or start over with a "
-                "lower learning rate."
+                f"so training ends at step {self._step}; nothing has been saved since. A run resumed from the last "
+                "checkpoint will fail here again unless something changes: set `gradient_clip_val`, or start over with "
+                "a lower learning rate."
             )
 
     def reset(self) -> None:
@@ -84,12 +84,12 @@ class TrainingMeans:
 
 
 class RunningSums:
-    """Add up values and counts, over the batches since the last flush and over the epoch.
+    """Sum values and counts, over the batches since the last flush and over the epoch.
 
-    A vector of sums ends with the count. Adding costs next to nothing and never waits for the device.
+    A vector of sums ends with the count. Adding costs almost nothing and never waits for the device.
 
     Args:
-        size: How many values are added up.
+        size: Number of values to sum.
     """
 
     _window: Tensor
@@ -124,10 +124,10 @@ class RunningSums:
         return window
 
     def epoch(self, has_ended: bool = True) -> Tensor:
-        """Return the epoch's sums and count, shape ``(size + 1,)``; the window goes on.
+        """Return the epoch's sums and count, shape ``(size + 1,)``; the window stays open.
 
         Args:
-            has_ended: Start a new epoch. An epoch that the end of the run cuts short goes on when the run does.
+            has_ended: Start a new epoch. An epoch that the end of the run cuts short continues when the run does.
         """
         window = self._since_flush()
         total = self._epoch.to(window.device) + window
@@ -139,9 +139,9 @@ class RunningSums:
         """Find the first value since the last flush that was not finite.
 
         Returns:
-            Which of the values it was, and how many batches ago, 0 being the latest; ``None`` if there was none.
+            The position of the value, and how many batches ago it was (0 is the latest); ``None`` if there was none.
         """
-        # A run seldom recovers: the number of finite batches is then the place of the first that is not.
+        # A run seldom recovers, so the number of finite batches is the position of the first non-finite one.
         finite = self._with_latest()[1].tolist()
         first = min(range(self.size), key=finite.__getitem__)
         return None if finite[first] == self._batches else (first, self._batches - 1 - int(finite[first]))
@@ -177,5 +177,5 @@ class RunningSums:
 
 
 def mean(sums: Tensor) -> Tensor:
-    """Divide sums by the count that ends them."""
+    """Divide sums by the count at their end."""
     return sums[:-1] / sums[-1]

@@ -43,51 +43,52 @@ class VAE(KnobModule):
     .. math::
         \text{loss} = \text{distortion} + \beta \cdot \text{floored rate}
 
-    in nats per observation, summed over the event and the latent dimensions, mean over the batch. The two knobs
-    ``beta`` and ``free_bits`` are 0-dim float32 buffers: assigning a number fills them in place, and outside of a fit
-    configures the module as the constructor does. A callback that moves a knob does so in training batches alone:
-    validation, checkpoints and the finished module hold its target.
+    in nats per observation, summed over the event and the latent dimensions, averaged over the batch. The two knobs
+    ``beta`` and ``free_bits`` are 0-dim float32 buffers: assigning a number fills them in place, and outside a fit
+    configures the module as the constructor does. A callback moves a knob only during training batches: validation,
+    checkpoints and the finished module hold its target.
 
-    Logged, always unweighted and in nats per observation: ``train/``, ``val/`` and ``test/`` with ``elbo``, ``rate``,
-    ``distortion``, ``floored_rate`` and ``loss``. ``train/loss`` is what is minimised at the moment. ``val/loss`` and
+    Logged in nats per observation: ``train/``, ``val/`` and ``test/`` with ``elbo``, ``rate``, ``distortion`` and
+    ``floored_rate``, always unweighted, and ``loss``. ``train/loss`` is the loss being minimised. ``val/loss`` and
     ``test/loss`` are the loss at the knobs' targets, so they can select models under any schedule. Under a controller
-    that holds the rate they are the distortion and a price for exceeding the target, :attr:`rate_limit`.
+    that holds the rate they are the distortion plus a price for exceeding the target, :attr:`rate_limit`.
 
-    A batch is a tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and maybe ``"index"``, the
-    observation's number in its data set.
+    A batch is a tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and optionally ``"index"``,
+    the observation's index in its data set.
 
     Args:
-        shape: Shape of one observation: ``(channels, height, width)`` for images, ``(d,)`` for vectors. In a config the
-            data module gives it.
+        shape: Shape of one observation: ``(channels, height, width)`` for images, ``(d,)`` for vectors. In a config it
+            comes from the data module.
         levels: Number of integer levels of the raw data, 256 for 8-bit images: the networks then see ``x / (levels -
-            1)``. ``None`` for data that are in the networks' scale already. In a config the data module gives it.
+            1)``. ``None`` for data already in the networks' scale. In a config it comes from the data module.
         latent_dim: Number of latent dimensions k.
         encoder: Constructor of the network of q(z|x), called with ``(shape, latent_dim)``: a class such as
             ``ConvEncoder``, a ``functools.partial`` of one, or a finished ``nn.Module``. It returns the mean and the
             log-variance, each ``(B, k)`` (a pair, or one tensor of ``2k`` columns), or a factorised
             ``torch.distributions.Distribution`` of batch shape ``(B, k)``.
         decoder: Constructor of the network of p(x|z), called with ``(latent_dim, shape)``.
-        likelihood: Constructor of the likelihood, called with ``(shape, levels)``. By default it goes by the data: grey
-            images Bernoulli, colour images discretised logistic, vectors Gaussian with learned variance.
+        likelihood: Constructor of the likelihood, called with ``(shape, levels)``. The default depends on the data:
+            Bernoulli for grey images, discretised logistic for colour images, Gaussian with learned variance for
+            vectors.
         beta: Weight of the rate; 1, the default, trains on the negative ELBO.
         free_bits: Floor of the rate in nats, 0 for none, the default; see :func:`lightning_vae.free_bits`.
         free_bits_per: Dimensions that share a floor: ``"dimension"``, ``"whole"``, or a number of consecutive ones.
         free_bits_average: ``"batch"`` floors the mean over the batch, ``"sample"`` each observation's rate. The batch
-            is that of all processes. Accumulated batches each have a floor of their own.
-        compile: Compile the training loss to one graph by ``torch.compile``, or a mode of it: with
-            ``"reduce-overhead"`` a GPU replays CUDA graphs. Evaluation is not compiled. A compiled loss draws other
+            is that of all processes. Each accumulated batch has its own floor.
+        compile: Compile the training loss to one graph with ``torch.compile``: ``True``, or one of its modes. With
+            ``"reduce-overhead"`` a GPU replays CUDA graphs. Evaluation is not compiled. A compiled loss draws different
             noise.
 
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
         prior: p(z), standard normal, batch shape ``(k,)``.
-        knobs: The number that each knob is configured with, by the constructor or an assignment; ``None`` for one that
-            was left at its default.
+        knobs: The number that each knob is configured with, by the constructor or an assignment; ``None`` for a knob
+            left at its default.
         rate_limit: The rate in nats up to which ``val/loss`` is the distortion, and the price of each nat above it; set
-            by ``TargetRate``, saved in checkpoints. ``None`` where no controller has set it.
+            by ``TargetRate``, saved in checkpoints. ``None`` if no controller has set it.
 
     Raises:
-        ValueError: On an option out of its range.
+        ValueError: If an option is out of range.
 
     References:
         Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014; Higgins et al., "beta-VAE", ICLR 2017.
@@ -158,14 +159,14 @@ class VAE(KnobModule):
         return td.Normal(loc.expand(self.latent_dim), scale.expand(self.latent_dim), validate_args=False)
 
     def observe(self, batch: Any, first: int = 0) -> Observations:
-        """Return what the model observes of a batch at evaluation, on the model's device.
+        """Return a batch as the model sees it at evaluation, on the model's device.
 
         Args:
-            batch: A tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and maybe ``"index"``
-                and ``"label"``, in the data's own scale.
-            first: How many observations this process has seen in the batches before. It numbers those of a batch
-                without ``"index"``, as ``DistributedSampler`` deals them to several processes. The batch at 0 is
-                checked for its scale.
+            batch: A tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and optionally
+                ``"index"`` and ``"label"``, in the data's own scale.
+            first: Number of observations that this process has seen in earlier batches. It numbers the observations of
+                a batch without ``"index"``, in the way ``DistributedSampler`` assigns them to several processes. The
+                scale of the data is checked in the batch at 0.
 
         Raises:
             ValueError: If the batch holds no observations of the model's shape, or they are in another scale.
@@ -186,11 +187,11 @@ class VAE(KnobModule):
         """Return the posterior q(z|x), with batch shape ``(B, k)``.
 
         Args:
-            x: What :meth:`observe` returns; or data in their own scale, shape ``(B, *shape)``, which are not binarised:
-                the encoder then sees the mean of their binarisations.
+            x: The result of :meth:`observe`; or data in their own scale, shape ``(B, *shape)``, which are not
+                binarised: the encoder then sees the mean of their binarisations.
 
         Raises:
-            ValueError: If the encoder's output has another shape than it should.
+            ValueError: If the encoder's output has the wrong shape.
         """
         return self._encode(x.observed if isinstance(x, Observations) else self._scaled(x))
 
@@ -202,10 +203,11 @@ class VAE(KnobModule):
 
         Args:
             z: Latents, shape ``(B, k)``.
-            observed: While training, what the likelihood will be evaluated on, for a scale computed from the error.
+            observed: During training, the data that the likelihood will be evaluated on, for a scale computed from the
+                error.
 
         Raises:
-            ValueError: If the decoder's output has another shape than it should.
+            ValueError: If the decoder's output has the wrong shape.
         """
         output = widen(self.decoder(z.to(self._network_dtype)))
         if output.shape != (len(z), *self.shape):
@@ -237,16 +239,17 @@ class VAE(KnobModule):
         return self.to_data_scale(self.decode(self.prior.sample(torch.Size((n,)))).mean)
 
     def to_data_scale(self, x: Tensor) -> Tensor:
-        """Bring data from the networks' scale to their own."""
+        """Convert data from the networks' scale to their own."""
         return x if self.levels is None else x * (self.levels - 1)
 
     def elbo_terms(self, x: Tensor | Observations, index: Tensor | None = None) -> ELBOTerms:
         """Compute the ELBO's terms with one posterior sample per observation.
 
         Args:
-            x: What :meth:`observe` returns; or data in their own scale, shape ``(B, *shape)``.
-            index: Each observation's number in its data set, int64, shape ``(B,)``: it fixes the binarisation and the
-                sample, as at evaluation. ``None`` draws both afresh, as in training. Observations bring their own.
+            x: The result of :meth:`observe`; or data in their own scale, shape ``(B, *shape)``.
+            index: Each observation's index in its data set, int64, shape ``(B,)``: it fixes the binarisation and the
+                sample, as at evaluation. ``None`` draws both with fresh noise, as in training. ``Observations`` carry
+                their own.
 
         Returns:
             The terms in nats, one row per observation, float32 (float64 where the networks are).
@@ -276,25 +279,25 @@ class VAE(KnobModule):
         return loss
 
     def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
-        """Compute the loss, the terms to log, and the number of observations that they are the mean of."""
+        """Compute the loss, the terms to log, and the number of observations that they average."""
         means = batch_means(self.elbo_terms(x), self.free_bits, self.free_bits_per, self.free_bits_average)
         loss = weighted_loss(means.distortion, means.floored_rate, self.beta)
         with torch.no_grad():
             return loss, torch.stack([means.distortion, means.rate, means.floored_rate, loss]), means.size
 
     def _graph_loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
-        """Compute what :meth:`_loss` does as one graph."""
-        if self.likelihood.starts:  # this happens once, outside of the graph
+        """Compute the result of :meth:`_loss` as one graph."""
+        if self.likelihood.starts:  # this happens once, outside the graph
             devices = [self.device] if self.device.type == "cuda" else []
             with torch.no_grad(), torch.random.fork_rng(devices):
                 self._loss(x)
-        self.posterior = None  # that of a validation is of another type, which would need another graph
+        self.posterior = None  # a validation's posterior has another type, which would need another graph
         result: tuple[Tensor, Tensor, int | Tensor] = self._compiled_loss(self._loss, x)
         return result
 
     def _log_training(self) -> None:
         self.training_means.check_finite(self.trainer.accumulate_grad_batches)
-        # On the CPU, since Lightning reads the progress bar's values in every step from now on.
+        # On the CPU, because Lightning reads the progress bar's values in every step from now on.
         means = self.training_means.since_last_logged()
         shown = {name: means.pop(name) for name in ("train/elbo", "train/rate")}
         self.log_dict({**shown, "knobs/beta": self.beta.cpu()}, prog_bar=True, batch_size=1)
@@ -302,11 +305,11 @@ class VAE(KnobModule):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.posterior = None  # callbacks have read it, and its graph takes memory
+        self.posterior = None  # callbacks have read it, and its graph holds memory
 
     @override
     def on_train_epoch_end(self) -> None:
-        # For callbacks that monitor the epoch's means; the loggers have the curve already.
+        # For callbacks that monitor the epoch's means; the loggers already have the curve.
         has_ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self.trainer.callback_metrics.update(self.training_means.epoch(has_ended))
 
@@ -314,7 +317,7 @@ class VAE(KnobModule):
     def configure_optimizers(self) -> Any:
         """Use Adam with a learning rate of 1e-3, unless a config has an ``optimizer``.
 
-        Its fused form, one operation for all parameters, is faster on a CPU too.
+        The fused implementation, one operation for all parameters, is faster on a CPU too.
         """
         return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
 
@@ -329,7 +332,7 @@ class VAE(KnobModule):
             self.posterior = None
             return
         distortion, rates = self.elbo_terms(observations)
-        # The floor on each sample is a sum over observations; the floor on a mean waits for the whole pass.
+        # A floor on each sample is a sum over observations; a floor on the mean needs the whole pass.
         floored = self._floored_rate(rates) * len(observations)
         sums = torch.cat([rates.sum(0), distortion.sum()[None], floored[None]])
         self._evaluation_sums[dataloader_idx].add(sums, len(observations))
@@ -338,11 +341,11 @@ class VAE(KnobModule):
 
     @override
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
-        """Return the posterior means and what identifies the observations.
+        """Return the posterior means with the indices and labels of the observations.
 
         Returns:
-            ``"mean"``, shape ``(B, k)``; ``"index"``, ``(B,)``, from the batch or counted; and ``"label"`` where the
-            batch has it.
+            ``"mean"``, shape ``(B, k)``; ``"index"``, ``(B,)``, from the batch or counted; and ``"label"`` if the batch
+            has it.
         """
         observations = self._observe_next(batch, batch_idx)
         empty = observations.observed.new_empty(0, self.latent_dim)
@@ -358,7 +361,7 @@ class VAE(KnobModule):
         self._log_evaluation("test", len(self.trainer.num_test_batches))
 
     def _observe_next(self, batch: Any, batch_idx: int) -> Observations:
-        """Observe a batch of a pass, whose observations are numbered in the order they come."""
+        """Observe the next batch of a pass, numbering the observations in order of arrival."""
         first = self._observed if batch_idx else 0
         observations = self.observe(batch, first)
         self._observed = first + len(observations)
@@ -367,7 +370,7 @@ class VAE(KnobModule):
     def _log_evaluation(self, stage: str, loaders: int) -> None:
         for number in range(loaders):
             sums = self._evaluation_sums.pop(number, RunningSums(self.latent_dim + 2)).flush()
-            # Of one type and device in every process, also in one whose share was empty.
+            # The same type and device in every process, even in one whose share was empty.
             means = mean(sum_over_processes(sums.to(self.device, self._working_dtype)))
             rates, distortion, floored = means[:-2], means[-2], means[-1]
             if self.free_bits_average == "batch":
@@ -389,9 +392,9 @@ class VAE(KnobModule):
 
     @override
     def configure_callbacks(self) -> list[Callback]:
-        """Bring along the callbacks that accompany each run: ``ExactResume`` and ``Guards``.
+        """Return the callbacks that every run needs: ``ExactResume`` and ``Guards``.
 
-        An override returns ``[*super().configure_callbacks(), ...]``.
+        An override must return ``[*super().configure_callbacks(), ...]``.
         """
         return missing_companions(self.trainer)
 
@@ -401,7 +404,7 @@ class VAE(KnobModule):
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the knobs, after a check that all numbers are finite.
+        """Save the knobs, after checking that all numbers are finite.
 
         Raises:
             FloatingPointError: If a term of the loss or a parameter is not finite.
@@ -420,12 +423,12 @@ class VAE(KnobModule):
         return self
 
     def _note_dtype(self) -> None:
-        """Note the type of the networks, and that of all else, which is never in half precision."""
+        """Record the dtype of the networks, and that of everything else, which is never half precision."""
         # Looking it up in each step would take as long as a small layer.
         self._network_dtype = next((each.dtype for each in self.encoder.parameters()), torch.float32)
         self._working_dtype = torch.float64 if self._network_dtype == torch.float64 else torch.float32
 
     def _scaled(self, x: Tensor) -> Tensor:
-        """Bring data to the networks' scale."""
+        """Convert data to the networks' scale."""
         x = x.to(self._working_dtype)
         return x if self.levels is None else x / (self.levels - 1)

@@ -37,5 +37,5 @@ def test_linear_encoder_shares_its_variance():
 def test_convolutions_refuse_vectors_and_no_channels():
     with pytest.raises(ValueError, match="use MLPEncoder"):
         ConvEncoder((6,), 2)
-    with pytest.raises(ValueError, match="`channels` must name at least one"):
+    with pytest.raises(ValueError, match=r"`channels` must list .* at least one"):
         ConvDecoder(2, (1, 8, 8), channels=())

@@ -140,7 +140,7 @@ def test_an_elbo_that_is_lower_when_better(tmp_path: Path) -> None:
     trainer = quiet_trainer(
         tmp_path, callbacks=[ModelCheckpoint(monitor="val/elbo")], enable_checkpointing=True, max_epochs=1
     )
-    with pytest.raises(MisconfigurationException, match="higher when better"):
+    with pytest.raises(MisconfigurationException, match="a higher ELBO is better"):
         trainer.fit(blind(), loader(), loader())
 
 

@@ -84,7 +84,7 @@ def test_every_callback_works_with(name: str, kind: str, tmp_path: Path) -> None
 def test_that_each_accumulated_batch_has_its_floor_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         fit(tmp_path, [FreeBits(0.2)], accumulate_grad_batches=2)
-    assert "accumulated over 2 batches, and the floor is under the mean of each" in caplog.text
+    assert "accumulated over 2 batches, and the floor applies to the mean of each" in caplog.text
 
 
 class Reads(ForeignModule):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-# Attributes that every module has, which no path means.
+# Attributes that every module has and that no path refers to.
 _FOREIGN = ("builtins", "torch", "lightning", "lightning_fabric", "pytorch_lightning")
 _OF_LIGHTNING = ("training", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
 
@@ -24,9 +24,9 @@ class AttributePath:
     """A number at a dotted path of a module: ``"beta"``, ``"model.beta"``, ``"params.kld_weight"``.
 
     The path may lead through submodules, plain objects, dict keys, list indices and the elements of a tensor. It must
-    exist: an ``nn.Module`` takes any new name, so that a typing error would otherwise go unnoticed and anneal nothing.
-    Wrappers that keep the real thing in ``_orig_mod`` or ``module`` (``torch.compile``, DDP) are looked through. It is
-    walked each time, because a project may replace what lies on the way.
+    exist: an ``nn.Module`` accepts any new name, so a typo would otherwise go unnoticed and anneal nothing. Wrappers
+    that keep the wrapped module in ``_orig_mod`` or ``module`` (``torch.compile``, DDP) are transparent. The path is
+    followed each time, because a project may replace objects along it.
 
     A path may also lead to a method that returns the number. Writing then replaces the method, on this object and for
     good, by a function that returns the written number for any arguments.
@@ -60,7 +60,7 @@ class AttributePath:
     def write(self, value: float | Tensor) -> None:
         """Set the number: a tensor is filled in place, a method is replaced by one that returns it, a number is set.
 
-        Writing a 0-dim tensor to a place that holds no tensor waits for its device.
+        Writing a 0-dim tensor to a place that does not hold a tensor waits for its device.
 
         Raises:
             ValueError: If the place does not take this value.
@@ -68,7 +68,7 @@ class AttributePath:
         try:
             owner: Any = self._root
             buffers = {} if self._parents else owner._buffers
-            if self._name in buffers:  # where `getattr` would look last
+            if self._name in buffers:  # `getattr` would check these last
                 current = buffers[self._name]
             else:
                 owner, current = self._find()
@@ -87,9 +87,9 @@ class AttributePath:
         self._written = value
 
     def overwritten(self) -> AttributePath | None:
-        """Return this place if it no longer holds what was written. As long as it does, no device is waited for."""
+        """Return this place if it no longer holds the written value. While it does, this never waits for the device."""
         current = self._find()[1]
-        # Nobody has filled it; or it is a parameter, which its optimizer moves, but only after the loss.
+        # Nothing has written to it; or it is a parameter, which its optimizer moves, but only after the loss.
         if isinstance(current, Tensor) and (
             current.requires_grad or (current.data_ptr(), current._version) == self._filled
         ):
@@ -110,7 +110,7 @@ class AttributePath:
         return owner
 
     def _check(self, owner: Any, value: Any) -> None:
-        """Refuse, before the first step, what is not a number that can be set."""
+        """Refuse, before the first step, anything that is not a number that can be set."""
         if isinstance(value, _Returns):
             return
         if inspect.isroutine(value):
@@ -126,7 +126,7 @@ class AttributePath:
         if isinstance(value, Tensor):
             if not value.is_floating_point():
                 raise ValueError(
-                    f"`attribute={self.path!r}` is a tensor of {value.dtype}, which would round what is written to it. "
+                    f"`attribute={self.path!r}` is a tensor of {value.dtype}, which would round the values written. "
                     "Make it a floating-point tensor."
                 )
             if self._find()[1].data_ptr() != value.data_ptr():
@@ -144,7 +144,7 @@ class AttributePath:
                 "`setter=`, a callable `(pl_module, value) -> None` that uses `dataclasses.replace`."
             )
         return ValueError(
-            f"`attribute={self.path!r}` can't be set ({reason}). Name what it is computed from, or pass `setter=`, a "
+            f"`attribute={self.path!r}` can't be set ({reason}). Name its source, or pass `setter=`, a "
             "callable `(pl_module, value) -> None`."
         )
 
@@ -154,7 +154,7 @@ def _is_lightnings(value: Any) -> bool:
 
 
 class _Returns:
-    """The replacement of a method. A class, so that a module that holds one can be copied and pickled."""
+    """The replacement of a method. It is a class so that a module that holds one can be copied and pickled."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -168,7 +168,7 @@ class _NowhereError(ValueError):
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number, or a tensor of one."""
+    """Return whether a value is a number, or a tensor of one."""
     if isinstance(value, Tensor):
         return value.numel() == 1
     return isinstance(value, Real) and not isinstance(value, bool)
@@ -187,7 +187,7 @@ def _is_indexed(owner: Any) -> bool:
 
 
 def _is_element(owner: Any, name: str) -> bool:
-    """Whether a name is the index of an element of a list, a tensor or an array."""
+    """Return whether a name is the index of an element of a list, a tensor or an array."""
     return name.lstrip("-").isdigit() and _is_indexed(owner)
 
 
@@ -198,7 +198,7 @@ def _key(owner: Mapping[Any, Any], name: str) -> Any:
 def look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
     """Return the owner of a name, looking through wrappers, and the value that it has there."""
     if owner is None:
-        raise _NowhereError(f"`attribute={path!r}`: what should have {name!r} is None when fitting starts.")
+        raise _NowhereError(f"`attribute={path!r}`: the owner of {name!r} is None when fitting starts.")
     tried = []
     while owner is not None:
         try:
@@ -245,7 +245,7 @@ def _unwrapped(owner: Any) -> Any:
 
 
 def _names(owner: Any) -> list[str]:
-    """Return the names that a path may go on with."""
+    """Return the names with which a path may continue."""
     if isinstance(owner, Mapping):
         return [str(key) for key in owner]
     if isinstance(owner, str):
@@ -263,7 +263,7 @@ def _names(owner: Any) -> list[str]:
 
 
 def _near(owner: Any, name: str) -> list[str]:
-    """Return likely meanings: places further in where the name exists, and similar names."""
+    """Return likely alternatives: deeper places where the name exists, and similar names."""
     return [*_elsewhere(owner, name), *difflib.get_close_matches(name, _names(owner), n=3)]
 
 

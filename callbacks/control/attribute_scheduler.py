@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 class AttributeScheduler(AttributeWriter):
     """Move a number of a LightningModule along a schedule of the training step.
 
-    The value is a function of the step alone, so a resumed run goes on where it was. What is saved is what the step
-    can't tell: the module's value before the schedule touched it, and how long the run was when lengths in epochs or
-    fractions were turned into steps. For the rest see :class:`~.attribute_writer.AttributeWriter`.
+    The value is a function of the step only, so a resumed run continues where it was. The saved state is what the step
+    does not determine: the module's value before the schedule changed it, and the length of the run when lengths in
+    epochs or fractions were converted to steps. For the rest see :class:`~.attribute_writer.AttributeWriter`.
 
     Args:
         schedule: Value per step: one of this package's schedules, or any callable.
@@ -32,7 +32,7 @@ class AttributeScheduler(AttributeWriter):
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
     Raises:
-        ValueError: If there is no path, or the schedule is no callable.
+        ValueError: If there is no path, or the schedule is not callable.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class AttributeScheduler(AttributeWriter):
         self._schedule.begin(trainer, title, self._base, restored)
         end = self._base if self._schedule.final is None else self._schedule.final
         self._refuse_another_end(configured, end)
-        if not set(self._paths) & set(knobs):  # a module with knobs says itself which number goes on
+        if not set(self._paths) & set(knobs):  # a module with knobs reports a changed number itself
             _warn_of_another_number(title, current, restored.get("base"), end)
         self._target = end
 
@@ -83,17 +83,17 @@ class AttributeScheduler(AttributeWriter):
             if end is not None and end != value:
                 raise MisconfigurationException(
                     f"{type(self).__name__}: the schedule ends at {end:g}, but the module is configured with "
-                    f"`{path}={value:g}`. Say it in one place: leave `{path}` out of the module, or "
-                    "the schedule's end (`stop`) out of the callback, which then ends at the module's."
+                    f"`{path}={value:g}`. Configure it in one place: leave `{path}` out of the module, or "
+                    "the schedule's end (`stop`) out of the callback, which then ends at the module's value."
                 )
 
 
 def _warn_of_another_number(title: str, current: float | None, base: float | None, end: float | None) -> None:
-    """Say that a resumed run goes on to the number that it began with, and not to the module's."""
+    """Warn that a resumed run continues to the number that it began with, and not to the module's."""
     others = [value for value in (base, end) if value is not None]
     if base is None or current is None or any(math.isclose(current, other, rel_tol=1e-2) for other in others):
         return
     rank_zero_warn(
-        f"{title}: the run that is resumed began with {base:g}; the module has {current:g} now, which is not used: the "
-        f"run goes on to {end:g}. For another end give the schedule a `stop`, or begin a new run."
+        f"{title}: the resumed run began with {base:g}; the module has {current:g} now, which is not used: the run "
+        f"continues to {end:g}. For another end, give the schedule a `stop`, or start a new run."
     )

@@ -1,4 +1,4 @@
-"""The base of the callbacks that write a number of the module in each training step."""
+"""Base of the callbacks that write a number of the module in each training step."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from .tied_attributes import NumberPlace, number_place
 
 try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
-except ImportError:  # a copied folder, in a project that has pytorch_lightning alone
+except ImportError:  # a copied folder, in a project that has only pytorch_lightning
     from lightning_fabric.utilities.exceptions import MisconfigurationException  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_FIRST_CHECKS = 10  # steps after which the number is read back, whether they log or not
+_FIRST_CHECKS = 10  # first steps at which the number is read back even if they do not log
 _MOVING_LOSS = re.compile(r"train(ing)?[/_]loss(_step|_epoch)?")
 _OWN_SCHEDULE = re.compile("warm_?up|anneal|schedule")
 _LEARNING_RATE = re.compile("lr|learning_rate|scheduler")
-# What ends the conflict in projects that have a schedule of their own, told by what their modules have.
+# Remedies for projects that have a schedule of their own, recognised by attributes of their modules.
 _REMEDIES = {
     ("min_kl_weight", "max_kl_weight", "n_epochs_kl_warmup", "n_steps_kl_warmup"): (
         "scvi-tools computes its weight again in each step: write both bounds with "
@@ -47,13 +47,13 @@ _REMEDIES = {
 class AttributeWriter(Callback):
     """Write a number of a LightningModule: its value in training batches, its target in between.
 
-    A subclass gives the number of each step, :meth:`_value`, and sets :attr:`_target` when a run begins.
+    A subclass computes the number of each step in :meth:`_value`, and sets :attr:`_target` when a run begins.
 
-    From a training batch's start to its end the module holds the step's value, at all other times the target. So
-    validation, checkpoints and the finished module see the number that is meant, and a validation loss selects models
+    From the start to the end of a training batch the module holds the step's value, and at all other times the target.
+    So validation, checkpoints and the finished module see the intended number, and a validation loss selects models
     under any schedule.
 
-    At the end of a batch the number is read back. That something else sets it too is said once.
+    At the end of a batch the number is read back. If something else also sets it, that is reported once.
 
     Args:
         attribute: Where the module keeps the number: a dotted path through submodules, objects, dict keys and list
@@ -78,7 +78,7 @@ class AttributeWriter(Callback):
         self.name = name or _last_part(paths[-1])
         self._paths = paths if setter is None else []
         self._reader = DistributionReader()  # for a subclass that reads the posterior of each training batch
-        self._place: NumberPlace | None = None  # while a fit goes on
+        self._place: NumberPlace | None = None  # during a fit
         self._current: float | Tensor = math.nan  # the number of this step
         self._target: float | Tensor | None = None
         self._has_settled = False  # for a subclass whose number no longer changes
@@ -90,31 +90,31 @@ class AttributeWriter(Callback):
 
     @abstractmethod
     def _value(self, step: int) -> float | Tensor:
-        """Return the number of the step that begins."""
+        """Return the number for the step that is about to begin."""
 
     @property
     @abstractmethod
     def _moves(self) -> bool:
-        """Whether the number, and with it the training loss, moves during the run."""
+        """Return whether the number, and with it the training loss, moves during the run."""
 
     @abstractmethod
     def _prepare(
         self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
     ) -> None:
-        """Find out what the run needs, and set the target.
+        """Prepare for a run, and set the target.
 
         Args:
-            trainer: What fits.
-            pl_module: What it fits.
-            current: The number as the module has it, if it tells.
-            restored: The state of the run that goes on; empty for one that begins.
+            trainer: The Trainer.
+            pl_module: The module to be fitted.
+            current: The module's current number, if it can be read.
+            restored: The state of the resumed run; empty for a new run.
         """
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        """Try out what the number does, before the very first batch."""
+        """Probe the effect of the number, before the very first batch."""
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:  # noqa: ARG002
-        """Log the number that the step was taken with, at the end of a batch that logs."""
+        """Log the number used in the step, at the end of a batch that logs."""
         if self.name not in getattr(pl_module, "knobs", {}):  # a module with knobs logs them itself
             self.log_now(pl_module, {f"knobs/{self.name}": self._current}, prog_bar=True)
 
@@ -123,7 +123,7 @@ class AttributeWriter(Callback):
 
     # ---- hooks
 
-    @cached_property  # Lightning asks at each hook of each step
+    @cached_property  # Lightning reads it at every hook of every step
     @override
     def state_key(self) -> str:
         where = {} if self.attribute is None else {"attribute": self.attribute}
@@ -131,7 +131,7 @@ class AttributeWriter(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restored = {}  # a checkpoint that was only evaluated is not resumed
+        self._restored = {}  # drop the state of a checkpoint that was only evaluated
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,7 +140,7 @@ class AttributeWriter(Callback):
         try:
             self._begin(trainer, pl_module)
         except ValueError:
-            # Some modules build themselves in hooks that come after this one.
+            # Some modules build themselves in hooks that run after this one.
             if not _builds_itself_later(pl_module):
                 raise
 
@@ -196,12 +196,12 @@ class AttributeWriter(Callback):
             self._conflicts = 2
             rank_zero_warn(
                 f"{type(self).__name__}({self.name}): validation should see `{place.path}` at its target, "
-                f"{float(self._target):g}, and sees {place.read()}: something else sets it too. {_remedy(pl_module)}"
+                f"{float(self._target):g}, but sees {place.read()}: something else sets it too. {_remedy(pl_module)}"
             )
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        with suppress(Exception):  # it must not hide what ended the run; `_release` reports it
+        with suppress(Exception):  # it must not hide the error that ended the run; `_release` reports it
             self._write_target()  # for a checkpoint that is saved on an exception
 
     @override
@@ -213,7 +213,7 @@ class AttributeWriter(Callback):
                 name = rest.partition(".")[0]
                 checkpoint["hyper_parameters"][name] = pl_module.hparams[name]
             saved = checkpoint["state_dict"].get(path)
-            if saved is not None and self._target is not None:  # weight averaging puts an average there
+            if saved is not None and self._target is not None:  # weight averaging stores an average there
                 checkpoint["state_dict"][path] = torch.full_like(saved, float(self._target))
         self._reader.unhook()
 
@@ -230,9 +230,9 @@ class AttributeWriter(Callback):
         self._refuse_moving_monitor(trainer)
         if getattr(trainer, "ckpt_path", None) and not self._restored and self._moves:
             rank_zero_warn(
-                f"{type(self).__name__}({self.name}): the checkpoint holds nothing of this callback, so it was saved "
-                "without it, or is damaged. The schedule is taken up at the step that the run is at, over the run's "
-                "length as it is now; what is measured begins from nothing."
+                f"{type(self).__name__}({self.name}): the checkpoint holds no state of this callback, so it was saved "
+                "without it, or is damaged. The schedule starts at the run's current step, over the run's current "
+                "length; measurements start from scratch."
             )
         self._place = place
         self._conflicts, self._has_settled = 0, False
@@ -252,7 +252,7 @@ class AttributeWriter(Callback):
             self._place.write(self._target)
 
     def _check_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say once that something else sets the number too; a module may set it a single time, to build itself."""
+        """Warn once if something else also sets the number; a module may set it a single time, to build itself."""
         assert self._place is not None
         self._checks_left = max(0, self._checks_left - (not self.accumulates(trainer)))
         place = self._place.overwritten() if self._conflicts < 2 else None
@@ -264,7 +264,7 @@ class AttributeWriter(Callback):
             return
         rank_zero_warn(
             f"{type(self).__name__}({self.name}): `{place.path}` was set to {float(self._current):g} for step "
-            f"{self.step(trainer)}, and after it is {place.read()}: something else sets it too, so that one of the two "
+            f"{self.step(trainer)}, and after it is {place.read()}: something else sets it too, so one of the two "
             f"has no effect. {_remedy(pl_module)}"
         )
 
@@ -277,37 +277,39 @@ class AttributeWriter(Callback):
                     f"Two callbacks move `{self.attribute}`. Remove one, or join their schedules with `Join`."
                 )
             if each.name == self.name:
-                raise MisconfigurationException(f"Two callbacks log `knobs/{self.name}`. Tell them apart with `name=`.")
+                raise MisconfigurationException(
+                    f"Two callbacks log `knobs/{self.name}`. Distinguish them with `name=`."
+                )
 
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
         for owner, monitor in monitors(trainer) if self._moves else ():
             if _MOVING_LOSS.fullmatch(monitor):
                 raise MisconfigurationException(
-                    f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow that and "
+                    f"{owner} monitors {monitor!r}, which moves with `{self.name}`: it would follow that number and "
                     "not the model. Monitor 'val/loss' (the loss at the target) or 'train/elbo' with mode 'max'."
                 )
 
 
 def monitors(trainer: Trainer) -> list[tuple[str, str]]:
-    """Return who watches which of the logged values."""
+    """Return the monitored values, each with the name of its monitor."""
     found = [(type(each).__name__, getattr(each, "monitor", None)) for each in callbacks_of(trainer)]
     found += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
     return [(owner, monitor) for owner, monitor in found if isinstance(monitor, str)]
 
 
 def remedy(pl_module: LightningModule) -> str:
-    """Say what ends a conflict with a schedule that a module has of its own; nothing where none is found."""
+    """Return the remedy for a conflict with a module's own schedule; empty if no such schedule is found."""
     for names, line in _REMEDIES.items():
         if all(hasattr(pl_module, name) for name in names):
             return line
     places = [vars(module) for module in pl_module.modules()] + [dict(getattr(pl_module, "hparams", {}))]
     own = [f"`{name}={value!r}`" for place in places for name, value in place.items() if _is_schedule(name, value)]
     own = list(dict.fromkeys(own))
-    return f"Switch off what the module does itself, which {' and '.join(own)} may stand for." if own else ""
+    return f"Switch off the module's own schedule, perhaps {' and '.join(own)}." if own else ""
 
 
 def _remedy(pl_module: LightningModule) -> str:
-    return remedy(pl_module) or "Take one out."
+    return remedy(pl_module) or "Remove one of them."
 
 
 def _is_schedule(name: str, value: Any) -> bool:
@@ -329,7 +331,7 @@ def _paths(attribute: str | Sequence[str] | None) -> list[str]:
 
 
 def _last_part(path: str) -> str:
-    """Return a path's last part, and the one before where that is a number."""
+    """Return a path's last part, with the part before it if the last is a number."""
     *before, last = path.split(".")
     return ".".join([*before[-1:], last]) if last.lstrip("-").isdigit() else last
 

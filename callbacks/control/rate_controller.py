@@ -40,7 +40,7 @@ class ControllerState(NamedTuple):
 
 @dataclass(frozen=True)
 class RateController:
-    """Raise the weight where the rate is above its target, lower it where it is below.
+    """Raise the weight if the rate is above its target, and lower it if the rate is below.
 
     Args:
         lower: Smallest ``log(weight)``.
@@ -62,7 +62,7 @@ class RateController:
         """Return the state after a measurement, without waiting for the device.
 
         Args:
-            state: The state before it.
+            state: The previous state.
             rate: The rate of this step in nats; a rate that is not finite is skipped.
             target: The target rate in nats.
         """
@@ -70,7 +70,7 @@ class RateController:
         error = relative_error(filtered, target)
         integral = integrate(state.integral, error, self.lower, self.upper, self.proportional, self.integral)
         log_weight = (self.proportional * error + integral).clamp(self.lower, self.upper)
-        # A float32 sum of the two may end short of a bound by its rounding.
+        # A float32 sum of the two may miss a bound by its rounding.
         high = (log_weight >= self.upper - 1e-4) & (error > self.tolerance)
         low = (log_weight <= self.lower + 1e-4) & (error < -self.tolerance)
         steps = state.steps_at_bound
@@ -79,7 +79,7 @@ class RateController:
 
 
 def exponential_average(previous: Tensor, value: Tensor, smoothing: float) -> Tensor:
-    """Return the moving average after another value; a value that is not finite leaves it unchanged.
+    """Return the moving average after another value; a non-finite value leaves it unchanged.
 
     Args:
         previous: The previous average, NaN before the first value.
@@ -98,7 +98,7 @@ def rate_scale(target: float) -> float:
 def relative_error(rate: Tensor, target: float) -> Tensor:
     """Return the excess of a rate over its target, in units of :func:`rate_scale`, clamped to -1 and 1.
 
-    With the clamp the gains alone determine the largest move of the weight, even for an untrained model's rate, and
+    With the clamp, only the gains determine the largest move of the weight, even for an untrained model's rate, and
     nothing can overflow.
 
     Args:

@@ -1,4 +1,4 @@
-"""A schedule whose lengths are those of a run."""
+"""A schedule with its lengths resolved for a run."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ if TYPE_CHECKING:
 
 
 class RunSchedule:
-    """A schedule in a run, by whose length its epochs and fractions become steps.
+    """A schedule in a run, whose length converts epochs and fractions to steps.
 
-    That happens once: a resumed run keeps the steps it began with.
+    The conversion happens once: a resumed run keeps the steps it began with.
 
     Args:
         schedule: One of this package's schedules, or any callable of the step.
 
     Attributes:
-        length: Steps until the value no longer changes, ``math.inf`` where that is not known.
-        final: The value from then on; ``None`` where the schedule is another callable.
+        length: Steps until the value no longer changes, ``math.inf`` if that is not known.
+        final: The value from then on; ``None`` if the schedule is a plain callable.
 
     Raises:
-        ValueError: If the schedule is no callable.
+        ValueError: If the schedule is not callable.
     """
 
     def __init__(self, schedule: Schedule | Callable[[int], float]) -> None:
@@ -43,16 +43,16 @@ class RunSchedule:
         self._run: dict[str, int | None] = {}
 
     def begin(self, trainer: Trainer, title: str, open_end: float | None, restored: dict[str, Any]) -> None:
-        """Turn the lengths into steps, and warn of what the run makes of the schedule.
+        """Convert the lengths to steps, and warn if the schedule does not fit the run.
 
         Args:
-            trainer: What fits.
-            title: Who warns.
+            trainer: The Trainer.
+            title: Name of the callback, for warnings.
             open_end: The value that a schedule without a ``stop`` ends at.
-            restored: The state of the run that goes on; empty for one that begins.
+            restored: The state of the resumed run; empty for a new run.
 
         Raises:
-            ValueError: If a length can't be turned into steps, or the end is not known.
+            ValueError: If a length can't be converted to steps, or the end is not known.
         """
         now = _run_length(trainer)
         self._run = {name: length if restored.get(name) is None else restored[name] for name, length in now.items()}
@@ -63,18 +63,18 @@ class RunSchedule:
         self.length, self.final = resolved.length, resolved.final
         if "schedule" in restored and restored["schedule"] != repr(self.schedule):
             rank_zero_warn(
-                f"{title}: the checkpoint was saved under {restored['schedule']}; the run goes on under "
+                f"{title}: the checkpoint was saved under {restored['schedule']}; the run continues under "
                 f"{self.schedule!r}, evaluated at the step it resumes from."
             )
         elif _differs(self.schedule, open_end, self._run, now):
             rank_zero_warn(
                 f"{title}: the run was {self._run['total_steps']} steps long when it began and is {now['total_steps']} "
-                "now. The schedule keeps the steps it began with; give its length in steps to choose another."
+                "now. The schedule keeps the steps it began with; to change them, give its length in steps."
             )
         if resolved.length > 0 and {resolved(0), resolved(int(min(resolved.length, 1e9)) // 2)} == {resolved.final}:
             rank_zero_warn(
                 f"{title}: the schedule starts and ends at {resolved.final:g}, so nothing moves. Configure the module "
-                "with the value to end at, or give the schedule a `stop`."
+                "with the final value, or give the schedule a `stop`."
             )
         total = now["total_steps"]
         if total is not None and math.isfinite(resolved.length) and resolved.length > total:
@@ -96,28 +96,28 @@ class RunSchedule:
         return value
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs: the lengths that it began with, and the schedule to compare."""
+        """Return the state for a resumed run: the lengths that it began with, and the schedule to compare with."""
         return {"schedule": repr(self.schedule), **self._run}
 
     @property
     def total_steps(self) -> int | None:
-        """Steps of the run that began with it, if known."""
+        """Number of steps that the run had when it began, if known."""
         return self._run.get("total_steps")
 
     @property
     def moves(self) -> bool:
-        """Whether its value ever changes."""
+        """Return whether its value ever changes."""
         return self.length > 0
 
 
 def _run_length(trainer: Trainer) -> dict[str, int | None]:
-    """Return the steps in an epoch and in the run, ``None`` where the run has no end or none is known."""
+    """Return the steps in an epoch and in the run, ``None`` if the number is infinite or unknown."""
     if any(getattr(each, "going_to_accumulate_grad_batches", bool)() for each in callbacks_of(trainer)):
         return {"steps_per_epoch": None, "total_steps": None}  # accumulation that changes between epochs
     trainer.fit_loop.setup_data()
     total = trainer.estimated_stepping_batches
     if trainer.max_steps != -1 and len(trainer.optimizers) > 1:
-        total = math.inf  # `max_steps` counts every optimizer's steps; how many a batch takes is not known
+        total = math.inf  # `max_steps` counts every optimizer's steps, and the number per batch is not known
     batches = trainer.num_training_batches / trainer.accumulate_grad_batches
     return {
         "steps_per_epoch": math.ceil(batches) if math.isfinite(batches) else None,
@@ -126,7 +126,7 @@ def _run_length(trainer: Trainer) -> dict[str, int | None]:
 
 
 def _differs(schedule: Schedule, end: float | None, saved: dict[str, int | None], now: dict[str, int | None]) -> bool:
-    """Whether the run's length as it is now would give another schedule than the one it began with."""
+    """Return whether the run's current length would give a different schedule from the one it began with."""
     try:
         return schedule.resolve(end, **saved) != schedule.resolve(end, **now)
     except ValueError:

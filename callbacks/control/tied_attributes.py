@@ -1,4 +1,4 @@
-"""The places that a callback writes to: one attribute, several attributes that hold one number, or a function."""
+"""Places that a callback writes to: one attribute, several attributes that hold the same number, or a function."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 class NumberPlace(Protocol):
-    """Somewhere that a number is kept."""
+    """A place that holds a number."""
 
     def read(self) -> float | None:
-        """Return the number as it is now, if that can be told."""
+        """Return the current number, if it can be read."""
 
     def write(self, value: float | Tensor) -> None:
         """Set the number."""
 
     def overwritten(self) -> AttributePath | None:
-        """Return the attribute that no longer holds what was written to it, if there is one."""
+        """Return the attribute that no longer holds the written value, if there is one."""
 
 
 def number_place(
@@ -61,16 +61,16 @@ class TiedAttributes:
         self._attributes = [AttributePath(pl_module, path) for path in paths]
 
     def read(self) -> float | None:
-        """Return the number as it is now: where places differ the largest, at which a range ends.
+        """Return the current number; if places differ, the largest, which is the end of a range.
 
-        ``None`` where only a method knows.
+        ``None`` if only a method knows the number.
         """
         return max((value for each in self._attributes if (value := each.read()) is not None), default=None)
 
     def write(self, value: float | Tensor) -> None:
         """Set the number.
 
-        A 0-dim tensor on the module's device is waited for where a place does not hold a tensor.
+        Writing a 0-dim tensor to a place that does not hold a tensor waits for its device.
 
         Raises:
             ValueError: If a place does not take this value.
@@ -82,7 +82,7 @@ class TiedAttributes:
             self._write_in_turn(value)
 
     def _write_in_turn(self, value: float | Tensor) -> None:
-        """Write to whichever places accept it, until all have; those that had it already get it once more."""
+        """Write to the places that accept the value, repeatedly, until all have; some are written more than once."""
         waiting = self._attributes
         while waiting:
             refused: list[tuple[AttributePath, ValueError]] = []
@@ -96,12 +96,12 @@ class TiedAttributes:
             waiting = [each for each, _ in refused]
 
     def overwritten(self) -> AttributePath | None:
-        """Return the place that no longer holds what was written to it, if there is one."""
+        """Return the place that no longer holds the written value, if there is one."""
         return next((each for each in self._attributes if each.overwritten()), None)
 
 
 class _Setter:
-    """A function that writes a number, of which nothing else is known."""
+    """A function that writes a number; the number can't be read back."""
 
     def __init__(self, pl_module: LightningModule, setter: Callable[[Any, float], None]) -> None:
         self._pl_module = pl_module

@@ -1,4 +1,4 @@
-"""Errors of callbacks that only show something, as warnings."""
+"""Turn errors of callbacks that only show something into warnings."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 
 class BestEffort:
-    """Turns an error into a warning, so that a callback that only shows something never ends a run.
+    """Turn an error into a warning, so that a callback that only shows something never ends a run.
 
-    Of each thing that can't be shown, only the first error is reported.
+    For each thing that can't be shown, only the first error is reported.
 
     Args:
         title: Name of the callback, for the warning.
@@ -36,4 +36,4 @@ class BestEffort:
             if what not in self._failed:
                 self._failed.add(what)
                 reason = f"{type(error).__name__}: {error}"
-                rank_zero_warn(f"{self._title}: {what} can't be shown ({reason}). Training goes on without it.")
+                rank_zero_warn(f"{self._title}: {what} can't be shown ({reason}). Training continues without it.")

@@ -1,4 +1,4 @@
-"""A surface to draw on: lines, areas, dots and words, with smooth edges."""
+"""A surface to draw on: lines, areas, dots and text, with smooth edges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FINER = 2  # drawn at twice the size, then averaged
 class Canvas:
     """A white surface, with x to the right and y down, in pixels.
 
-    Pillow, which TensorBoard depends on, draws the lines and the words.
+    Pillow, which TensorBoard depends on, draws the lines and the text.
 
     Args:
         width: Width in pixels.
@@ -56,12 +56,12 @@ class Canvas:
         x, y = x[:, None] + right[within], y[:, None] + down[within]
         inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
         each = colours.to(torch.uint8)[:, None].expand(-1, x.shape[1], -1)
-        # In NumPy the later of two dots covers the earlier one; the threads of torch would not agree.
+        # In NumPy the later of two dots covers the earlier one; with torch's threads the order is undefined.
         pixels.view(-1, 3).numpy()[(y * width + x)[inside].numpy()] = each[inside].numpy()
         self._surface = _to_pillow(pixels)
 
     def text(self, place: tuple[float, float], text: str, colour: Colour = (60, 60, 60), anchor: str = "la") -> None:
-        """Write words at a place; ``anchor`` is Pillow's, such as ``"la"`` (left, top) or ``"mm"`` (middle)."""
+        """Write text at a place; ``anchor`` is Pillow's, such as ``"la"`` (left, top) or ``"mm"`` (middle)."""
         self._pen.text((place[0] * _FINER, place[1] * _FINER), text, fill=colour, font=_font(), anchor=anchor)
 
     def image(self) -> Tensor:

@@ -19,8 +19,8 @@ _VIRIDIS = (
     (181, 222, 43),
     (253, 231, 37),
 )
-_MAX_CELLS = 512  # a side
-_PIXELS = 256  # about, a side of fewer cells; the time to encode grows with its square
+_MAX_CELLS = 512  # per side
+_PIXELS = 256  # approximate side of an image with fewer cells; the time to encode grows with its square
 
 
 def heat_map(values: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def heat_map(values: Tensor) -> Tensor:
 
     Time runs to the right and dimensions run down, in their own order, so a dimension has the same row in every
     picture. Dark violet is 0 or less, yellow is the largest value in the matrix. Cells are enlarged to about 256 pixels
-    a side, along time at most eightfold. Beyond 512 cells a side, neighbours are averaged.
+    per side, along time at most eightfold. Beyond 512 cells per side, neighbours are averaged.
 
     Args:
         values: Values of shape ``(time, dimensions)``.

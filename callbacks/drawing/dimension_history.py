@@ -1,4 +1,4 @@
-"""Values of each latent dimension over the passes of a run, as a picture that any run has room for."""
+"""Values of each latent dimension over the passes of a run, as a picture of bounded size."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from .colours import heat_map
 
 _MOST_ROWS = 256  # passes in a picture, and in a checkpoint
-_MOST_PICTURES = 8  # drawn until the run is twice as long
+_MOST_PICTURES = 8  # pictures drawn before the stride first doubles
 
 
 class DimensionHistory:
-    """Keep one row of values for each pass; of a long run for each second, fourth, ... pass.
+    """Keep one row of values for each pass; in a long run, for every second, fourth, ... pass.
 
-    So neither the memory nor a checkpoint nor the cost of a pass grows with the number of passes.
+    The memory, the checkpoints and the cost of a pass therefore do not grow with the number of passes.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class DimensionHistory:
         self._rows.append(values.float().cpu())
 
     def picture(self) -> Tensor | None:
-        """Draw a column for each pass; ``None`` without any."""
+        """Draw a column for each pass; ``None`` if there are no passes."""
         return heat_map(torch.stack(self._rows)) if self._rows else None
 
     def state(self) -> Tensor:
@@ -42,10 +42,10 @@ class DimensionHistory:
 
 
 def is_drawn(number: int) -> bool:
-    """Whether pass ``number``, counted from 1, is one of those after which a picture is drawn."""
+    """Return whether a picture is drawn after pass ``number``, counted from 1."""
     return number > 0 and (number - 1) % _stride(number, _MOST_PICTURES) == 0
 
 
 def _stride(passes: int, most: int) -> int:
-    """Return the power of two at which no more than ``most`` of the passes are taken."""
+    """Return the smallest power of two as a stride that keeps at most ``most`` of the passes."""
     return 1 << ((passes - 1) // most).bit_length()

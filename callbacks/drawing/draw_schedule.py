@@ -1,4 +1,4 @@
-"""Which validation passes of a run are drawn."""
+"""Select the validation passes of a run to draw."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 class DrawSchedule:
-    """Counts the validation passes of a fit and picks those to draw: the first, the last, and some evenly between them.
+    """Count the validation passes of a fit and pick those to draw: the first, the last, and some evenly between them.
 
     If the number of passes is unknown, it picks the first, second, fourth, eighth and so on.
 
@@ -26,12 +26,12 @@ class DrawSchedule:
 
     def __init__(self, times: int) -> None:
         if times < 1:
-            raise ValueError(f"`times` must be at least 1, got {times}. It is how often in a run pictures are drawn.")
+            raise ValueError(f"`times` must be at least 1, got {times}. It is the number of times to draw in a run.")
         self.times = times
         self.passes = 0
 
     def start_pass(self, trainer: Trainer) -> bool:
-        """Count the validation pass that starts, and return whether to draw it.
+        """Count a validation pass that starts, and return whether to draw it.
 
         The sanity check and passes outside a fit are neither counted nor drawn.
         """
@@ -58,7 +58,7 @@ def is_drawn(number: int, total: int | None, times: int) -> bool:
 
 
 def expected_passes(trainer: Trainer) -> int | None:
-    """Return how many validation passes a fit will have; ``None`` if the Trainer's options don't tell."""
+    """Return the number of validation passes of a fit; ``None`` if the Trainer's options don't determine it."""
     batches, between = trainer.num_training_batches, trainer.val_check_batch
     limits = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:

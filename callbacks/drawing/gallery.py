@@ -18,7 +18,7 @@ _CURVES_IN_A_PANEL = 5
 
 
 class Gallery:
-    """Draws observations in rows: images as images, everything else as curves.
+    """Draw observations in rows: images as images, everything else as curves.
 
     Args:
         low: The value drawn as black, or at the bottom of a panel.
@@ -42,7 +42,7 @@ class Gallery:
         images = self._images(values)
         if images is not None:
             return image_grid(images, titles)
-        # The last tenth of the colour map is too light on white.
+        # The last tenth of the colour map is too light on a white background.
         shades = colour_map(torch.linspace(0, 0.9, values.shape[1])).tolist()
         return curve_panels(_curves(values), [tuple(shade) for shade in shades], self.low, self.high, titles)
 
@@ -63,6 +63,6 @@ class Gallery:
 
 
 def _curves(values: Tensor) -> Tensor:
-    """Return ``(rows, columns, ...)`` as vectors ``(rows, columns, n)``, a sequence one entry after the other."""
+    """Return ``(rows, columns, ...)`` as vectors ``(rows, columns, n)``, a sequence entry by entry."""
     longest = max(range(2, values.ndim), key=lambda axis: values.shape[axis], default=-1)
     return values.movedim(longest, -1).flatten(2)

@@ -1,4 +1,4 @@
-"""Images: recognised among observations, and put side by side."""
+"""Recognise images among observations, and arrange them side by side."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .canvas import Canvas
 _CHANNELS = (1, 3, 4)
 _MIN_SIDE = 4  # narrower arrays are vectors with extra axes
 _MIN_SIDE_WITHOUT_CHANNELS = 8  # narrower arrays are sequences of vectors
-_CELL_SIDE = 32  # about; small images are enlarged to it
+_CELL_SIDE = 32  # approximate; small images are enlarged to it
 _MAX_CELL_SIDE = 96
 _LINE_HEIGHT = 13  # of a label
 _THUMBNAIL_SIDE = 32  # at most
@@ -25,8 +25,8 @@ def as_images(values: Tensor) -> Tensor | None:
     """Return observations as grey or colour images, or ``None`` if they are not images.
 
     Images have the shape ``(N, C, H, W)``, ``(N, H, W, C)`` with one, three or four channels, or ``(N, H, W)`` with at
-    least 8 pixels a side. Of a volume or a clip, ``(N, C, D, H, W)``, ``(N, D, C, H, W)`` or ``(N, D, H, W, C)``, the
-    middle slice is taken. A fourth channel is dropped. Any other number of channels is averaged to grey.
+    least 8 pixels per side. Of a volume or a clip, ``(N, C, D, H, W)``, ``(N, D, C, H, W)`` or ``(N, D, H, W, C)``, the
+    middle slice is used. A fourth channel is dropped. Any other number of channels is averaged to grey.
 
     Args:
         values: Observations, one for each entry of the first axis.
@@ -57,7 +57,7 @@ def as_images(values: Tensor) -> Tensor | None:
 def image_grid(images: Tensor, labels: Sequence[str] = ()) -> Tensor:
     """Draw rows of images as one picture.
 
-    Small images are enlarged pixel by pixel; large ones are averaged down to 96 pixels a side.
+    Small images are enlarged pixel by pixel; large ones are averaged down to 96 pixels per side.
 
     Args:
         images: Values from 0 to 1, shape ``(rows, columns, C, H, W)`` with C 1 or 3. Other values are clamped, and NaN
@@ -96,7 +96,7 @@ def _label_column(labels: Sequence[str], height: int) -> Tensor:
 
 
 def thumbnails(values: Tensor) -> Tensor | None:
-    """Return observations as colour images of at most 32 pixels a side; ``None`` if they are not images.
+    """Return observations as colour images of at most 32 pixels per side; ``None`` if they are not images.
 
     Args:
         values: Observations, one for each entry of the first axis.

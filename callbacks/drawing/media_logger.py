@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class MediaLogger:
     """The loggers of a run that show more than numbers: all media go to TensorBoard, pictures also to Weights & Biases.
 
-    It is true if there is such a logger and this is the process that writes. Loggers without the methods needed here
+    It is truthy if there is such a logger and this is the process that writes. Loggers without the methods needed here
     are skipped.
 
     Args:
@@ -61,7 +61,7 @@ class MediaLogger:
             experiment.add_custom_scalars(charts)
 
     def embedding(self, tag: str, rows: Tensor, labels: Sequence[str] | None, images: Tensor | None, step: int) -> None:
-        """Hand vectors to TensorBoard's projector.
+        """Send vectors to TensorBoard's projector.
 
         Args:
             tag: Name of the embedding.
@@ -84,7 +84,7 @@ class MediaLogger:
             if hasattr(experiment, "add_image") and not writes_hparams(logger):
                 from torch.utils.tensorboard.summary import hparams
 
-                # `add_hparams` would write to a run of its own.
+                # `add_hparams` would write to a separate run.
                 for summary in hparams(dict(values), dict.fromkeys(metrics)):
                     experiment._get_file_writer().add_summary(summary)
 

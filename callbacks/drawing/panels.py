@@ -88,7 +88,7 @@ def density_panels(
         mean: Posterior means in units of the prior, shape ``(observations, dimensions)``.
         scale: The posteriors' standard deviations, of the same shape. ``None`` leaves out the blue line.
         titles: One for each dimension.
-        unit: What the legend calls N(0, 1).
+        unit: Name of N(0, 1) in the legend.
         columns: Panels in a row.
 
     Returns:
@@ -119,7 +119,7 @@ def density_panels(
 def scatter_panels(points: Tensor, names: Sequence[tuple[str, str]], labels: Sequence[str] | None = None) -> Tensor:
     """Draw panels of dots from -3 to 3, with circles at one and two standard deviations of the prior N(0, I).
 
-    Up to 20 different labels have a colour each. More labels share a colour map, from dark to light.
+    Up to 20 different labels each have their own colour. More labels share a colour map, from dark to light.
 
     Args:
         points: Shape ``(panels, observations, 2)``. Points outside are drawn at the edge.
@@ -197,7 +197,7 @@ def _label_colours(labels: Sequence[str] | None, count: int) -> tuple[Tensor, li
     except ValueError:
         values = torch.tensor([float(position[name]) for name in labels])
     low, high = values.min(), values.max()
-    # The last tenth of the colour map is too light on white.
+    # The last tenth of the colour map is too light on a white background.
     shades = colour_map((values - low) / (high - low).clamp(min=1e-12) * 0.9)
     least, most = int(values.argmin()), int(values.argmax())
     ends = [(f"{labels[least]} to", least), (labels[most], most)]
@@ -205,7 +205,7 @@ def _label_colours(labels: Sequence[str] | None, count: int) -> tuple[Tensor, li
 
 
 def _legend_places(names: Sequence[str], width: int) -> list[tuple[float, float]]:
-    """Return the place of each name in a legend that is wrapped to a width."""
+    """Return the position of each name in a legend that is wrapped to a width."""
     places, right, down = [], float(_SCATTER_MARGIN), 0.0
     for name in names:
         size = 7.0 * len(name) + 8

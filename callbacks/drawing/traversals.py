@@ -1,4 +1,4 @@
-"""Paths through the latent space, for a decoder to show."""
+"""Paths through the latent space, to be decoded."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def traversals(latent: Tensor, dimensions: Sequence[int], prior: Distribution, s
     Args:
         latent: The latent of one observation, shape ``(...)``.
         dimensions: The dimensions to move, one a row, as indices into the flattened latent.
-        prior: The prior, which broadcasts to the latent's shape. Without moments, N(0, 1) takes its place.
+        prior: The prior, which broadcasts to the latent's shape. If it has no moments, N(0, 1) is used instead.
         steps: Number of values of each dimension.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Measure latents: pure functions and streaming metrics that need torch and torchmetrics alone."""
+"""Measure latents: pure functions and streaming metrics that need only torch and torchmetrics."""

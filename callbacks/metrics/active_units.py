@@ -51,7 +51,7 @@ def active_units(means: Tensor, threshold: float = 0.01) -> Tensor:
 
 
 class ActiveUnits(Metric):
-    """Counts the active units over a stream of batches, in constant memory and exactly over any number of processes.
+    """Count the active units over a stream of batches, in constant memory, exactly over any number of processes.
 
     A latent dimension is active if the variance of its posterior mean over the data is larger than ``threshold``
     (Burda et al. 2015). The moments are float64 and merged rather than summed: see
@@ -93,7 +93,7 @@ class ActiveUnits(Metric):
             raise ValueError(f"`threshold` must be at least 0, got {threshold}.")
         self.dim = dim
         self.threshold = threshold
-        # One packed state: torchmetrics merges each state alone, and mean and deviation need each other's counts.
+        # One packed state: torchmetrics merges each state separately, but the mean and the deviations need the counts.
         self.add_state("moments", torch.zeros(3, dim, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     @property

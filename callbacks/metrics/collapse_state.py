@@ -1,4 +1,4 @@
-"""The state of a posterior while a model trains: collapsed, healthy, or something between."""
+"""The state of a posterior during training: collapsed, healthy, or something in between."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ _REMEDIES = {
         "The rate is penalised too strongly, or the decoder does not need the latents. Let `KLAnnealing` hold beta "
         "at 0 until the latents are used and then raise it slowly (or in cycles), put a floor of a few nats under the "
         "whole rate with `FreeBits`, or 0.1 to 0.5 under each dimension, lower beta, or weaken the decoder. With a "
-        "Gaussian likelihood, learn its variance: fixed too large it collapses the model, and no schedule cures that."
+        "Gaussian likelihood, learn its variance: a variance fixed too large collapses the model, and no schedule "
+        "cures that."
     ),
     "offset": (
         "Free bits guarantee KL, not information: a dimension reaches its floor by a shift or a width that is the same "
-        "for every x. Lower or drop the floor of `FreeBits`, take it over the whole KL instead of each dimension, or "
+        "for every x. Lower or drop the floor of `FreeBits`, put it under the whole KL instead of each dimension, or "
         "use `KLAnnealing` instead; with fewer latent dimensions there are fewer to hold up."
     ),
     "uninformative": (
-        "The rate moves all posteriors away from the prior together and does not tell observations apart. Lower the "
+        "The rate moves all posteriors away from the prior together and does not distinguish observations. Lower the "
         "floor of `FreeBits`, lower beta or learn the decoder's variance so that information pays, or give the prior "
-        "that shape; `latent/marginal_kl` is the part of the rate that is wasted."
+        "that shape; `latent/marginal_kl` is the wasted part of the rate."
     ),
-    "pruned": "Nothing: the data fill fewer dimensions than there are. As many as are active would do.",
+    "pruned": "Nothing: the data fill fewer dimensions than there are. As many as are active would be enough.",
     "healthy": "Nothing.",
 }
 
@@ -34,12 +35,12 @@ _REMEDIES = {
 class CollapseState:
     """The state of a posterior during training, the reason, and a remedy.
 
-    It needs the encoder's output alone, which is at hand after every validation pass. The assessment that ``test``
-    prints needs the decoder too, and says whether a trained model is over-regularised or under-regularised.
+    It needs only the encoder's output, which is available after every validation pass. The assessment that ``test``
+    prints also needs the decoder, and judges if a trained model is over-regularised or under-regularised.
 
     Attributes:
         name: ``"collapsed"``, ``"offset"`` or ``"uninformative"``, which are alarms; ``"pruned"`` or ``"healthy"``.
-        reason: What was measured, in words and numbers.
+        reason: The measurements, in words and numbers.
     """
 
     name: Literal["collapsed", "offset", "uninformative", "pruned", "healthy"]
@@ -47,12 +48,12 @@ class CollapseState:
 
     @property
     def alarm(self) -> bool:
-        """Whether something is wrong."""
+        """Return whether something is wrong."""
         return self.name in ("collapsed", "offset", "uninformative")
 
     @property
     def remedy(self) -> str:
-        """What to try next."""
+        """The remedy to try next."""
         return _REMEDIES[self.name]
 
 
@@ -64,27 +65,27 @@ def collapse_state(
     min_rate: float = 0.5,
     threshold: float = 0.01,
 ) -> CollapseState:
-    """Tell a collapsed posterior from one that only has dimensions to spare.
+    """Distinguish a collapsed posterior from one that only has dimensions to spare.
 
     The first rule that holds decides:
 
     - *collapsed*: no dimension is active, or the active ones' rate is below ``min_rate``;
     - *offset*: the inactive dimensions carry more than 10 % of the rate, which is KL spent without information;
-    - *uninformative*: the rate R is below 0.7 log M and the mutual information below R / 2. Above that the estimate's
-      cap, log M, says nothing;
-    - *pruned*: some dimensions are active, not all;
-    - *healthy*: all are.
+    - *uninformative*: the rate R is below 0.7 log M and the mutual information below R / 2. For a higher rate the
+      estimate's cap, log M, makes the comparison meaningless;
+    - *pruned*: some dimensions are active, but not all;
+    - *healthy*: all dimensions are active.
 
     A dimension is active if the variance of its posterior mean over the data exceeds ``threshold`` (Burda et al.,
     "Importance Weighted Autoencoders", 2015).
 
     Args:
         rate_per_dimension: Mean KL divergence of posterior and prior of each dimension, in nats, of shape ``(k,)``;
-            ``None`` where it has no closed form. What depends on it is then left out.
+            ``None`` if it has no closed form. The rules that depend on it are then skipped.
         variance_of_means: Variance over the data of each dimension's posterior mean, of shape ``(k,)``.
-        mutual_information: Mutual information of data and latents in nats; ``None`` where it was not estimated.
+        mutual_information: Mutual information of data and latents in nats; ``None`` if it was not estimated.
         observations: Number of observations M that this estimate comes from.
-        min_rate: Rate in nats that the active dimensions need at least.
+        min_rate: Minimum rate in nats of the active dimensions.
         threshold: Variance that an active dimension exceeds.
 
     Returns:
@@ -114,8 +115,8 @@ def collapse_state(
         enough = min(0.5 * rate, 0.9 * math.log(max(observations, 1)))
         if mutual_information is not None and mutual_information > max(min_rate, enough):
             small = (
-                f" Yet the mutual information is {mutual_information:.3g} nats: the latents tell observations apart, "
-                "at a scale below the threshold. If that is meant, lower `threshold`."
+                f" Yet the mutual information is {mutual_information:.3g} nats: the latents distinguish observations, "
+                "at a scale below the threshold. If that is intended, lower `threshold`."
             )
         return CollapseState("collapsed", f"{rates}; active ones need {min_rate:g}.{small}")
     if inactive_rate > 0.1 * rate:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .observation_subset import ObservationSubset
 
-# Unlike a seed that data are drawn with: the same noise in data and samples would look like information.
+# Unlikely to be a seed of the data: the same noise in data and samples would look like information.
 SEED = 0x5EED
-_ROWS = 64  # of the matrix at a time: they stay in the processor's cache, which is three times as fast
+_ROWS = 64  # rows of the matrix at a time: they stay in the processor's cache, which is three times as fast
 
 
 def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tensor:
@@ -22,14 +22,14 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tens
         I = \frac{1}{M} \sum_n \left[ \log q(z_n|x_n) - \log \frac{1}{M} \sum_m q(z_n|x_m) \right],
         \qquad z_n \sim q(z|x_n)
 
-    The same sample stands in both terms and its own component in the mixture. So the estimate is 0 where all posteriors
-    are equal, is on average a lower bound of the true value, and is at most about :math:`\log M`. Above
-    :math:`0.9 \log M` read it as "at least this". Part of the sampling noise is taken out: see
+    Both terms use the same sample, and the mixture includes the sample's own component. So the estimate is 0 if all
+    posteriors are equal, is on average a lower bound on the true value, and is at most about :math:`\log M`. Above
+    :math:`0.9 \log M`, read it as "at least". Part of the sampling noise is removed: see
     :meth:`PosteriorSample.average`.
 
     Both the detector's ``latent/mutual_information`` and the evaluation's ``mutual_information`` are this estimate.
 
-    The noise is drawn on the CPU from a generator of its own: the result is deterministic and the same on any device.
+    The noise is drawn on the CPU from a separate generator: the result is deterministic and the same on any device.
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``.
@@ -37,7 +37,7 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tens
         seed: Seed of the noise.
 
     Returns:
-        The estimate in nats, float64; NaN where M is 0.
+        The estimate in nats, float64; NaN if M is 0.
 
     References:
         Hoffman, Johnson, "ELBO surgery: yet another way to carve up the variational evidence lower bound", 2016.
@@ -73,7 +73,7 @@ class PosteriorSample(NamedTuple):
 
     @classmethod
     def draw(cls, mean: Tensor, variance: Tensor, seed: int = SEED) -> PosteriorSample:
-        """Draw the samples from a generator of their own, on the CPU."""
+        """Draw the samples from a separate generator, on the CPU."""
         mean, variance = mean.double(), variance.double()
         noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         noise = noise.to(mean.device)
@@ -92,7 +92,7 @@ class PosteriorSample(NamedTuple):
         """
         count = len(self.z)
         # (z - m)^2 / v is the sum of z^2 / v, -2 z m / v and m^2 / v, which makes the densities a product of matrices.
-        # Nothing is lost in double precision near the origin, to which all are moved alike.
+        # In double precision nothing is lost near the origin, to which all are shifted alike.
         centre = self.mean.mean(dim=0)
         mean, z, precision = self.mean - centre, self.z - centre, 1 / self.variance
         powers, slopes = torch.cat([z.square(), z], dim=1), torch.cat([-0.5 * precision, mean * precision], dim=1).T
@@ -107,10 +107,10 @@ class PosteriorSample(NamedTuple):
         return torch.cat(results) - math.log(max(count - leave_one_out, 1))
 
     def average(self, terms: Tensor) -> Tensor:
-        r"""Average terms of the samples, with less noise than their mean has.
+        r"""Average terms of the samples, with less noise than in their plain mean.
 
-        :math:`\log q(z_n|x_n) - \log p(z_n)`, p standard normal, has a known mean, the rate. What chance does to it is
-        taken out of the terms by regression (a control variate). Where q(z) is p(z), no noise is left in the mutual
+        :math:`\log q(z_n|x_n) - \log p(z_n)`, p standard normal, has a known mean, the rate. Its sampling error is
+        removed from the terms by regression (a control variate). If q(z) is p(z), no noise is left in the mutual
         information.
 
         Args:
@@ -126,10 +126,10 @@ class PosteriorSample(NamedTuple):
 
 
 class MutualInformation(ObservationSubset):
-    """Estimates the mutual information of data and latents from a fixed random subset of the observations.
+    """Estimate the mutual information of data and latents from a fixed random subset of the observations.
 
-    It keeps the posteriors of at most ``observations`` of them, chosen by their indices: see
-    :class:`~.observation_subset.ObservationSubset`. So neither batches nor order nor the number of processes change the
+    It keeps the posteriors of at most ``observations`` of them, chosen by their indices (see
+    :class:`~.observation_subset.ObservationSubset`), so batching, order and the number of processes do not change the
     result. See :func:`mutual_information` for the estimate and its cap.
 
     As input to ``forward`` and ``update`` the metric accepts ``mean`` and ``variance`` of diagonal Gaussian posteriors,

@@ -15,10 +15,10 @@ _GOLDEN = 0x9E3779B9
 
 
 class ObservationSubset(Metric):
-    """Keeps the rows of a fixed random subset of the observations, chosen by their indices alone.
+    """Keep the rows of a fixed random subset of the observations, chosen only by their indices.
 
-    So neither batches nor order nor the number of processes change what is kept, an observation that is seen twice
-    counts once, and data that are sorted by class still give all classes.
+    So batching, order and the number of processes do not change the subset, an observation seen twice counts once, and
+    data sorted by class still give all classes.
 
     As input to ``forward`` and ``update`` the metric accepts ``rows`` of shape ``(N, columns)`` and the ``index`` of
     each observation, integers of shape ``(N,)``; N may be 0. As output of ``forward`` and ``compute`` it returns the
@@ -64,7 +64,7 @@ class ObservationSubset(Metric):
 
 
 def random_keys(index: Tensor) -> Tensor:
-    """Put observations in a fixed random order that depends on their index alone.
+    """Put observations in a fixed random order that depends only on their index.
 
     Args:
         index: Integers of shape ``(N,)``.
@@ -97,7 +97,7 @@ def smallest_keys(rows: Tensor, number: int) -> Tensor:
 
 
 def _scrambled(keys: Tensor) -> Tensor:
-    """Scramble the lower 32 bits of int64 keys by the finaliser of MurmurHash3."""
+    """Scramble the lower 32 bits of int64 keys with the finaliser of MurmurHash3."""
     keys = keys & 0xFFFFFFFF
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         keys = ((keys ^ (keys >> shift)) * factor) & 0xFFFFFFFF

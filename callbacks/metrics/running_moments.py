@@ -37,13 +37,13 @@ def merge_moments(states: Tensor) -> Tensor:
         n = \sum_i n_i \qquad m = \frac{1}{n} \sum_i n_i m_i \qquad
         M_2 = \sum_i M_{2,i} + \sum_i n_i (m_i - m)^2
 
-    No square of a raw value appears, so that a small variance beside a large mean keeps its digits.
+    No raw value is squared, so a small variance with a large mean keeps its precision.
 
     Args:
         states: Count, mean and sum of squared deviations of each set, of shape ``(sets, 3, k)``. Empty sets are fine.
 
     Returns:
-        The same three of the union, of shape ``(3, k)``.
+        The same three for the union, of shape ``(3, k)``.
 
     References:
         Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
@@ -64,17 +64,17 @@ class Averages(NamedTuple):
 
     Attributes:
         count: Number of observations, a scalar.
-        mean: Of shape ``(columns,)``.
-        standard_error: Of each mean, from the spread over the observations, of the same shape.
+        mean: Mean of each quantity, of shape ``(columns,)``.
+        standard_error: Standard error of each mean, from the spread over the observations, of the same shape.
     """
 
-    count: Tensor  # type: ignore[assignment]  # hides `tuple.count`, which nobody needs
+    count: Tensor  # type: ignore[assignment]  # hides `tuple.count`, which is not needed
     mean: Tensor
     standard_error: Tensor
 
 
 class RunningMoments(Metric):
-    """Averages several quantities over observations, with the standard error of each average.
+    """Average several quantities over observations, with the standard error of each average.
 
     As input to ``forward`` and ``update`` the metric accepts ``values`` of shape ``(N, columns)``, one row for each
     observation; N may be 0. As output of ``forward`` and ``compute`` it returns :class:`Averages`.
@@ -98,7 +98,7 @@ class RunningMoments(Metric):
         if columns < 1:
             raise ValueError(f"`columns` must be at least 1, got {columns}.")
         self.columns = columns
-        # One packed state: torchmetrics merges each state alone, and mean and deviation need each other's counts.
+        # One packed state: torchmetrics merges each state separately, but the mean and the deviations need the counts.
         self.add_state("state", torch.zeros(3, columns, dtype=torch.float64), dist_reduce_fx=merge_moments)
 
     def update(self, values: Tensor) -> None:

@@ -14,18 +14,19 @@ from .active_units import ActiveUnits
 from .mutual_information import mutual_information
 from .observation_subset import ObservationSubset
 
-_MOST_KEPT = 2**20  # means and variances between passes: 16 MiB, and the memory is the model's where it is more
+_MOST_KEPT = 2**20  # means and variances kept between passes, 16 MiB; above that the memory is freed for the model
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What one pass over the data showed; ``None`` stands for what has no closed form.
+    """The measurements of one pass over the data; ``None`` marks values without a closed form.
 
     Attributes:
         variance: Variance over the data of each dimension's posterior mean, of shape ``(k,)``.
         rate: Mean rate of each dimension in nats, of shape ``(k,)``.
-        mutual_information: Of data and latents, in nats; see :func:`~.mutual_information.mutual_information`.
-        marginal_kl: Rate less mutual information, both of the same observations: the part of the rate that moves all
+        mutual_information: Mutual information of data and latents, in nats; see
+            :func:`~.mutual_information.mutual_information`.
+        marginal_kl: Rate minus mutual information, both of the same observations: the part of the rate that moves all
             posteriors together.
         observations: Number of observations that the mutual information comes from.
     """
@@ -60,11 +61,11 @@ class ValidationPass:
 
     @property
     def has_begun(self) -> bool:
-        """Whether it has seen a batch."""
+        """Return whether the pass has seen a batch."""
         return bool(self._batches or self._rows)
 
     def restart(self) -> None:
-        """Begin another pass."""
+        """Start another pass."""
         self._batches, self._rows, self._shape = [], 0, None
         if 2 * self._dim * self.observations > _MOST_KEPT:
             self._dim = 0
@@ -83,8 +84,8 @@ class ValidationPass:
             mean: Posterior means, of shape ``(N, ...)``; each position is a dimension.
             variance: Posterior variances, of the same shape; ``None`` unless the posterior is a diagonal Gaussian.
             rate: Rates in nats, of the same shape; ``None`` where they have no closed form.
-            index: Numbers of the observations, of shape ``(N,)``. ``None`` counts them as DistributedSampler deals
-                them.
+            index: Indices of the observations, of shape ``(N,)``. ``None`` counts them in the order in which
+                DistributedSampler assigns them.
 
         Raises:
             ValueError: If the shape of an observation's latents changes from batch to batch.
@@ -93,9 +94,9 @@ class ValidationPass:
         if mean.shape[1:] != self._shape:
             raise ValueError(
                 f"CollapseDetector: the latents of an observation have the shape {tuple(self._shape)} in one step and "
-                f"{tuple(mean.shape[1:])} in another, so their positions are no dimensions to measure. Average over "
-                "the axis that changes, in a callable `posterior=lambda pl_module, batch: ...`; give posteriors of "
-                "different sizes a detector each, told apart with `name=`."
+                f"{tuple(mean.shape[1:])} in another, so their positions can't be measured as dimensions. Average over "
+                "the axis that changes, in a callable `posterior=lambda pl_module, batch: ...`; for posteriors of "
+                "different sizes use one detector each, distinguished with `name=`."
             )
         mean = by_row(mean)
         if index is None:
@@ -114,13 +115,13 @@ class ValidationPass:
 
         Args:
             reduce: Function ``(tensor, reduce_op)`` that reduces over all processes, such as a strategy's ``reduce``.
-            device: Where this process computes.
+            device: Device on which this process computes.
 
         Returns:
-            The measurements; ``None`` if there was no observation at all.
+            The measurements; ``None`` if there were no observations at all.
         """
         self._fold()
-        # A process without a batch doesn't know the number of dimensions, and must take part in the merging.
+        # A process without a batch doesn't know the number of dimensions, but must take part in the merge.
         dim = int(reduce(torch.tensor(self._dim, device=device), reduce_op="max"))
         if dim == 0:
             return None
@@ -169,10 +170,10 @@ class ValidationPass:
         self._rate_sum += rate.sum(dim=0)
 
     def _open(self, dim: int, device: torch.device) -> None:
-        """Make the moments once the number of dimensions is known, unless the pass before has left some."""
+        """Create the moments once the number of dimensions is known, unless an earlier pass has created them."""
         if self._dim != dim:
             self._dim = dim
-            # Without validation this comes amid an epoch, where no step is to wait for a copy to the device.
+            # Without validation this happens within an epoch, where no step should wait for a copy to the device.
             self._units = ActiveUnits(dim).to(device, non_blocking=True)
             self._posteriors = ObservationSubset(2 * dim + 1, self.observations).to(device, non_blocking=True)
             self._rate_sum = torch.zeros(dim, dtype=torch.float64, device=device)
@@ -188,10 +189,10 @@ def exact(values: Tensor) -> Tensor:
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Return the device that float64 values live on: the same one, but the CPU for Apple's GPUs, which have none."""
+    """Return the device for float64 values: the same one, but the CPU for Apple's GPUs, which lack float64."""
     return torch.device("cpu") if device.type == "mps" else device
 
 
 def by_row(values: Tensor) -> Tensor:
-    """Give every observation one row of float64 values, whatever the shape of the latents."""
+    """Flatten latents of any shape to one row of float64 values per observation."""
     return exact(values).reshape(len(values), math.prod(values.shape[1:]))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _CLOSE = 2e-4
 _SECONDS = ("log_variance", "scale", "variance", "log_scale")
-# Outputs of one shape: more of them, or more numbers to go through, are the layers of a deep network.
+# Limits for outputs of one shape: more outputs, or more numbers to scan, are the layers of a deep network.
 _MOST_ALIKE, _MOST_NUMBERS = 8, 2**24
 _HUGE = 1e6
 
@@ -32,7 +32,7 @@ class Term:
     """A recognised term of a loss.
 
     Attributes:
-        what: The term in words.
+        what: Description of the term.
         scale: Units of the loss per nat per observation.
         twice: Whether the loss contains it twice, summed as in an ELBO.
     """
@@ -49,7 +49,7 @@ class WeightEffect:
     Attributes:
         weight: The weight that was tried.
         losses: The loss at 0, at half that weight and at that weight.
-        noise: Largest difference of the losses that rounding and noise explain.
+        noise: Largest difference between the losses that rounding and noise can explain.
         is_ignored: Whether the loss is the same, bit for bit, at any weight.
         rate: The KL term, if recognised.
         distortion: The reconstruction term, if recognised.
@@ -64,7 +64,7 @@ class WeightEffect:
 
     @property
     def rise(self) -> float:
-        """Increase of the loss from weight 0 to the weight."""
+        """Increase of the loss from weight 0 to the tried weight."""
         return self.losses[2] - self.losses[0]
 
     @property
@@ -79,19 +79,19 @@ class WeightEffect:
 
     @property
     def is_linear(self) -> bool:
-        """Whether the loss at half the weight lies halfway."""
+        """Return whether the loss at half the weight lies halfway between the other two."""
         middle = 0.5 * (self.losses[0] + self.losses[2])
         return abs(self.losses[1] - middle) <= self.noise + 1e-3 * abs(self.rise)
 
     @property
     def is_squared(self) -> bool:
-        """Whether the loss grows with the square of the weight, as if it were applied twice."""
+        """Return whether the loss grows with the square of the weight, as if it were applied twice."""
         first, second = self.losses[1] - self.losses[0], self.losses[2] - self.losses[1]
         return self.uncertainty < 1e-3 and abs(second - 3 * first) <= 0.02 * abs(second)
 
     @property
     def is_counted_twice(self) -> bool:
-        """Whether the loss counts the KL twice but the reconstruction once."""
+        """Return whether the loss counts the KL twice but the reconstruction once."""
         return self.rate is not None and self.rate.twice and not (self.distortion is not None and self.distortion.twice)
 
     @property
@@ -105,10 +105,11 @@ def weight_effect(
 ) -> WeightEffect:
     """Measure the effect of a weight on the loss of one batch, and recognise the terms of the loss.
 
-    The loss is evaluated with the same random state at weight 0, half the weight and the weight. Its rise is compared
-    with the KL divergence from N(0, I) of every Gaussian that the outputs of the module's submodules may parametrise,
-    and its value at 0 with the usual reconstruction terms of the batch and every output of its shape. A weight whose
-    effect is below the loss's rounding is tried at 1 too, and a weight without any effect at a million.
+    The loss is evaluated with the same random state at weight 0, at half the weight and at the full weight. Its rise is
+    compared with the KL divergence from N(0, I) of every Gaussian that the outputs of the module's submodules may
+    parametrise, and its value at 0 with the usual reconstruction terms of the batch and every output of its shape. If
+    the effect of the weight is below the rounding of the loss, a weight of 1 is tried too; if there is no effect at
+    all, a weight of a million.
 
     Args:
         probe: Evaluates the loss.
@@ -143,7 +144,7 @@ def weight_effect(
     if effect.uncertainty > _CLOSE and abs(weight) < 1:
         effect = effect_of(1.0)
     if drift > 1e-3 * abs(effect.rise):
-        raise LossProbe.NotPossible("its loss is another one each time")
+        raise LossProbe.NotPossible("its loss changes between evaluations")
     if len({*effect.losses}) == 1:
         return replace(effect, is_ignored=at(_HUGE) == zero)
     if effect.uncertainty > 1e-3 or not effect.is_linear or not rows:
@@ -158,13 +159,13 @@ def weight_effect(
 def recognise_rate(
     outputs: Mapping[str, Tensor | Normal], slope: float, rows: int, uncertainty: float = 0.0
 ) -> Term | None:
-    """Find the Gaussian among a network's outputs whose KL divergence from N(0, I) is a given number.
+    """Find the Gaussian among a network's outputs whose KL divergence from N(0, I) equals a given number.
 
     Args:
         outputs: Outputs by name, on the CPU.
         slope: The number: the KL of a batch in any reduction.
         rows: Number of observations in the batch.
-        uncertainty: Relative uncertainty of the number. Where it is large, only outputs that are ``Normal`` are
+        uncertainty: Relative uncertainty of the number. If it is large, only outputs that are ``Normal`` are
             considered: among many pairs of tensors some would fit by chance.
     """
     for what, posterior, is_said in _gaussians(outputs):
@@ -185,7 +186,7 @@ def recognise_rate(
 
 
 def recognise_distortion(outputs: Mapping[str, Tensor | Normal], loss: float, data: list[Tensor]) -> Term | None:
-    """Find the reconstruction term that is a given number.
+    """Find the reconstruction term that equals a given number.
 
     Args:
         outputs: A network's outputs by name, on the CPU.
@@ -266,7 +267,7 @@ def _keep(
             if leaf.batch_shape[:1] == (rows,):
                 outputs[path] = Normal(leaf.loc.detach().cpu(), leaf.scale.detach().cpu(), validate_args=False)
         elif leaf.is_floating_point() and leaf.ndim and len(leaf) == rows and leaf.numel() <= most:
-            # An output that is passed on has several names; prefer a whole module's, and a short one.
+            # An output that is passed on has several names; prefer that of a whole module, and a short one.
             leaf = leaf.detach()
             kept = leaf if leaf.device.type == "cpu" else leaf.cpu()
             same = [known for known, other in outputs.items() if isinstance(other, Tensor) and _is_same(other, kept)]

@@ -28,24 +28,24 @@ _MOST_BYTES = 2**28  # a copy of more than 256 MiB is no longer cheap
 class LossProbe:
     """Evaluate the training loss of one batch on copies of a module, and leave the module as it is.
 
-    Buffers, counters and metrics that a training step changes are changed on a copy. Nothing reaches the loggers. Each
-    evaluation begins with the same random state of torch, numpy and Python, which is restored afterwards. The
-    evaluation ends where a copy acts on the module itself or on the Trainer. Effects outside of Lightning go
-    unnoticed, such as draws from a generator in another file or a logger of the module's own.
+    Buffers, counters and metrics that a training step changes are changed only on a copy. Nothing reaches the loggers.
+    Each evaluation begins with the same random state of torch, numpy and Python, which is restored afterwards. The
+    evaluation is aborted if a copy acts on the module itself or on the Trainer. Effects outside Lightning go unnoticed,
+    such as draws from a generator in another file or a logger of the module's own.
 
     Args:
         trainer: The Trainer that is about to run the batch.
         pl_module: The module.
-        batch: The batch, as the training step gets it.
-        batch_idx: Its number.
-        autocast: Whether the copies compute in the mixed precision of the training step, or else in full precision.
+        batch: The batch, as the training step receives it.
+        batch_idx: Its index.
+        autocast: Whether the copies compute in the mixed precision of the training step; otherwise in full precision.
 
     Raises:
         NotPossible: When called, if the evaluation would be expensive or unsafe.
     """
 
     class NotPossible(Exception):  # noqa: N818 - an answer, not an error
-        """The loss can't be evaluated without side effects, or without a considerable cost."""
+        """The loss can't be evaluated without side effects or considerable cost."""
 
     def __init__(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, autocast: bool = True
@@ -86,7 +86,7 @@ class LossProbe:
         trainer, pl_module = self._trainer, self._pl_module
         modules = list(pl_module.modules())
         if not pl_module.automatic_optimization:
-            return "its training step optimizes"
+            return "its training step runs the optimizer"
         if several_processes(trainer) or type(trainer.strategy).__name__ != "SingleDeviceStrategy":
             return "its processes might wait for each other"
         if pl_module.device.type not in ("cpu", "cuda"):
@@ -120,7 +120,7 @@ class LossProbe:
         return float(loss.detach())
 
     def _write(self, twin: LightningModule, paths: Sequence[str], value: float) -> None:
-        """Write to a copy; restore a number that copies share with the module, in a class used as a config, say."""
+        """Write to a copy. Restore a number that copies share with the module, as in a class used as a config."""
         original, copied = number_place(self._pl_module, paths), number_place(twin, paths)
         before = original.read()
         copied.write(value)
@@ -141,7 +141,7 @@ class LossProbe:
         if originals & {id(module) for module in twin.modules()}:
             raise self.NotPossible("a submodule can't be copied")
         if any(_acts_on(originals, value) for module in twin.modules() for value in _flat(vars(module))):
-            raise self.NotPossible("it keeps a function that acts on the module itself, also in a copy")
+            raise self.NotPossible("it keeps a function that acts on the original module even in a copy")
         twin.trainer = _Onlooker(trainer, twin)  # type: ignore[assignment]
         for module in twin.modules():
             if hasattr(module, "log_dict"):
@@ -150,7 +150,7 @@ class LossProbe:
 
     @contextmanager
     def _originals_at_rest(self) -> Iterator[None]:
-        """End the evaluation if a copy calls a submodule of the module itself."""
+        """Abort the evaluation if a copy calls a submodule of the original module."""
         originals = {id(module) for module in self._pl_module.modules()}
 
         def refuse(module: nn.Module, _inputs: Any) -> None:
@@ -175,11 +175,11 @@ class _Onlooker:
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        return type(self._of)  # some modules ask which it is
+        return type(self._of)  # some modules check the type
 
     def __getattr__(self, name: str) -> Any:
         if any(barred in name for barred in self._BARRED):
-            raise LossProbe.NotPossible(f"it touches `{name}` of the Trainer")
+            raise LossProbe.NotPossible(f"it uses `{name}` of the Trainer")
         if name in ("lightning_module", "model"):
             return self._twin
         value = getattr(self._of, name)
@@ -216,7 +216,7 @@ def _hooks(module: nn.Module) -> Iterator[Any]:
 
 
 def _acts_on(originals: set[int], value: Any) -> bool:
-    """Whether a value is a function that acts on the module also in a copy: compiled, or with it in its closure."""
+    """Return whether a value is a function bound to the original module: compiled, or with it in its closure."""
     if not inspect.isfunction(value):
         return False
     cells = [cell.cell_contents for cell in value.__closure__ or () if _is_filled(cell)]
@@ -232,7 +232,7 @@ def _is_filled(cell: Any) -> bool:
 
 
 def _flat(values: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield values, and the contents of containers among them."""
+    """Yield the values, and the contents of any containers among them."""
     for name, value in values.items():
         if name in ("_modules", "_parameters", "_buffers"):
             continue
@@ -245,7 +245,7 @@ def _flat(values: Mapping[str, Any]) -> Iterator[Any]:
 
 @contextmanager
 def _random_state_put_back(device: torch.device) -> Iterator[None]:
-    numpy: Any = sys.modules.get("numpy")  # who has not imported it draws nothing from it
+    numpy: Any = sys.modules.get("numpy")  # if it is not imported, nothing draws from it
     python, array = random.getstate(), numpy and numpy.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         try:

@@ -1,1 +1,1 @@
-"""Read a module's distributions and batches, as they pass or by asking."""
+"""Read a module's distributions and batches, by hooks or by calls."""

@@ -12,11 +12,11 @@ LABELS = ("label", "labels", "y", "target", "targets", "class")
 
 
 def batch_part(batch: Any, where: str | int | Callable[[Any], Any] | None, names: tuple[str, ...], place: int) -> Any:
-    """Return a part of a batch, ``None`` if it has none.
+    """Return a part of a batch; ``None`` if the batch lacks it.
 
     Args:
-        batch: The batch as the loader gives it.
-        where: Its key, its index, or a callable that takes the batch. ``None`` looks in the usual places.
+        batch: The batch as the loader yields it.
+        where: Its key, its index, or a callable that takes the batch. ``None`` searches the usual places.
         names: The usual keys.
         place: The usual index; a batch that is neither a mapping nor a sequence is its own part 0.
 
@@ -39,7 +39,7 @@ def batch_part(batch: Any, where: str | int | Callable[[Any], Any] | None, names
 
 
 def index_of(batch: Any, rows: int) -> Tensor | None:
-    """Return the numbers of a batch's observations in their data set, ``None`` if it has none.
+    """Return the indices of a batch's observations in their data set; ``None`` if the batch has none.
 
     Args:
         batch: The batch; a mapping has them under ``"index"``.

@@ -1,4 +1,4 @@
-"""A reader of the posterior q(z|x) of any LightningModule while it trains or validates."""
+"""Read the posterior q(z|x) of any LightningModule during training or validation."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 
 class DistributionReader:
-    """Reads the posteriors of the batch that a LightningModule has just processed, without a forward pass of its own.
+    """Read the posteriors of the batch that a LightningModule has just processed, without a forward pass of its own.
 
     A forward hook keeps the outputs of the named submodules, from :meth:`listen` at the start of a step to :meth:`read`
-    (or :meth:`forget`) at its end. A submodule that is called several times in a step (once for each view, say) gives
-    as many posteriors. Outputs that activation checkpointing computes again in the backward pass do not count, except
+    (or :meth:`forget`) at its end. A submodule that is called several times in a step, for example once for each view,
+    gives as many posteriors. Outputs that activation checkpointing recomputes in the backward pass do not count, except
     under ``torch.compile``.
 
     Args:
@@ -36,11 +36,11 @@ class DistributionReader:
             - A callable ``(pl_module, batch) -> q(z|x)``. The module keeps its mode: in training, layers that count
               batches, such as batch normalisation, count these too.
 
-            A path leads to one posterior for each call. The attribute and the callable may also give several, as a list
-            or tuple of distributions or of pairs of tensors.
-        second: Meaning of the second parameter where the posterior is a pair of tensors: ``"log_variance"``,
+            A path gives one posterior per call. The attribute and the callable may also give several, as a list or
+            tuple of distributions or of pairs of tensors.
+        second: Meaning of the second parameter if the posterior is a pair of tensors: ``"log_variance"``,
             ``"variance"``, ``"scale"`` or ``"log_scale"``.
-        chunk: Where the posterior is one tensor: the axis along which it is split into halves, the mean and the second
+        chunk: If the posterior is one tensor, the axis along which it is split into halves, the mean and the second
             parameter. 1 for ``(N, 2k)`` and ``(N, 2k, H, W)``, -1 for ``(N, T, 2k)`` and ``(N, k, 2)``.
 
     Raises:
@@ -73,12 +73,12 @@ class DistributionReader:
         self.second = second
         self.chunk = chunk
         self.paths = list(paths)
-        self._outputs: dict[str, list[Any]] | None = None  # of this step's calls by path; None between the steps
+        self._outputs: dict[str, list[Any]] | None = None  # of this step's calls, by path; None between steps
         self._handles: list[RemovableHandle] = []
         self._has_heard = False
 
     def listen(self, pl_module: LightningModule) -> None:
-        """Keep the outputs of the named submodules from now on: a step begins.
+        """Keep the outputs of the named submodules from now on, at the start of a step.
 
         The first call registers hooks on them, which stay until :meth:`detach`.
 
@@ -95,13 +95,14 @@ class DistributionReader:
         self._outputs = {path: [] for path in self.paths}
 
     def forget(self) -> None:
-        """Keep nothing until the next :meth:`listen`: a step has ended."""
+        """Keep nothing until the next :meth:`listen`, at the end of a step."""
         self._outputs = None
 
     def read(self, pl_module: LightningModule, batch: Any) -> list[Distribution]:
         """Return the posteriors of the batch just processed, in the order of the calls, and forget them.
 
-        Tensors of half precision become float32. A step that skips its batch has none, once an earlier step had some.
+        Tensors in half precision become float32. After a step with posteriors, a later step may have none, if it skips
+        its batch.
 
         Raises:
             ValueError: If the module did not produce one, or produced something else.
@@ -114,9 +115,9 @@ class DistributionReader:
         return [as_distribution(widened(value), self.second, self.chunk) for value in values]
 
     def unhook(self) -> None:
-        """Remove every hook until the next :meth:`listen`; a module that is saved as an object would take them along.
+        """Remove every hook until the next :meth:`listen`; a module saved as an object would otherwise contain them.
 
-        A step that has begun, and has not called the submodules yet, keeps its hooks.
+        If a step has begun and has not called the submodules yet, the hooks stay.
         """
         if self._outputs is not None and not all(self._outputs.values()):
             return
@@ -131,7 +132,7 @@ class DistributionReader:
 
     def _call(self, pl_module: LightningModule, batch: Any) -> Any:
         assert callable(self.posterior)
-        # The random numbers of training stay as they are.
+        # Leave the random state of training unchanged.
         with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
             return self.posterior(pl_module, batch)
 
@@ -151,7 +152,7 @@ class DistributionReader:
         if len(set(calls)) > 1:
             raise ValueError(
                 f"`posterior`: {self.paths[0]!r} was called {calls[0]} times in this step and {self.paths[1]!r} "
-                f"{calls[1]} times, so their outputs are no pairs. Pass a callable `(pl_module, batch) -> q(z|x)`."
+                f"{calls[1]} times, so their outputs don't pair up. Pass a callable `(pl_module, batch) -> q(z|x)`."
             )
         parts = [[part_of_output(output, path) for output in outputs[path]] for path in self.paths]
         if len(parts) == 2:
@@ -174,7 +175,7 @@ def _own_posterior(pl_module: LightningModule) -> Any:
 
 
 def _in_backward() -> bool:
-    """Whether this is the backward pass, where activation checkpointing calls modules a second time."""
+    """Return whether this is the backward pass, where activation checkpointing calls modules a second time."""
     return torch._C._current_graph_task_id() != -1
 
 
@@ -192,14 +193,14 @@ def _submodule(pl_module: LightningModule, path: str) -> torch.nn.Module:
 
 
 def _silent(pl_module: LightningModule, path: str) -> str:
-    """Return the error's text where a hook has not fired: likely reasons and a remedy."""
+    """Return the error message for a hook that has not fired: likely reasons and a remedy."""
     if hasattr(_submodule(pl_module, path), "training_step"):
         why = (
-            "It is a LightningModule: Lightning calls its `training_step` and `validation_step`, which often never "
-            "call a module's own `forward`. Then a hook on it never fires."
+            "It is a LightningModule: Lightning calls its `training_step` and `validation_step`, which often do not "
+            "call the module's own `forward`. Then a hook on it never fires."
         )
     else:
-        why = "A hook fires where a module is called as a whole, `encoder(x)`; not at `encoder.forward(x)`."
+        why = "A hook fires when a module is called as a whole, `encoder(x)`; not at `encoder.forward(x)`."
     if any(is_compiled(module) for module in pl_module.modules()):
         why += (
             " A module that was compiled before the hook was registered runs without it: call "
@@ -213,7 +214,7 @@ def _silent(pl_module: LightningModule, path: str) -> str:
 
 
 def is_compiled(module: torch.nn.Module) -> bool:
-    """Whether a module, or one of its methods, has been compiled."""
+    """Return whether a module, or one of its methods, has been compiled."""
     # The names are those of a LightningModule, of `torch.compile(module)` and of `module.compile()`.
     return any(getattr(module, name, None) for name in ("_compiler_ctx", "_orig_mod", "_compiled_call_impl"))
 

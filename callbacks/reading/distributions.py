@@ -1,4 +1,4 @@
-"""Distributions from the values that modules call their posterior and prior."""
+"""Convert the values that modules use as posterior and prior to distributions."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ TO_SCALE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def as_distribution(value: Any, second: str = "log_variance", chunk: int | None = None) -> Distribution:
-    """Turn the value that a module calls its posterior into a distribution over ``(N, ...)`` latents.
+    """Convert the value that a module uses as its posterior to a distribution over ``(N, ...)`` latents.
 
     Args:
-        value: A ``Distribution`` (``Independent`` is taken off), a tuple or list that holds exactly one, or a pair of
+        value: A ``Distribution`` (``Independent`` is unwrapped), a tuple or list that holds exactly one, or a pair of
             tensors ``(mean, second)``; with ``chunk``, one tensor.
         second: Meaning of the second tensor: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
         chunk: Axis along which one tensor is split into halves, the mean and the second parameter.
@@ -54,9 +54,9 @@ def as_distribution(value: Any, second: str = "log_variance", chunk: int | None 
             raise pair_error(value, second)
         return Normal(value[0], TO_SCALE[second](value[1]), validate_args=False)
     if isinstance(value, Tensor):
-        hint = f"If it holds the mean and then the {second} along an axis, split it there: `chunk=1`."
+        hint = f"If it holds the mean and then the {second} along an axis, split it along that axis: `chunk=1`."
     elif distributions:
-        hint = "Say which one is the posterior: `posterior='path:index'`."
+        hint = "Specify which one is the posterior: `posterior='path:index'`."
     else:
         hint = f"Pick a part of it with `posterior='path:part'`, mean and {second} with `('path:part', 'path:part')`."
     raise ValueError(
@@ -66,38 +66,38 @@ def as_distribution(value: Any, second: str = "log_variance", chunk: int | None 
 
 
 def widened(value: Any) -> Any:
-    """Return a tensor of half precision, or a pair, as float32: a small rate is a difference of larger numbers."""
+    """Return a tensor in half precision, or a pair, as float32: a small rate is a difference of larger numbers."""
     if isinstance(value, Tensor):
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
     return [widened(each) for each in value] if is_pair(value) else value
 
 
 def read_prior(pl_module: LightningModule) -> Distribution:
-    """Read the prior a module offers as its attribute ``prior``; N(0, I) where it offers no distribution."""
+    """Return a module's attribute ``prior`` if it is a distribution, else N(0, I)."""
     prior = getattr(pl_module, "prior", None)
     return as_distribution(prior) if isinstance(prior, Distribution) else Normal(0.0, 1.0)
 
 
 def is_pair(value: Any) -> TypeGuard[tuple[Tensor, Tensor] | list[Tensor]]:
-    """Whether a value is a pair of tensors."""
+    """Return whether a value is a pair of tensors."""
     return is_sequence(value) and len(value) == 2 and all(isinstance(item, Tensor) for item in value)
 
 
 def pair_error(value: Any, second: str) -> ValueError:
     """Return the error for a pair whose shapes do not match."""
     return ValueError(
-        f"The posterior's mean and {second} must have one shape, got {describe(value)}, which may be something else. "
-        "Name the right parts with `posterior=('path:part', 'path:part')`."
+        f"The posterior's mean and {second} must have the same shape, got {describe(value)}, which may be something "
+        "else. Name the right parts with `posterior=('path:part', 'path:part')`."
     )
 
 
 def is_sequence(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
-    """Whether a value is a tuple or a list."""
+    """Return whether a value is a tuple or a list."""
     return isinstance(value, tuple | list)
 
 
 def is_several(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
-    """Whether a value is several posteriors. A pair of tensors is one, and so is a distribution beside a tensor."""
+    """Return whether a value holds several posteriors. A pair of tensors, or a distribution and a tensor, is one."""
     return (
         is_sequence(value) and len(value) > 0 and all(isinstance(item, Distribution | tuple | list) for item in value)
     )
@@ -118,7 +118,7 @@ def describe(value: Any) -> str:
 
 
 def _fits(second: Tensor, mean: Tensor) -> bool:
-    """Whether a second parameter has one number for each mean; all observations may share them."""
+    """Return whether a second parameter has one number per mean; all observations may share them."""
     shared = second.shape == mean.shape[1:] or (second.shape[1:] == mean.shape[1:] and len(second) == 1)
     return mean.ndim > 0 and (second.shape == mean.shape or shared or second.ndim == 0)
 
@@ -132,12 +132,12 @@ def _halves(value: Any, second: str, axis: int) -> tuple[Tensor, ...]:
         )
     if axis not in (*range(1, value.ndim), *range(1 - value.ndim, 0)):
         raise ValueError(
-            f"`chunk={axis}` must be an axis behind the first, that of the observations, got {describe(value)}."
+            f"`chunk={axis}` must be an axis after the first, that of the observations, got {describe(value)}."
         )
     size = value.shape[axis]
     if size == 0 or size % 2:
         raise ValueError(
-            f"`chunk={axis}` must be an axis of even size, to hold the mean and as much {second}, got "
+            f"`chunk={axis}` must be an axis of even size, half for the mean and half for the {second}, got "
             f"{describe(value)}."
         )
     # (N, k, 2) is (N, k) twice, not (N, k, 1).

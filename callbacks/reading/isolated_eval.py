@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def isolated_eval(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Run a module in eval mode, without gradients, in the Trainer's precision, with its own random numbers.
+    """Run a module in eval mode, without gradients, in the Trainer's precision, with separate random numbers.
 
-    The random numbers are the same each time. Afterwards the random state and every submodule's mode are as before.
+    The random numbers are the same each time. Afterwards the random state and every submodule's mode are restored.
     """
     device = pl_module.device
     devices = [device] if device.type == "cuda" else []

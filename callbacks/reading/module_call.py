@@ -24,7 +24,7 @@ class ModuleCall:
             ``"model.forward:0"``; or a callable ``(pl_module, input)``.
 
     Raises:
-        ValueError: If it is neither.
+        ValueError: If ``where`` is neither.
     """
 
     def __init__(self, option: str, where: str | Callable[[Any, Any], Any]) -> None:
@@ -37,7 +37,7 @@ class ModuleCall:
         self.where = where
 
     def check(self, pl_module: LightningModule) -> None:
-        """Check that there is something to call.
+        """Check that the path leads to something callable.
 
         Raises:
             ValueError: If the path leads nowhere, or to something that can't be called.
@@ -46,7 +46,7 @@ class ModuleCall:
             self._find(pl_module, self.where)
 
     def __call__(self, pl_module: LightningModule, value: Any) -> Any:
-        """Call it."""
+        """Call the method or submodule."""
         if not isinstance(self.where, str):
             return self.where(pl_module, value)
         return part_of_output(self._find(pl_module, self.where)(value), self.where, self.option)
@@ -64,7 +64,7 @@ class ModuleCall:
             near = alike or difflib.get_close_matches(path, names, n=3)
             hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It has {', '.join(names[:20])}."
             raise ValueError(
-                f"`{self.option}`: {type(pl_module).__name__} has nothing to call at {path!r}. {hint} Or pass a "
+                f"`{self.option}`: {type(pl_module).__name__} has nothing callable at {path!r}. {hint} Or pass a "
                 "callable `(pl_module, input)`."
             )
         called: Callable[[Any], Any] = found
@@ -72,11 +72,11 @@ class ModuleCall:
 
 
 def part_of_output(output: Any, path: str, option: str = "posterior") -> Any:
-    """Return the part of an output that a path names behind its colon; all of it without a colon.
+    """Return the part of an output that a path names after its colon; the whole output if there is no colon.
 
     Args:
         output: The output.
-        path: The path, ``"encoder:0"``, say.
+        path: The path, such as ``"encoder:0"``.
         option: Name of the option that it comes from, for the error.
 
     Raises:
@@ -87,13 +87,13 @@ def part_of_output(output: Any, path: str, option: str = "posterior") -> Any:
         try:
             output = _item(output, name)
         except (AttributeError, LookupError, TypeError):
-            hint = " Halves of a tensor are for `chunk=`." if isinstance(output, Tensor) else ""
+            hint = " To split a tensor into halves, use `chunk=`." if isinstance(output, Tensor) else ""
             raise ValueError(f"`{option}={path!r}`: {describe(output)} has no {name!r}.{hint}") from None
     return output
 
 
 def _callables(pl_module: LightningModule) -> list[str]:
-    """Return the paths that a project may mean: its submodules, and the methods that these define."""
+    """Return the callable paths of a module: its submodules, and the methods that they define."""
     names = []
     for path, module in pl_module.named_modules():
         names += [path] if path else []

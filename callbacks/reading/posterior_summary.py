@@ -20,7 +20,7 @@ class PosteriorSummary:
 
     Attributes:
         mean: Posterior means.
-        scale: Standard deviations; ``None`` if the posterior is no Gaussian.
+        scale: Standard deviations; ``None`` if the posterior is not Gaussian.
         rates: KL divergences from the prior; ``None`` if they have no closed form.
     """
 
@@ -30,7 +30,7 @@ class PosteriorSummary:
 
     @classmethod
     def of(cls, posterior: Distribution | Tensor, prior: Distribution) -> PosteriorSummary:
-        """Summarise a posterior of batch shape ``(n, ...)``, or means alone."""
+        """Summarise a posterior of batch shape ``(n, ...)``, or only its means."""
         if isinstance(posterior, Tensor):
             return cls(_by_row(posterior))
         scale = _by_row(posterior.stddev) if isinstance(posterior, Normal) else None
@@ -49,7 +49,7 @@ class PosteriorSummary:
 
     @property
     def order(self) -> list[int]:
-        """The dimensions by falling rate; by falling variance of the mean, where there is no rate."""
+        """The dimensions by decreasing rate, or by decreasing variance of the mean if there is no rate."""
         by = self.mean.var(0, correction=0) if self.rates is None else self.rates.mean(0)
         numbers: list[int] = by.nan_to_num().argsort(descending=True, stable=True).tolist()
         return numbers

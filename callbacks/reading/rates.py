@@ -13,8 +13,8 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
     Args:
         posterior: q(z|x), batch shape ``(B, ...)``.
         prior: p(z), which broadcasts to the posterior's batch shape, axis by axis from the last.
-        z: A sample of the posterior. It is used where this pair of distributions has no closed form: the rate is then
-            the estimate ``log q(z|x) - log p(z)`` on that sample, which may be negative.
+        z: A sample of the posterior. It is used if this pair of distributions has no closed form: the rate is then the
+            estimate ``log q(z|x) - log p(z)`` at that sample, which may be negative.
 
     Returns:
         Nats, in the batch shape of the posterior.
@@ -38,7 +38,7 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
 def measured_rates(posterior: Distribution, prior: Distribution) -> Tensor:
     """Measure the rates of a batch, for a callback that watches training without changing it.
 
-    Where there is no closed form, a sample of its own serves, drawn without moving the random state.
+    If there is no closed form, a separate sample is used, drawn without changing the random state.
 
     Args:
         posterior: q(z|x), batch shape ``(B, ...)``.

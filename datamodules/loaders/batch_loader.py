@@ -29,7 +29,7 @@ class BatchLoader(ABC):
     Args:
         size: Number of observations.
         batch_size: Observations in a batch of one process.
-        shuffle: Whether each epoch has an order of its own.
+        shuffle: Whether each epoch has a different order.
         flip: Whether to mirror each image in `"x"` with probability one half, decided by seed, epoch and index.
         seed: Seed of the order and of the flips.
 
@@ -74,7 +74,7 @@ class BatchLoader(ABC):
             stop = (number + 1) * global_batch if number + 1 < length else self.size
             shares.append(orders[epoch][number * global_batch : stop][rank::processes])
         for (epoch, number), batch in zip(places, self._fetch(shares), strict=True):
-            # The state moves on before the batch is yielded: a save during its step counts it as seen.
+            # The state advances before the batch is yielded: a save during its step counts it as seen.
             last = number + 1 == length
             self._epoch, self._position = (epoch + 1, 0) if last else (epoch, (number + 1) * global_batch)
             yield _flipped(batch, coins[epoch]) if self.flip else batch

@@ -96,7 +96,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
     from PIL import Image, ImageOps
 
     channels, height, width = shape
-    if not path.is_file():  # opening a pipe would wait for ever
+    if not path.is_file():  # opening a pipe would block forever
         raise ValueError(f"{path} is not a regular file. Repair or remove it.")
     try:
         with Image.open(path) as file:

@@ -19,7 +19,7 @@ class StreamLoader(BatchLoader):
     Args:
         dataset: Data set with a length, whose items are dicts of tensors, `"index"` among them.
         batch_size: Observations in a batch of one process.
-        shuffle: Whether each epoch has an order of its own.
+        shuffle: Whether each epoch has a different order.
         flip: Whether to mirror each image in `"x"` with probability one half, decided by seed, epoch and index.
         seed: Seed of the order and of the flips.
         num_workers: Number of processes that read ahead; with 0 the training process reads.
@@ -45,5 +45,5 @@ class StreamLoader(BatchLoader):
             self.dataset,
             batch_sampler=[share.tolist() for share in shares],
             num_workers=self.num_workers,
-            generator=seeded_generator(self.seed, "workers"),  # else the workers' seeds come from the global one
+            generator=seeded_generator(self.seed, "workers"),  # otherwise the global one seeds the workers
         )

@@ -12,7 +12,7 @@ _FREE_SHARE = 0.25  # of the memory free when a loader is made: optimizer and ac
 
 
 class TensorLoader(BatchLoader):
-    """Batches of equally long tensors, cut with one `index_select` a tensor.
+    """Batches of equally long tensors, cut with one `index_select` per tensor.
 
     Order, resuming and the share of each process are `BatchLoader`'s. A batch is a copy, so changing it in place does
     not change the data. Its entry `"index"` holds the positions of its observations in the tensors.
@@ -20,7 +20,7 @@ class TensorLoader(BatchLoader):
     Args:
         tensors: Tensors by name, one observation a row. Batches are made on the tensors' device.
         batch_size: Observations in a batch of one process.
-        shuffle: Whether each epoch has an order of its own.
+        shuffle: Whether each epoch has a different order.
         flip: Whether to mirror each image in `"x"` with probability one half, decided by seed, epoch and index.
         seed: Seed of the order and of the flips.
 
@@ -45,7 +45,7 @@ class TensorLoader(BatchLoader):
     ) -> None:
         lengths = {name: len(tensor) for name, tensor in tensors.items()}
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"`tensors` must be equally long and at least one, got lengths {lengths}.")
+            raise ValueError(f"`tensors` must hold one or more tensors of equal length, got lengths {lengths}.")
         super().__init__(next(iter(lengths.values())), batch_size, shuffle=shuffle, flip=flip, seed=seed)
         self.tensors = dict(tensors)
         self.device = next(iter(tensors.values())).device

@@ -1,4 +1,4 @@
-"""Save checkpoints that are whole or not there, and read them with a check of each byte."""
+"""Save checkpoints atomically, and verify their checksums when reading."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing_extensions import override
 from .atomic_write import atomic_write
 
 MODULE_KEY = "lightning_vae"
-"""Where a checkpoint holds what a VAE adds to Lightning's."""
+"""Key in a checkpoint for what a VAE adds to Lightning's content."""
 
 
 class SaveError(OSError):
@@ -22,10 +22,10 @@ class SaveError(OSError):
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Save a checkpoint beside its place, flush it to the disk and rename it.
+    """Save a checkpoint to a temporary file in the same folder, flush it to disk and rename it.
 
-    Whatever ends the process, and whenever, a checkpoint's name holds the whole new file or the whole old one. A save
-    needs space for one more file. Remote filesystems (``s3://...``) are left to Lightning.
+    Whatever ends the process, and whenever, the checkpoint is either the complete new file or the complete old one. A
+    save needs space for one more file. Remote filesystems (``s3://...``) are left to Lightning.
 
     Example::
 
@@ -39,7 +39,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Args:
             checkpoint: What to save.
             path: Where to.
-            storage_options: Passed on to Lightning, which then saves by itself.
+            storage_options: Passed on to Lightning, which then does the saving.
 
         Raises:
             SaveError: If the disk is full, the folder can't be written to, or the like.
@@ -51,23 +51,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             with atomic_write(Path(path)) as file:
                 torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:
-            # torch's writer fails at the write, then again with its own error about the position.
+            # torch's writer fails at the write, then again with an error of its own about the position.
             reason = error if isinstance(error, OSError) else error.__context__
             if not isinstance(reason, OSError):
                 raise
-            kept = "the one that was there before is untouched" if Path(path).exists() else "nothing is left of it"
+            kept = "the previous one is untouched" if Path(path).exists() else "no partial file is left"
             raise SaveError(f"The checkpoint {path} can't be saved: {reason.strerror or reason}; {kept}.") from error
 
     @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any = lambda storage, _: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint that holds data alone, unless told otherwise.
+        """Load a checkpoint, which may hold only data unless ``weights_only`` is ``False``.
 
         Args:
             path: Its file.
             map_location: As for :func:`torch.load`.
-            weights_only: ``False`` to trust code in it.
+            weights_only: ``False`` to allow code in it to run.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -81,12 +81,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 def read(
     path: str | Path, map_location: str | Callable[..., Any] | None = "cpu", weights_only: bool = True
 ) -> dict[str, Any]:
-    """Read a checkpoint and check each of its bytes, which :func:`torch.load` does not.
+    """Read a checkpoint and verify its checksums, which :func:`torch.load` does not.
 
     Args:
         path: Its file.
         map_location: As for :func:`torch.load`.
-        weights_only: ``False`` to trust code in it.
+        weights_only: ``False`` to allow code in it to run.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -102,7 +102,7 @@ def read(
         if isinstance(error, OSError) and error.filename:
             raise
         raise OSError(
-            f"{str(path)!r} can't be read. It is damaged, or not a checkpoint that holds data alone."
+            f"{str(path)!r} can't be read. It is damaged, or not a checkpoint that holds only data."
         ) from error
     return checkpoint
 

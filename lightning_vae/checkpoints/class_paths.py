@@ -36,11 +36,11 @@ def build(name: str, part: Any, *args: Any) -> nn.Module:
     Args:
         name: Name of the model's argument, for messages.
         part: What was given for it: an ``nn.Module``, or a class, callable or description to call with ``args``.
-        args: What every such constructor takes.
+        args: Positional arguments of the constructor.
 
     Raises:
-        ValueError: If the description is of something that can't be built from it, or building fails.
-        TypeError: If the result is no ``nn.Module``.
+        ValueError: If the part can't be built from its description, or building fails.
+        TypeError: If the result is not an ``nn.Module``.
     """
     if isinstance(part, Mapping):
         part = partial(_constructor(name, part), **part.get("init_args", {}))
@@ -57,14 +57,14 @@ def build(name: str, part: Any, *args: Any) -> nn.Module:
 
 
 def check_checkpoint(source: Any, replaced: Collection[str] = ()) -> None:
-    """Check that the hyper-parameters in a checkpoint name nothing but networks.
+    """Check that the hyperparameters in a checkpoint name only networks.
 
     Args:
         source: A path, a URL or an open file.
-        replaced: Names of the hyper-parameters that are not taken from the checkpoint.
+        replaced: Names of the hyperparameters that are not taken from the checkpoint.
 
     Raises:
-        ValueError: If a ``class_path`` names no subclass of ``torch.nn.Module``.
+        ValueError: If a ``class_path`` does not name a subclass of ``torch.nn.Module``.
     """
     if hasattr(source, "seek"):
         place = source.tell()
@@ -79,7 +79,7 @@ def check_checkpoint(source: Any, replaced: Collection[str] = ()) -> None:
 
 
 def check_descriptions(name: str, value: Any) -> None:
-    """Refuse hyper-parameters that name anything but networks, at any depth.
+    """Refuse hyperparameters that name anything but networks, at any depth.
 
     Config parsers call whatever a ``class_path`` names, even a function such as ``os.system``.
 
@@ -88,7 +88,7 @@ def check_descriptions(name: str, value: Any) -> None:
         value: The value.
 
     Raises:
-        ValueError: If a ``class_path`` names no subclass of ``torch.nn.Module``.
+        ValueError: If a ``class_path`` does not name a subclass of ``torch.nn.Module``.
     """
     if isinstance(value, Mapping):
         if "class_path" in value:
@@ -113,7 +113,7 @@ def _constructor(name: str, description: Mapping[str, Any]) -> type[nn.Module]:
         constructor = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"`{name}` names the class {path!r}, which can't be imported: {error}. {remedy}") from error
-    # A checkpoint may come from a stranger: only networks that it names are called.
+    # A checkpoint may come from an untrusted source: only networks that it names are called.
     if not (isinstance(constructor, type) and issubclass(constructor, nn.Module)):
         raise ValueError(f"`{name}` must name a subclass of torch.nn.Module, got {path!r}. {remedy}")
     return constructor

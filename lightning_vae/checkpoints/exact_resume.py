@@ -1,4 +1,4 @@
-"""Resume a run bit for bit where a checkpoint left it, with what Lightning's checkpoint lacks."""
+"""Resume a run bit for bit from a checkpoint, restoring what Lightning's checkpoint lacks."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Companion(Callback):
 
 
 class ExactResume(Companion):
-    """Make a resumed run the run that never stopped. A :class:`lightning_vae.VAE` brings it along.
+    """Make a resumed run equal to an uninterrupted one. A :class:`lightning_vae.VAE` adds this callback itself.
 
-    Each training batch draws random numbers of its own, whatever was drawn before. A checkpoint also holds the training
-    means so far, and what was still to be done of the batch in which it was saved; the resumed run does that first.
+    Each training batch draws its own random numbers, whatever was drawn before. A checkpoint also holds the training
+    means so far, and the unfinished part of the batch in which it was saved; the resumed run does that part first.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class ExactResume(Companion):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._unfinished is not None:  # this epoch ends like any other
-            _set_restarting(trainer.fit_loop, False)  # else schedulers that monitor a metric are not updated
+            _set_restarting(trainer.fit_loop, False)  # otherwise schedulers that monitor a metric are not updated
             trainer.fit_loop.epoch_loop.on_iteration_done()
             self._unfinished = None
 
@@ -81,7 +81,7 @@ class ExactResume(Companion):
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
-    """Return the Trainer that a module is attached to, ``None`` in somebody's own loop."""
+    """Return the Trainer that a module is attached to; ``None`` in a custom training loop."""
     return module._trainer
 
 
@@ -97,10 +97,10 @@ def is_stopping(trainer: Trainer) -> bool:
 
 
 def first_step(checkpoint: dict[str, Any]) -> int:
-    """Return the step from which a run that is resumed from a checkpoint writes its curves.
+    """Return the step from which a run resumed from a checkpoint writes its curves.
 
     Args:
-        checkpoint: Of a VAE, or of another module, for which Lightning's own count is returned.
+        checkpoint: A checkpoint of a VAE, or of another module, for which Lightning's own count is returned.
     """
     found = checkpoint.get(MODULE_KEY, {}).get("unfinished")
     own: int = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"]
@@ -111,34 +111,34 @@ def _seed_batch(device: torch.device, seed: int, step: int, batch_idx: int, rank
     """Seed the random numbers of one training batch.
 
     Args:
-        device: Where the batch is. The CPU is seeded in any case.
+        device: Device of the batch. The CPU is always seeded too.
         seed: Seed of the run.
         step: Number of batches that stepped before.
         batch_idx: The batch's number in its epoch. It differs between batches whose gradients are accumulated.
         rank: Rank of the process.
     """
     seed = zlib.crc32(b"(%d, %d, %d, %d)" % (seed, step, batch_idx, rank))
-    # `torch.manual_seed` takes thirty times as long, because it asks every kind of device.
+    # `torch.manual_seed` takes thirty times as long, because it queries every kind of device.
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index].manual_seed(seed)
 
 
 def _unfinished_batch(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Describe what is still to be done of the batch in whose ``on_train_batch_end`` a checkpoint is being saved.
+    """Describe the unfinished part of the batch in whose ``on_train_batch_end`` a checkpoint is being saved.
 
-    Lightning considers such a batch finished when it resumes. What was to follow is lost then: the values that it logs,
-    the validation that is due, and, after an epoch's last batch, the hooks at the epoch's end. This completes the
-    checkpoint's own count of batches, so that Lightning resumes between the batch and what follows it.
+    Lightning considers such a batch finished when it resumes, and drops what should follow: the values that it logs,
+    the validation that is due, and, after an epoch's last batch, the hooks at the epoch's end. This function completes
+    the checkpoint's own count of batches, so that Lightning resumes between the batch and what follows it.
 
     Args:
         trainer: The Trainer that saves.
-        checkpoint: What it saves. Changed in place.
+        checkpoint: The checkpoint. Changed in place.
 
     Returns:
         ``"step"``, at which the resumed run starts to write its curves; ``"logged"``, values by key that the loggers do
-        not have yet; ``"follows"``, what Lightning would leave out: a ``"validation"``, the ``"epoch_end"``, or the
-        learning rate schedulers at its end that wait for ``"plateaus"``; ``"metrics"``, which those may monitor.
+        not have yet; ``"follows"``, what Lightning would skip: a ``"validation"``, the ``"epoch_end"``, or the learning
+        rate schedulers at its end that wait for ``"plateaus"``; ``"metrics"``, which those may monitor.
     """
     fit_loop = trainer.fit_loop
     loop, batches = fit_loop.epoch_loop, fit_loop.epoch_loop.batch_progress
@@ -157,7 +157,7 @@ def _unfinished_batch(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str,
         saved = checkpoint["loops"]["fit_loop"]
         for progress in ("total", "current"):
             saved["epoch_loop.batch_progress"][progress]["completed"] += 1
-        # For a completed batch Lightning counts the step after a validation, and leaves it out without one.
+        # For a completed batch Lightning counts the step after a validation, and does not count it without one.
         saved["epoch_loop.state_dict"]["_batches_that_stepped"] += int(follows == "epoch_end")
     if logged:
         logged["epoch"] = float(trainer.current_epoch)
@@ -168,7 +168,7 @@ def _unfinished_batch(trainer: Trainer, checkpoint: dict[str, Any]) -> dict[str,
 
 
 def _has_written(monitor: LearningRateMonitor, trainer: Trainer, logs: bool) -> bool:
-    """Return whether a monitor, which writes to the loggers by itself, has written at this batch."""
+    """Return whether a monitor, which writes to the loggers itself, has written at this batch."""
     intervals = {config.interval for config in trainer.lr_scheduler_configs} or {"step", "epoch"}
     if monitor.logging_interval is not None:
         intervals = {monitor.logging_interval}
@@ -176,11 +176,11 @@ def _has_written(monitor: LearningRateMonitor, trainer: Trainer, logs: bool) -> 
 
 
 def _finish_batch(trainer: Trainer, unfinished: dict[str, Any]) -> None:
-    """Do what was still to be done. To be called in ``on_train_start``, before Lightning finds its place.
+    """Finish the batch. Call it in ``on_train_start``, before Lightning finds its place.
 
     Args:
         trainer: The Trainer that resumes.
-        unfinished: What :func:`_unfinished_batch` returned.
+        unfinished: The result of :func:`_unfinished_batch`.
     """
     fit_loop, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
     validation = loop.val_loop
@@ -196,7 +196,7 @@ def _finish_batch(trainer: Trainer, unfinished: dict[str, Any]) -> None:
         _continue_epoch(fit_loop)
     between = loop.restarted_on_last and not validation.restarted_mid_evaluation and unfinished["follows"] is None
     if between and not fit_loop._should_accumulate():
-        # Where a validation is due, Lightning skips the one that is done and counts the step; elsewhere it does not.
+        # If a validation is due, Lightning skips the one already done and counts the step; otherwise it does not.
         is_due = _is_validation_due(trainer)
         loop._batches_that_stepped = unfinished["step"] - int(is_due)
         validation._has_run = not is_due and loop._num_ready_batches_reached()  # the epoch's end follows
@@ -206,7 +206,7 @@ def _finish_batch(trainer: Trainer, unfinished: dict[str, Any]) -> None:
     if unfinished["logged"]:
         trainer._logger_connector.log_metrics(unfinished["logged"], step=unfinished["step"])
     if unfinished["follows"] == "validation" or validation.restarted_mid_evaluation:
-        # As if the run had stopped amid the pass. Such a pass starts over, as the checkpoint does not hold its sums.
+        # As if the run had stopped during the pass. Such a pass starts over: the checkpoint does not hold its sums.
         validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
         validation.batch_progress.current.reset()
     elif unfinished["follows"] == "epoch_end":
@@ -216,7 +216,7 @@ def _finish_batch(trainer: Trainer, unfinished: dict[str, Any]) -> None:
 
 
 def _continue_epoch(fit_loop: _FitLoop) -> None:
-    """Start the next epoch after one that has ended, or continue one that the end of the run cut short."""
+    """Start the next epoch after a finished one, or continue one that the end of the run cut short."""
     loop, epochs = fit_loop.epoch_loop, fit_loop.epoch_progress
     cut_short = not loop.batch_progress.is_last_batch
     for progress in (cast(_ProcessedTracker, epochs.total), cast(_ProcessedTracker, epochs.current)):
@@ -237,16 +237,17 @@ def _is_validation_due(trainer: Trainer) -> bool:
 
 
 def _set_restarting(loop: _FitLoop, restarting: bool) -> None:
-    """Set whether a loop resumes, past its own setter, which assumes so wherever `max_steps` is given."""
+    """Set whether a loop resumes, bypassing its own setter, which assumes so whenever `max_steps` is given."""
     _Loop.restarting.fset(loop, restarting)  # type: ignore[attr-defined]
 
 
 def _warn_of_losses(trainer: Trainer) -> None:
-    """Warn of gradients that were not saved and of training loaders that do not keep their place."""
+    """Warn about gradients that were not saved and training loaders that do not keep their place."""
     if trainer.fit_loop._should_accumulate():
         rank_zero_warn(
-            f"The checkpoint was saved amid {trainer.accumulate_grad_batches} batches whose gradients are accumulated "
-            "(`accumulate_grad_batches`). It does not hold those so far, so the first step uses only the rest."
+            f"The checkpoint was saved within {trainer.accumulate_grad_batches} batches whose gradients are "
+            "accumulated (`accumulate_grad_batches`). It does not hold the gradients so far, so the first step uses "
+            "only the rest."
         )
     loaders = trainer.fit_loop._combined_loader
     amid = trainer.fit_loop.epoch_loop.batch_progress.current.ready % trainer.num_training_batches
@@ -256,6 +257,6 @@ def _warn_of_losses(trainer: Trainer) -> None:
             rank_zero_warn(
                 f"The training data come from a {type(loader).__name__}, which keeps neither its place nor its order. "
                 "Parameters, optimizer, schedules and noise continue as they were, but the data come in another order, "
-                "and amid an epoch from its start. Resuming is exact with a loader that has `state_dict` and "
+                "and from the start of the epoch. Resuming is exact with a loader that has `state_dict` and "
                 "`load_state_dict`, such as those of lightning_vae.datamodules."
             )

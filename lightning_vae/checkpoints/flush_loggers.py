@@ -1,4 +1,4 @@
-"""Write the curves as far as the checkpoint reaches."""
+"""Keep the logged curves in step with the checkpoints."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing_extensions import override
 
 
 class FlushLoggers(Callback):
-    """Write what the loggers do not have yet, or hold back, before a checkpoint is saved.
+    """Write all pending values to the loggers, and flush them, before a checkpoint is saved.
 
-    A run that is killed resumes from its checkpoint. A point from before that was still in memory would be missing from
-    its curves. TensorBoard's files are flushed to the disk too, as the checkpoint is.
+    A killed run resumes from its checkpoint. An earlier point that was still in memory would be missing from its
+    curves. TensorBoard's files are flushed to disk, as the checkpoint is.
     """
 
     @override
@@ -33,7 +33,7 @@ class FlushLoggers(Callback):
             logger.save()
             if isinstance(logger, TensorBoardLogger):
                 for events in Path(logger.log_dir).glob("events.out.tfevents.*"):
-                    with events.open("r+b") as file:  # Windows flushes only what can be written to
+                    with events.open("r+b") as file:  # Windows can flush only files that are open for writing
                         os.fsync(file.fileno())
 
 
@@ -50,9 +50,9 @@ def is_logging_step(trainer: Trainer, step: int) -> bool:
 
 
 def _log_epoch(trainer: Trainer) -> None:
-    """Log an epoch's values so far. Lightning logs after the hooks that save: it is left those that come later."""
+    """Log an epoch's values so far. Lightning logs after the hooks that save, and then logs only the later values."""
     connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
-    if "log_metrics" in vars(connector):  # by the checkpoint before, at the same epoch's end
+    if "log_metrics" in vars(connector):  # set by the previous checkpoint, at the same epoch's end
         return
     written = connector.metrics["log"]
     loop._batches_that_stepped -= 1  # as Lightning does

@@ -1,4 +1,4 @@
-"""Checks of a run: its monitors, its options since it was saved, and that its numbers are finite."""
+"""Checks of a run: sensible monitors, options unchanged since the save, and finite numbers."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _SKIPS_LAST = RequirementCache("lightning>=2.6.0")
 
 
 class Guards(Companion):
-    """Check a run when it starts. A :class:`lightning_vae.VAE` brings it along.
+    """Check a run when it starts. A :class:`lightning_vae.VAE` adds this callback itself.
 
-    Refuses monitors that would keep the wrong model. Says which options of the model and the optimizer, and which
-    length of the run, differ from those that a resumed run was saved with.
+    It refuses monitors that would keep the wrong model. For a resumed run it reports which options of the model and the
+    optimizer, and which length of the run, differ from the saved ones.
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: If a monitor minimises the ELBO.
@@ -56,7 +56,7 @@ class Guards(Companion):
                 # which fused ones do unless told not to.
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         check_monitors(trainer)
-        if pl_module.knobs["beta"] is None:  # else the constructor has warned
+        if pl_module.knobs["beta"] is None:  # otherwise the constructor has warned
             warn_of_feedback(float(pl_module.beta), pl_module.likelihood)
 
     @override
@@ -65,17 +65,17 @@ class Guards(Companion):
 
     def _say_what_changed(self, trainer: Trainer, pl_module: Any) -> None:
         own = self._loaded[MODULE_KEY]
-        # The module itself tells of knobs as it loads them.
+        # The module itself reports changed knobs when it loads them.
         options = {name: value for name, value in pl_module.hparams.items() if name not in pl_module.knobs}
         if changed := _differences(self._loaded["hyper_parameters"], options):
-            rank_zero_warn(f"The run goes on with other options of the model than it was saved with: {changed}.")
+            rank_zero_warn(f"The run continues with other options of the model than it was saved with: {changed}.")
         for optimizer, before, now in zip(
             trainer.optimizers, own.get("optimizers", ()), self._configured, strict=False
         ):
             changes = [_differences(*groups) for groups in zip(before, now, strict=False)]
             if any(changes):
                 rank_zero_warn(
-                    f"{type(optimizer).__name__} keeps the options in the checkpoint, although they were changed "
+                    f"{type(optimizer).__name__} keeps the options in the checkpoint, although they have been changed "
                     f"since: {next(filter(None, changes))}."
                 )
         if changed := _differences(own.get("length", {}), _length(trainer)):
@@ -83,17 +83,18 @@ class Guards(Companion):
 
 
 def missing_companions(trainer: Trainer) -> list[Callback]:
-    """Return the callbacks that accompany each run of a VAE and are not among a Trainer's yet."""
+    """Return the callbacks that every run of a VAE needs and a Trainer does not have yet."""
     present: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return [kind() for kind in (ExactResume, Guards) if not any(isinstance(each, kind) for each in present)]
 
 
 def warn_of_missing_companions(trainer: Trainer) -> None:
-    """Warn where a module kept the callbacks that accompany each run of a VAE away from it."""
+    """Warn if a subclass of the module has dropped the callbacks that every run of a VAE needs."""
     if names := ", ".join(type(each).__name__ for each in missing_companions(trainer)):
         rank_zero_warn(
             f"The run lacks {names}: `configure_callbacks` of the model does not return what `super()` does. Without "
-            "ExactResume a resumed run draws other noise, without Guards no monitor and no changed option is checked. "
+            "ExactResume a resumed run draws different noise; without Guards neither monitors nor changed options are "
+            "checked. "
             "Return `[*super().configure_callbacks(), ...]`."
         )
 
@@ -102,8 +103,8 @@ def check_finite(module: nn.Module, trainer: Trainer) -> None:
     """Check a module's parameters before they are saved.
 
     Args:
-        module: The module. Of sharded parameters this process's part is checked.
-        trainer: The Trainer that saves, in all processes at once.
+        module: The module. Of sharded parameters, this process checks its own part.
+        trainer: The Trainer that saves; all processes call this together.
 
     Raises:
         FloatingPointError: If a parameter of any process is not finite.
@@ -112,15 +113,15 @@ def check_finite(module: nn.Module, trainer: Trainer) -> None:
     if trainer.strategy.reduce_boolean_decision(found is not None, all=False):
         raise FloatingPointError(
             f"The parameter `{found or 'of another process'}` holds values that are not finite numbers, so nothing is "
-            "saved; the checkpoints saved before are untouched."
+            "saved; earlier checkpoints are untouched."
         )
 
 
 def check_monitors(trainer: Trainer) -> None:
-    """Refuse monitors that would keep the worst model, and warn where the newest is not saved.
+    """Refuse monitors that would keep the worst model, and warn if the newest model is not saved.
 
     Args:
-        trainer: The Trainer that is about to fit.
+        trainer: The Trainer that is about to start fitting.
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: If a monitor minimises the ELBO.
@@ -133,7 +134,7 @@ def check_monitors(trainer: Trainer) -> None:
         if isinstance(monitor, str) and monitor.rpartition("/")[2] == "elbo" and mode == "min":
             raise MisconfigurationException(
                 f"{type(owner).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: "
-                "the ELBO is higher when better. Use mode='max', or monitor 'val/loss'."
+                "a higher ELBO is better. Use mode='max', or monitor 'val/loss'."
             )
     savers = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
     if not _SKIPS_LAST or any(_saves_regardless(each) for each in savers):
@@ -156,7 +157,7 @@ def _length(trainer: Trainer) -> dict[str, int | None]:
 
 
 def _configured(optimizers: Sequence[Optimizer]) -> list[list[dict[str, float]]]:
-    """Return the options that a config gives, for each optimizer and group of parameters."""
+    """Return the options that a config sets, for each optimizer and parameter group."""
     names = ("lr", "weight_decay")
     return [
         [{name: float(group[name]) for name in names if name in group} for group in optimizer.param_groups]
@@ -165,7 +166,7 @@ def _configured(optimizers: Sequence[Optimizer]) -> list[list[dict[str, float]]]
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
-    # Compared as text, since tensors and arrays compare element by element.
+    # Compare as text, because tensors and arrays compare element by element.
     texts = {name: (repr(before[name]), repr(now[name])) for name in before if name in now and not name.startswith("_")}
     return ", ".join(f"{name} {old} -> {new}" for name, (old, new) in texts.items() if old != new)
 
@@ -176,7 +177,7 @@ def _parameter_not_finite(module: nn.Module) -> str | None:
     named = {name: _own_part(parameter) for name, parameter in module.named_parameters()}
     if not named:
         return None
-    device = next(iter(named.values())).device  # waits for it once for all parameters
+    device = next(iter(named.values())).device  # one synchronisation for all parameters
     if torch.stack([part.sum().to(device) for part in named.values()]).isfinite().all():
         return None
     # A sum may overflow although each value is finite.

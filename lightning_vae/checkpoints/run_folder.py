@@ -1,4 +1,4 @@
-"""Find the run to resume and the newest of its whole checkpoints, and write and read what a finished fit leaves."""
+"""Find the run to resume and its newest valid checkpoint, and write and read the record of a finished fit."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def of(trainer: Namespace) -> list[Path]:
     callbacks = trainer["callbacks"] or []
     for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
         if (callback.get("init_args") or {}).get("dirpath"):
-            raise ValueError("`last` looks in the run's folder, but `dirpath` of a checkpoint callback is another.")
+            raise ValueError("`last` searches the run's folder, but a checkpoint callback has another `dirpath`.")
     options = _logger(trainer).get("init_args") or {}
     root = Path(options.get("save_dir") or trainer["default_root_dir"] or ".", options.get("name") or "")
     version = options.get("version")
@@ -51,7 +51,7 @@ def of(trainer: Namespace) -> list[Path]:
 
 
 def of_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Path:
-    """Return the folder of a checkpoint's run as the run itself named it, relative or absolute.
+    """Return the folder of a checkpoint's run, relative or absolute as the run itself named it.
 
     ModelCheckpoint restores its state only under the same name.
 
@@ -60,28 +60,28 @@ def of_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> Path:
         checkpoint: Its content.
 
     Raises:
-        ValueError: If it lies in no run's folder.
+        ValueError: If it is not in a run's folder.
     """
     folders = [Path(state["dirpath"]) for state in checkpoint["callbacks"].values() if "dirpath" in state]
     run = next((folder for folder in folders if folder.resolve() == path.resolve().parent), path.parent).parent
     if not (run / _CONFIG).is_file():
-        raise ValueError(f"{path} lies in no run's folder: there is no {_CONFIG} in {run}.")
+        raise ValueError(f"{path} is not in a run's folder: there is no {_CONFIG} in {run}.")
     return run
 
 
 def go_on_in(run: Path, step: int, trainer: Namespace) -> None:
-    """Make a config's TensorBoardLogger continue in a run's folder, without doubling its curves.
+    """Make a config's TensorBoardLogger continue in a run's folder, without duplicate points in its curves.
 
     Args:
         run: The folder.
-        step: The first step to log. What the run logged from there on is dropped.
+        step: The first step to log. Values that the run logged from there on are dropped.
         trainer: The Trainer's options in the config. Changed in place.
 
     Raises:
-        ValueError: If the logger is another.
+        ValueError: If the logger is not a TensorBoardLogger.
     """
     while list(run.glob(f"events.out.tfevents.{int(time.time())}.*")):
-        time.sleep(0.05)  # TensorBoard reads the files in the order of the seconds in their names
+        time.sleep(0.05)  # TensorBoard reads the files in the order of the timestamps (in seconds) in their names
     described = _logger(trainer)
     place = {"save_dir": str(run.parent.parent), "name": run.parent.name, "version": run.name}
     trainer["logger"] = {
@@ -92,14 +92,14 @@ def go_on_in(run: Path, step: int, trainer: Namespace) -> None:
 
 
 def newest_checkpoint(folder: Path, resumes: bool) -> Path | None:
-    """Return the whole checkpoint of the most steps, ``None`` without any. Warn of damaged ones.
+    """Return the valid checkpoint with the most steps; ``None`` if there is none. Warn about damaged ones.
 
     Args:
         folder: The folder of a run, or of its checkpoints.
-        resumes: Skip checkpoints of weights alone.
+        resumes: Skip checkpoints that hold only weights.
 
     Raises:
-        OSError: If there are checkpoints, but none is whole.
+        OSError: If there are checkpoints, but none is valid.
     """
     damaged = []
     for path in sorted(_checkpoints(folder), key=_age):
@@ -107,7 +107,7 @@ def newest_checkpoint(folder: Path, resumes: bool) -> Path | None:
             checkpoint = read(path)
         except OSError as error:
             damaged.append(str(path))
-            rank_zero_warn(f"{error} It is passed over.")
+            rank_zero_warn(f"{error} It is skipped.")
             continue
         if ("loops" in checkpoint and "optimizer_states" in checkpoint) or not resumes:
             return path
@@ -117,12 +117,12 @@ def newest_checkpoint(folder: Path, resumes: bool) -> Path | None:
 
 
 def write_finished(folder: Path, trainer: Trainer, limits: Mapping[str, Any]) -> None:
-    """Write what a finished fit leaves: its best checkpoint, steps, limits and versions.
+    """Write the record of a finished fit: its best checkpoint, steps, limits and versions.
 
     Args:
         folder: The run's folder.
-        trainer: The Trainer that has fitted.
-        limits: The limits of the run by the Trainer's names.
+        trainer: The Trainer of the fit.
+        limits: The limits of the run, by the names of the Trainer's options.
     """
     best = best_keeper(trainer)
     found = {
@@ -141,13 +141,13 @@ def write_finished(folder: Path, trainer: Trainer, limits: Mapping[str, Any]) ->
 
 
 def read_finished(folder: Path) -> dict[str, Any] | None:
-    """Read what a finished fit has left in a run's folder, ``None`` where no fit has finished."""
+    """Read the record of a finished fit in a run's folder; ``None`` if no fit has finished."""
     path = folder / _FINISHED
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def best_keeper(trainer: Trainer) -> ModelCheckpoint | None:
-    """Return the first callback that has kept the best checkpoint; if none monitors, the one that keeps the last."""
+    """Return the first callback that has kept a best checkpoint; if none monitors, the one that keeps the last."""
     kept = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path]
     return min(kept, key=lambda each: (each.monitor is None, not isinstance(each, LastCheckpoint)), default=None)
 
@@ -159,7 +159,7 @@ def _logger(trainer: Namespace) -> dict[str, Any]:
         return {"class_path": "lightning.pytorch.loggers.TensorBoardLogger", "init_args": place}
     described: dict[str, Any] = logger.as_dict() if isinstance(logger, Namespace) else {"class_path": str(logger)}
     if not described["class_path"].endswith("TensorBoardLogger"):
-        raise ValueError(f"`last` finds and resumes runs of TensorBoardLogger alone, got {described['class_path']}.")
+        raise ValueError(f"`last` finds and resumes only runs of TensorBoardLogger, got {described['class_path']}.")
     return described
 
 
@@ -169,7 +169,7 @@ def _checkpoints(folder: Path) -> Iterator[Path]:
 
 
 def _age(path: Path) -> tuple[float, float]:
-    """Return a key that sorts by steps, the most first, then by time. Unreadable files come first, to be warned of."""
+    """Return a key that sorts by steps, the most first, then by time. Unreadable files come first, to be reported."""
     try:
         step = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["global_step"]  # reads no tensor
     except Exception:  # unpickling arbitrary bytes may raise anything
@@ -178,6 +178,6 @@ def _age(path: Path) -> tuple[float, float]:
 
 
 def _is_of_fit(run: Path) -> bool:
-    """Return whether a folder is a fit's. An evaluation's config has options that a fit's lacks."""
+    """Return whether a folder belongs to a fit. An evaluation's config has options that a fit's lacks."""
     config = run / _CONFIG  # missing if the run was killed at once
     return not (config.is_file() and re.search(r"^(verbose|return_predictions):", config.read_text(), re.MULTILINE))

@@ -1,4 +1,4 @@
-"""The checkpoint that a command names: find it, and check it before anything is made of it."""
+"""Find the checkpoint that a command names, and check it before it is used."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ..checkpoints.checkpoint_io import read
 from ..checkpoints.class_paths import check_descriptions
 
 FROM_DATA = ("shape", "levels")
-"""Options of the model that the data give."""
+"""Options of the model that are set from the data."""
 
 _PARTS = {"global_step": int, "epoch": int, "state_dict": dict, "hyper_parameters": dict}
 
 
 def find_checkpoint(config: Namespace, resumes: bool) -> None:
-    """Replace a ``ckpt_path`` that is ``last`` or a folder by the newest whole checkpoint there.
+    """Replace a ``ckpt_path`` that is ``last`` or a folder by the newest valid checkpoint there.
 
-    Where the run to go on with has saved none yet, it starts over in its folder. Where it has finished, the process
+    If the run to continue has not saved a checkpoint yet, it starts over in its folder. If it has finished, the process
     ends with exit code 0.
 
     Args:
-        config: The config of a subcommand, which is changed.
-        resumes: If the subcommand is ``fit``, which needs more than weights.
+        config: The config of a subcommand. Changed in place.
+        resumes: True if the subcommand is ``fit``, which needs more than weights.
 
     Raises:
         ValueError: If there is no checkpoint.
-        OSError: If there are some and none can be read.
+        OSError: If there are checkpoints, but none can be read.
     """
     path = config.get("ckpt_path")
     if path != "last" and not os.path.isdir(path or ""):
@@ -48,8 +48,8 @@ def find_checkpoint(config: Namespace, resumes: bool) -> None:
         if same_run and finished and finished.get("limits") == run_limits(config["trainer"]):
             _say(
                 f"{run} has finished after {finished['steps']} steps: nothing is left to do. Raise the "
-                "limit that ended it, such as `--trainer.max_epochs`, to go on with it, or leave `--ckpt_path` out to "
-                "begin another."
+                "limit that ended it, such as `--trainer.max_epochs`, to continue it, or leave out `--ckpt_path` to "
+                "start another run."
             )
             raise SystemExit(0)
         if found := run_folder.newest_checkpoint(run, resumes):
@@ -65,20 +65,20 @@ def find_checkpoint(config: Namespace, resumes: bool) -> None:
 
 
 def run_limits(trainer: Namespace) -> dict[str, Any]:
-    """Return the limits of a run as JSON would give them back."""
+    """Return the limits of a run as they would come back from JSON."""
     return {name: trainer[name] and str(trainer[name]) for name in ("max_epochs", "max_steps", "max_time")}
 
 
 def read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
-    """Read a checkpoint and check it as a stranger's.
+    """Read a checkpoint and check it without trusting it.
 
     Args:
         path: Its file.
-        resumes: If a run is to go on from it, which needs more than weights.
+        resumes: True if a run is to continue from it, which needs more than weights.
 
     Raises:
-        ValueError: If it is missing, damaged, not a checkpoint of a Lightning Trainer, without what is needed, with
-            weights that are not finite or with a class that is not a network.
+        ValueError: If it is missing, damaged, incomplete or not a checkpoint of a Lightning Trainer, if its weights are
+            not finite, or if it names a class that is not a network.
     """
     try:
         checkpoint = read(path)
@@ -87,14 +87,14 @@ def read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
     except OSError as error:
         raise ValueError(f"{error}{_alternative(path, resumes)}") from None
     if not isinstance(checkpoint, dict) or "pytorch-lightning_version" not in checkpoint:
-        raise ValueError(f"{path!r} is no checkpoint of a Lightning Trainer.")
+        raise ValueError(f"{path!r} is not a checkpoint of a Lightning Trainer.")
     if resumes and not (checkpoint.get("loops") and checkpoint.get("optimizer_states")):
-        raise ValueError(f"{path!r} holds weights alone, without the state that a run could be resumed from.")
+        raise ValueError(f"{path!r} holds only weights, without the state needed to resume a run.")
     for name, kind in _PARTS.items():
         if not isinstance(found := checkpoint.get(name), kind):
             raise ValueError(f"{path!r} is damaged: `{name}` must be a {kind.__name__}, got {found!r}.")
     if "lightning_vae" in checkpoint and not checkpoint["hyper_parameters"]:
-        raise ValueError(f"{path!r} is damaged: it holds none of the model's options (`hyper_parameters`).")
+        raise ValueError(f"{path!r} is damaged: it lacks the model's options (`hyper_parameters`).")
     for name, weight in checkpoint["state_dict"].items():
         if isinstance(weight, torch.Tensor) and not weight.isfinite().all():
             raise ValueError(f"{path!r} holds weights that are not finite, {name} first. Take an earlier one.")
@@ -106,11 +106,11 @@ def read_checkpoint(path: str, resumes: bool) -> dict[str, Any]:
 
 
 def warn_of_replaced_options(given: dict[str, Any], used: dict[str, Any]) -> None:
-    """Say which of the model's options the checkpoint has replaced, as Lightning does not.
+    """Warn which of the model's options the checkpoint has replaced, because Lightning does not.
 
     Args:
         given: The model's options in the config.
-        used: The same with the checkpoint's.
+        used: The options after the checkpoint's have replaced them.
     """
     changed = [
         f"{name} {given[name]!r} -> {used[name]!r}"
@@ -119,13 +119,13 @@ def warn_of_replaced_options(given: dict[str, Any], used: dict[str, Any]) -> Non
     ]
     if changed:
         rank_zero_warn(
-            "`--ckpt_path`: the model is the checkpoint's, so these options of the config are not used: "
+            "`--ckpt_path`: the model comes from the checkpoint, so these options of the config are not used: "
             + ", ".join(changed)
         )
 
 
 def _check_counts(name: str, state: dict[str, Any]) -> None:
-    """Refuse impossible counts of steps, batches and epochs: Lightning would count on from them."""
+    """Refuse impossible counts of steps, batches and epochs: Lightning would continue counting from them."""
     for key, item in state.items():
         if key in ("total", "current", "epoch_loop.state_dict"):
             counts = item.values() if isinstance(item, dict) else ()
@@ -136,11 +136,11 @@ def _check_counts(name: str, state: dict[str, Any]) -> None:
 
 
 def _alternative(path: str, resumes: bool) -> str:
-    """Name a whole checkpoint beside a damaged one."""
+    """Return a hint at a valid checkpoint in the same folder as a damaged one."""
     with warnings.catch_warnings(), suppress(OSError):
-        warnings.simplefilter("ignore")  # the damaged one is among those passed over
+        warnings.simplefilter("ignore")  # the damaged one is among those skipped
         if whole := run_folder.newest_checkpoint(Path(path).parent, resumes):
-            return f" The newest whole one beside it is {whole}."
+            return f" The newest valid one in the same folder is {whole}."
     return ""
 
 

@@ -1,4 +1,4 @@
-"""One readable message and an exit code for whatever is wrong with the input."""
+"""Report any mistake in the input as one readable message with an exit code."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .. import callbacks, datamodules, likelihoods, networks
 from ..checkpoints.checkpoint_io import SaveError
 from ..replaced_names import advice
 
-# Errors whose message needs no place in the code beside it.
+# Errors whose message needs no location in the code.
 _INPUT_ERRORS = (ValueError, OSError, MisconfigurationException)
 
-# What a disk or a quota answers.
+# Errors of a disk or a quota.
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
-# Lines about how the parser proceeded, not about what is wrong.
+# Lines that report the parser's attempts and not the mistake.
 _NOISE = re.compile(
     r"Does not validate against|Subtypes: |Errors:$|Given value type: |Expected a <class 'NoneType'>"
     r"|Expected a path but|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with"
     r"|Problem with given class_path"
 )
 _STRUCTURE = re.compile(r"\.? Got value: (Namespace|NestedArg)\(.*")
-# Where a message holds the path of a class that could not be imported.
+# Positions in a message of the path of a class that could not be imported.
 _UNKNOWN = re.compile(r"(?:import path string: |has no attribute '|Given value: |class_path[=']+:? ?')([\w.]+)")
 _LONGEST = 800
 
@@ -42,7 +42,7 @@ def exit_with(error: object, hint: str = "", code: int = 2) -> NoReturn:
 
     Args:
         error: The message, which may be a parser's.
-        hint: What to add as it is.
+        hint: Text to append unchanged.
         code: The exit code.
     """
     print(f"error: {readable(str(error))}{hint}", file=sys.stderr)
@@ -51,7 +51,7 @@ def exit_with(error: object, hint: str = "", code: int = 2) -> NoReturn:
 
 @contextmanager
 def readable_errors() -> Iterator[None]:
-    """End with one message on whatever is wrong before a run begins."""
+    """End the process with one message on any error before a run begins."""
     try:
         yield
     except Exception as error:
@@ -59,17 +59,18 @@ def readable_errors() -> Iterator[None]:
 
 
 def exit_if_expected(error: Exception, trainer: Trainer, steps: int) -> None:
-    """End with one message if the input, the disk or the numbers are to blame for a run's failure.
+    """End the process with one message if the input, the disk or the numbers caused a run's failure.
 
-    Up to the end of the first step the input is to blame. Later on the traceback of an unknown error is worth having.
+    Up to the end of the first step, the input is taken to be the cause. Later the traceback of an unknown error is
+    worth showing.
 
     Args:
-        error: What ended the run.
-        trainer: What ran.
-        steps: Steps that this run has made.
+        error: The error that ended the run.
+        trainer: The run's Trainer.
+        steps: Number of steps that this run has made.
 
     Returns:
-        Only if the error is to be raised.
+        Only if the caller should raise the error.
     """
     said = _describe(error)
     known = isinstance(error, MisconfigurationException | SaveError | FloatingPointError)
@@ -77,14 +78,14 @@ def exit_if_expected(error: Exception, trainer: Trainer, steps: int) -> None:
         known = True
         place = error.filename or getattr(trainer.logger, "log_dir", None) or os.getcwd()
         said = f"{error.strerror}: {place}."
-    monitors_nothing = "which is not available" in said  # EarlyStopping says so after the first epoch
+    monitors_nothing = "which is not available" in said  # EarlyStopping reports it after the first epoch
     if steps > 1 and not known and not monitors_nothing:
         return
     print(file=sys.stderr)  # ends the progress bar's line
     if isinstance(error, FloatingPointError):
         exit_with(said, code=1)
     if known and steps > 0:
-        remedy = "The same command with `--ckpt_path last --same_run true` goes on from the last save."
+        remedy = "The same command with `--ckpt_path last --same_run true` continues from the last save."
         exit_with(f"{said} {remedy}", code=1)
     exit_with(_misfit(said) if "Error(s) in loading state_dict" in said else said)
 
@@ -127,14 +128,14 @@ def readable(message: str) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Leave out what nobody reads: a file that is no config, a value of a thousand letters, a list of everything."""
+    """Leave out the noise: a file that is not a config, a value of a thousand letters, a list of all options."""
     text = re.sub(r"(Unexpected config)\b.*", r"\1: it must be a mapping of options to values", text, flags=re.DOTALL)
     text = re.sub(r"(\S{80})\S{120,}", r"\1...", text)
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
 def _suggestion(fault: str) -> str:
-    """Name the classes whose names are like one that is unknown."""
+    """Return a hint at the classes with names similar to an unknown one."""
     unknown = re.search(r"import path string: ([\w.]+)", fault)
     known = [
         name
@@ -147,9 +148,9 @@ def _suggestion(fault: str) -> str:
 
 
 def _describe(error: Exception) -> str:
-    """Put an error in one line, with its place in the code unless it names an option."""
+    """Describe an error in one line, with its location in the code unless it names an option."""
     if isinstance(error, UnicodeDecodeError):
-        return f"`--config`: a file is not text in UTF-8 ({error})."
+        return f"`--config`: a file is not UTF-8 text ({error})."
     if "more than one stateful callback" in str(error):
         return f"`trainer.callbacks`: {error}"  # two files that each bring the same one
     text = str(error).partition("\nException raised from")[0]  # torch adds a page on its own functions
@@ -157,15 +158,15 @@ def _describe(error: Exception) -> str:
         return text
     frames = traceback.extract_tb(error.__traceback__)
     if any(frame.filename.endswith("checkpoint_connector.py") for frame in frames):
-        return f"`--ckpt_path`: what the checkpoint holds does not fit: {type(error).__name__}: {text}"
+        return f"`--ckpt_path`: the content of the checkpoint does not fit: {type(error).__name__}: {text}"
     place = ([frame for frame in frames if "site-packages" not in frame.filename] or frames)[-1]
     return f"{type(error).__name__}: {text} (in {place.filename}, line {place.lineno})"
 
 
 def _misfit(error: str) -> str:
-    """Say that a checkpoint is another model's, with the first of torch's complaints."""
+    """Return the message for a checkpoint of another model, with the first of torch's complaints."""
     first = next(line.strip() for line in error.splitlines()[1:])
     return (
-        "`--ckpt_path`: the checkpoint is of another model than the config's networks and data make. Give the config "
-        f"that it was trained with, the config.yaml in its run's folder. The first misfit: {first}"
+        "`--ckpt_path`: the checkpoint does not fit the model that the config's networks and data make. Give the "
+        f"config that it was trained with, the config.yaml in its run's folder. The first mismatch: {first}"
     )

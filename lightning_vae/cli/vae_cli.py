@@ -46,14 +46,14 @@ _NOT_FOR_USERS = (
 
 
 class Parser(LightningArgumentParser):
-    """A parser that takes no abbreviations and answers an error with one message instead of all options."""
+    """A parser that rejects abbreviations and reports an error as one message instead of listing all options."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     @override
     def validate(self, namespace: Namespace, _skip_unset: bool = True, **kwargs: Any) -> None:
-        # `null` must fit its option like any other value, except where the data will give the value.
+        # `null` must fit its option like any other value, except for options that are set from the data.
         given = namespace.clone()
         for name in FROM_DATA:
             if given.get(name, "") is None:
@@ -62,16 +62,16 @@ class Parser(LightningArgumentParser):
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        if not self.exit_on_error:  # an attempt of an outer parser, which goes on with another
+        if not self.exit_on_error:  # an attempt of an outer parser, which will try another
             super().error(message, ex)
         program = getattr(ex, "subcommand_parser", self).prog.replace(" [options]", "")
         exit_with(message, f"\nAll options: {program} --help")
 
 
 class VAECLI(LightningCLI):
-    """A LightningCLI whose data tell the model their shape, and whose errors are one readable message.
+    """A LightningCLI that passes the shape of the data to the model and reports each error as one readable message.
 
-    Making one runs the subcommand.
+    Creating an instance runs the subcommand.
 
     Args:
         args: Arguments in place of the process's own.
@@ -98,7 +98,7 @@ class VAECLI(LightningCLI):
             "--same_run",
             type=bool,
             default=False,
-            help="With --ckpt_path, a file, a folder or `last`: go on in that run's folder, instead of a new one.",
+            help="With --ckpt_path, a file, a folder or `last`: continue in that run's folder, instead of a new one.",
         )
         for name in FROM_DATA:
             parser.link_arguments(
@@ -131,7 +131,7 @@ class VAECLI(LightningCLI):
         config = self.config[subcommand]
         self._resumed_step = 0
         if not config.get("ckpt_path") and subcommand != "fit":
-            exit_with(f"`{subcommand}` needs `--ckpt_path`: without a checkpoint it would look at random weights.")
+            exit_with(f"`{subcommand}` needs `--ckpt_path`: without a checkpoint it would use random weights.")
         if config.get("same_run") and not config.get("ckpt_path"):
             exit_with(
                 "`--same_run` needs `--ckpt_path`: a checkpoint file in the run's folder, that folder, or `last`."
@@ -144,10 +144,10 @@ class VAECLI(LightningCLI):
         except (ValueError, OSError) as error:
             exit_with(f"`--ckpt_path`: {error}")
         except (KeyError, TypeError, AttributeError, RecursionError) as error:
-            exit_with(f"`--ckpt_path`: what the checkpoint holds does not fit: {type(error).__name__}: {error}")
+            exit_with(f"`--ckpt_path`: the content of the checkpoint does not fit: {type(error).__name__}: {error}")
 
     def _use_checkpoint(self, subcommand: str, path: str) -> None:
-        """Take the model's options from a checkpoint, and go on in its run if asked to."""
+        """Take the model's options from a checkpoint, and continue in its run if asked to."""
         checkpoint = read_checkpoint(path, resumes=subcommand == "fit")
         self._resumed_step = checkpoint["global_step"]
         before = self.config[subcommand]["model"].as_dict().get("init_args", {})
@@ -167,7 +167,7 @@ class VAECLI(LightningCLI):
         threading.excepthook = _report_fault_once
         if self.config[self.subcommand].get("same_run"):
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
-        elif self._resumed_step:  # a run that goes on in a new folder keeps its checkpoints there
+        elif self._resumed_step:  # a run resumed in a new folder keeps its checkpoints there
             warnings.filterwarnings("ignore", message="The dirpath has changed from")
 
     @override
@@ -183,7 +183,7 @@ class VAECLI(LightningCLI):
             for name, given in self._given.items():
                 if getattr(self.datamodule, name) != (tuple(given) if isinstance(given, list) else given):
                     raise ValueError(
-                        f"`model.{name}` is for the data to give: leave it out. The data have "
+                        f"`model.{name}` is set from the data: leave it out. The data have "
                         f"{getattr(self.datamodule, name)}, got {given}."
                     )
             options = self.config_init[self.subcommand]
@@ -201,7 +201,7 @@ class VAECLI(LightningCLI):
             raise
 
     def predict(self, **kwargs: Any) -> None:
-        """Write the latents batch by batch, instead of gathering them in memory.
+        """Write the latents batch by batch instead of collecting them in memory.
 
         Args:
             **kwargs: Arguments of ``Trainer.predict``.
@@ -212,8 +212,8 @@ class VAECLI(LightningCLI):
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def after_fit(self) -> None:
-        """Record that the run has finished, and say where everything is."""
-        folder = self.trainer.log_dir  # every process must ask
+        """Record that the run has finished, and print where everything is."""
+        folder = self.trainer.log_dir  # broadcasts: every process must call it
         if self.config["fit"]["same_run"] and self.trainer.global_step == self._resumed_step:
             self._save_last()
         if not self.trainer.is_global_zero:
@@ -223,7 +223,7 @@ class VAECLI(LightningCLI):
         print("\n" + "\n".join(f"{name + ':':<12}{text}" for name, text in self._summary(folder).items()))
 
     def _save_last(self) -> None:
-        """Save the last checkpoint of a run that had nothing left to train but may lack it after a kill."""
+        """Save the last checkpoint of a run that had nothing left to train, which a kill may have prevented."""
         for checkpoint in self.trainer.checkpoint_callbacks:
             if isinstance(checkpoint, LastCheckpoint):
                 self.trainer.save_checkpoint(checkpoint.path)
@@ -231,7 +231,7 @@ class VAECLI(LightningCLI):
                 self.trainer.save_checkpoint(checkpoint.last_model_path)
 
     def _summary(self, folder: str | None) -> dict[str, str]:
-        """Return what to print at the end of a fit, by the name of the line."""
+        """Return the lines to print at the end of a fit, by name."""
         lines = {}
         if self.trainer.loggers and folder:
             lines["Run"] = folder
@@ -253,21 +253,21 @@ class VAECLI(LightningCLI):
 
 
 def run(args: ArgsType = None) -> VAECLI:
-    """Run a subcommand, and leave the group of processes that it may have made when this process ends.
+    """Run a subcommand, and leave any process group that it made when this process ends.
 
     Args:
         args: Arguments in place of the process's own.
     """
     group_is_callers = in_group()
     cli = VAECLI(args)
-    # Not yet, as another run may follow; nor after a failure, where gloo's threads may wait for other processes.
+    # Not now, because another run may follow; nor after a failure, when gloo's threads may wait for other processes.
     if not group_is_callers:
         atexit.register(leave_processes)
     return cli
 
 
 class Unrun(VAECLI):
-    """The command line up to where it would run: its model, data and Trainer are made."""
+    """The command line up to the point of running: it only makes the model, data and Trainer."""
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
@@ -275,7 +275,7 @@ class Unrun(VAECLI):
 
 
 class _Attribute:
-    """Read from the data module what the model must know."""
+    """A reader of one attribute of the data module that the model needs."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -294,5 +294,5 @@ def _no_advertisement(record: logging.LogRecord) -> bool:
 
 
 def _report_fault_once(fault: threading.ExceptHookArgs) -> None:
-    if not isinstance(fault.exc_value, OSError):  # TensorBoard's thread hands these on to the run, which reports them
+    if not isinstance(fault.exc_value, OSError):  # TensorBoard's thread passes these on to the run, which reports them
         threading.__excepthook__(fault)

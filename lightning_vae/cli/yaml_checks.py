@@ -1,4 +1,4 @@
-"""Mistakes in a config that its parser, or the Trainer, would accept in silence."""
+"""Check a config for mistakes that its parser, or the Trainer, would accept silently."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from ..replaced_names import advice
 
-# The least values of the Trainer's options, where the Trainer does not check them or fails on them late.
+# Minimum values of Trainer options that the Trainer does not check, or checks only late.
 _LEAST = {
     "min_epochs": 0,
     "min_steps": 0,
@@ -33,7 +33,7 @@ _LARGEST = {int: 2**63 - 1, float: torch.finfo(torch.float32).max}
 
 
 def install() -> None:
-    """Let jsonargparse check each text in YAML with :func:`check_text` before it reads it."""
+    """Make jsonargparse check each YAML text with :func:`check_text` before it parses it."""
     load = get_loader("yaml")
     if getattr(load, "checks", False):
         return
@@ -47,7 +47,7 @@ def install() -> None:
 
 
 def check_text(text: str) -> None:
-    """Check a text in YAML for what its reader would take for something else.
+    """Check a YAML text for mistakes that the parser would misread.
 
     Args:
         text: The text.
@@ -68,20 +68,20 @@ def check_text(text: str) -> None:
 
 
 def check_empty(text: str, config: dict[str, Any]) -> None:
-    """Refuse empty mappings that jsonargparse drops, or takes for a class that nobody has named.
+    """Refuse empty mappings that jsonargparse drops, or takes for a class that was never named.
 
     Args:
-        text: What was given, in YAML.
-        config: What jsonargparse has made of it.
+        text: The input, in YAML.
+        config: The result of jsonargparse.
 
     Raises:
-        ValueError: If an empty mapping stands under the name of no option, or in place of a class.
+        ValueError: If an empty mapping is given for a name that is not an option, or in place of a class.
     """
     pending: list[tuple[str, Any, Any]] = [("", yaml.safe_load(text), config)]
     while pending:
         name, given, made = pending.pop()
         if given == {} and made is None:
-            raise ValueError(f"`{name[1:]}` is no option.")
+            raise ValueError(f"`{name[1:]}` is not an option.")
         if given == {} and isinstance(made, dict) and "class_path" in made:
             raise ValueError(f"`{name[1:]}` must name a class by its `class_path`, got an empty mapping.")
         if isinstance(given, dict) and isinstance(made, dict):
@@ -92,7 +92,7 @@ def check_empty(text: str, config: dict[str, Any]) -> None:
 
 
 def check_values(config: dict[str, Any]) -> None:
-    """Refuse numbers that fit no option, and options that the Trainer does not check.
+    """Refuse numbers that no option can hold, and invalid options that the Trainer does not check.
 
     Args:
         config: The resolved config of a subcommand.
@@ -113,7 +113,7 @@ def check_values(config: dict[str, Any]) -> None:
     interval = trainer.get("val_check_interval")
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(f"`trainer.val_check_interval` must be above 0, got {interval}.")
-    if replaced := advice(str(trainer.get("profiler"))):  # for the parser any text is a profiler
+    if replaced := advice(str(trainer.get("profiler"))):  # the parser accepts any text as a profiler
         raise ValueError(f"`trainer.profiler`: {replaced}")
     seed = config["seed_everything"]
     if not 0 <= seed < 2**32:
@@ -121,7 +121,7 @@ def check_values(config: dict[str, Any]) -> None:
 
 
 def check_schedule(lr_scheduler: Any) -> None:
-    """Take one step of a learning rate schedule: with a length of 0 some fail only when the first epoch ends.
+    """Try one step of a learning rate schedule: with a length of 0, some fail only when the first epoch ends.
 
     Args:
         lr_scheduler: Its ``class_path`` and ``init_args``, or ``None``.
@@ -137,7 +137,7 @@ def check_schedule(lr_scheduler: Any) -> None:
             name = lr_scheduler["class_path"].rpartition(".")[2]
             raise ValueError(f"`lr_scheduler` {name}: its first step fails ({error}). Is a length in it 0?") from error
         except Exception:
-            return  # other faults show when the run begins, and some schedules need what only the run has
+            return  # other faults show when the run begins, and some schedules need values that only the run has
 
 
 def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
@@ -152,7 +152,7 @@ def _mappings(node: yaml.Node | None) -> Iterator[yaml.MappingNode]:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of a nested config by their dotted names, as they are given on the command line."""
+    """Yield the values of a nested config with their dotted names, as used on the command line."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list | tuple) else None
     if items is None:
         yield name, value

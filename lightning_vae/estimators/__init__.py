@@ -1,7 +1,7 @@
-"""Estimators for evaluation: pure functions of tensors, and streaming metrics made of them.
+"""Estimators for evaluation: pure functions of tensors, and streaming metrics built on them.
 
-All are in nats, in float64, of a model with the standard normal prior p(z) and diagonal Gaussian posteriors unless said
-otherwise. A metric gives the same result for any batch size and order and on any number of processes.
+All are in nats and in float64, for a model with the standard normal prior p(z) and diagonal Gaussian posteriors unless
+stated otherwise. A metric gives the same result for any batch size, order and number of processes.
 """
 
 from ..callbacks.metrics.observation_subset import ObservationSubset as ObservationSubset

@@ -16,12 +16,12 @@ class AggregateMoments:
 
     Attributes:
         mean: Of shape ``(k,)``.
-        covariance_of_means: Covariance over the data of the posterior means, of shape ``(k, k)``. Its diagonal tells
-            the active units.
+        covariance_of_means: Covariance over the data of the posterior means, of shape ``(k, k)``. Its diagonal
+            determines the active units.
         posterior_variance: Mean over the data of the posterior variances, of shape ``(k,)``.
     """
 
-    # Neither a tuple nor a dataclass: torchmetrics would squeeze their tensors of one element, where k is 1.
+    # Neither a tuple nor a dataclass: torchmetrics would squeeze their one-element tensors if k is 1.
     def __init__(self, mean: Tensor, covariance_of_means: Tensor, posterior_variance: Tensor) -> None:
         self.mean = mean
         self.covariance_of_means = covariance_of_means
@@ -38,7 +38,7 @@ class AggregateMoments:
         return self.covariance_of_means.diagonal()
 
     def active(self, threshold: float = 0.01) -> Tensor:
-        """Tell which dimensions are active (Burda et al. 2015), bool, of shape ``(k,)``."""
+        """Return a mask of the active dimensions (Burda et al. 2015), bool, of shape ``(k,)``."""
         return self.variance_of_means > threshold
 
 
@@ -53,7 +53,7 @@ def aggregate_moments(mean: Tensor, variance: Tensor) -> AggregateMoments:
 
 
 class AggregatePosterior(Metric):
-    """Collects the moments of the aggregate posterior over a stream of batches.
+    """Collect the moments of the aggregate posterior over a stream of batches.
 
     As input to ``forward`` and ``update`` the metric accepts ``mean`` and ``variance`` of the posteriors, of shape
     ``(N, dim)``; N may be 0. As output of ``forward`` and ``compute`` it returns :class:`AggregateMoments`.
@@ -94,11 +94,11 @@ def merge_aggregates(states: Tensor) -> Tensor:
     .. math:: S = \sum_i S_i + \sum_i n_i (m_i - m)(m_i - m)^T
 
     Args:
-        states: Of each set, of shape ``(sets, 3 + k, k)``: count, mean, mean variance, and the sum S of products of
+        states: For each set, of shape ``(sets, 3 + k, k)``: count, mean, mean variance, and the sum S of products of
             deviations of the means. Empty sets are fine.
 
     Returns:
-        The same of the union, of shape ``(3 + k, k)``.
+        The same for the union, of shape ``(3 + k, k)``.
 
     References:
         Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.

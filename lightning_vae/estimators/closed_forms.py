@@ -14,12 +14,12 @@ _FOLDS = 10
 
 
 def moment_marginal_kl(mean: Tensor, covariance: Tensor) -> Tensor:
-    r"""Compute a lower bound of the marginal KL, :math:`KL(q(z) \| p(z))`, from the moments of q(z).
+    r"""Compute a lower bound on the marginal KL, :math:`KL(q(z) \| p(z))`, from the moments of q(z).
 
     .. math::
         KL(N(m, C) \,\|\, N(0, I)) = \tfrac12 \left( \operatorname{tr} C + m^T m - k - \log\det C \right)
 
-    Among all q(z) with these moments the Gaussian is nearest to p(z). The bound is deterministic and has no cap.
+    Among all q(z) with these moments, the Gaussian is closest to p(z). The bound is deterministic and has no cap.
 
     Args:
         mean: Mean m of q(z), of shape ``(k,)``.
@@ -35,15 +35,15 @@ def moment_marginal_kl(mean: Tensor, covariance: Tensor) -> Tensor:
 
 
 def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
-    r"""Estimate a lower bound of the marginal KL by moments that are fitted and tried on different observations.
+    r"""Estimate a lower bound on the marginal KL with moments that are fitted and tested on different observations.
 
     .. math::
         KL(q \| p) \ge E_{z \sim q} [\log r(z) - \log p(z)]
 
-    for any density r. Here r is the Gaussian with the moments of nine tenths of the observations, tried on the last
+    for any density r. Here r is the Gaussian with the moments of nine tenths of the observations, tested on the last
     tenth, and the result is the mean over the ten folds. :func:`moment_marginal_kl` of the moments of M observations is
-    too large by about :math:`k (k + 3) / 4 M`, whole nats where k is 64 and M some hundreds; this estimate is too small
-    by about as much.
+    too large by about :math:`k (k + 3) / 4 M`, which is several nats if k is 64 and M a few hundred; this estimate is
+    too small by about as much.
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``.

@@ -37,7 +37,7 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     r"""Compute the effective number of K samples, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, from 1 to K.
 
-    Below about 10, single samples dominate the bound, and it is still far from the log-likelihood.
+    Below about 10, single samples dominate the bound, which is then still far from the log-likelihood.
 
     Args:
         log_weights: In nats, of shape ``(K, B)``.
@@ -54,7 +54,7 @@ class LogLikelihood(NamedTuple):
 
     Attributes:
         value: Mean of the importance-weighted bounds.
-        standard_error: Of that mean, from the spread over the observations.
+        standard_error: Standard error of that mean, from the spread over the observations.
         effective_sample_size: Mean over the observations, from 1 to K.
     """
 
@@ -64,7 +64,7 @@ class LogLikelihood(NamedTuple):
 
 
 class ImportanceWeightedLikelihood(Metric):
-    """Estimates the mean log-likelihood of the data by importance sampling; see :func:`importance_weighted_bound`.
+    """Estimate the mean log-likelihood of the data by importance sampling; see :func:`importance_weighted_bound`.
 
     As input to ``forward`` and ``update`` the metric accepts ``log_weights`` of shape ``(K, B)``.
     As output of ``forward`` and ``compute`` it returns a :class:`LogLikelihood`.

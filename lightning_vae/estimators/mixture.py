@@ -22,13 +22,13 @@ class MixtureEstimates(NamedTuple):
     Attributes:
         lower: Estimate of the mutual information of x and z that is a lower bound on average and at most log M.
         upper_leave_one_out: Upper bound on average, without the sample's own component in the mixture. Far too large
-            where posteriors hardly overlap.
-        upper_moments: Upper bound: the rate less a lower bound of the marginal KL by the moments of q(z). No cap.
+            if posteriors hardly overlap.
+        upper_moments: Upper bound: the rate minus a lower bound on the marginal KL from the moments of q(z). No cap.
         rate: Mean KL of those posteriors to the prior.
-        marginal_kl: KL(q(z) || p(z)), the rate less the lower estimate. Where that is saturated, the lower bound by the
+        marginal_kl: KL(q(z) || p(z)), the rate minus the lower estimate. If that is saturated, the lower bound from the
             moments of q(z).
-        total_correlation: KL(q(z) || prod_j q(z_j)). Where the mutual information is saturated, that of the Gaussian
-            with the moments of q(z).
+        total_correlation: KL(q(z) || prod_j q(z_j)). If the mutual information is saturated, that of the Gaussian with
+            the moments of q(z).
         observations: Number of posteriors M.
     """
 
@@ -42,9 +42,9 @@ class MixtureEstimates(NamedTuple):
 
     @property
     def upper(self) -> Tensor:
-        """The tighter upper bound; near the cap the one by the moments, because equal observations cap the other too.
+        """The tighter upper bound; near the cap the one from the moments, as equal observations also cap the other.
 
-        It is at least the lower bound: only the noise of the samples can cross it.
+        It is never below the lower bound: only sampling noise could make the two cross.
         """
         capped = is_saturated(float(self.upper_leave_one_out), self.observations)
         upper = self.upper_moments if capped else torch.minimum(self.upper_leave_one_out, self.upper_moments)
@@ -52,12 +52,12 @@ class MixtureEstimates(NamedTuple):
 
     @property
     def saturated(self) -> bool:
-        """Whether the lower bound is so near its cap, log M, that it only says "at least"."""
+        """Return whether the lower bound is so close to its cap, log M, that it only means "at least"."""
         return is_saturated(float(self.lower), self.observations)
 
 
 def is_saturated(information: float, observations: int) -> bool:
-    """Tell whether a mutual information estimated from M observations exceeds 90 % of its cap, log M."""
+    """Return whether a mutual information estimated from M observations exceeds 90 % of its cap, log M."""
     return information > _SATURATED * math.log(observations)
 
 
@@ -73,9 +73,9 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> Mixtu
         TC &= \frac1M \sum_n \left[ \log \frac1M \sum_m q(z_n|x_m)
               - \sum_j \log \frac1M \sum_m q(z_{nj}|x_m) \right]
 
-    The same sample stands in every term, so that the lower bound is 0 where all posteriors are equal. It is
+    Every term uses the same sample, so the lower bound is 0 if all posteriors are equal. It is
     :func:`~lightning_vae.callbacks.mutual_information`, the number that ``CollapseDetector`` logs. A control variate
-    takes part of the noise out of every estimate.
+    removes part of the noise from every estimate.
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``, M at least 2.

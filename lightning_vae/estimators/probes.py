@@ -1,6 +1,6 @@
 """Probes of a trained model: distances of decoded latents to the data, and labels predicted from posterior means.
 
-Pure functions of tensors. Each leaves the observation itself out, so that no second split is needed.
+Pure functions of tensors. Each leaves out the observation itself, so no second split is needed.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def nearest_distance(points: Tensor, data: Tensor, excluded: Tensor, rows: int =
 
 
 def knn_accuracy(means: Tensor, labels: Tensor, neighbours: int = 5) -> float:
-    """Classify each observation by the majority of its nearest others; a tie goes to the smallest label.
+    """Classify each observation by a majority vote of its nearest neighbours; a tie goes to the smallest label.
 
     Args:
         means: Posterior means, of shape ``(N, k)``, N greater than ``neighbours``.
         labels: Classes, int64, of shape ``(N,)``.
-        neighbours: Number of others that vote.
+        neighbours: Number of neighbours that vote.
 
     Returns:
-        Share of observations that get their own label.
+        Share of observations that are given their own label.
 
     Raises:
         ValueError: If there are too few observations.
@@ -58,7 +58,7 @@ def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> 
     r"""Classify each observation by ridge regression on the others: by the largest of the predicted indicators.
 
     With :math:`H = X (X^T X + \alpha I)^{-1} X^T` of the means and an intercept (not penalised), the prediction for
-    observation i without it is :math:`(\hat y_i - H_{ii} y_i) / (1 - H_{ii})`: a single fit leaves out each in turn.
+    observation i without it is :math:`(\hat y_i - H_{ii} y_i) / (1 - H_{ii})`: a single fit leaves each out in turn.
 
     Args:
         means: Posterior means, of shape ``(N, k)``.

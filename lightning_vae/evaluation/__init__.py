@@ -1,1 +1,1 @@
-"""What `test` and `predict` do with a trained model."""
+"""Evaluation of a trained model: the work of `test` and `predict`."""

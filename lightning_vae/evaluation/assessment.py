@@ -12,34 +12,34 @@ _SIDES: dict[int, Verdict] = {1: "over-regularised", 0: "balanced", -1: "under-r
 MIN_INFORMATION = 0.5
 """Nats of rate on active dimensions, and of mutual information, below which the latents are not used."""
 BETA_BAND = 1.5
-"""Factor by which the implied beta may miss the ELBO's."""
+"""Factor by which the implied beta may differ from the ELBO's."""
 MIN_USE = 0.5
-"""Share of ``beta * mutual information`` that shuffling the latents must cost at least."""
+"""Share of ``beta * mutual information`` that shuffling the latents must at least cost."""
 MAX_MARGINAL_KL = 0.25
-"""Share of the rate that the marginal KL may take."""
+"""Share of the rate that the marginal KL may account for."""
 MIN_MARGINAL_KL = 1.0
-"""Nats of marginal KL that are no symptom at any rate."""
+"""Nats of marginal KL that are not a symptom at any rate."""
 MAX_DISTANCE = 1.25
-"""Distance of prior samples from the data, in that of reconstructions."""
+"""Distance of prior samples from the data, relative to that of reconstructions."""
 
 
 def assess(beta: float, terms: Terms, latents: Latents, generation: Generation) -> Assessment:
-    r"""Tell whether too little information passes through the latents, too much, or about as much as the ELBO asks for.
+    r"""Judge if the latents carry too little information, too much, or about as much as the ELBO asks for.
 
-    The first rule that holds decides. Each takes the bound of an estimate that can't raise a false alarm:
+    The first rule that holds decides. Each uses the bound of an estimate that can't raise a false alarm:
 
     1. *collapsed*, over: the active dimensions' rate or the mutual information is below 0.5 nats;
     2. *unread*, over: shuffling the latents costs less distortion than ``0.5 * beta * mutual information``. At an
-       optimum it costs at least ``beta * mutual information``: else drawing from q(z) whatever x is would have a
-       smaller loss;
+       optimum it costs at least ``beta * mutual information``: otherwise drawing from q(z) regardless of x would have
+       a smaller loss;
     3. *width*, over above 1.5, under below 1/1.5, by more than twice its standard error: the implied beta over the
-       calibration. A likelihood whose variance isn't the squared error weighs distortion wrongly, and the calibration
-       takes that out: a variance ten times too large is as good as beta 10. A negative implied beta, where beta isn't
-       0, says that training is far from an optimum, and nothing else;
+       calibration. A likelihood whose variance isn't the squared error weights the distortion wrongly, and the
+       calibration corrects that: a variance ten times too large is equivalent to beta 10. A negative implied beta, if
+       beta isn't 0, only means that training is far from an optimum;
     4. *mismatched*, under: the marginal KL exceeds 1 nat and a quarter of the rate, or decoded prior samples lie more
        than 1.25 times as far from the data as reconstructions.
 
-    Otherwise the model is balanced. Symptoms of the other side are listed, and don't count. NaN is no symptom.
+    Otherwise the model is balanced. Symptoms of the opposite side are listed, but don't count. NaN is not a symptom.
 
     Args:
         beta: Weight of the rate that the model was trained with.
@@ -60,7 +60,7 @@ def assess(beta: float, terms: Terms, latents: Latents, generation: Generation) 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What an assessment rests on."""
+    """The measurements behind an assessment."""
 
     beta: float
     terms: Terms
@@ -69,7 +69,7 @@ class _Measured:
 
     @property
     def fair_beta(self) -> float:
-        """The ELBO's beta, under a likelihood whose variance is the mean squared error."""
+        """The beta of the ELBO under a likelihood whose variance is the mean squared error."""
         return 1.0 if math.isnan(self.terms.calibration) else self.terms.calibration
 
     @property
@@ -79,7 +79,7 @@ class _Measured:
 
     @property
     def margin(self) -> float:
-        """The error of the relative beta: twice its standard error."""
+        """The margin of error of the relative beta: twice its standard error."""
         return 2 * self.terms.implied_beta_error / self.fair_beta
 
     @property
@@ -92,15 +92,15 @@ _Found = tuple[int, list[str], str]  # side, symptoms, advice
 
 _COLLAPSED = (
     "Let more information through: lower beta or raise it slowly from 0 with `KLAnnealing`, put a floor under the rate "
-    "with `FreeBits`, or weaken the decoder. With a Gaussian likelihood, learn its variance at beta 1: fixed too large "
-    "it collapses the model, and no schedule cures that."
+    "with `FreeBits`, or weaken the decoder. With a Gaussian likelihood, learn its variance at beta 1: a variance "
+    "fixed too large collapses the model, and no schedule cures that."
 )
 _UNREAD = (
     "The decoder ignores latents that are paid for: drop the floor of `FreeBits` or the target of the rate, "
     "weaken the decoder, or train with beta at 0 first until it reads them."
 )
 _MISMATCHED = (
-    "The prior is not where the latents are: raise beta, hold it at its target for longer, or lower the floor of "
+    "The latents are not where the prior is: raise beta, hold it at its target for longer, or lower the floor of "
     "`FreeBits`; with an implied beta near 1, use a richer prior rather than more weight."
 )
 
@@ -156,7 +156,7 @@ def _width(measured: _Measured) -> _Found | None:
 
 def _lower_beta(measured: _Measured) -> str:
     beta = measured.beta / measured.relative_beta
-    # An implied beta below beta shows that a floor holds the rate up: then go all the way down.
+    # An implied beta below beta means that a floor holds the rate up: then lower beta all the way.
     if measured.terms.implied_beta < measured.beta:
         beta = min(beta, measured.fair_beta)
     return f"Lower beta from {measured.beta:g} to about {beta:.2g}"
@@ -168,10 +168,10 @@ def _raise_beta(measured: _Measured) -> str:
     if measured.terms.implied_beta < measured.beta / BETA_BAND:
         return (
             f"The posteriors are narrower than beta {measured.beta:g} makes them: lower the floor of `FreeBits` or the "
-            "target of the rate; without these, look for a mean in the loss where a sum should be, which weighs the "
-            "rate less, or for over-fitting, against which a smaller decoder or more data help"
+            "target of the rate; without these, look for a mean in the loss that should be a sum, which gives the rate "
+            "less weight, or for over-fitting, against which a smaller decoder or more data help"
         )
-    # At an optimum the implied beta is about beta, and the ELBO's is the one to go to. Else something hides a weight.
+    # At an optimum the implied beta is about beta, and the ELBO's is the goal. Otherwise something hides a weight.
     is_optimal = measured.terms.implied_beta < BETA_BAND * measured.beta
     beta = measured.fair_beta if is_optimal else measured.beta / measured.relative_beta
     return f"Raise beta from {measured.beta:g} to about {beta:.2g}"

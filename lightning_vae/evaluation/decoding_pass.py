@@ -24,13 +24,13 @@ _WIDTH_SAMPLES = 4
 
 
 def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -> tuple[Terms, Likelihood]:
-    """Weigh importance samples, and vary the posteriors' width.
+    """Compute the importance-weighted likelihood, and vary the width of the posteriors.
 
     Args:
         vae: The model.
-        loader: The batches of the first pass again.
+        loader: The same batches as in the first pass.
         number: Number of importance samples for each observation.
-        encoded: What the first pass found.
+        encoded: The result of the first pass.
     """
     device, moments = vae.device, encoded.moments
     likelihood, pruned = (ImportanceWeightedLikelihood().to(device) for _ in range(2))
@@ -49,7 +49,7 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
             ratio = (vae.prior.log_prob(z) - posterior.log_prob(z)).double()
             log_weights.append(likelihoods + ratio.sum(dim=2))
             if not active.all():
-                # The same noise, but around the mean over the data: it tells the decoder nothing about this x.
+                # The same noise, but around the mean over the data: it carries no information about this x.
                 blind = mean + scale * (z - posterior.mean) / posterior.stddev
                 without = log_likelihood(vae, observed, torch.where(active, z, blind))
                 log_pruned.append(without + (ratio * active).sum(dim=2))
@@ -68,12 +68,12 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
 
 
 def _terms(averages: RunningMoments, rate: float) -> Terms:
-    """Put the terms together from averages of the distortion and of what :func:`_slopes` yields."""
+    """Assemble the terms from averages of the distortion and of the values from :func:`_slopes`."""
     _, means, errors = (values.tolist() for values in averages.compute())
     distortion, distortion_slope, rate_slope, squared_error, claimed = means
     if not math.isfinite(distortion):
-        raise ValueError(f"The distortion is {distortion}: are there NaNs in the data, or has the training diverged?")
-    # Where all posteriors have the prior's width there is nothing to buy.
+        raise ValueError(f"The distortion is {distortion}: are there NaNs in the data, or did training diverge?")
+    # If all posteriors have the prior's width, the slope of the rate is 0 and the ratio is undefined.
     implied_beta = -distortion_slope / rate_slope if rate_slope < -1e-3 else math.nan
     return Terms(
         elbo=-(distortion + rate),
@@ -93,8 +93,8 @@ def _slopes(vae: VAE, observed: Tensor, posterior: td.Distribution, index: Tenso
     the distortion's is a central difference with common noise.
 
     Yields:
-        Of each observation: the derivatives of distortion and rate by log c at c = 1, in nats; the squared error; and
-        the variance that the likelihood claims, NaN where it has none. Each of shape ``(B,)``, float64.
+        For each observation: the derivatives of distortion and rate by log c at c = 1, in nats; the squared error; and
+        the variance that the likelihood claims, NaN if it has none. Each of shape ``(B,)``, float64.
     """
     z = torch.stack([sample_by_index(posterior, index, draw) for draw in range(_WIDTH_SAMPLES)])
     step = _WIDTH_STEP * (z - posterior.mean)
@@ -112,7 +112,7 @@ def _slopes(vae: VAE, observed: Tensor, posterior: td.Distribution, index: Tenso
 
 
 def _error_and_variance(decoded: td.Distribution, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each observation's squared error and the variance that the likelihood claims, NaN where it has none."""
+    """Return each observation's squared error and the variance that the likelihood claims, NaN if it has none."""
     error = (decoded.mean - x).double().square().flatten(1).sum(dim=1)
     try:
         return error, decoded.variance.double().expand_as(x).flatten(1).sum(dim=1)

@@ -29,7 +29,7 @@ class Kept:
     """A fixed random subset of the observations, in a random order.
 
     Attributes:
-        index: Their numbers in the data set, of shape ``(M,)``.
+        index: Their indices in the data set, of shape ``(M,)``.
         mean: Posterior means, of shape ``(M, k)``.
         z: Samples of the posteriors, of shape ``(M, k)``.
         x: The data in the networks' scale, of shape ``(M, numbers)``.
@@ -46,12 +46,12 @@ class Encoded:
     """The posteriors of a data set.
 
     Attributes:
-        count: Number of observations, of all processes.
-        share: Number of those that this process has seen.
+        count: Number of observations over all processes.
+        share: Number of observations that this process has seen.
         moments: Moments of the aggregate posterior.
         latents: The latent space, for the record.
-        labels: What the posterior means tell of the labels, for the record.
-        kept: Some observations, to decode from other latents than their own.
+        labels: Accuracies of predicting the labels from the posterior means, for the record.
+        kept: Some observations, to be decoded from latents other than their own.
     """
 
     count: int
@@ -63,7 +63,7 @@ class Encoded:
 
 
 def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int) -> Encoded:
-    """Collect the posteriors: their moments, and those of two subsets."""
+    """Collect the moments of all posteriors, and the posteriors of two subsets."""
     k, device, size = vae.latent_dim, vae.device, math.prod(vae.shape)
     aggregate = AggregatePosterior(k).to(device)
     rates_and_widths = RunningMoments(2 * k).to(device)
@@ -88,11 +88,11 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
 
     share, moments = float(aggregate.state[0, 0]), aggregate.compute()
     if not (moments.mean.isfinite().all() and moments.posterior_variance.isfinite().all()):
-        raise ValueError("The posteriors are not finite: are there NaNs in the data, or has the training diverged?")
+        raise ValueError("The posteriors are not finite: are there NaNs in the data, or did training diverge?")
     count, averages, _ = rates_and_widths.compute()
     mean, variance, labels = posteriors.compute().split([k, k, 1], dim=1)
     if len(mean) < 10:
-        raise ValueError(f"`loader` must hold at least 10 observations, got {len(mean)} of distinct indices.")
+        raise ValueError(f"`loader` must hold at least 10 observations, got {len(mean)} with distinct indices.")
     rates, widths = averages.split(k)
     latents = _latents(moments, rates, widths, (mean, variance) if is_gaussian else None)
     index, means, z, x = data.compute().split([1, k, k, size], dim=1)
@@ -102,7 +102,7 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
 
 
 def _classes(observations: Observations) -> Tensor:
-    """Return each observation's class, -1 where the labels are no classes."""
+    """Return each observation's class, -1 if the labels are not classes."""
     label, index = observations.label, observations.index
     is_class = isinstance(label, Tensor) and label.ndim == 1 and not label.is_floating_point()
     return label if is_class else torch.full_like(index, -1)
@@ -117,7 +117,7 @@ def _latents(
         moments: Moments of the aggregate posterior.
         rates: Mean rate of each dimension.
         widths: Mean standard deviation of each dimension's posterior.
-        posteriors: Means and variances of some diagonal Gaussian posteriors; ``None`` for posteriors of another kind.
+        posteriors: Means and variances of some diagonal Gaussian posteriors; ``None`` for other kinds of posteriors.
     """
     active = moments.active(ACTIVE)
     units = int(active.sum())

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Projection = Literal["pca", "tsne"]
 
 # Seven of Okabe and Ito's colours for the colour-blind ("Color Universal Design", 2008), without the yellow, which is
-# faint on white, and three more that differ clearly from them, for protanopes and deuteranopes too.
+# faint on white, and three more that differ clearly from them, also for protanopes and deuteranopes.
 COLOURS = (
     "#0072b2",
     "#e69f00",
@@ -47,26 +47,27 @@ def compare_latents(
     projection: Projection = "pca",
     seed: int = 0,
 ) -> Figure:
-    """Draw the latent spaces of several models side by side, each with reconstructions and samples under it.
+    """Draw the latent spaces of several models side by side, each with reconstructions and samples below it.
 
-    A space of two dimensions is shown as it is, one of more by its first two principal components or by t-SNE, one of
-    a single dimension against the observations' labels. Points are posterior means, coloured by label where the
-    batches have any. Spaces that are shown as they are, or by principal components, share one scale.
+    Two-dimensional spaces are shown directly, larger ones by their first two principal components or by t-SNE, and
+    one-dimensional ones against the observations' labels. Points are posterior means, coloured by label if the batches
+    have labels. Spaces shown directly or by principal components share one scale.
 
     Args:
-        models: The models by name, or without names. They must take the same data.
-        loader: Batches as the models take them, with labels of shape ``(B,)`` under ``"label"`` in a mapping or as the
-            second element of a sequence. Only the first observations are read.
+        models: The models by name, or without names. They must accept the same data.
+        loader: Batches as the models accept them, with labels of shape ``(B,)`` under ``"label"`` in a mapping or as
+            the second element of a sequence. Only the first observations are read.
         observations: Number of observations shown.
         projection: ``"pca"`` or ``"tsne"``, for spaces of more than two dimensions.
         seed: Seed of the samples, of binarisation and of t-SNE.
 
     Returns:
-        A matplotlib figure, which belongs to no window.
+        A matplotlib figure without a window.
 
     Raises:
-        ValueError: On no models, fewer than two observations, another projection, or data that a model does not take.
-        TypeError: On another model than a VAE of this package.
+        ValueError: If there are no models, fewer than two observations, an unknown projection, or data that a model
+            does not accept.
+        TypeError: If a model is not a VAE of this package.
 
     Example::
 
@@ -101,9 +102,9 @@ def compare_latents(
     for panel, caption, model, view in zip(grids.flat, captions, named.values(), views, strict=False):
         points, reconstructed, sampled = panel.subplots(3, 1, height_ratios=(6, 1.9, 1.9))
         if not pictured:
-            sampled.sharey(reconstructed)  # samples are judged by the data's own scale
+            sampled.sharey(reconstructed)  # show samples on the scale of the data
         panel.suptitle(caption, y=0.99, fontsize=10, in_layout=False)
-        points.set_title(room, fontsize=10, pad=12)  # what keeps room for it has one height, whatever letters it has
+        points.set_title(room, fontsize=10, pad=12)  # a placeholder of fixed height, whatever its letters
         _scatter(points, view, labels, 1.06 * max(reach, 1.0))
         original, reconstruction = x[:_IMAGES], _in_chunks(model, x[:_IMAGES], index[:_IMAGES], "reconstruct")
         _show(reconstructed, model.levels, original, reconstruction)
@@ -133,7 +134,7 @@ def rate_distortion(
 
     Args:
         curves: The lines by name; the points of each are joined in the order of their rates.
-        bound: Rates and distortions of the best possible model, where they are known.
+        bound: Rates and distortions of the best possible model, if they are known.
 
     Returns:
         A matplotlib figure.
@@ -179,7 +180,7 @@ def rate_distortion(
 
 
 def _bars(spreads: Sequence[float]) -> list[float] | None:
-    """Return the lengths of error bars; a point without a spread gets none rather than one of length zero."""
+    """Return the lengths of error bars; a point without a spread gets none, and not one of length zero."""
     return [spread or math.nan for spread in spreads] if any(spreads) else None
 
 
@@ -191,7 +192,7 @@ def _captions(names: Sequence[str]) -> list[str]:
 
 
 def _explain(figure: Figure, kinds: Sequence[float]) -> None:
-    """Add a legend of the labels' colours under the figure."""
+    """Add a legend of the label colours below the figure."""
     from matplotlib.lines import Line2D
 
     dots = [
@@ -220,7 +221,7 @@ def _first(loader: Iterable[Any], most: int, models: Mapping[str, VAE]) -> tuple
             try:
                 observations = model.observe(batch, first=count)
             except ValueError as error:
-                raise ValueError(f"`models`: {name.splitlines()[0]!r} does not take these data. {error}") from None
+                raise ValueError(f"`models`: {name.splitlines()[0]!r} does not accept these data. {error}") from None
         label = observations.label
         is_number = isinstance(label, Tensor) and label.shape == (len(observations),)
         parts.append((observations.x.cpu(), observations.index.cpu(), label.cpu() if is_number else None))
@@ -275,7 +276,7 @@ def _samples(model: VAE, number: int, seed: int) -> list[Tensor]:
 
 
 def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> None:
-    """Draw a latent space, each label in its colour, with its name where there is room."""
+    """Draw a latent space, each label in its own colour, with its name if there is room."""
     from matplotlib.patheffects import withStroke
 
     points = view.points
@@ -293,7 +294,7 @@ def _scatter(axes: Axes, view: _View, labels: Tensor | None, reach: float) -> No
         apart = nearest > 0.05 * (reach if view.shares_scale else float(points.abs().max()))
         halo = [withStroke(linewidth=2.5, foreground="white")]
         for kind, (x, y), alone in zip(kinds, centres.tolist(), apart.tolist(), strict=True):
-            if alone and not flat:  # names on top of each other would hide the rest
+            if alone and not flat:  # overlapping names would hide the rest
                 axes.text(x, y, f"{kind:g}", fontsize=8, weight="bold", ha="center", va="center", path_effects=halo)
     elif len(kinds) > 1:
         dots = axes.scatter(points[:, 0], points[:, 1], c=labels, cmap="viridis", **style)

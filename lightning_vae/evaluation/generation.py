@@ -1,4 +1,4 @@
-"""Decoding latents that do not come from an observation's own posterior."""
+"""Decode latents that do not come from an observation's own posterior."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .encoding_pass import Kept
 from .record import Generation
 
 _PRIOR_SEED = 0x9A10
-_SHIFTS = 5  # other observations, from whose latents each one is decoded
+_SHIFTS = 5  # number of other observations from whose latents each one is decoded
 
 
 def generate(vae: VAE, kept: Kept) -> Generation:
@@ -21,11 +21,11 @@ def generate(vae: VAE, kept: Kept) -> Generation:
     number = len(kept.x)
     observed = vae.likelihood.observe(kept.x.view(number, *vae.shape), kept.index)
     distortion = -log_likelihood(vae, observed, kept.z[None]).mean()
-    # The subset is in random order, so that its neighbours have nothing in common.
+    # The subset is in random order, so neighbours in it have nothing in common.
     others = torch.stack([kept.z.roll(shift, dims=0) for shift in range(1, _SHIFTS + 1)])
     shuffled = -log_likelihood(vae, observed, others).mean()
 
-    # Equal observations count once: nothing new comes as near to one as its twin does.
+    # Equal observations count once: an observation's own reconstruction would lie too close to its duplicate.
     first = _first_of_each(kept.x)
     data, z_own, mean = kept.x[first], kept.z[first], kept.mean[first]
     if len(data) < 3:
@@ -34,7 +34,7 @@ def generate(vae: VAE, kept: Kept) -> Generation:
     beside = (place + 1) % len(data)
     prior = vae.prior.icdf(uniform_by_index(place, vae.latent_dim, seed=_PRIOR_SEED))
     midpoints = (mean + mean[beside]) / 2
-    # Each is compared with as many observations: all but the two that a midpoint came from.
+    # Each is compared with the same number of observations: all but the two that a midpoint came from.
     excluded = torch.stack([place, beside], dim=1)
     own, samples, between = (
         nearest_distance(torch.cat(decoded_means(vae, z)), data, excluded).mean() for z in (z_own, prior, midpoints)
@@ -43,7 +43,7 @@ def generate(vae: VAE, kept: Kept) -> Generation:
 
 
 def _first_of_each(rows: Tensor) -> Tensor:
-    """Return the places of the rows that differ from all rows before them, in order."""
+    """Return the positions of the rows that differ from all earlier rows, in order."""
     which = rows.unique(dim=0, return_inverse=True)[1]
     first = torch.full_like(which[: int(which.max()) + 1], len(rows))
     place = torch.arange(len(rows), device=rows.device)

@@ -1,4 +1,4 @@
-"""The posterior means of ``predict``, written to a file batch by batch."""
+"""Write the posterior means of ``predict`` to a file, batch by batch."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from typing_extensions import override
 class LatentsWriter(Callback):
     """Write the posterior means of ``predict`` as CSV, with columns ``index``, ``label`` (if any), ``z0``, ``z1``, ...
 
-    Each batch is written at once, so that memory does not grow with the data. Each process writes a part of its own. At
-    the end the first process merges them in the order of ``index`` and drops observations that a sampler has dealt out
-    twice. The file appears under its name when it is complete.
+    Each batch is written immediately, so memory does not grow with the data. Each process writes its own part. At the
+    end the first process merges the parts in the order of ``index`` and drops observations that a sampler has
+    duplicated. The file appears under its name when it is complete.
 
-    It is no ``BasePredictionWriter``: with one, Lightning asks every loader for the indices of its batches, and warns
-    of each that is not a ``torch.utils.data.DataLoader``.
+    It is not a ``BasePredictionWriter``: with one, Lightning asks every loader for the indices of its batches, and
+    warns about each that is not a ``torch.utils.data.DataLoader``.
 
     Args:
         path: File to write; a name that ends in ``.gz`` is compressed. ``None`` is ``latents.csv`` in the run folder.
 
     Raises:
-        MisconfigurationException: If there are several loaders, the module's ``predict_step`` returns no mapping with
-            ``"mean"`` and ``"index"``, or the first process can't see the others' parts.
+        MisconfigurationException: If there are several loaders, if the module's ``predict_step`` does not return a
+            mapping with ``"mean"`` and ``"index"``, or if the first process can't see the others' parts.
     """
 
     def __init__(self, path: str | None = None) -> None:
@@ -43,13 +43,13 @@ class LatentsWriter(Callback):
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        folder = trainer.log_dir or trainer.default_root_dir  # every process must ask
+        folder = trainer.log_dir or trainer.default_root_dir  # broadcasts: every process must call it
         self._target = Path(self.path) if self.path else Path(folder) / "latents.csv"
         if len(trainer.num_predict_batches) > 1:
             raise MisconfigurationException("`predict` writes the latents of one loader, but there are several.")
         self._target.parent.mkdir(parents=True, exist_ok=True)
         part = self._part(trainer.global_rank)
-        part.unlink(missing_ok=True)  # an earlier run that was cut off may have left it
+        part.unlink(missing_ok=True)  # an interrupted earlier run may have left it
         self._file, self._has_header = _open(part, "w"), False
 
     @override
@@ -58,8 +58,8 @@ class LatentsWriter(Callback):
     ) -> None:
         if not (isinstance(outputs, Mapping) and {"mean", "index"} <= outputs.keys()):
             raise MisconfigurationException(
-                f"`predict_step` of {type(pl_module).__name__} must return a mapping with 'mean', 'index' and maybe "
-                "'label' for its latents to be written."
+                f"`predict_step` of {type(pl_module).__name__} must return a mapping with 'mean', 'index' and "
+                "optionally 'label' for its latents to be written."
             )
         assert self._file is not None
         columns = {name: outputs[name] for name in ("index", "label") if name in outputs}
@@ -100,7 +100,7 @@ class LatentsWriter(Callback):
             self._file = None
 
     def _part(self, rank: int) -> Path:
-        # The suffix stays last: it says whether the file is compressed.
+        # Keep the suffix last: it determines the compression.
         return self._target.with_name(f".part{rank}-{self._target.name}")
 
 
@@ -113,7 +113,7 @@ def _header(columns: Mapping[str, Any]) -> list[str]:
 
 
 def _rows(columns: Mapping[str, Any]) -> Iterator[list[Any]]:
-    """Yield one row per observation; nine digits hold a float32 exactly, seventeen a float64."""
+    """Yield one row per observation; nine digits represent a float32 exactly, seventeen a float64."""
     parts = []
     for values in columns.values():
         if not isinstance(values, Tensor):
@@ -134,12 +134,12 @@ def _open(path: Path, mode: str) -> IO[str]:
 
 
 def _merge(parts: Iterable[Path], target: Path) -> None:
-    """Merge files whose rows each come in the order of the first column, without holding them in memory."""
+    """Merge files that are each sorted by the first column, without holding them in memory."""
     whole = target.with_name(f".whole-{target.name}")
     with ExitStack() as stack:
         readers = [csv.reader(stack.enter_context(_open(part, "r"))) for part in parts]
         writer = csv.writer(stack.enter_context(_open(whole, "w")))
-        # A process that had no observations has no header either.
+        # A process without observations has not written a header either.
         header = [names for reader in readers if (names := next(reader, None))]
         writer.writerows(header[:1])
         before = None
@@ -153,5 +153,5 @@ def _merge(parts: Iterable[Path], target: Path) -> None:
 
 
 def _order(index: str) -> tuple[int, int, str]:
-    """Sort numbers by value, then names by spelling."""
+    """Return a key that sorts numbers by value, and then names alphabetically."""
     return (0, int(index), "") if index.lstrip("-").isdigit() else (1, 0, index)

@@ -28,37 +28,37 @@ def evaluate(
     samples: int = 1000,
     own_metrics: Mapping[str, OwnMetric] | None = None,
 ) -> Evaluation:
-    """Measure a model on a data set, in two passes over the loader.
+    """Evaluate a model on a data set, in two passes over the loader.
 
-    Binarisation and posterior samples are drawn by the observations' indices, so that batch size, order and number of
-    processes do not change the result; in a distributed run every process returns the same. Memory grows with the
-    subsets' sizes alone, not with K, the batch size or the data.
+    The noise of binarisation and posterior samples is fixed by the observations' indices, so batch size, order and
+    number of processes do not change the result; in a distributed run every process returns the same. Memory grows only
+    with the sizes of the subsets, not with K, the batch size or the data.
 
     Args:
-        vae: The model, on the device to compute on. It is left as it was.
-        loader: Batches as the VAE takes them, in a fixed order where they have no ``"index"``. A mapping's ``"label"``,
+        vae: The model, on the device to compute on. It is left unchanged.
+        loader: Batches as the VAE accepts them, in a fixed order if they have no ``"index"``. A mapping's ``"label"``,
             integers of shape ``(B,)``, is used for the probes.
         importance_samples: Number K of samples for each observation.
         observations: Number M of observations, a fixed random subset, for mutual information, marginal KL, total
             correlation and the probes.
-        samples: Number of prior samples, and of observations they are compared with, at most.
+        samples: Maximum number of prior samples, and of observations they are compared with.
         own_metrics: The user's own metrics by name: each is called with the model and the loader. In a distributed run
             the loader is each process's share of the data, and the values are averaged over the observations.
 
     Raises:
-        ValueError: On an option out of its range, a loader that can be read only once, fewer than 10
-            observations, an own metric with a name that is taken, or a model whose numbers are not finite.
-        TypeError: On another model than a VAE of this package, or an own metric that returns no number.
+        ValueError: If an option is out of range, the loader can be read only once or has fewer than 10 observations,
+            the name of an own metric is taken, or the numbers of the model are not finite.
+        TypeError: If the model is not a VAE of this package, or an own metric does not return a number.
     """
     check_sizes(importance_samples=importance_samples, observations=observations, samples=samples)
     if taken := Evaluation.names() & set(own_metrics or {}):
-        raise ValueError(f"`own_metrics` must have names of their own, got {sorted(taken)}.")
+        raise ValueError(f"`own_metrics` must not use names that are already taken, got {sorted(taken)}.")
     if isinstance(loader, Iterator):
-        raise ValueError("`loader` is read twice and must start again each time, got an iterator: pass a list.")
+        raise ValueError("`loader` is read twice and must start over each time, got an iterator: pass a list.")
     if not isinstance(vae, VAE):
         raise TypeError(
             f"`vae` must be a lightning_vae.VAE, got {type(vae).__name__}. For another model, lightning_vae.estimators "
-            "has the estimators one by one."
+            "has the individual estimators."
         )
     training = vae.training
     vae.eval()
@@ -72,7 +72,7 @@ def evaluate(
         }
     finally:
         vae.train(training)
-    beta = float(f"{float(vae.beta):.7g}")  # the digits that a float32 has
+    beta = float(f"{float(vae.beta):.7g}")  # the significant digits of a float32
     return Evaluation(
         observations=encoded.count,
         latent_dim=vae.latent_dim,
@@ -88,7 +88,7 @@ def evaluate(
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse options of :func:`evaluate` that are too small, by name."""
+    """Refuse options of :func:`evaluate`, given by name, that are too small."""
     for name, value in sizes.items():
         if value < _LEAST[name]:
             raise ValueError(f"`{name}` must be at least {_LEAST[name]}, got {value}.")
@@ -102,9 +102,9 @@ def _as_float(name: str, value: object) -> float:
 
 
 def _over_processes(value: float, weight: float, device: torch.device) -> float:
-    """Average what each process measured on its share of the data, weighted by its size."""
+    """Average a value over the processes, weighted by each one's share of the data."""
     if not several_processes():
-        return value  # to the last digit
+        return value  # exact to the last digit
     share = [value * weight if weight else 0.0, weight]
     total, count = sum_over_processes(torch.tensor(share, dtype=torch.float64, device=device)).tolist()
     return float(total / count)

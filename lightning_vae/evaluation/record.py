@@ -11,22 +11,22 @@ from typing import Any, Literal
 Verdict = Literal["over-regularised", "balanced", "under-regularised"]
 ACTIVE = 0.01
 """Variance of the posterior mean that an active dimension exceeds (Burda et al. 2015)."""
-_FEW = 10  # effective samples, below which the NLL depends on their number
+_FEW = 10  # effective samples below which the NLL still depends on their number
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of the ELBO, and the rate of exchange between them.
+    """The terms of the ELBO, and the exchange rate between them.
 
     Attributes:
         elbo: ``-(distortion + rate)``, higher is better.
         rate: Mean KL of posterior and prior.
         distortion: Mean of ``-log p(x|z)`` over the data and the importance samples.
         implied_beta: The beta at which posteriors of this width are optimal: the nats of distortion that a nat of rate
-            buys when all posteriors get a little narrower. At an optimum of ``distortion + beta * rate`` it is beta,
+            buys if all posteriors get slightly narrower. At an optimum of ``distortion + beta * rate`` it equals beta,
             for any model; the ELBO's is 1.
         implied_beta_error: Its standard error, from the spread over the observations.
-        calibration: Squared error over the variance that the likelihood claims; NaN where it claims none.
+        calibration: Squared error over the variance that the likelihood claims; NaN if it claims none.
     """
 
     elbo: float
@@ -59,24 +59,25 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class Latents:
-    """The latent space, seen through the posteriors alone.
+    """The latent space as seen in the posteriors.
 
     Attributes:
         active_units: Number of dimensions whose posterior mean has a variance over the data above 0.01.
-        mutual_information: Of data and latents: a lower bound on average, at most log M. Where it is saturated read it
-            as "at least".
+        mutual_information: Mutual information of data and latents: a lower bound on average, at most log M. If it is
+            saturated, read it as "at least".
         mutual_information_upper: The smaller of two upper bounds.
         mutual_information_saturated: Whether the lower bound exceeds 90 % of log M.
-        mutual_information_observations: Number M of posteriors that the mutual information, the marginal KL and the
-            total correlation come from.
-        marginal_kl: KL from the aggregate posterior to the prior; a lower bound where saturated.
-        marginal_kl_lower: A lower bound of it: the rate less the upper bound of the mutual information.
-        total_correlation: Of the aggregate posterior; that of a Gaussian with its moments where saturated.
-        posterior_width: Mean standard deviation of the active dimensions' posteriors (of all where none is active); the
+        mutual_information_observations: Number M of posteriors behind the mutual information, the marginal KL and the
+            total correlation.
+        marginal_kl: KL from the aggregate posterior to the prior; a lower bound if saturated.
+        marginal_kl_lower: A lower bound on it: the rate minus the upper bound of the mutual information.
+        total_correlation: Total correlation of the aggregate posterior; that of a Gaussian with its moments if
+            saturated.
+        posterior_width: Mean standard deviation of the active dimensions' posteriors (of all if none is active); the
             prior's is 1.
-        aggregate_mean_square: Squared mean of the aggregate posterior, mean over the dimensions; the prior's is 0.
-        aggregate_variance_mean: Its variance, mean over the dimensions; the prior's is 1.
-        rate_per_dimension: Of length k.
+        aggregate_mean_square: Squared mean of the aggregate posterior, averaged over the dimensions; the prior's is 0.
+        aggregate_variance_mean: Its variance, averaged over the dimensions; the prior's is 1.
+        rate_per_dimension: Rate of each dimension, of length k.
         variance_per_dimension: Variance over the data of each posterior mean, of length k.
     """
 
@@ -106,10 +107,10 @@ class Generation:
     """Decodings of latents that do not come from an observation's own posterior.
 
     Attributes:
-        shuffled_gap: Distortion with the latents of other observations, less the distortion.
-        sample_distance: Mean distance of decoded prior samples to their nearest observation. The unit is that of
-            decoded posterior samples, each to observations other than its own.
-        interpolation_distance: The same of decoded midpoints between the posterior means of two observations.
+        shuffled_gap: Distortion with the latents of other observations, minus the distortion.
+        sample_distance: Mean distance of decoded prior samples to their nearest observation. The unit is the mean
+            distance of decoded posterior samples to the nearest observation other than their own.
+        interpolation_distance: The same for decoded midpoints between the posterior means of two observations.
     """
 
     shuffled_gap: float
@@ -119,11 +120,11 @@ class Generation:
 
 @dataclass(frozen=True)
 class Labels:
-    """Accuracies with which the posterior means predict the labels; NaN without labels.
+    """Accuracies of predicting the labels from the posterior means; NaN without labels.
 
     Attributes:
-        knn_accuracy: By the 5 nearest other posterior means.
-        linear_probe_accuracy: By ridge regression on the other means.
+        knn_accuracy: Accuracy of the 5 nearest other posterior means.
+        linear_probe_accuracy: Accuracy of ridge regression on the other means.
     """
 
     knn_accuracy: float
@@ -132,16 +133,16 @@ class Labels:
 
 @dataclass(frozen=True)
 class Assessment:
-    """The verdict on a trained model, the symptoms it rests on, and advice.
+    """The verdict on a trained model, the symptoms behind it, and advice.
 
-    It needs the decoder and the test data, and comes once, after training. A posterior that collapses *while* a model
-    trains is told by :class:`~lightning_vae.callbacks.CollapseState`.
+    It needs the decoder and the test data, and is made once, after training. For a posterior that collapses *during*
+    training see :class:`~lightning_vae.callbacks.CollapseState`.
 
     Attributes:
         verdict: ``"over-regularised"``, ``"balanced"`` or ``"under-regularised"``.
-        symptoms: In words and numbers, each beginning with its place: posterior width, latent space, generation or
-            reconstruction. Never empty.
-        advice: What to change.
+        symptoms: Symptoms in words and numbers, each beginning with its place: posterior width, latent space,
+            generation or reconstruction. Never empty.
+        advice: The suggested change.
     """
 
     verdict: Verdict
@@ -151,9 +152,9 @@ class Assessment:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All estimates of a model on a data set, in nats per observation unless said otherwise.
+    """All estimates for a model on a data set, in nats per observation unless stated otherwise.
 
-    NaN stands for what could not be measured.
+    NaN marks values that could not be measured.
 
     Attributes:
         observations: Number of observations.
@@ -163,7 +164,7 @@ class Evaluation:
         likelihood: The log-likelihood by importance sampling.
         latents: The latent space.
         generation: Decoded prior samples, midpoints and shuffled latents.
-        labels: What the posterior means tell of the labels.
+        labels: Accuracies of predicting the labels from the posterior means.
         assessment: The verdict, symptoms and advice.
         own: Values of the user's own metrics by name.
     """
@@ -181,14 +182,15 @@ class Evaluation:
 
     @staticmethod
     def names() -> set[str]:
-        """Return the keys of :meth:`to_dict`, without those of own metrics."""
+        """Return the keys of :meth:`to_dict`, without those of the user's own metrics."""
         records = (Terms, Likelihood, Latents, Generation, Labels, Assessment)
         return {"observations", "latent_dim", "beta"} | {each.name for record in records for each in fields(record)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return a flat dict for JSON: the fields of all parts and the own metrics; None for NaN and infinity.
 
-        Flat, because its keys are the columns of a sweep's table and, behind ``test/``, the tags in TensorBoard.
+        It is flat because its keys are the columns of a sweep's table and, prefixed with ``test/``, the tags in
+        TensorBoard.
         """
         flat: dict[str, Any] = {}
         for name, value in asdict(self).items():
@@ -196,7 +198,7 @@ class Evaluation:
         return {name: _plain(value) for name, value in flat.items()}
 
     def scalars(self) -> dict[str, float]:
-        """Return the numbers among the values that a logger can plot."""
+        """Return the values that a logger can plot."""
         items = self.to_dict().items()
         return {name: float(value) for name, value in items if isinstance(value, int | float)}
 

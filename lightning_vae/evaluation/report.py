@@ -1,4 +1,4 @@
-"""The report of ``test``: a table, the same numbers in the logger and as JSON, and pictures."""
+"""The report of ``test``: a table, the same numbers for the logger and as JSON, and pictures."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _SEED = 0x9A12
 class EvaluationReport(Callback):
     """Evaluate the model when a test ends: print the table, log the numbers, write ``evaluation.json`` and pictures.
 
-    Everything goes to the folder of the test run, ``trainer.log_dir``: ``evaluation.json``, and for images
+    All files go to the folder of the test run, ``trainer.log_dir``: ``evaluation.json``, and for images
     ``reconstructions.png`` and ``samples.png``. The JSON is flat: see
-    :meth:`~lightning_vae.evaluation.record.Evaluation.to_dict`. Its keys behind ``test/`` are those in the logger.
+    :meth:`~lightning_vae.evaluation.record.Evaluation.to_dict`. Its keys, prefixed with ``test/``, are those in the
+    logger.
 
     Args:
         importance_samples: Number K of samples for each observation, for the log-likelihood.
         observations: Number M of observations for mutual information, marginal KL, total correlation and probes.
-        samples: Number of prior samples, and of observations that they are compared with, at most.
+        samples: Maximum number of prior samples, and of observations that they are compared with.
         metrics: The user's own metrics by name: import paths of functions ``(vae, loader) -> float``.
 
     Raises:
@@ -69,7 +70,7 @@ class EvaluationReport(Callback):
             pl_module, loader, self.importance_samples, self.observations, self.samples, own_metrics=self.metrics
         )
         pictures = draw(pl_module, next(iter(loader)))
-        folder = trainer.log_dir  # every process must ask
+        folder = trainer.log_dir  # broadcasts: every process must call it
         if not trainer.is_global_zero:
             return
         print(f"\n{result.table()}\n")
@@ -88,7 +89,7 @@ class EvaluationReport(Callback):
         target.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             _write(picture, target / f"{name}.png")
-        whole = target / ".evaluation.json"  # a file with the final name is complete, and comes last
+        whole = target / ".evaluation.json"  # a file under the final name is complete, and is written last
         whole.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
         whole.replace(target / "evaluation.json")
         print("Written:  " + ", ".join([f"{target}/evaluation.json", *(f"{name}.png" for name in pictures)]))
@@ -106,16 +107,16 @@ class _First:
 
 @torch.no_grad()
 def draw(vae: VAE, batch: object) -> dict[str, Tensor]:
-    """Draw reconstructions and samples of a model of images.
+    """Draw reconstructions and samples of an image model.
 
     Args:
         vae: The model.
-        batch: A batch as the VAE takes them; its first 32 images are shown.
+        batch: A batch as the VAE accepts it; its first 32 images are shown.
 
     Returns:
-        ``"reconstructions"``, rows of images each above their reconstructions, and ``"samples"``, the means of p(x|z)
-        of 64 latents from the prior: uint8, of shape ``(3, height, width)``. An empty dict unless the data are images
-        of 1 or 3 channels.
+        ``"reconstructions"``, rows of images above their reconstructions, and ``"samples"``, the means of p(x|z) for 64
+        latents from the prior: uint8, of shape ``(3, height, width)``. An empty dict unless the data are images with 1
+        or 3 channels.
     """
     if len(vae.shape) != 3 or vae.shape[0] not in (1, 3):
         return {}
@@ -132,7 +133,7 @@ def draw(vae: VAE, batch: object) -> dict[str, Tensor]:
 
 
 def _grid(rows: list[Tensor]) -> Tensor:
-    """Arrange rows of images in [0, 1], each of shape ``(n, C, H, W)``, in one picture with lines between them."""
+    """Arrange rows of images in [0, 1], each of shape ``(n, C, H, W)``, in one picture with lines in between."""
     scale = max(1, _PICTURE_SIZE // max(rows[0].shape[-2:]))
     wide = [torch.nn.functional.pad(row, (0, 0, 0, 0, 0, 0, 0, _COLUMNS - len(row)), value=1.0) for row in rows]
     images = torch.stack(wide).clamp(0, 1).mul(255).round().to(torch.uint8)

@@ -26,25 +26,25 @@ from .report import report
 _TERMS = ("ELBO", "rate", "distortion")
 _EVALUATION = ("importance_samples", "observations", "samples")
 _DESCRIPTION = (
-    "Train and evaluate every combination of the given lists, one process a point, and compare them: a table, means "
-    "over seeds, the rate-distortion curve, and the latent spaces side by side. What is done is not done again: give "
-    "the same command once more to go on, or with more values. Options that are not listed here go to each `fit`, such "
+    "Train and evaluate every combination of the given lists, one process per point, and compare them: a table, means "
+    "over seeds, the rate-distortion curve, and the latent spaces side by side. Finished points are not run again: "
+    "repeat the command to continue, or to add values. Options that are not listed here are passed to each `fit`, such "
     "as `--trainer.max_epochs 5`."
 )
 
 
 def sweep(arguments: Sequence[str]) -> None:
-    """Run the sweep that a command line asks for.
+    """Run the sweep described by a command line.
 
     Args:
         arguments: The command line after ``sweep``.
     """
     options, rest = _parse(arguments)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's stop is as good as Ctrl-C
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # treat a scheduler's stop like Ctrl-C
     try:
         _sweep(options, rest)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here.", file=sys.stderr)
+        print("\nStopped. The same command continues from here.", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -57,7 +57,7 @@ def _sweep(options: Namespace, rest: Sequence[str]) -> None:
         points = [plan.existing(path, base) for path in options.checkpoints]
         references = [each.reference for each in bases if each.reference is not None]
         if options.print_commands and any(reference.checkpoint is None for reference in references):
-            print("# These learn the variance that all betas get. Give this command again when they are done.")
+            print("# These learn the variance used at all betas. Repeat this command when they are done.")
             _print_commands(references)
             return
         if references and not options.print_commands:
@@ -97,11 +97,11 @@ def _result(point: Point) -> str:
     return ", ".join(f"{name} {found[name.lower()]:.4g}" for name in _TERMS if name.lower() in found) + " nats"
 
 
-# ---- what is asked for
+# ---- the command line
 
 
 def _parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
-    """Part the sweep's own options from those of ``fit``."""
+    """Separate the sweep's own options from those of ``fit``."""
     parser = _parser()
     own = {"-h", "--help", "-c", *(f"--{name}" for name in parser.get_defaults().keys())}  # noqa: SIM118
     mine: list[str] = []
@@ -133,8 +133,8 @@ def _parser() -> Parser:
     for name in _EVALUATION:
         add(f"--evaluation.{name}", type=PositiveInt | None, metavar="N", help="As of `test`, for every point.")
     add("--print_commands", action="store_true",
-        help="Print the `fit` commands of what is not trained yet, for a cluster's scheduler, and run nothing. When "
-        "they are done, the same command without this evaluates and compares them.")  # fmt: skip
+        help="Print the `fit` commands of the untrained points, for a cluster's scheduler, and run nothing. When they "
+        "are done, the same command without this option evaluates and compares them.")  # fmt: skip
     return parser
 
 
@@ -143,13 +143,13 @@ def _program() -> str:
 
 
 def _evaluation(options: Namespace) -> tuple[str, ...]:
-    """Return the arguments that every point's ``test`` gets."""
+    """Return the arguments passed to every point's ``test``."""
     given = options.evaluation.as_dict()
     return tuple(f"--evaluation.{name}={given[name]}" for name in _EVALUATION if given[name] is not None)
 
 
 def _values(option: str, value: Any) -> list[Any]:
-    """Return the values that an option lists; a single one is a list of one."""
+    """Return the values that an option lists; a single value becomes a list of one."""
     values = value if isinstance(value, list) else [value]
     if not values or None in values:
         raise ValueError(f"`{option}` must be a list such as [1, 2], got {value!r}.")
@@ -157,14 +157,14 @@ def _values(option: str, value: Any) -> list[Any]:
 
 
 def _varied(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Read the values of ``--vary`` by the option that they vary."""
+    """Parse ``--vary`` into the values of each option."""
     varied: dict[str, list[Any]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
         if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
             raise ValueError(f'`--vary` must be OPTION=LIST such as model.latent_dim="[2, 8]", got {text!r}.')
         if name in varied:
-            raise ValueError("`--vary` names an option twice. Give all its values in one list.")
+            raise ValueError("`--vary` names an option twice. Put all its values in one list.")
         try:
             varied[name] = _values("--vary", get_loader("yaml")(values))
         except yaml.YAMLError as error:
@@ -178,16 +178,16 @@ def _default_name(configs: Sequence[str]) -> str:
 
 
 class _Base(NamedTuple):
-    """A config with all that the sweep varies but beta and the seed."""
+    """A config with everything that the sweep varies except beta and the seed."""
 
     files: str
     options: dict[str, Any]
     reference: Point | None
-    """The run at beta 1 whose learned variance all betas get."""
+    """The run at beta 1 whose learned variance is used at all betas."""
 
 
 def _bases(options: Namespace, rest: Sequence[str], base: Path) -> tuple[list[_Base], list[Any]]:
-    """Lay out what is trained at each of the betas, and list the betas (none, where they are the configs' own)."""
+    """Plan the models to train at each beta, and list the betas (empty if each config keeps its own)."""
     if not options.config and not options.checkpoints:
         raise ValueError("`sweep` needs `--config` or `--checkpoints`: there is nothing to compare.")
     if options.seeds is not None:
@@ -197,7 +197,7 @@ def _bases(options: Namespace, rest: Sequence[str], base: Path) -> tuple[list[_B
     betas = [] if options.betas is None else _values("--betas", options.betas)
     varied = _varied(options.vary)
     if "seed_everything" in varied:
-        raise ValueError("`--vary seed_everything` would take seeds for configurations. Give them as `--seeds`.")
+        raise ValueError("`--vary seed_everything` would treat seeds as configurations. Give them as `--seeds`.")
     if betas and BETA in varied:
         raise ValueError("`--betas` and `--vary model.beta` are the same. Give one of them.")
     betas = betas or varied.pop(BETA, [])
@@ -212,7 +212,7 @@ def _bases(options: Namespace, rest: Sequence[str], base: Path) -> tuple[list[_B
                 elif model.likelihood.learns_scale:
                     print(
                         f"Note: {configuration.name}: the scale of {type(model.likelihood).__name__} can't be fixed. "
-                        "It differs from beta to beta, and the distortions with it."
+                        "It differs between betas, and so do the units of the distortions."
                     )
             bases.append(_Base(files, choice, reference))
     return bases, betas
@@ -221,7 +221,7 @@ def _bases(options: Namespace, rest: Sequence[str], base: Path) -> tuple[list[_B
 def _points(
     bases: Sequence[_Base], betas: Sequence[Any], seeds: Sequence[int] | None, rest: Sequence[str], base: Path
 ) -> list[Point]:
-    """Lay out the runs, once the reference runs are done."""
+    """Plan the runs, once the reference runs are done."""
     points: list[Point] = []
     for each in bases:
         fixed = list(rest)
@@ -230,11 +230,11 @@ def _points(
         for choice in plan.grid({BETA: betas} if betas else {}):
             configuration, _ = _configure(each.files, {**each.options, **choice}, fixed)
             points += plan.points(configuration, seeds, base)
-    return list({point.folder: point for point in points}.values())  # a config given twice is one
+    return list({point.folder: point for point in points}.values())  # a config given twice counts once
 
 
 def _configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[plan.Configuration, VAE]:
-    """Resolve a config. An option that ``fit`` refuses may have been meant for the sweep."""
+    """Resolve a config. If ``fit`` refuses an option, it may have been meant for the sweep."""
     try:
         return plan.configure(files, options, rest)
     except SystemExit:
@@ -244,7 +244,7 @@ def _configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> t
 
 
 def _learned_variance(reference: Point) -> float:
-    """Read the variance that a reference run has learned, in the digits that a config is given."""
+    """Read the variance that a reference run has learned, in the digits used for a config."""
     assert reference.checkpoint is not None
     likelihood = VAE.load_from_checkpoint(reference.checkpoint, map_location="cpu", weights_only=True).likelihood
     assert isinstance(likelihood, Gaussian)
@@ -252,18 +252,18 @@ def _learned_variance(reference: Point) -> float:
 
 
 def _train_references(references: Sequence[Point], jobs: int) -> None:
-    """Train what the fixed variances come from, and say which they are."""
+    """Train the reference runs for the fixed variances, and print the variances."""
     untrained = [reference for reference in references if reference.checkpoint is None]
     if untrained:
-        print("A learned variance would differ from beta to beta. It is learned at beta 1 first, and fixed there:")
+        print("A learned variance would differ between betas. It is learned at beta 1 first, and then fixed:")
         if runner.run(untrained, jobs, lambda _: "trained", evaluate=False):
             exit_with("without the learned variance the betas can't be compared.")
     for reference in references:
-        print(f"The variance at every beta is what {reference.label} has learned: {_learned_variance(reference):.6g}")
+        print(f"Variance at every beta, learned by {reference.label}: {_learned_variance(reference):.6g}")
 
 
 def _print_commands(points: Sequence[Point]) -> None:
-    """Print the commands that a scheduler may run in any order, on any machine that sees this folder."""
+    """Print commands that a scheduler may run in any order, on any machine with access to this folder."""
     for point in points:
         if point.checkpoint is None:
             print(shlex.join(["python", "-m", "lightning_vae", *point.fit()]))

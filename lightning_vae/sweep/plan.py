@@ -1,4 +1,4 @@
-"""What a sweep consists of: configurations, points, and the commands that make them."""
+"""The plan of a sweep: configurations, points, and the commands that make them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BETA = "model.beta"
 
 @dataclass(frozen=True)
 class Configuration:
-    """What is trained, but for the seed.
+    """Everything that defines a training run except the seed.
 
     Attributes:
         name: Name of the config, from its files.
@@ -46,14 +46,14 @@ class Configuration:
 
     @property
     def varied(self) -> dict[str, str]:
-        """Its options as text, by the last part of their names where that tells them apart."""
+        """The varied options as text, by the last part of their names if that is unambiguous."""
         last = {name: name.rpartition(".")[2] for name in self.options}
         alone = [name for name, count in Counter(last.values()).items() if count == 1]
         return {last[name] if last[name] in alone else name: _text(value) for name, value in self.options.items()}
 
     @property
     def label(self) -> str:
-        """Say what sets it apart."""
+        """A label that distinguishes this configuration from the others."""
         return " ".join([self.name, *(f"{name}={value}" for name, value in self.varied.items())])
 
 
@@ -62,10 +62,10 @@ class Point:
     """One run of a sweep.
 
     Attributes:
-        configuration: What is trained; ``None`` for a checkpoint that exists already.
+        configuration: The configuration to train; ``None`` for an existing checkpoint.
         seed: Seed of the run.
         folder: Its run folder.
-        trained: The checkpoint that exists already.
+        trained: The existing checkpoint.
         evaluated_by: Arguments of ``test``, such as ``--evaluation.importance_samples=5000``.
     """
 
@@ -77,14 +77,14 @@ class Point:
 
     @property
     def label(self) -> str:
-        """Name it in a line of text."""
+        """A label for this point in a line of text."""
         if self.configuration is None:
             return str(self.trained)
         return f"{self.configuration.label} seed={self.seed}"
 
     @property
     def run(self) -> Path:
-        """The folder in which ``fit`` has left its config."""
+        """The folder in which ``fit`` has saved its config."""
         return self.folder if self.trained is None else self.trained.parent.parent
 
     @property
@@ -96,7 +96,7 @@ class Point:
         return self.folder / found["checkpoint"] if found and found["checkpoint"] else None
 
     def fit(self) -> list[str]:
-        """Return the arguments that train it, or go on with a training that was cut off."""
+        """Return the arguments of ``fit`` that train it, or continue a training that was cut off."""
         assert self.configuration is not None
         last = self.folder / "checkpoints" / "last.ckpt"
         return [
@@ -108,7 +108,7 @@ class Point:
         ]
 
     def test(self) -> list[str]:
-        """Return the arguments that evaluate it, without ``--ckpt_path`` while it is not trained."""
+        """Return the arguments of ``test`` that evaluate it, without ``--ckpt_path`` until it is trained."""
         return [
             "test",
             f"--config={self.run / 'config.yaml'}",
@@ -118,27 +118,27 @@ class Point:
         ]
 
     def commands(self, evaluate: bool = True) -> dict[str, list[str]]:
-        """Return the arguments of ``fit`` and of ``test``, none for what is not to be done.
+        """Return the arguments of ``fit`` and of ``test``, empty for a command that is not needed.
 
         Args:
-            evaluate: Whether to evaluate it.
+            evaluate: Whether to evaluate the point.
         """
         return {"fit": self.fit() if self.checkpoint is None else [], "test": self.test() if evaluate else []}
 
     @property
     def evaluation(self) -> Path:
-        """Where the evaluation is, once it is done; another evaluation is elsewhere."""
+        """Path of the finished evaluation; an evaluation with other options has another path."""
         options = (argument.removeprefix("--evaluation.") for argument in self.evaluated_by)
         return self.folder / _folder(" ".join(["test", *options])) / "evaluation.json"
 
     def found(self) -> dict[str, Any]:
-        """Read what ``test`` has found."""
+        """Read the results of ``test``."""
         found: dict[str, Any] = json.loads(self.evaluation.read_text())
         return found
 
 
 def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[Configuration, VAE]:
-    """Resolve a config and its options, and build its model once; what the parser refuses ends the process here.
+    """Resolve a config and its options, and build its model once; a parser error ends the process here.
 
     Args:
         files: Config files, joined by ``+``.
@@ -146,7 +146,7 @@ def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tu
         rest: Further arguments of ``fit``.
 
     Raises:
-        ValueError: If it goes on from a checkpoint.
+        ValueError: If the config starts from a checkpoint.
     """
     paths = files.split("+")
     arguments = (
@@ -162,7 +162,7 @@ def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tu
     if config["ckpt_path"]:
         raise ValueError(
             f"`--ckpt_path`: every point would train the model of {config['ckpt_path']}, whatever its options. To "
-            "compare with a finished run, give `--checkpoints`."
+            "compare with a finished run, use `--checkpoints`."
         )
     for name in ("config", "ckpt_path", "same_run"):
         identity.pop(name, None)
@@ -176,7 +176,7 @@ def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tu
 
 
 def data_of(config: Path) -> tuple[str, LightningDataModule]:
-    """Build the data module of a run from the config that it has saved, with a text that is the same for equal data.
+    """Build the data module of a run from its saved config, with a text that is the same for equal data.
 
     Args:
         config: A run's ``config.yaml``.
@@ -186,7 +186,7 @@ def data_of(config: Path) -> tuple[str, LightningDataModule]:
 
 
 def grid(varied: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
-    """Yield every combination of the options' values, the last option's changing fastest.
+    """Yield every combination of the options' values; the last option changes fastest.
 
     Example::
 
@@ -198,11 +198,11 @@ def grid(varied: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 
 
 def points(configuration: Configuration, seeds: Sequence[int] | None, base: Path) -> list[Point]:
-    """Lay out the runs of a configuration.
+    """Plan the runs of a configuration.
 
     Args:
-        configuration: What is trained.
-        seeds: Seeds; ``None`` takes the config's own.
+        configuration: The configuration to train.
+        seeds: Seeds; ``None`` uses the config's own.
         base: The sweep's folder.
     """
     return [
@@ -212,35 +212,35 @@ def points(configuration: Configuration, seeds: Sequence[int] | None, base: Path
 
 
 def existing(checkpoint: str, base: Path) -> Point:
-    """Make a point of a checkpoint that has been trained already.
+    """Make a point from an existing checkpoint.
 
     Args:
         checkpoint: Its path, in the run folder of a ``fit``.
         base: The sweep's folder.
 
     Raises:
-        ValueError: If there is none, or no config where it lies.
+        ValueError: If there is no such checkpoint, or no config in its run folder.
     """
     path = Path(checkpoint)
     if not path.is_file():
         raise ValueError(f"`--checkpoints`: there is no file {checkpoint!r}.")
     point = Point(None, 0, Path(), trained=path)
     if not (point.run / "config.yaml").is_file():
-        raise ValueError(f"`--checkpoints`: {checkpoint} lies in no run's folder: no config.yaml in {point.run}.")
-    status = path.stat()  # a file of the same name and another content is another point
+        raise ValueError(f"`--checkpoints`: {checkpoint} is not in a run's folder: no config.yaml in {point.run}.")
+    status = path.stat()  # a file with the same name and other content is another point
     digest = hashlib.sha256(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()[:8]
     seed = int(_rebuilt(point.run / "config.yaml").config["fit"]["seed_everything"])
     return Point(None, seed, base / _folder(f"{point.run.name} {path.stem} {digest}"), trained=path)
 
 
 def with_variance(rest: Sequence[str], variance: float) -> list[str]:
-    """Add to arguments of ``fit`` what fixes the Gaussian likelihood's variance."""
+    """Add to the arguments of ``fit`` an option that fixes the Gaussian likelihood's variance."""
     kind = f"{Gaussian.__module__}.{Gaussian.__qualname__}"
     return [*rest, f"--model.likelihood={kind}", f"--model.likelihood.variance={variance!r}"]
 
 
 def _into(folder: Path) -> list[str]:
-    """Return the arguments that make a folder the run folder, and nothing but it."""
+    """Return the arguments that make a folder the run folder itself."""
     logger = "--trainer.logger"
     return [
         f"{logger}=TensorBoardLogger",
@@ -259,7 +259,7 @@ def _build(arguments: Sequence[str]) -> Unrun:
 
 
 def _rebuilt(config: Path) -> Unrun:
-    """Build a run's model and data again; the checkpoint that it went on from may be gone."""
+    """Rebuild a run's model and data; the checkpoint that it resumed from may be gone."""
     return _build(["fit", f"--config={config}", "--ckpt_path=null", "--same_run=false"])
 
 
@@ -273,7 +273,7 @@ def _folder(text: str) -> str:
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep what building a model says to the run that trains it."""
+    """Silence the output of building a model; the run that trains it prints it."""
     logging.disable(logging.INFO)
     try:
         with warnings.catch_warnings():

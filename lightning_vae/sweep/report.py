@@ -1,4 +1,4 @@
-"""What a sweep leaves: tables, figures, and TensorBoard's pages."""
+"""The report of a sweep: tables, figures, and TensorBoard's pages."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PRINTED = ("elbo", "rate", "distortion", "nll", "active_units", "above_shannon")
-_PLAIN = int | float | str | bool  # what TensorBoard takes for an option
+_PLAIN = int | float | str | bool  # types that TensorBoard accepts for an option
 _SHOWN = 16  # latent spaces in a picture
 
 
 def report(points: Sequence[Point], base: Path, projection: figures.Projection) -> None:
-    """Write the tables and the figures of what is evaluated, and print the means and where everything is.
+    """Write the tables and figures of the evaluated points, and print the means and where everything is.
 
     Args:
         points: The evaluated points.
@@ -111,7 +111,7 @@ def _evenly_spaced(items: Sequence[Any], number: int) -> list[Any]:
 
 
 def _curves(points: Sequence[Point], means: Sequence[Row]) -> dict[str, list[figures.CurvePoint]]:
-    """Gather the points that differ in beta alone, in nats."""
+    """Group the points that differ only in beta, in nats."""
     configurations = {point.configuration.digest: point.configuration for point in points if point.configuration}
     curves: dict[str, list[figures.CurvePoint]] = {}
     for row in means:
@@ -135,7 +135,7 @@ def _curves(points: Sequence[Point], means: Sequence[Row]) -> dict[str, list[fig
 
 
 def _bound(rows: Sequence[Row], sources: Iterable[LightningDataModule]) -> tuple[list[float], list[float]] | None:
-    """Compute Shannon's curve where there is one: Gaussian data, and one fixed variance."""
+    """Compute Shannon's curve if there is one: for Gaussian data and a single fixed variance."""
     spectra = {data.eigenvalues if isinstance(data, GaussianData) else None for data in sources}
     variances = {row.get("variance") for row in rows}
     (spectrum, *other_data), (variance, *other_variances) = spectra, variances
@@ -146,7 +146,7 @@ def _bound(rows: Sequence[Row], sources: Iterable[LightningDataModule]) -> tuple
 
 
 def _to_tensorboard(rows: Sequence[Row], figures: Mapping[str, Figure], base: Path) -> None:
-    """Write the figures, and each point's options and results under HParams, over those of an earlier report."""
+    """Write the figures, and each point's options and results under HParams, replacing an earlier report."""
     folder = base / "comparison"
     shutil.rmtree(folder, ignore_errors=True)
     with SummaryWriter(str(folder)) as writer:
@@ -166,7 +166,7 @@ def _to_tensorboard(rows: Sequence[Row], figures: Mapping[str, Figure], base: Pa
 
 
 def _table(means: Sequence[Row]) -> str:
-    """Lay out the means for the terminal, each with its spread."""
+    """Format the means for the terminal, each with its spread."""
     names = tables.columns(means)
     varied = [name for name in names[: names.index("beta") + 1] if name != "config_hash"]
     measured = [name for name in _PRINTED if any(f"{name}_mean" in row for row in means)]

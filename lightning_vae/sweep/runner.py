@@ -1,4 +1,4 @@
-"""A pool of processes: one for each point of a sweep, several at once."""
+"""A pool of processes, one for each point of a sweep."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from .plan import Point
 
 LOG = "sweep.log"
-"""What the process of a point has printed, in the point's folder."""
+"""File in a point's folder with the output of its process."""
 _POLL = 0.05  # seconds
 
 
@@ -26,9 +26,9 @@ def run(points: Sequence[Point], jobs: int, done: Callable[[Point], str], evalua
     """Train and evaluate points, and print a line for each with an estimate of the time left.
 
     Args:
-        points: The points. What a point has already is not done again.
+        points: The points. Finished parts of a point are not run again.
         jobs: Number of processes at once; they share the threads that torch would use.
-        done: Returns what to say about a point that is done.
+        done: Returns the text to print for a finished point.
         evaluate: Whether to evaluate them too.
 
     Returns:
@@ -39,7 +39,7 @@ def run(points: Sequence[Point], jobs: int, done: Callable[[Point], str], evalua
         for number, (point, error, seconds) in enumerate(finished, 1):
             if error:
                 failed.append(point)
-                text = f"FAILED: {error} (all it said: {point.folder / LOG})"
+                text = f"FAILED: {error} (full output: {point.folder / LOG})"
             else:
                 text = f"{done(point)} ({duration(seconds)})"
             left = remaining(time.monotonic() - begun, number, len(points), jobs)
@@ -49,7 +49,7 @@ def run(points: Sequence[Point], jobs: int, done: Callable[[Point], str], evalua
 
 
 def threads_each(jobs: int) -> int:
-    """Return the number of threads that each of so many processes gets."""
+    """Return the number of threads for each of this number of processes."""
     return max(1, torch.get_num_threads() // jobs)
 
 
@@ -60,11 +60,11 @@ class Running(NamedTuple):
     process: subprocess.Popen[bytes]
     since: float
     log_from: int
-    """Where it begins in the point's log, which holds what earlier ones have said."""
+    """Offset of its output in the point's log, which also holds the output of earlier processes."""
 
 
 def _finished(points: Sequence[Point], jobs: int, evaluate: bool) -> Generator[tuple[Point, str, float], None, None]:
-    """Yield each point as its process ends, with the reason of a failure and the seconds that it took."""
+    """Yield each point as its process ends, with the reason for a failure and the seconds that it took."""
     waiting = list(reversed(points))
     running: list[Running] = []
     try:
@@ -80,13 +80,13 @@ def _finished(points: Sequence[Point], jobs: int, evaluate: bool) -> Generator[t
                 time.sleep(_POLL)
     finally:
         for each in running:
-            _close(each)  # which ends it
+            _close(each)  # ends the process
         for each in running:
             each.process.wait()
 
 
 def start(point: Point, evaluate: bool, threads: int) -> Running:
-    """Start the process of a point. It writes what it says into the point's folder.
+    """Start the process of a point. Its output goes to a file in the point's folder.
 
     Args:
         point: The point.
@@ -99,7 +99,7 @@ def start(point: Point, evaluate: bool, threads: int) -> Running:
     with (point.folder / LOG).open("ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "lightning_vae.sweep.point", json.dumps(point.commands(evaluate))],
-            stdin=subprocess.PIPE,  # closes with this process, however that ends
+            stdin=subprocess.PIPE,  # closes when this process ends, however it ends
             stdout=log,
             stderr=log,
             env={**os.environ, **environment},
@@ -113,14 +113,14 @@ def _close(running: Running) -> None:
 
 
 def _failure(ended: Running) -> str:
-    """Return the line of the log that says why a point failed: the command line's message, else the last line."""
+    """Return the line of the log with the reason for a failure: the command line's message, else the last line."""
     code = ended.process.returncode
     if code == 0:
         return ""
     said = (ended.point.folder / LOG).read_bytes()[ended.log_from :].decode(errors="replace")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or [f"its process has ended with exit code {code}"])[-1].removeprefix("error: ")
+    return (errors or lines or [f"its process ended with exit code {code}"])[-1].removeprefix("error: ")
 
 
 def remaining(elapsed: float, done: int, total: int, jobs: int) -> float:
@@ -135,7 +135,7 @@ def remaining(elapsed: float, done: int, total: int, jobs: int) -> float:
 
 
 def duration(seconds: float) -> str:
-    """Write a duration in two units at most.
+    """Format a duration in at most two units.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""The tables of a sweep: one row a point, and means and spreads over seeds."""
+"""The tables of a sweep: one row per point, and means and spreads over seeds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Row = dict[str, Any]
 
 
 def row(point: Point, found: Mapping[str, Any], model: VAE | None, data: object) -> Row:
-    """Describe a point: what it is, what was found, and which versions made it.
+    """Return the table row of a point: its options, its results, and the versions that made it.
 
     Args:
         point: The point.
-        found: What ``test`` has found.
+        found: The results of ``test``.
         model: The trained model.
         data: Its data module.
     """
@@ -49,7 +49,7 @@ def row(point: Point, found: Mapping[str, Any], model: VAE | None, data: object)
 
 
 def fixed_variance(model: object) -> float | None:
-    """Return the variance of a Gaussian likelihood that is fixed, else ``None``."""
+    """Return the variance of a Gaussian likelihood if it is fixed, else ``None``."""
     variance = getattr(getattr(model, "likelihood", None), "variance", None)
     return float(variance) if isinstance(variance, int | float) else None
 
@@ -57,7 +57,7 @@ def fixed_variance(model: object) -> float | None:
 def summary(rows: Sequence[Row]) -> list[Row]:
     """Compute means and standard deviations (divided by n - 1) over the seeds of each configuration.
 
-    A quantity that a run does not have, or that is no number, is left out of its mean.
+    If a run lacks a quantity, or its value is not a number, the run is left out of that mean.
 
     Args:
         rows: Rows of :func:`row`.
@@ -70,7 +70,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
 
 def _summarised(group: Sequence[Row]) -> Row:
     names = columns(group)
-    options = names[: names.index("beta") + 1]  # what was asked for is the same for all seeds
+    options = names[: names.index("beta") + 1]  # the options are the same for all seeds
     result: Row = {"config": group[0]["config"], "config_hash": group[0]["config_hash"], "seeds": len(group)}
     result |= {name: group[0].get(name) for name in options if name not in ("point", "seed", *result)}
     for name in names[len(options) :]:
@@ -86,12 +86,12 @@ def _summarised(group: Sequence[Row]) -> Row:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """List every column that a row has, in the order in which they come."""
+    """List the columns of all rows, in order of first appearance."""
     return list(dict.fromkeys(name for each in rows for name in each))
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows as CSV; what a row lacks stays empty."""
+    """Write rows as CSV; missing values stay empty."""
     whole = path.with_name(f".{path.name}")
     with whole.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns(rows))

@@ -185,7 +185,7 @@ def test_what_the_step_cannot_tell_comes_from_the_checkpoint(package: str, tmp_p
     run(package, "list", tmp_path)
     model = foreign(package)()
     model.beta = 0.5  # what it happens to hold is not what the interrupted run was going to
-    with pytest.warns(UserWarning, match="the module has 0.5 now, which is not used: the run goes on to 1"):
+    with pytest.warns(UserWarning, match="the module has 0.5 now, which is not used: the run continues to 1"):
         fit(package, listed(), tmp_path / "resumed", tmp_path / "epoch=1.ckpt", model)
     assert model.used["beta"] == pytest.approx(BETAS[2 * STEPS_PER_EPOCH :])
 

@@ -433,7 +433,7 @@ def test_two_detectors_side_by_side(tmp_path):
 @pytest.mark.parametrize(("name", "key"), [(None, "latent/active_units"), ("same", "latent_same/active_units")])
 def test_two_detectors_that_would_log_the_same(tmp_path, name, key):
     detectors = [detect(path, "variance", name=name) for path in ("encoder", "other")]
-    message = f"Two CollapseDetectors log `{key}`. Tell them apart with `name=`"
+    message = f"Two CollapseDetectors log `{key}`. Distinguish them with `name=`"
     with pytest.raises(MisconfigurationException, match=message):
         fit(tmp_path, detectors[0], Two(), callbacks=detectors[1:])
     with pytest.raises(MisconfigurationException, match=message):

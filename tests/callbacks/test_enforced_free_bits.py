@@ -484,7 +484,7 @@ def test_no_graph_outlives_its_step(tmp_path: Path) -> None:
 
 # ---- what it refuses
 
-LINE = r"Put the floor into the loss.*`loss = reconstruction \+ w \* free_bits\(kl_per_dimension, self.free_bits\)`"
+LINE = r"Put the floor in the loss.*`loss = reconstruction \+ w \* free_bits\(kl_per_dimension, self.free_bits\)`"
 
 
 def refused(root: Path, model: Any, message: str, **options: Any) -> None:
@@ -528,7 +528,7 @@ def test_compiled_code_is_refused(tmp_path: Path, way: str) -> None:
         model.encoder = torch.compile(model.encoder, backend="eager")
     else:
         model.encoder.compile(backend="eager")
-    refused(tmp_path, model, "Code that `torch.compile` made")
+    refused(tmp_path, model, "Code compiled by `torch.compile`")
 
 
 def test_a_second_call_is_refused(tmp_path: Path) -> None:
@@ -577,7 +577,7 @@ def test_a_prior_that_is_no_normal_is_refused(tmp_path: Path, prior: Any, kind: 
 
 def test_a_module_with_a_floor_of_its_own_is_sent_to_free_bits(tmp_path: Path) -> None:
     floor = EnforcedFreeBits(0.5, "encoder", "beta")
-    with pytest.raises(MisconfigurationException, match=r"RecordingVAE has a `free_bits` of its own.*Use `FreeBits`"):
+    with pytest.raises(MisconfigurationException, match=r"RecordingVAE has its own `free_bits`.*Use `FreeBits`"):
         fit(tmp_path, RecordingVAE(), floor)
 
 

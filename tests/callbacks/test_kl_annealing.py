@@ -204,7 +204,7 @@ def test_a_schedule_from_nothing_to_nothing_says_so(tmp_path: Path) -> None:
 def test_another_end_than_the_configured_one_is_an_error(tmp_path: Path) -> None:
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(stop=2.0, steps=3))], max_epochs=1)
     model = RecordingVAE(beta=4.0)
-    with pytest.raises(MisconfigurationException, match=r"ends at 2, but .* `beta=4`.*Say it in one place"):
+    with pytest.raises(MisconfigurationException, match=r"ends at 2, but .* `beta=4`.*Configure it in one place"):
         trainer.fit(model, loader())
     assert model.beta == model.knobs["beta"] == 4.0
 
@@ -348,7 +348,7 @@ def test_a_changed_schedule_is_said(tmp_path: Path) -> None:
     path = checkpoint_of(tmp_path, Linear(steps=6), RecordingVAE())
     model = RecordingVAE()
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=5))], max_epochs=1)
-    with pytest.warns(UserWarning, match=r"saved under Linear\(.*steps=6.*goes on under Linear\(.*steps=5"):
+    with pytest.warns(UserWarning, match=r"saved under Linear\(.*steps=6.*continues under Linear\(.*steps=5"):
         trainer.fit(model, loader(), ckpt_path=path)
     assert betas(model) == pytest.approx([0.6, 0.8, 1.0])
 
@@ -373,7 +373,7 @@ def test_the_base_is_saved_and_comes_back(tmp_path: Path) -> None:
     left_behind = ForeignModule(beta=2.0)  # as a script might that read the value in the middle of the run
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=6))], max_epochs=1)
     # Case "other weight at resume is ignored": it is not used, and that is said.
-    with pytest.warns(UserWarning, match="began with 4; the module has 2 now, .* the run goes on to 4"):
+    with pytest.warns(UserWarning, match="began with 4; the module has 2 now, .* the run continues to 4"):
         trainer.fit(left_behind, loader(), ckpt_path=path)
     assert left_behind.used == pytest.approx([4.0 * step / 6 for step in (3, 4, 5)])
     assert left_behind.beta == 4.0

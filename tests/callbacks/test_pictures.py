@@ -286,8 +286,8 @@ def test_a_foreign_module_by_paths(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "`encode`: Foreign has nothing to call at 'encode'. It has"),
-        ({"encode": "encoder:0", "decode": "net.dec"}, "nothing to call at 'encoder'"),
+        ({}, "`encode`: Foreign has nothing callable at 'encode'. It has"),
+        ({"encode": "encoder:0", "decode": "net.dec"}, "nothing callable at 'encoder'"),
         ({"encode": "embed", "decode": "dec"}, "Did you mean 'net.dec'"),
     ],
 )

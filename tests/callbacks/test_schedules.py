@@ -278,11 +278,11 @@ def test_an_explicit_end_wins_over_the_configured_value() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
-        (Linear(stop=1.0, epochs=2), "`epochs` .* got epochs=2: how many steps an epoch has"),
-        (Constant(1.0, fraction=0.5), "`fraction` .* got fraction=0.5: how many steps the run has"),
-        (Cyclical(stop=1.0, period_epochs=2, cycles=1), "`period_epochs` .* how many steps an epoch has"),
-        (Staged([0.0, 1.0], at_fractions=[0.5]), "`at_fractions` .* how many steps the run has"),
-        (Join([Linear(stop=1.0, fraction=0.5)]), "`fraction` .* how many steps the run has"),
+        (Linear(stop=1.0, epochs=2), "`epochs` .* got epochs=2: the number of steps in an epoch"),
+        (Constant(1.0, fraction=0.5), "`fraction` .* got fraction=0.5: the number of steps in the run"),
+        (Cyclical(stop=1.0, period_epochs=2, cycles=1), "`period_epochs` .* the number of steps in an epoch"),
+        (Staged([0.0, 1.0], at_fractions=[0.5]), "`at_fractions` .* the number of steps in the run"),
+        (Join([Linear(stop=1.0, fraction=0.5)]), "`fraction` .* the number of steps in the run"),
     ],
 )
 def test_a_length_that_cannot_be_resolved_asks_for_steps(schedule: Schedule, message: str) -> None:
@@ -325,15 +325,15 @@ def test_a_length_that_cannot_be_resolved_asks_for_steps(schedule: Schedule, mes
             lambda: Cyclical(period_steps=3, shape="square"),  # type: ignore[arg-type]
             "`shape` must be one of linear, cosine, sigmoid, got 'square'",
         ),
-        (lambda: Staged([0.0, 1.0], at_steps=[1, 2]), "`at_steps` must hold one boundary fewer .* got 2 for 2"),
+        (lambda: Staged([0.0, 1.0], at_steps=[1, 2]), "`at_steps` must have one boundary fewer .* got 2 for 2"),
         (lambda: Staged([0.0, 1.0], at_steps=[0]), "`at_steps` must be an integer >= 1, got 0"),
-        (lambda: Staged([0.0, 0.5, 1.0], at_epochs=[2, 1]), r"`at_epochs` must not fall, got \[2, 1\]"),
+        (lambda: Staged([0.0, 0.5, 1.0], at_epochs=[2, 1]), r"`at_epochs` must not decrease, got \[2, 1\]"),
         (lambda: Staged([None, 1.0], at_steps=[1]), r"Only the last of `values` may be None, got \[None, 1.0\]"),
         (lambda: Staged([0.0, math.nan], at_steps=[1]), "`values` must be finite, got nan"),
         (lambda: Join([]), "`schedules` must hold at least one schedule"),
         (lambda: Join([float]), "`schedules` must hold `Schedule` objects, got <class 'float'>"),  # type: ignore[list-item]
-        (lambda: Join([Constant(0.0), Linear(steps=3)]), "`schedules` must end, all but the last, got Constant"),
-        (lambda: Join([Cyclical(period_steps=3), Linear(steps=3)]), "must end, all but the last, got Cyclical"),
+        (lambda: Join([Constant(0.0), Linear(steps=3)]), "`schedules` must all end except the last, got Constant"),
+        (lambda: Join([Cyclical(period_steps=3), Linear(steps=3)]), "must all end except the last, got Cyclical"),
     ],
 )
 def test_mistakes_are_errors_at_construction(build: Callable[[], Schedule], message: str) -> None:

@@ -317,7 +317,7 @@ def test_options_of_any_kind_are_compared(tmp_path: Path) -> None:
 
 
 def test_a_callback_that_the_checkpoint_holds_nothing_of_is_said(saved: Path) -> None:
-    with pytest.warns(UserWarning, match=r"KLAnnealing\(beta\): the checkpoint holds nothing of this callback"):
+    with pytest.warns(UserWarning, match=r"KLAnnealing\(beta\): the checkpoint holds no state of this callback"):
         go_on(saved, Adams(), callbacks=[KLAnnealing(Linear(steps=4))])
 
 
@@ -340,7 +340,7 @@ def test_accumulated_gradients_that_are_not_saved_are_said(interval: int, says: 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         go_on(min(tmp_path.glob("*.ckpt")), Adams(), limit_val_batches=1, **options)
-    assert any("does not hold those so far" in str(each.message) for each in caught) is says
+    assert any("does not hold the gradients so far" in str(each.message) for each in caught) is says
 
 
 @pytest.mark.parametrize(("shuffle", "batches", "says"), [(True, 2, True), (False, 2, False), (False, 3, True)])

@@ -125,7 +125,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, size):
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(SaveError, match=r"file/a\.ckpt can't be saved: .*; nothing is left of it"):
+    with pytest.raises(SaveError, match=r"file/a\.ckpt can't be saved: .*; no partial file is left"):
         AtomicCheckpointIO().save_checkpoint({}, tmp_path / "file" / "a.ckpt")
 
 
@@ -168,7 +168,7 @@ def test_a_flipped_bit_is_seen_or_changes_nothing(tmp_path):
 
 def test_code_in_a_checkpoint_is_refused_unless_it_is_trusted(tmp_path):
     AtomicCheckpointIO().save_checkpoint({"path": Path("x")}, tmp_path / "a.ckpt")
-    with pytest.raises(OSError, match="not a checkpoint that holds data alone"):
+    with pytest.raises(OSError, match="not a checkpoint that holds only data"):
         AtomicCheckpointIO().load_checkpoint(tmp_path / "a.ckpt")
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
@@ -353,7 +353,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing_that_was_saved(place, capsys
         patched.setattr(torch, "save", full_later)
         error = exits(LOOP, 1, capsys)
     assert f"{CHECKPOINTS / place} can't be saved: No space left on device" in error
-    assert "`--ckpt_path last --same_run true` goes on" in error
+    assert "`--ckpt_path last --same_run true` continues" in error
     assert not (RUN / "fit.json").exists()
     assert step_of(CHECKPOINTS / place) == 12
     assert not list(CHECKPOINTS.glob(".*"))
@@ -376,16 +376,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(capsys):
     (CHECKPOINTS / "step=18.ckpt").unlink()
     for content in damaged(last.read_bytes()):
         last.write_bytes(content)
-        with pytest.warns(UserWarning, match=r"last\.ckpt' can't be read\. .* It is passed over"):
+        with pytest.warns(UserWarning, match=r"last\.ckpt' can't be read\. .* It is skipped"):
             assert newest_checkpoint(RUN, resumes=True) == CHECKPOINTS / "step=12.ckpt"
         error = exits(["fit", *LINEAR, f"--ckpt_path={last}"], 2, capsys)
         assert f"'{last}' can't be read" in error
-        assert f"The newest whole one beside it is {CHECKPOINTS / 'step=12.ckpt'}" in error
+        assert f"The newest valid one in the same folder is {CHECKPOINTS / 'step=12.ckpt'}" in error
     with pytest.warns(UserWarning, match=r"last\.ckpt"):
         main([*LOOP, *each, "--trainer.max_epochs=4"])
     for path in CHECKPOINTS.iterdir():
         path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="passed over"):
+    with pytest.warns(UserWarning, match="skipped"):
         error = exits([*LOOP, "--trainer.max_epochs=5"], 2, capsys)
     assert f"No checkpoint in {RUN} can be read" in error
 
@@ -393,8 +393,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(capsys):
 def test_what_cannot_be_found_is_said(capsys):
     for arguments, message in (
         ([], "there is no checkpoint in any run of this config"),
-        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"], "TensorBoardLogger alone"),
-        (["--trainer.callbacks.dirpath=elsewhere"], "`dirpath` of a checkpoint callback is another"),
+        (["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=logs"], "only runs of TensorBoardLogger"),
+        (["--trainer.callbacks.dirpath=elsewhere"], "a checkpoint callback has another `dirpath`"),
     ):
         assert message in exits(["fit", *LINEAR, "--ckpt_path=last", *arguments], 2, capsys)
 

@@ -350,7 +350,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("emptied", "says"),
-    [("hyper_parameters", "`hyper_parameters`"), ("loops", "weights alone"), ("state_dict", "The first misfit")],
+    [("hyper_parameters", "`hyper_parameters`"), ("loops", "only weights"), ("state_dict", "The first mismatch")],
 )
 def test_an_emptied_part_of_a_checkpoint_is_named(checkpoint, emptied, says):
     torch.save({**checkpoint, emptied: {}}, "broken.ckpt")

@@ -310,7 +310,7 @@ BROKEN = {
         ["--model.likelihood=Gaussian", "--model.likelihood.variance=-1"],
         "`variance` must be a positive number",
     ),
-    "a layer of no images": (["--model.encoder=ConvEncoder", "--model.encoder.channels=[]"], "`channels` must name"),
+    "a layer of no images": (["--model.encoder=ConvEncoder", "--model.encoder.channels=[]"], "`channels` must list"),
     "a missing config": (["--config=nowhere.yaml"], "nowhere.yaml"),
     "a missing checkpoint": (["--ckpt_path=nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
     "no run to go on with": (["--same_run=true"], "`--same_run` needs `--ckpt_path`"),
@@ -320,7 +320,7 @@ BROKEN = {
     ),
     "a monitor the wrong way round": (
         ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/elbo"],
-        "higher when better",
+        "a higher ELBO is better",
     ),
     "a path that leads nowhere": (
         ["--trainer.callbacks+=KLAnnealing", "--trainer.callbacks.schedule=Linear",
@@ -333,7 +333,7 @@ BROKEN = {
     ),
     "a scheduler that minimises the elbo": (
         ["--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=val/elbo"],
-        "higher when better",
+        "a higher ELBO is better",
     ),
     "data that are not there": (
         ["--data=MNIST", "--data.root=nowhere", "--data.download=false"],
@@ -355,7 +355,7 @@ def test_wrong_input_ends_in_one_message_and_exit_code_2(case, capsys):
     assert len(error) < 500
 
 
-@pytest.mark.filterwarnings("ignore:.*the model is the checkpoint's", "ignore:.*whose scale adapts")
+@pytest.mark.filterwarnings("ignore:.*the model comes from the checkpoint", "ignore:.*whose scale adapts")
 def test_a_broken_yaml_or_checkpoint_ends_likewise(run, capsys):
     configs = ROOT / "configs"
     Path("broken.yaml").write_text("model: [")
@@ -367,11 +367,14 @@ def test_a_broken_yaml_or_checkpoint_ends_likewise(run, capsys):
     torch.save({key: value for key, value in saved.items() if key not in ("loops", "optimizer_states")}, "weights.ckpt")
     for arguments, message in (
         (["--config=broken.yaml"], "parsing"),
-        ([*DIGITS, "--ckpt_path=other.ckpt"], "is no checkpoint of a Lightning Trainer"),
-        ([*DIGITS, "--ckpt_path=weights.ckpt"], "holds weights alone"),
+        ([*DIGITS, "--ckpt_path=other.ckpt"], "is not a checkpoint of a Lightning Trainer"),
+        ([*DIGITS, "--ckpt_path=weights.ckpt"], "holds only weights"),
         ([*DIGITS, "--ckpt_path=truncated.ckpt"], "truncated.ckpt"),
         ([*DIGITS, "--ckpt_path=hello.ckpt"], "hello.ckpt"),
-        ([f"--config={configs}/linear.yaml", f"--ckpt_path={run}/checkpoints/best.ckpt"], "is of another model"),
+        (
+            [f"--config={configs}/linear.yaml", f"--ckpt_path={run}/checkpoints/best.ckpt"],
+            "does not fit the model that",
+        ),
         ([*DIGITS, f"--config={configs}/overlays/annealed.yaml"], "more than one stateful callback"),
     ):
         with pytest.raises(SystemExit) as exit_:

@@ -33,7 +33,7 @@ def test_mistakes_in_a_text_are_named(text, says):
 @pytest.mark.parametrize(
     ("text", "made", "says"),
     [
-        ("betta: {}", {}, "`betta` is no option"),
+        ("betta: {}", {}, "`betta` is not an option"),
         ("model: {init_args: {likelihood: {}}}", {"model": {"init_args": {"likelihood": {"class_path": "Gaussian"}}}},
          "`model.init_args.likelihood` must name a class"),
         ("callbacks: [{}]", {"callbacks": [{"class_path": "A"}]}, "`callbacks.0` must name a class"),

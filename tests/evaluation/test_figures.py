@@ -135,7 +135,7 @@ def test_any_space_can_be_drawn(latent_dim, labelled, projection):
         ([], batches(), "pca", "`models` must hold"),
         ([vae(2)], [], "pca", "`loader` must hold at least 2"),
         ([vae(2)], [torch.zeros(1, 6)], "pca", "`loader` must hold at least 2"),
-        ({"good": vae(2), "bad": vae(2, (5,))}, batches(), "pca", "'bad' does not take these data"),
+        ({"good": vae(2), "bad": vae(2, (5,))}, batches(), "pca", "'bad' does not accept these data"),
         ([vae(2)], batches(), "umap", "`projection` must be 'pca' or 'tsne'"),
     ],
 )

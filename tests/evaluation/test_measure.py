@@ -324,7 +324,7 @@ def test_the_dictionary_is_flat_and_has_what_a_sweep_reads():
         ({"importance_samples": 0}, "`importance_samples` must be at least 1, got 0"),
         ({"observations": 9}, "`observations` must be at least 10, got 9"),
         ({"samples": 2}, "`samples` must be at least 10, got 2"),
-        ({"own_metrics": {"nll": lambda vae, batches: 0.0}}, r"names of their own, got \['nll'\]"),
+        ({"own_metrics": {"nll": lambda vae, batches: 0.0}}, r"already taken, got \['nll'\]"),
     ],
 )
 def test_wrong_options(options, message):

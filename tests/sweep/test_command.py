@@ -164,7 +164,7 @@ def test_a_learned_variance_is_fixed_at_its_value_at_beta_1(calls, capsys):
     assert [row["beta"] for row in rows] == ["0.5", "1.0", "4.0"]
     assert [float(row["variance"]) for row in rows] == pytest.approx([learned] * 3, rel=1e-5)
     said = capsys.readouterr().out
-    assert f"The variance at every beta is what linear beta=1 seed=0 has learned: {learned:.6g}" in said
+    assert f"Variance at every beta, learned by linear beta=1 seed=0: {learned:.6g}" in said
 
 
 @pytest.mark.exhaustive
@@ -204,7 +204,7 @@ def test_trained_checkpoints_are_compared_too(calls, capsys):
     checkpoint = "logs/linear/version_0/checkpoints/best.ckpt"
     with pytest.raises(SystemExit):
         main([*SWEEP, "--ckpt_path", checkpoint])
-    assert "give `--checkpoints`" in capsys.readouterr().err
+    assert "use `--checkpoints`" in capsys.readouterr().err
     main([*SWEEP, "--checkpoints", checkpoint])
     assert kinds(calls) == ["test", "fit", "test"]
     rows = table("results")

@@ -85,7 +85,7 @@ def test_a_process_that_fails_is_quoted_by_its_own_message(tmp_path, capsys):
     point = Point(tmp_path / "point", test=["test", "--config", LINEAR, "--ckpt_path=nowhere.ckpt"])
     assert runner.run([point], 1, lambda _: "done") == [point]
     said = capsys.readouterr().out
-    assert "point: FAILED: `--ckpt_path`: there is no file 'nowhere.ckpt'. (all it said: " in said
+    assert "point: FAILED: `--ckpt_path`: there is no file 'nowhere.ckpt'. (full output: " in said
     assert (tmp_path / "point" / runner.LOG).read_text().startswith("error: of the time before\nerror: ")
 
 
@@ -98,7 +98,7 @@ def test_a_process_that_says_nothing_is_quoted_by_its_exit_code(tmp_path, monkey
     (tmp_path / "point").mkdir()
     (tmp_path / "point" / runner.LOG).touch()
     runner.run([Point(tmp_path / "point")], 1, lambda _: "done")
-    assert "FAILED: its process has ended with exit code 3" in capsys.readouterr().out
+    assert "FAILED: its process ended with exit code 3" in capsys.readouterr().out
 
 
 def test_what_interrupts_the_pool_ends_its_processes(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_sweep_that_is_stopped_leaves_no_process_behind(stop):
         said = process.communicate()[1]  # the children write elsewhere
     if stop != signal.SIGKILL:
         assert process.returncode == 130
-        assert said.endswith("Stopped. The same command goes on from here.\n")
+        assert said.endswith("Stopped. The same command continues from here.\n")
         assert "Traceback" not in said
     for _ in range(300):  # they share its process group
         try:

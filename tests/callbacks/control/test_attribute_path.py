@@ -197,7 +197,7 @@ def test_filling_a_compiled_buffer_changes_what_is_computed() -> None:
             r"Model has no 'kld_weight'. Did you mean 'params.kld_weight' or 'loss.kld_weight' or 'compiled",
         ),
         ("unready", r"Model.unready can't be read when fitting starts: AttributeError.*built_later"),
-        ("nothing.beta", r"what should have 'beta' is None when fitting starts"),
+        ("nothing.beta", r"the owner of 'beta' is None when fitting starts"),
         ("refusing", r"can't be read: RuntimeError\('call configure\(\) first'\)"),
     ],
 )
@@ -233,7 +233,7 @@ def test_a_path_to_something_that_is_no_number(path: str, message: str) -> None:
 
 @pytest.mark.parametrize("path", ["read_only", "computed"])
 def test_a_number_that_cannot_be_set_says_what_to_do_at_once(path: str) -> None:
-    with pytest.raises(ValueError, match=r"can't be set .*Name what it is computed from.*, or pass `setter=`"):
+    with pytest.raises(ValueError, match=r"can't be set .*Name its source, or pass `setter=`"):
         AttributePath(Model(), path)
 
 
@@ -250,7 +250,7 @@ def test_a_method_that_does_more_than_return_a_number_is_left_alone(path: str) -
 
 @pytest.mark.parametrize("path", ["read_only", "by_epoch"])
 def test_a_read_only_number_is_refused_with_the_way_out(path: str) -> None:
-    with pytest.raises(ValueError, match=rf"`attribute='{path}'` can't be set .*Name what it is computed from, or"):
+    with pytest.raises(ValueError, match=rf"`attribute='{path}'` can't be set .*Name its source, or"):
         AttributePath(Model(), path)
 
 

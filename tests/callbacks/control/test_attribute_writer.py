@@ -85,7 +85,7 @@ def test_that_something_else_sets_the_number_is_said_once_with_both_values(
     assert message.startswith(
         f"KLAnnealing({attribute.split('.')[-1]}): `{attribute}` was set to 0.2 for step 1, and after it is 0.75: "
     )
-    assert "Take one out." in message
+    assert "Remove one of them." in message
 
 
 def test_another_callback_is_noticed(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_a_run_that_ends_without_its_hooks_leaves_the_target(tmp_path: Path) -> 
         ({"register_schedule": max, "remove_schedule": max}, "framework.remove_schedule("),
         (
             {"warmup_epochs": 10, "warmed_up": None},
-            "Switch off what the module does itself, which `warmup_epochs=10` may",
+            "Switch off the module's own schedule, perhaps `warmup_epochs=10`.",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_validation_that_does_not_see_the_target_is_told(tmp_path: Path) -> No
             self.beta = 0.123
 
     annealing = KLAnnealing(Linear(stop=2.0, steps=5), probe=False)
-    with pytest.warns(UserWarning, match=r"validation should see `beta` at its target, 2, and sees 0.123") as caught:
+    with pytest.warns(UserWarning, match=r"validation should see `beta` at its target, 2, but sees 0.123") as caught:
         quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=2, num_sanity_val_steps=0).fit(
             Resets(), loader(), loader()
         )

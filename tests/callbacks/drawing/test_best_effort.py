@@ -18,7 +18,7 @@ def test_each_failure_is_said_once():
     with pytest.warns(UserWarning, match="can't be shown") as said:
         fail_often()
     assert [str(warning.message) for warning in said] == [
-        f"Pictures: {what} can't be shown (ValueError: number 0). Training goes on without it."
+        f"Pictures: {what} can't be shown (ValueError: number 0). Training continues without it."
         for what in ("the samples", "the curves")
     ]
     with warnings.catch_warnings():

@@ -160,7 +160,7 @@ def test_what_weights_of_other_projects_come_to(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"reads": "not"}, "whatever `kl_weight` is. In this batch it doesn't read the number"),
+        ({"reads": "not"}, "whatever `kl_weight` is. In this batch the loss doesn't read the number"),
         ({"reads": "squared"}, "grows with the square of `kl_weight`"),
         ({"rate": "twice"}, "Is the weight applied twice, or does the KL lack its factor of 1/2?"),
     ],
@@ -281,10 +281,10 @@ def test_a_weight_whose_effect_drowns_is_not_called_ignored(tmp_path: Path, say:
 
 
 def test_a_weight_that_is_0_at_first_is_said_to_be_so_in_this_batch(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"In this batch it") as caught:
+    with pytest.warns(UserWarning, match=r"In this batch the loss") as caught:
         fit(tmp_path, LateKL())
     text = " ".join(" ".join(str(each.message) for each in caught).split())
-    assert "or multiplies it by something that is 0" in text
+    assert "or multiplies it by 0" in text
 
 
 @pytest.mark.parametrize("distortion", ["half", "bce"])

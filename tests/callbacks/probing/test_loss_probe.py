@@ -163,9 +163,9 @@ class Compiled(Stateful):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Manual, "its training step optimizes"),
+        (Manual, "its training step runs the optimizer"),
         (Fetches, "its training step fetches batches"),
-        (Schedules, "it touches `_lightning_optimizers` of the Trainer"),
+        (Schedules, "it uses `_lightning_optimizers` of the Trainer"),
         (Fails, "a copy raised RuntimeError('a weight of 0')"),
         (Skips, "it returned NoneType"),
         (Large, "a copy of it would be large"),

@@ -32,9 +32,9 @@ def test_the_prior_is_standard_normal_unless_the_module_says_otherwise():
     [
         (torch.zeros(3, 5), 1, r"`chunk=1` must be an axis of even size.* got a tensor of shape \(3, 5\)"),
         (torch.zeros(3, 0), 1, "must be an axis of even size"),
-        (torch.zeros(3, 4), 2, r"`chunk=2` must be an axis behind the first.*\(3, 4\)"),
-        (torch.zeros(4, 4), -2, "`chunk=-2` must be an axis behind the first"),
-        (torch.zeros(4), 1, "must be an axis behind the first"),
+        (torch.zeros(3, 4), 2, r"`chunk=2` must be an axis after the first.*\(3, 4\)"),
+        (torch.zeros(4, 4), -2, "`chunk=-2` must be an axis after the first"),
+        (torch.zeros(4), 1, "must be an axis after the first"),
         ((MEAN, SECOND), 1, r"`chunk=1` splits one tensor into mean and log_variance, got a tuple of 2"),
         (Normal(MEAN, SECOND), 1, "splits one tensor into mean and log_variance, got a Normal"),
         (torch.zeros(3, 4), None, r"got a tensor of shape \(3, 4\).*`chunk=1`"),
