@@ -1,23 +1,12 @@
 import copy
-import csv
 import functools
 import math
-import pickle
-from collections import defaultdict
-from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    EarlyStopping,
-    EMAWeightAveraging,
-    ModelCheckpoint,
-)
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.imports import RequirementCache
 from torch import distributions as td
 from torch import nn
 
@@ -29,52 +18,14 @@ from lightning_vae import (
     ConvEncoder,
     DiscretisedLogistic,
     Gaussian,
-    LastCheckpoint,
-    MLPDecoder,
     MLPEncoder,
 )
-from lightning_vae.callbacks import CollapseDetector, KLAnnealing, Linear
+from lightning_vae.callbacks import CollapseDetector
 from lightning_vae.datamodules import Digits, TensorLoader
 from lightning_vae.noise import _POSTERIOR_SEED, uniform_by_index
+from tests.image_vae import LEVELS, SHAPE, LaplaceEncoder, images, loader, rows, small, small_like, trainer
 
-SHAPE, LEVELS = (1, 4, 4), 17
 OPTIMAL = functools.partial(Gaussian, variance="optimal")
-
-
-def images(n=70, shape=SHAPE, levels=LEVELS):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, levels, (n, *shape), generator=generator, dtype=torch.uint8)
-
-
-def loader(n=70, batch_size=16, **options):
-    return TensorLoader({"x": images(n), "label": torch.arange(n) % 3}, batch_size=batch_size, **options)
-
-
-def trainer(tmp_path, **options):
-    defaults = {"accelerator": "cpu", "max_epochs": 2, "logger": False, "enable_checkpointing": False,
-                "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}  # fmt: skip
-    return pl.Trainer(**{**defaults, **options})
-
-
-def small(**options):
-    return VAE(**{"shape": SHAPE, "levels": LEVELS, "latent_dim": 3, **options})
-
-
-class OwnEncoder(nn.Module):
-    def __init__(self, shape, latent_dim, width=8):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(math.prod(shape), width), nn.Tanh(), nn.Linear(width, 2 * latent_dim)
-        )
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-class LaplaceEncoder(OwnEncoder):
-    def forward(self, x):
-        loc, log_scale = self.layers(x).chunk(2, 1)
-        return td.Laplace(loc, log_scale.exp())
 
 
 # ---- the formula
@@ -99,17 +50,6 @@ def test_terms_are_the_elbos():
     torch.testing.assert_close(many, expected, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("encoder", [None, OwnEncoder, LaplaceEncoder, functools.partial(OwnEncoder, width=4)])
-def test_an_encoder_may_return_a_pair_a_tensor_or_a_distribution(encoder):
-    vae = small(encoder=encoder)
-    posterior = vae.encode(images(5))
-    assert posterior.batch_shape == (5, 3)
-    assert vae.elbo_terms(images(5)).rate_per_dimension.shape == (5, 3)
-    if isinstance(posterior, td.Laplace):  # no closed form: the same sample's estimate
-        terms = vae.elbo_terms(images(5), torch.arange(5))
-        assert terms.rate_per_dimension.isfinite().all()
-
-
 def test_encode_decode_reconstruct_and_sample_in_the_datas_scale():
     vae = small()
     x = images(5)
@@ -122,13 +62,6 @@ def test_encode_decode_reconstruct_and_sample_in_the_datas_scale():
     torch.testing.assert_close(vae.encode(x).mean, small_like(vae)(x / 16.0))
 
 
-def small_like(vae):
-    """The same networks behind data that are scaled already."""
-    other = VAE(SHAPE, latent_dim=3)
-    other.load_state_dict(vae.state_dict())
-    return lambda x: other.encode(x).mean
-
-
 @pytest.mark.parametrize(
     ("shape", "levels", "likelihood"),
     [((1, 4, 4), 256, Bernoulli), ((3, 4, 4), 256, DiscretisedLogistic), ((5,), None, Gaussian)],
@@ -137,24 +70,7 @@ def test_likelihood_goes_by_the_data(shape, levels, likelihood):
     assert type(VAE(shape, levels).likelihood) is likelihood
 
 
-# ---- knobs
-
-
-def test_knobs_are_float32_buffers_that_a_number_fills():
-    vae = small(beta=4, free_bits=0.5)
-    beta = vae.beta
-    vae.beta = torch.tensor(0.25, dtype=torch.bfloat16)
-    assert vae.beta is beta
-    assert (vae.beta.item(), vae.beta.dtype, vae.beta.ndim) == (0.25, torch.float32, 0)
-    assert {"beta", "free_bits"} <= dict(vae.named_buffers()).keys()
-    assert not {"beta", "free_bits"} & vae.state_dict().keys()
-    assert vae.knobs == {"beta": 0.25, "free_bits": 0.5}  # outside of a fit it is configured
-    assert (vae.hparams["beta"], vae.hparams_initial["beta"]) == (0.25, 0.25)
-    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.float32):
-        vae.beta = 0.1
-        vae.to(dtype)
-        assert vae.beta.dtype == torch.float32
-        assert vae.beta.item() == pytest.approx(0.1, rel=1e-7)
+# ---- the loss
 
 
 def test_loss_is_distortion_plus_beta_times_the_floored_rate(tmp_path):
@@ -216,33 +132,6 @@ def test_validation_floors_the_mean_over_the_whole_set(tmp_path):
     assert by_batch > measured * 1.01
 
 
-def test_moving_a_knob_within_a_fit_does_not_configure_it(tmp_path):
-    class Mover(pl.Callback):
-        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            pl_module.beta = 0.2
-
-        def on_validation_start(self, trainer, pl_module):
-            pl_module.beta = 0.3
-
-        def on_train_end(self, trainer, pl_module):
-            pl_module.beta = 0.4
-
-    vae = small()
-    trainer(tmp_path, callbacks=[Mover()]).fit(vae, loader(), loader())
-    assert (vae.beta.item(), vae.knobs["beta"], vae.hparams["beta"]) == (pytest.approx(0.4), None, None)
-    vae.beta = 0.5
-    assert (vae.beta.item(), vae.knobs["beta"], vae.hparams["beta"]) == (0.5, 0.5, 0.5)
-
-
-@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
-def test_an_assignment_refuses_what_the_constructor_refuses(value):
-    """Case "beta set to nonsense"."""
-    vae = small(beta=2.0)
-    with pytest.raises(ValueError, match=f"`beta` must be a finite number of at least 0, got {value}"):
-        vae.beta = value
-    assert (vae.beta.item(), vae.knobs["beta"]) == (2.0, 2.0)
-
-
 def test_at_beta_one_validation_loss_is_minus_the_elbo(tmp_path):
     run = trainer(tmp_path)
     run.fit(small(), loader(), loader())
@@ -279,40 +168,6 @@ def test_beta_with_an_adaptive_scale_warns(variance):
 # ---- what is logged
 
 
-def rows(path):
-    with open(path / "metrics.csv") as file:
-        return list(csv.DictReader(file))
-
-
-def test_training_terms_are_means_since_they_were_last_logged(tmp_path):
-    losses = defaultdict(list)
-
-    class Recorder(VAE):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            losses[self.current_epoch].append((loss.item(), len(batch["x"])))
-            return loss
-
-        def on_train_epoch_end(self):
-            super().on_train_epoch_end()
-            seen = losses[self.current_epoch]
-            expected = sum(value * count for value, count in seen) / sum(count for _, count in seen)
-            assert self.trainer.callback_metrics["train/loss"] == pytest.approx(expected, rel=1e-5)
-
-    logger = CSVLogger(tmp_path, name="run", version=0)
-    trainer(tmp_path, max_epochs=3, logger=logger, log_every_n_steps=4).fit(
-        Recorder(SHAPE, LEVELS, latent_dim=3), loader()
-    )
-
-    flat = [entry for epoch in range(3) for entry in losses[epoch]]  # 15 batches of 16, 16, 16, 16, 6
-    logged = [(int(row["step"]), float(row["train/loss"])) for row in rows(tmp_path / "run" / "version_0")]
-    assert [step for step, _ in logged] == [3, 7, 11]
-    for start, (_, value) in zip((0, 4, 8), logged, strict=True):
-        window = flat[start : start + 4]
-        expected = sum(loss * count for loss, count in window) / sum(count for _, count in window)
-        assert value == pytest.approx(expected, rel=1e-5)
-
-
 def test_keys(tmp_path):
     logger = CSVLogger(tmp_path, name="run", version=0)
     run = trainer(tmp_path, logger=logger, log_every_n_steps=1)
@@ -332,40 +187,6 @@ def test_nothing_is_logged_between_logging_steps(tmp_path, monkeypatch):
     monkeypatch.setattr(VAE, "log_dict", lambda self, *args, **kwargs: calls.append(self.trainer.global_step))
     trainer(tmp_path, max_epochs=1, logger=True, log_every_n_steps=4).fit(small(), loader(160))  # 10 batches
     assert calls == [3, 3, 7, 7]  # in the fourth and eighth step
-
-
-def test_an_epoch_mean_can_be_monitored(tmp_path):
-    checkpoint = ModelCheckpoint(tmp_path, monitor="train/elbo", mode="max", save_on_train_epoch_end=True)
-    trainer(tmp_path, callbacks=[checkpoint], enable_checkpointing=True, log_every_n_steps=1000).fit(small(), loader())
-    assert checkpoint.best_model_score is not None
-
-
-@pytest.mark.skipif(not RequirementCache("lightning>=2.6"), reason="before, the last was always saved")
-@pytest.mark.parametrize(
-    ("options", "others", "warns"),
-    [
-        ({}, [], True),
-        ({}, [LastCheckpoint()], False),
-        ({}, [ModelCheckpoint()], False),
-        ({}, [ModelCheckpoint(save_top_k=0)], True),
-        ({}, [ModelCheckpoint(save_weights_only=True)], True),
-        ({}, [ModelCheckpoint(monitor="val/rate")], True),
-        ({"save_top_k": -1}, [], False),
-        ({"every_n_train_steps": 2}, [], False),
-        ({"monitor": None, "save_weights_only": True}, [], False),  # its last is the last
-    ],
-)
-def test_a_last_checkpoint_that_is_not_the_last_is_said(tmp_path, options, others, warns):
-    options = {"monitor": "val/loss", "filename": "best", "save_last": True, **options}
-    callbacks = [ModelCheckpoint(**options), *others]
-    with pytest.warns(UserWarning, match="only when the model is among the best") if warns else nullcontext():
-        trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True).fit(small(), loader(), loader())
-
-
-@pytest.mark.parametrize("callback", [EarlyStopping("val/elbo"), ModelCheckpoint(monitor="train/elbo", mode="min")])
-def test_minimising_the_elbo_is_refused(tmp_path, callback):
-    with pytest.raises(MisconfigurationException, match="a higher ELBO is better"):
-        trainer(tmp_path, callbacks=[callback], enable_checkpointing=True).fit(small(), loader(), loader())
 
 
 # ---- evaluation
@@ -405,22 +226,6 @@ def test_predict_returns_means_and_whose_they_are(tmp_path):
     assert torch.equal(torch.cat([batch["index"] for batch in batches]), torch.arange(70))
     assert torch.equal(torch.cat([batch["label"] for batch in batches]), torch.arange(70) % 3)
     torch.testing.assert_close(torch.cat([batch["mean"] for batch in batches]), vae.encode(images()).mean)
-
-
-@pytest.mark.parametrize(
-    ("batch", "options", "message"),
-    [
-        (torch.rand(8, 5, 5), {}, "`shape` is"),
-        ("text", {}, "A batch must be"),
-        (torch.rand(8, *SHAPE), {}, "as if already scaled"),
-        (images(8) * 2, {"levels": 3}, "needs data from 0 to 2"),
-        (torch.randn(8, *SHAPE), {"levels": None}, "needs data from 0 to 1"),
-    ],
-)
-def test_data_in_another_shape_or_scale_are_refused(tmp_path, batch, options, message):
-    data = torch.utils.data.DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path, num_sanity_val_steps=0).fit(small(**options), data)
 
 
 # ---- precision
@@ -482,18 +287,11 @@ def test_a_cast_outside_of_lightning_is_followed():
             {"decoder": lambda k, shape: nn.Sequential(nn.Linear(k, 16), nn.Unflatten(1, (4, 4)))},
             r"`decoder` must give shape \(5, 1, 4, 4\), got \(5, 4, 4\)",
         ),
-        ({"encoder": lambda shape, k: OwnEncoder(shape, 1)}, r"`encoder` must give .* \(5, 3\) each.*got \(5, 1\)"),
-        ({"encoder": lambda shape, k: IndependentEncoder(shape, k)}, r"`encoder` must give .* no event shape.*\(3,\)"),
     ],
 )
 def test_networks_of_another_shape_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         small(**options).elbo_terms(images(5))
-
-
-class IndependentEncoder(LaplaceEncoder):
-    def forward(self, x):
-        return td.Independent(super().forward(x), 1)
 
 
 @pytest.mark.filterwarnings("ignore:CollapseDetector")  # nothing was trained
@@ -545,167 +343,6 @@ def test_a_module_can_be_copied_after_a_fit(tmp_path):
     vae = small()
     trainer(tmp_path).fit(vae, loader())
     copy.deepcopy(vae)
-
-
-# ---- checkpoints
-
-
-def fitted(tmp_path, vae):
-    run = trainer(tmp_path, max_epochs=1)
-    run.fit(vae, loader())
-    run.save_checkpoint(tmp_path / "vae.ckpt")
-    return tmp_path / "vae.ckpt"
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"encoder": OwnEncoder, "decoder": functools.partial(MLPDecoder, hidden=(5, 6))},
-        {"encoder": ConvEncoder, "decoder": ConvDecoder, "likelihood": functools.partial(Gaussian, variance="optimal")},
-        {"encoder": {"class_path": "lightning_vae.networks.MLPEncoder", "init_args": {"hidden": [9]}}},
-        {"free_bits_per": 3, "free_bits": 0.2, "beta": 0.3},
-    ],
-)
-def test_checkpoints_load_without_another_argument(tmp_path, options):
-    vae = small(**options)
-    path = fitted(tmp_path, vae)
-    loaded = VAE.load_from_checkpoint(path, weights_only=True)
-    assert loaded.knobs == vae.knobs
-    assert loaded.beta == vae.beta
-    torch.testing.assert_close(loaded.reconstruct(images(4)), vae.reconstruct(images(4)), rtol=0, atol=0)
-
-
-def test_an_argument_replaces_the_checkpoints(tmp_path):
-    path = fitted(tmp_path, small(beta=4.0, free_bits_per="dimension"))
-    loaded = VAE.load_from_checkpoint(path, weights_only=True, beta=1.0, free_bits_per="whole")
-    assert (loaded.beta.item(), loaded.knobs["beta"], loaded.free_bits_per) == (1.0, 1.0, "whole")
-
-
-def test_a_default_that_is_written_out_is_configured(tmp_path):
-    for beta in (1.0, 0.5):
-        with pytest.raises(MisconfigurationException, match="Configure it in one place"):
-            trainer(tmp_path, callbacks=[KLAnnealing(Linear(stop=4.0, steps=3))]).fit(small(beta=beta), loader())
-
-
-def test_an_instance_of_ones_own_must_be_passed_again(tmp_path):
-    path = fitted(tmp_path, small(encoder=OwnEncoder(SHAPE, 3)))
-    with pytest.raises(ValueError, match=r"`encoder` was given as an instance of .*OwnEncoder.*encoder=\.\.\."):
-        VAE.load_from_checkpoint(path, weights_only=True)
-    loaded = VAE.load_from_checkpoint(path, weights_only=True, encoder=OwnEncoder(SHAPE, 3))
-    assert loaded.sample(2).shape == (2, *SHAPE)
-
-
-def test_a_checkpoint_can_name_networks_only(tmp_path):
-    path = fitted(tmp_path, small())
-    checkpoint = torch.load(path, weights_only=True)
-    for name in ("os.system", "nowhere.Encoder", "lightning_vae.networks.Missing", "builtins.print"):
-        checkpoint["hyper_parameters"]["encoder"] = {"class_path": name, "init_args": {}}
-        torch.save(checkpoint, path)
-        with pytest.raises(ValueError, match="`encoder`"):
-            VAE.load_from_checkpoint(path, weights_only=True)
-
-
-def test_parts_that_are_no_network_are_refused():
-    with pytest.raises(TypeError, match=r"`encoder` must be an nn.Module, or a class or callable that makes one"):
-        small(encoder=lambda shape, latent_dim: 3)
-    with pytest.raises(TypeError, match="`decoder`"):
-        small(decoder="mlp")
-
-
-def test_a_subclass_with_arguments_of_its_own_loads(tmp_path):
-    path = fitted(tmp_path, Subclass(width=7))
-    assert Subclass.load_from_checkpoint(path, weights_only=True).hparams["width"] == 7
-
-
-class Subclass(VAE):
-    def __init__(self, width=5, shape=SHAPE, levels=LEVELS):
-        super().__init__(shape, levels, encoder=functools.partial(MLPEncoder, hidden=(width,)))
-
-
-def test_an_assignment_outside_a_fit_is_in_the_checkpoint(tmp_path):
-    vae = small(beta=1.0)
-    vae.beta = 4.0
-    path = fitted(tmp_path, vae)
-    loaded = VAE.load_from_checkpoint(path, weights_only=True)
-    assert (loaded.beta.item(), loaded.knobs["beta"], loaded.hparams["beta"]) == (4.0, 4.0, 4.0)
-    validated = small()
-    trainer(tmp_path).validate(validated, loader(), path, verbose=False)
-    assert validated.beta.item() == 4.0
-
-
-class Weighted(VAE):
-    def __init__(self, weight=2.0):
-        super().__init__(SHAPE, LEVELS, latent_dim=3, beta=weight)
-
-
-def test_an_argument_that_becomes_a_knob_replaces_the_checkpoints(tmp_path):
-    path = fitted(tmp_path, Weighted())
-    assert Weighted.load_from_checkpoint(path, weights_only=True).beta == 2.0
-    assert Weighted.load_from_checkpoint(path, weights_only=True, weight=5.0).beta == 5.0
-
-
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-def test_an_evaluation_takes_the_checkpoints_knobs(tmp_path, stage):
-    path = fitted(tmp_path, small(beta=4.0, free_bits=0.5))
-    vae = small(beta=2.0)
-    getattr(trainer(tmp_path), stage)(vae, loader(), ckpt_path=path)
-    assert (vae.beta.item(), vae.free_bits.item()) == (4.0, 0.5)
-    assert vae.knobs == {"beta": 2.0, "free_bits": None}
-    trainer(tmp_path, max_epochs=1).fit(vae, loader())
-    assert vae.beta == 2.0, "training is at what the module is configured with"
-
-
-@pytest.mark.filterwarnings("ignore:The training data come from a DataLoader")
-def test_a_configured_knob_wins_over_the_checkpoint_that_a_fit_goes_on_from(tmp_path):
-    path = fitted(tmp_path, small(beta=4.0, free_bits=0.5))
-    vae = small(beta=2.0)
-    with pytest.warns(UserWarning, match=r"saved with `beta=4`; the run continues with `beta=2`") as caught:
-        trainer(tmp_path, max_epochs=2).fit(vae, loader(), ckpt_path=path)
-    assert sum("`beta=" in str(each.message) for each in caught) == 1
-    assert (vae.beta.item(), vae.free_bits.item()) == (2.0, 0.5)
-    same = small(beta=4.0)
-    trainer(tmp_path, max_epochs=2).fit(same, loader(), ckpt_path=path)  # a warning would be an error
-
-
-@pytest.mark.parametrize("use_buffers", [True, False])
-@pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("annealed", [True, False])
-def test_under_weight_averaging_validation_and_checkpoints_keep_the_target(tmp_path, use_buffers, first, annealed):
-    """Case "averaged weights average beta", on the VAE. A mean of 0.1's in float32 is not 0.1."""
-    seen = []
-
-    class Watch(pl.Callback):
-        def on_validation_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            seen.append(pl_module.beta.item())
-
-    save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2, save_last=True)
-    weights = ModelCheckpoint(tmp_path, "weights-{step}", save_top_k=-1, every_n_train_steps=3, save_weights_only=True)
-    callbacks = [EMAWeightAveraging(decay=0.9, use_buffers=use_buffers)]
-    callbacks += [KLAnnealing(Linear(fraction=0.5))] if annealed else []
-    callbacks = [*(callbacks if first else callbacks[::-1]), Watch(), save, weights]
-    run = trainer(tmp_path, callbacks=callbacks, max_epochs=4, enable_checkpointing=True)
-    vae = small(beta=0.1)
-    run.fit(vae, loader(), loader())
-    target = torch.tensor(0.1).item()
-    assert set(seen) == {target}
-    assert vae.beta.item() == target
-    metrics = {name: float(value) for name, value in run.callback_metrics.items()}
-    assert metrics["val/loss"] == pytest.approx(metrics["val/distortion"] + 0.1 * metrics["val/rate"], rel=1e-6)
-    files = list(tmp_path.glob("*.ckpt"))
-    assert len(files) > 10
-    for file in files:
-        assert torch.load(file, weights_only=True)["lightning_vae"]["knob_values"]["beta"] == target
-        assert VAE.load_from_checkpoint(file, weights_only=True).beta.item() == target
-
-
-def test_a_copy_has_knobs_of_its_own():
-    vae = small(beta=2.0)
-    twin = pickle.loads(pickle.dumps(vae))
-    twin.beta = 3.0
-    assert (vae.beta.item(), twin.beta.item(), copy.deepcopy(twin).beta.item()) == (2.0, 3.0, 3.0)
-    vae.share_memory()
-    assert not pickle.loads(pickle.dumps(vae)).beta.is_shared()
 
 
 # ---- several processes
@@ -772,50 +409,7 @@ def test_a_subclass_may_take_a_hook_for_itself(tmp_path):
     assert loop.logged_metrics["train/loss"].isfinite()
 
 
-# ---- what is observed
-
-
-def test_a_batch_is_observed_in_every_scale():
-    vae, x = small(), images(5)
-    observations = vae.observe({"x": x, "index": torch.arange(5, 10), "label": torch.arange(5)})
-    assert torch.equal(observations.x, x)
-    torch.testing.assert_close(observations.scaled, x / 16)
-    assert torch.equal(observations.observed, vae.likelihood.observe(x / 16, torch.arange(5, 10)))
-    assert torch.equal(observations.label, torch.arange(5))
-    twin = small_like(vae)
-    torch.testing.assert_close(vae.encode(observations).mean, twin(observations.observed))
-    terms, again = vae.elbo_terms(observations), vae.elbo_terms(x, torch.arange(5, 10))
-    assert torch.equal(terms.distortion, again.distortion)
-    first, second = observations.split(3)
-    assert (first.index.tolist(), second.index.tolist()) == ([5, 6, 7], [8, 9])
-    assert torch.equal(vae.observe({"x": x[3:], "index": torch.arange(8, 10)}).observed, second.observed)
-
-
-@pytest.mark.parametrize(
-    ("batch", "label"),
-    [
-        (images(3), None),
-        ([images(3)], None),
-        ([images(3), torch.arange(3)], [0, 1, 2]),
-        ([images(3), torch.zeros(3, 2)], None),
-        ({"x": images(3)}, None),
-    ],
-)
-def test_observations_without_an_index_are_counted(batch, label):
-    observations = small().observe(batch, first=4)
-    assert observations.index.tolist() == [4, 5, 6]
-    assert (None if observations.label is None else observations.label.tolist()) == label
-
-
-def test_labels_may_be_anything():
-    assert small().observe({"x": images(3), "label": ["a", "b", "c"]})[1:].label == ["b", "c"]
-
-
-def test_the_first_batch_is_checked_for_its_scale():
-    vae = small()
-    with pytest.raises(ValueError, match="as if already scaled"):
-        vae.observe(images(3) / 16)
-    vae.observe(images(3) / 16, first=3)
+# ---- checkpoints of earlier versions
 
 
 def test_a_checkpoint_of_an_earlier_version_loads():

@@ -1,21 +1,25 @@
 """A loss that is no number ends the run, says where it began, and is never saved."""
 
 import math
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
 
+from lightning_vae import LastCheckpoint
 from lightning_vae.checkpoints.exact_resume import ExactResume
 from lightning_vae.checkpoints.guards import Guards
 from lightning_vae.datamodules import TensorLoader
 from lightning_vae.main import main
-from lightning_vae.running_sums import RunningSums
 from tests.doubles import RecordingVAE, quiet_trainer
+from tests.image_vae import loader, small, trainer
 
 
 class Failing(RecordingVAE):
@@ -82,22 +86,6 @@ def test_large_parameters_are_saved(tmp_path: Path) -> None:
     assert (tmp_path / "saved.ckpt").exists()
 
 
-def test_running_sums_are_those_of_all_batches_however_they_are_asked_for() -> None:
-    values = torch.rand(150, 2, generator=torch.Generator().manual_seed(0))
-    sums = RunningSums(2)
-    for number, row in enumerate(values):
-        sums.add(row, count=number)
-        if number in (10, 70):
-            copy = RunningSums(2)
-            copy.load(sums.state())
-            sums = copy
-        if number == 99:
-            torch.testing.assert_close(sums.epoch(), torch.cat([values[:100].sum(0), torch.tensor([4950.0])]))
-    assert sums.first_not_finite() is None
-    torch.testing.assert_close(sums.flush(), torch.cat([values.sum(0), torch.tensor([11175.0])]))
-    torch.testing.assert_close(sums.epoch(), torch.cat([values[100:].sum(0), torch.tensor([6225.0])]))
-
-
 def test_the_command_line_says_it_without_a_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -152,3 +140,34 @@ def test_weights_alone_are_checked_and_hold_the_knobs(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         vae.trainer.save_checkpoint(tmp_path / "broken.ckpt", weights_only=True)
     assert not (tmp_path / "broken.ckpt").exists()
+
+
+# ---- what a run monitors
+
+
+@pytest.mark.skipif(not RequirementCache("lightning>=2.6"), reason="before, the last was always saved")
+@pytest.mark.parametrize(
+    ("options", "others", "warns"),
+    [
+        ({}, [], True),
+        ({}, [LastCheckpoint()], False),
+        ({}, [ModelCheckpoint()], False),
+        ({}, [ModelCheckpoint(save_top_k=0)], True),
+        ({}, [ModelCheckpoint(save_weights_only=True)], True),
+        ({}, [ModelCheckpoint(monitor="val/rate")], True),
+        ({"save_top_k": -1}, [], False),
+        ({"every_n_train_steps": 2}, [], False),
+        ({"monitor": None, "save_weights_only": True}, [], False),  # its last is the last
+    ],
+)
+def test_a_last_checkpoint_that_is_not_the_last_is_said(tmp_path, options, others, warns):
+    options = {"monitor": "val/loss", "filename": "best", "save_last": True, **options}
+    callbacks = [ModelCheckpoint(**options), *others]
+    with pytest.warns(UserWarning, match="only when the model is among the best") if warns else nullcontext():
+        trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True).fit(small(), loader(), loader())
+
+
+@pytest.mark.parametrize("callback", [EarlyStopping("val/elbo"), ModelCheckpoint(monitor="train/elbo", mode="min")])
+def test_minimising_the_elbo_is_refused(tmp_path, callback):
+    with pytest.raises(MisconfigurationException, match="a higher ELBO is better"):
+        trainer(tmp_path, callbacks=[callback], enable_checkpointing=True).fit(small(), loader(), loader())

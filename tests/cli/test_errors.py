@@ -1,16 +1,6 @@
 """What the command line says about wrong input."""
 
-import sys
-from operator import attrgetter
-
-import pytest
-import yaml
-
-import lightning_vae
 from lightning_vae.cli.errors import readable
-from lightning_vae.cli.vae_cli import Unrun
-from lightning_vae.replaced_names import advice
-from tests.cli.test_vae_cli import DIGITS
 
 
 def test_a_message_of_one_line_stays_as_it_is():
@@ -40,69 +30,3 @@ def test_a_name_like_a_known_class_is_suggested_and_a_module_is_not():
     said = readable('Parser key "trainer.callbacks": Expected a dot import path string: KLAnealing')
     assert said.endswith(". Did you mean KLAnnealing?")
     assert "schedules" not in readable('Parser key "x": Expected a dot import path string: Schedules')
-
-
-# ---- names of earlier versions
-
-CHECKPOINT = "use Lightning's ModelCheckpoint with `monitor: val/loss` and `filename: best`."
-LOGGER = "use Lightning's TensorBoardLogger."
-PROFILER = "use the Trainer's own default, by leaving `profiler` out."
-BEST = {"class_path": "BestCheckpoint", "init_args": {"every_n_epochs": 10}}
-KNOB = {"class_path": "lightning_vae.callbacks.ScheduledKnob", "init_args": {"attribute": "beta"}}
-
-
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize(
-    ("trainer", "says"),
-    [
-        ({"callbacks": [BEST]}, f"`BestCheckpoint` is gone: {CHECKPOINT}"),
-        ({"callbacks": [{**BEST, "class_path": "lightning_vae.BestCheckpoint"}]}, f"is gone: {CHECKPOINT}"),
-        ({"callbacks": {"class_path": "lightning_vae.best_checkpoint.BestCheckpoint"}}, f"is gone: {CHECKPOINT}"),
-        ({"callbacks+": [{"class_path": "Dashboard"}, BEST]}, f"is gone: {CHECKPOINT}"),
-        ({"callbacks+": "BestCheckpoint"}, f"is gone: {CHECKPOINT}"),
-        ({"callbacks": [KNOB]}, "`ScheduledKnob` is gone: use AttributeScheduler."),
-        ({"callbacks": [{"class_path": "lightning_vae.FlushedCurves"}]}, "`FlushedCurves` is gone: use FlushLoggers."),
-        ({"logger": "QuickTensorBoardLogger"}, f"`QuickTensorBoardLogger` is gone: {LOGGER}"),
-        (
-            {"logger": {"class_path": "lightning_vae.QuickTensorBoardLogger", "init_args": {"save_dir": "logs"}}},
-            f"`QuickTensorBoardLogger` is gone: {LOGGER}",
-        ),
-        ({"profiler": "NullProfiler"}, f"`NullProfiler` is gone: {PROFILER}"),
-        ({"profiler": {"class_path": "lightning_vae.NullProfiler"}}, f"`NullProfiler` is gone: {PROFILER}"),
-    ],
-)
-def test_a_removed_name_in_a_config_names_its_replacement(trainer, says, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    (tmp_path / "old.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
-    with pytest.raises(SystemExit) as exit_:
-        Unrun(["fit", *DIGITS, f"--config={tmp_path / 'old.yaml'}"])
-    assert exit_.value.code == 2
-    said = capsys.readouterr().err
-    assert says in said
-    assert len(said) < 500
-
-
-@pytest.mark.parametrize("name", ["BestCheckpoint", "QuickTensorBoardLogger", "NullProfiler", "FlushedCurves"])
-def test_a_removed_name_that_is_imported_names_its_replacement(name):
-    with pytest.raises(ImportError, match=f"`{name}` is gone: use "):
-        getattr(lightning_vae, name)
-
-
-@pytest.mark.parametrize(
-    ("gone", "now"),
-    [
-        ("Attribute", "callbacks.AttributePath"),
-        ("Diagnosis", "callbacks.CollapseState"),
-        ("FlushedCurves", "FlushLoggers"),
-        ("PosteriorReader", "callbacks.DistributionReader"),
-        ("ScheduledKnob", "callbacks.AttributeScheduler"),
-        ("diagnose", "callbacks.collapse_state"),
-    ],
-)
-def test_what_replaces_a_name_is_there(gone, now):
-    assert advice(gone) == f"`{gone}` is gone: use {now.rpartition('.')[2]}."
-    assert attrgetter(now)(lightning_vae)
-
-
-def test_other_names_have_no_replacement():
-    assert advice("KLAnnealing") is None

@@ -1,5 +1,6 @@
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from lightning_vae.datamodules import KMNIST, MNIST, FashionMNIST
+from lightning_vae.datamodules.mnist import read_idx
 from tests.datamodules.doubles import ready, splits
 
 
@@ -69,3 +71,17 @@ def test_a_cut_gzip_file_is_named(tmp_path):
 def test_setup_without_files_is_an_error_too(tmp_path):
     with pytest.raises(FileNotFoundError, match="MNIST was not found"):
         MNIST(tmp_path).setup("fit")
+
+
+@pytest.mark.parametrize("shape", [(2**32 - 1,) * 3, (2**32 - 1,) * 255, (10, 28, 28), (0, 28, 28)])
+def test_an_idx_header_that_lies_costs_nothing(tmp_path, shape):
+    header = b"\0\0\x08" + bytes([len(shape)]) + struct.pack(f">{len(shape)}I", *shape)
+    (tmp_path / "plain").write_bytes(header + b"x")
+    with gzip.open(tmp_path / "bomb.gz", "wb") as file:
+        file.write(header + bytes(2**25))
+    tracemalloc.start()
+    for name in ("plain", "bomb.gz"):
+        with pytest.raises(ValueError, match=f"{name} is not a complete IDX file"):
+            read_idx(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 2**21
+    tracemalloc.stop()

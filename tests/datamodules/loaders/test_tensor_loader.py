@@ -66,3 +66,11 @@ def test_batches_are_made_where_the_tensors_are():
     batches = list(TensorLoader(tensors, 4, shuffle=True, flip=True))
     assert [(batch["x"].shape[0], batch["x"].dtype) for batch in batches] == [(4, torch.uint8), (2, torch.uint8)]
     assert {tensor.device.type for batch in batches for tensor in batch.values()} == {"meta"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_data_that_are_not_finite_are_named(value):
+    x = torch.zeros(5, 2)
+    x[3, 1] = value
+    with pytest.raises(ValueError, match="in 1 of 5 observations, first in number 3"):
+        TensorLoader({"x": x}, 2)
