@@ -171,6 +171,7 @@ print(model.used, sorted(trainer.callback_metrics))
 """
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("package", "missing"),
     [("lightning.pytorch", ["pytorch_lightning"]), ("pytorch_lightning", ["lightning"]), ("pytorch_lightning", [])],

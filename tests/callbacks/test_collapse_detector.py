@@ -470,6 +470,7 @@ def test_tensorboard_gets_pictures_and_the_message(tmp_path):
     assert [event.value for event in events.Scalars("collapse/alarm")] == [0, 0, 1]
 
 
+@pytest.mark.exhaustive
 def test_a_long_run_keeps_and_draws_ever_fewer_passes(tmp_path):
     """So that neither the memory, nor a checkpoint, nor what a pass costs grows with the number of passes."""
     detector = detect(warmup=10_000)

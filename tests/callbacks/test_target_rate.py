@@ -200,6 +200,7 @@ def test_without_the_callback_the_loss_is_again_at_the_weight(tmp_path: Path) ->
     assert values["val/loss"] == pytest.approx(float(values["val/distortion"] + 2.0 * values["val/rate"]))
 
 
+@pytest.mark.exhaustive
 def test_a_price_below_the_weight_is_reported_once(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"it takes `beta` = .* `val/loss` charges 0.5 .* Raise `price`") as caught:
         train(tmp_path, TargetRate(1.8915, price=0.5), 800, LinearVAE(), log_every_n_steps=10)

@@ -222,6 +222,7 @@ def test_every_overlay_adds_a_callback_to_a_config(base, overlay, capsys):
 # ---- resuming
 
 
+@pytest.mark.exhaustive
 def test_resuming_starts_a_new_run_or_goes_on_in_the_same_one():
     options = ["fit", *DIGITS, "--trainer.log_every_n_steps=5", "--trainer.enable_progress_bar=false"]
     main([*options, "--trainer.max_epochs=4"])
@@ -284,6 +285,7 @@ main([*sys.argv[1:], "--trainer.max_epochs=1", "--trainer.logger=false"])  # whi
 """
 
 
+@pytest.mark.exhaustive
 def test_two_processes_from_the_command_line(tmp_path):
     (tmp_path / "command.py").write_text(COMMAND)
     result = subprocess.run(

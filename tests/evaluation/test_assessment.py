@@ -254,6 +254,7 @@ def truth(spectrum, latent_dim, variance, beta):
     return verdict, min(math.inf if ratio == 0 else max(ratio, 1 / ratio) for ratio in boundaries)
 
 
+@pytest.mark.exhaustive
 def test_verdicts_on_random_spectra_are_those_of_the_closed_form():
     generator = random.Random(20261122)  # chosen once, before the first run
     counts, wrong = {}, []

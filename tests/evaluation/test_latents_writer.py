@@ -82,6 +82,7 @@ def test_the_command_line_writes_a_table_and_says_where(checkpoint, capsys, monk
     assert {path.name for path in Path("logs/digits/version_0").iterdir() if "part" in path.name} == set()
 
 
+@pytest.mark.exhaustive
 def test_two_processes_write_one_table_in_order(checkpoint, tmp_path):
     result = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "predict", *DIGITS, "--data.batch_size=50", "--model.latent_dim=3",

@@ -177,6 +177,7 @@ def test_options_of_text_and_of_one_last_name_are_kept_apart(calls):
     assert "hidden=-4-model" in row["point"].replace("model.encoder.", "").replace("model.decoder.", "model")
 
 
+@pytest.mark.exhaustive
 def test_a_failure_stops_nothing_else_and_is_tried_again(calls, capsys, monkeypatch):
     def failing(arguments, run=vae_cli.run):
         if "--model.beta=2" in arguments:
@@ -230,6 +231,7 @@ def test_the_commands_for_a_cluster_are_all_that_is_left_to_train(calls, capsys)
     assert kinds(calls) == ["test", "test"]
 
 
+@pytest.mark.exhaustive
 def test_all_scalars_of_the_evaluation_are_columns(calls, monkeypatch):
     def richer(arguments, run=vae_cli.run):
         cli = run(arguments)

@@ -128,7 +128,7 @@ def _ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 @pytest.mark.usefixtures("_ctrl_c")
 def test_a_sweep_that_is_stopped_leaves_no_process_behind(stop):
