@@ -1,4 +1,4 @@
-"""Kill a run many times, mostly in the middle of a save, and measure what is lost.
+"""Kill a run many times, mostly in the middle of a save, and measure the losses.
 
     python benchmarks/kills.py
     python benchmarks/kills.py --every 4
