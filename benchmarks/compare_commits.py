@@ -4,8 +4,7 @@
     python benchmarks/compare_commits.py ../before . --root data
 
 A round runs three fresh processes: the old checkout, the new one, and the old one again, whose ratio to the first shows
-the spread that the machine has by itself. Each process trains what `speed.py` calls "the whole stack" by the checkout's
-own benchmark code.
+the machine's own spread. Each process trains "the whole stack" of `speed.py` with the checkout's own benchmark code.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ def measure(checkout: Path, root: str, threads: int, count: bool) -> dict[str, f
     tiny = partial(loops.TimedVAE, encoder=partial(MLPEncoder, **wide), decoder=partial(MLPDecoder, **wide))
     small = partial(loops.Case, digits, tiny, log_every_n_steps=10, keep_every_n_epochs=10)
     mlp = loops.Case(fashion, partial(loops.TimedVAE, latent_dim=32))
-    loops.whole_stack(small(epochs=1))  # what is loaded once
+    loops.whole_stack(small(epochs=1))  # warm up: imports and caches
     if count:
         counter = _counter()
         loops.whole_stack(mlp, watch=[counter], log_every_n_steps=10**6)
@@ -114,7 +113,7 @@ def main() -> None:
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in processes}
     rounds = []
     for number in range(options.rounds):
-        order = [*processes][number % 3 :] + [*processes][: number % 3]  # nobody is always first
+        order = [*processes][number % 3 :] + [*processes][: number % 3]  # none is always first
         for name in order:
             taken[name].append(in_a_process(processes[name], *shared))
         base = taken["old"][-1]

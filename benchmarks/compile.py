@@ -68,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="how often each model trains")
     parser.add_argument(
-        "--modes", nargs="*", default=[], help="further modes of torch.compile, such as reduce-overhead"
+        "--modes", nargs="*", default=[], help="additional modes of torch.compile, such as reduce-overhead"
     )
     parser.add_argument("--precision", default="32-true")
     options = parser.parse_args()
@@ -76,8 +76,8 @@ def main() -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as the command line does
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
     heading(
-        f"A fit with `compile` and without, in turn, {options.rounds} rounds on {device}, {options.precision}: "
-        "milliseconds of a step and their ratio (below 1, compiled is faster), median (range); and the seconds of the "
+        f"A fit with and without `compile`, in turn, {options.rounds} rounds on {device}, {options.precision}: "
+        "milliseconds per step and their ratio (below 1, compiled is faster), median (range); and the seconds of the "
         "first step, in which torch compiles, with an empty cache."
     )
     wide, deep = {"hidden": (256, 256)}, {"channels": (32, 64, 128, 256)}

@@ -87,7 +87,7 @@ def watchers(dim: int) -> dict[str, Callable[[Normal, torch.Tensor], Any]]:
 
 
 def growth(observations: int, dim: int) -> None:
-    """Feed posteriors to each, and print memory and time after a tenth and at the end."""
+    """Feed posteriors to each metric, and print memory and time after a tenth and at the end."""
     print()
     header(("posteriors", "observations", "resident, MiB", "us an observation"), WIDTHS)
     posterior = Normal(torch.randn(ROWS, dim), torch.rand(ROWS, dim) + 0.1, validate_args=False)
@@ -126,8 +126,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="how often each script starts; 0 for never")
     options = parser.parse_args()
     heading(
-        f"Posteriors of {options.dim} dimensions, fed to each metric {ROWS} at a time; and how long the digits "
-        "example takes to its first step, beside the same model written for bare Lightning."
+        f"Posteriors of {options.dim} dimensions, fed to each metric {ROWS} at a time; and the time of the digits "
+        "example to its first step, compared with the same model written for bare Lightning."
     )
     if options.rounds:
         startup(options.rounds)

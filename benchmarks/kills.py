@@ -1,11 +1,11 @@
-"""Kill a run many times, mostly in the middle of a save, and measure what is lost.
+"""Kill a run many times, mostly in the middle of a save, and measure the losses.
 
     python benchmarks/kills.py
     python benchmarks/kills.py --every 4
     python benchmarks/kills.py --in-steps
 
-A small run of `fit ... --ckpt_path last --same_run true` is killed with SIGKILL and started again, as often as
-asked for, and then left to end. The table compares it with a run that was never killed. Temporary files are on another
+A small run of `fit ... --ckpt_path last --same_run true` is killed with SIGKILL and restarted, the given number of
+times, and then left to finish. The table compares it with a run that was never killed. Temporary files are on another
 filesystem, where a rename would be a copy.
 """
 
@@ -72,7 +72,7 @@ def _kill() -> None:
 
 
 def _at(number: int, function: Callable[..., Any], kill: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a function work `number - 1` times and then kill the process."""
+    """Wrap a function so that it works `number - 1` times and then kills the process."""
     calls = iter(range(1, number + 1))
     return lambda *arguments, **options: (kill if next(calls) == number else function)(*arguments, **options)
 
@@ -88,7 +88,7 @@ torch_save, save, replace = torch.save, AtomicCheckpointIO.save_checkpoint, os.r
 
 
 def _in_save(place: str, number: int) -> None:
-    """Let this process die in the save of that number."""
+    """Make this process die during the save with this number."""
     if place == "half written":
         torch.save = _at(number, torch_save, _half)
     elif place == "before the save":  # and so between `best` and `last`, too
@@ -107,7 +107,7 @@ def _in_save(place: str, number: int) -> None:
 
 
 def _elsewhere(place: str, number: int) -> None:
-    """Let this process die outside a save."""
+    """Make this process die outside a save."""
     hooks = {"at the first step": "on_train_start", "in a step": "training_step", "in validation": "validation_step"}
     number = 1 if place == "at the first step" else number
     setattr(VAE, hooks[place], _at(number, getattr(VAE, hooks[place]), lambda *_, **__: _kill()))
@@ -118,7 +118,7 @@ ELSEWHERE = ("at the first step", "in a step", "in validation", "at any time")
 
 
 def attempt(options: list[str], reached: mmap, arrange: Callable[[], None] = lambda: None, seconds: float = 0) -> int:
-    """Run the command line in a fork, which saves the imports.
+    """Run the command line in a fork, which avoids repeating the imports.
 
     Args:
         options: Options of `fit`.
@@ -173,14 +173,14 @@ def same(one: Any, other: Any) -> bool:
 
 
 def kill_again_and_again(saves: int, others: int, epochs: int, every: int, in_steps: bool) -> dict[str, Any]:
-    """Kill a run in this folder, let it end, and compare it with a run that was never killed.
+    """Kill a run in this folder, let it finish, and compare it with a run that was never killed.
 
     Args:
         saves: Number of kills within a save.
         others: Number of other kills.
         epochs: Length of the run.
         every: Steps between further saves within the epochs; 0 for saves after validation only.
-        in_steps: Give the length to the Trainer in steps, which it resumes by another path.
+        in_steps: Give the length to the Trainer in steps, for which it resumes along another path.
 
     Returns:
         Counts and comparisons, by name.

@@ -1,4 +1,4 @@
-"""Run a million cheap steps, and check the memory on the way and the knobs and counters at the end."""
+"""Run a million cheap steps, and check the memory during the run and the knobs and counters at its end."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ Row = dict[str, Any]
 
 
 def command(data: str, method: str, seed: int) -> str:
-    """Return the options that tell a run from the others, without the folder of the data."""
+    """Return the options that distinguish a run from the others, without the folder of the data."""
     return " ".join(filter(None, (BASE, DATA[data], METHODS[method], f"--seed_everything={seed}")))
 
 
@@ -113,7 +113,7 @@ def plan() -> list[tuple[str, str, int]]:
 
 
 def run(path: Path, root: str, jobs: int) -> list[Row]:
-    """Run what is not in the file yet, several runs at once."""
+    """Run the methods that are not in the file yet, several at once."""
     rows = read(path)
     done = {each["command"] for each in rows}
     missing = [point for point in plan() if command(*point) not in done]

@@ -33,8 +33,8 @@ COMPARED = (
     "Schedule: the weight that the loss received, in every step of a fit with validation after each epoch and of one "
     "resumed halfway; the largest deviation from the formula, relative to the target. Validation: how many of its "
     "batches saw the target.",
-    "Variances: CollapseDetector's of the posterior means against two passes in float64 over what the mean head put "
-    "out in the same validation; the largest relative error of a dimension. At mean 100: the same with the head "
+    "Variances: CollapseDetector's of the posterior means against two passes in float64 over the outputs of the mean "
+    "head in the same validation; the largest relative error of a dimension. At mean 100: the same with the head "
     "rescaled, to the mean and variance in brackets.",
 )
 

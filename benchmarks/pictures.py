@@ -67,7 +67,7 @@ def fit(arguments: str, draws: bool) -> Seconds:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", help="folder of Fashion-MNIST; without it, digits alone")
+    parser.add_argument("--root", help="folder of Fashion-MNIST; without it, only digits")
     parser.add_argument("--pairs", type=int, default=5, help="number of runs of each kind, in turn")
     options = parser.parse_args()
     cases = {"digits, 120 epochs": "--config configs/digits.yaml"}

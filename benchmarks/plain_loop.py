@@ -56,7 +56,7 @@ def by_hand(case: Case, images: Tensor, seed: int) -> tuple[nn.Module, nn.Module
                 x = torch.bernoulli(x)
             mean, log_variance = encoder(x).chunk(2, dim=1)
             output = decoder(mean + (0.5 * log_variance).exp() * torch.randn_like(mean))
-            if log_variance_x.isinf():  # initialised as ours is
+            if log_variance_x.isinf():  # initialised like ours
                 log_variance_x.data = (0.1 * (x - output).square().mean()).log().detach()
             if case.gaussian:
                 error = (x - output).square() / log_variance_x.exp() + log_variance_x + math.log(2 * math.pi)
@@ -143,9 +143,9 @@ def main() -> None:
     heading(
         "Plain loop. -ELBO of the validation split in nats per image, trained by our stack (Trainer, VAE, data module) "
         "and by a plain loop. Both have the same networks, initial weights, number of steps, batch size and "
-        "Adam, with a learning rate that falls from 1e-3 to 0; order of the data, binarisation and samples are each's "
-        "own. 60 epochs of digits, 5 of Fashion-MNIST; seeds 0, 1, 2 and their median. `worse` is how far ours is "
-        "above the loop's."
+        "Adam, with a learning rate that falls from 1e-3 to 0; order of the data, binarisation and samples differ. "
+        "60 epochs of digits, 5 of Fashion-MNIST; seeds 0, 1, 2 and their median. `worse` is the relative excess of "
+        "ours over the loop's."
     )
     header(("data, likelihood", "ours", "loop", "ours by seed", "loop by seed", "worse"), WIDTHS)
     for case in (

@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: a run of the command line, and tables."""
+"""Helpers of the benchmarks: a run of the command line, and tables."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lightning_vae.cli.vae_cli import VAECLI
 
 SEEDS = (0, 1, 2)
 
-# Print the table and nothing else.
+# Print only the table.
 logging.disable(logging.WARNING)
 warnings.simplefilter("ignore")
 

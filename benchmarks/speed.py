@@ -93,7 +93,7 @@ def compare(title: str, case: Case, rounds: int, loops: Loops) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in loops}
     names = list(loops)
     for number in range(rounds):
-        start = number % len(names)  # nobody is always first
+        start = number % len(names)  # none is always first
         for name in names[start:] + names[:start]:
             seconds[name].append(loops[name](case))
     ours = next(iter(seconds.values()))
@@ -154,7 +154,7 @@ def hooks(case: Case, rounds: int) -> None:
 
 
 def part_of(file: Path, name: str) -> str:
-    """Return the part of our code that a function belongs to, or nothing where it is not counted."""
+    """Return the part of our code that a function belongs to; empty if it is not counted."""
     if "site-packages" in file.parts:
         return ""
     if file == Path(__file__) and name == "on_train_batch_start":
@@ -202,7 +202,7 @@ def main() -> None:
 
 
 def processor() -> str:
-    """Return the name of the processor, or of its architecture where the system does not say."""
+    """Return the name of the processor, or of its architecture if the name is unknown."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 

@@ -180,7 +180,7 @@ def per_image(case: Case) -> tuple[DataLoader[Any], DataLoader[Any]]:
 
 
 class TypicalVAE(Clock, pl.LightningModule):
-    """A VAE as it is usually written for Lightning, which logs its terms at each step."""
+    """A VAE as usually written for Lightning, which logs its terms at each step."""
 
     def __init__(self, networks: VAE) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class TypicalVAE(Clock, pl.LightningModule):
 
 
 class Annealing(pl.Callback):
-    """KL annealing as it is usually written: set the weight at each step and log it."""
+    """KL annealing as usually written: set the weight at each step and log it."""
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
         pl_module.beta = min(1.0, trainer.global_step / 1000)

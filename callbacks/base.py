@@ -28,8 +28,8 @@ else:
 class Callback(_Callback):
     """Base of this package's callbacks: a Lightning callback that the Trainers of both Lightning packages accept.
 
-    It also collects what the callbacks here need from a Trainer and Lightning does not expose publicly: the step, if
-    this step's values reach the loggers, and a cleanup that runs however the run ends.
+    It also provides what Lightning does not expose publicly: the number of the step, the decision to log at it, and a
+    cleanup that runs however the run ends.
     """
 
     @staticmethod
@@ -68,7 +68,7 @@ class Callback(_Callback):
         """Log values under the given keys: to every logger, for monitors and, with ``prog_bar``, in the progress bar.
 
         Meant for ``on_train_batch_end`` on logging steps, the end of an epoch, and ``on_validation_epoch_end``. At the
-        end of an epoch Lightning needs ``sync`` where there are several processes.
+        end of an epoch Lightning needs ``sync`` if there are several processes.
 
         The values are copied to the CPU once, because Lightning reads those of the progress bar in every later step.
         """

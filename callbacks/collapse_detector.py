@@ -45,7 +45,7 @@ class CollapseDetector(Callback):
     pass (every second, fourth and so on in a long run), and the alarm's text as ``collapse/message``. The mutual
     information is the estimate that ``test`` prints. It can't exceed the logarithm of the number of observations it
     comes from (7.6 nats for 2048): above 90 % of that, read it as "at least". For a posterior that is not a diagonal
-    Gaussian there are only the active units; with a prior that is not one there is no rate.
+    Gaussian only the active units are logged; with a prior that is not one there is no rate.
 
     Latents with several axes, ``(N, k, H, W)``, have a dimension at each position. A step may have several posteriors,
     for example one for each view: each counts as a separate observation.
@@ -166,7 +166,7 @@ class CollapseDetector(Callback):
         if not trainer.sanity_checking:
             self._end_pass(trainer, pl_module)
 
-    # ---- a pass is a training epoch where there is no validation
+    # ---- a pass is a training epoch if there is no validation
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -117,7 +117,7 @@ class TargetRate(AttributeWriter):
         if not callable(target) and not 0 <= float(target or 0) < math.inf:
             raise ValueError(f"The target must be a finite rate of at least 0, or a schedule, got {target}.")
         if isinstance(target, Schedule):
-            target.resolve(None, steps_per_epoch=1, total_steps=1)  # raises where its end is left open
+            target.resolve(None, steps_per_epoch=1, total_steps=1)  # raises if its end is left open
         positive = {"start": start, "min_beta": min_beta, "max_beta": max_beta, "integral": integral}
         for option, value in {**positive, "price": price, "patience": patience}.items():
             if value is not None and not 0 < value < math.inf:

@@ -1,4 +1,4 @@
-"""Public names of earlier versions, and what replaces each."""
+"""Removed public names of earlier versions, and their replacements."""
 
 from __future__ import annotations
 

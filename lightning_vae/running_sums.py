@@ -75,7 +75,7 @@ class TrainingMeans:
         self._sums.reset()
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs to continue."""
+        """Return the state from which a resumed run continues."""
         return self._sums.state()
 
     def load(self, state: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class RunningSums:
         return None if finite[first] == self._batches else (first, self._batches - 1 - int(finite[first]))
 
     def state(self) -> dict[str, Any]:
-        """Return what a resumed run needs to continue."""
+        """Return the state from which a resumed run continues."""
         latest = torch.stack(self._latest).cpu() if self._latest else torch.zeros(0, self.size)
         tensors = {"window": self._window, "finite": self._finite, "epoch": self._epoch}
         copies = {name: tensor.cpu().clone() for name, tensor in tensors.items()}

@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 class AttributeScheduler(AttributeWriter):
     """Move a number of a LightningModule along a schedule of the training step.
 
-    The value is a function of the step only, so a resumed run continues where it was. The saved state is what the step
-    does not determine: the module's value before the schedule changed it, and the length of the run when lengths in
-    epochs or fractions were converted to steps. For the rest see :class:`~.attribute_writer.AttributeWriter`.
+    The value is a function of the step only, so a resumed run continues where it was. Only the values that the step
+    does not determine are saved: the module's value before the schedule changed it, and the length of the run when
+    lengths in epochs or fractions were converted to steps. For the rest see
+    :class:`~.attribute_writer.AttributeWriter`.
 
     Args:
         schedule: Value per step: one of this package's schedules, or any callable.

@@ -14,7 +14,7 @@ from typing_extensions import override
 from .atomic_write import atomic_write
 
 MODULE_KEY = "lightning_vae"
-"""Key in a checkpoint for what a VAE adds to Lightning's content."""
+"""Key in a checkpoint under which a VAE stores its additions."""
 
 
 class SaveError(OSError):

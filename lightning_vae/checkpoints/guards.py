@@ -52,7 +52,7 @@ class Guards(Companion):
             self._loaded = {}
         if trainer.gradient_clip_val:
             for optimizer in trainer.optimizers:
-                # Lightning refuses to clip under mixed precision where an optimizer may unscale gradients by itself,
+                # Lightning refuses to clip under mixed precision if an optimizer may unscale gradients by itself,
                 # which fused ones do unless told not to.
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         check_monitors(trainer)

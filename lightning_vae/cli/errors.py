@@ -91,7 +91,7 @@ def exit_if_expected(error: Exception, trainer: Trainer, steps: int) -> None:
 
 
 def readable(message: str) -> str:
-    r"""Boil a nested parser error down to the option and what is wrong with it.
+    r"""Reduce a nested parser error to the option and the mistake.
 
     Any other message is returned as it is.
 

@@ -178,7 +178,7 @@ class VAECLI(LightningCLI):
     def instantiate_classes(self) -> None:
         with readable_errors():
             super().instantiate_classes()
-            if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not where the config names another
+            if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not if the config names another
                 self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
             for name, given in self._given.items():
                 if getattr(self.datamodule, name) != (tuple(given) if isinstance(given, list) else given):

@@ -91,7 +91,7 @@ def _draw_latents(spaces: _Spaces, projection: figures.Projection) -> Figure:
 
 
 def _caption(point: Point, row: Row, several: bool) -> str:
-    """Name a latent space in the figure by its options and what was measured."""
+    """Return a caption for a latent space, with its options and measurements."""
     if point.configuration is None:
         name = os.path.relpath(point.run)
     else:

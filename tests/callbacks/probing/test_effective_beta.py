@@ -281,7 +281,7 @@ def test_a_weight_whose_effect_drowns_is_not_called_ignored(tmp_path: Path, say:
 
 
 def test_a_weight_that_is_0_at_first_is_said_to_be_so_in_this_batch(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match=r"In this batch the loss") as caught:
+    with pytest.warns(UserWarning, match=r"In this batch the\s+loss") as caught:
         fit(tmp_path, LateKL())
     text = " ".join(" ".join(str(each.message) for each in caught).split())
     assert "or multiplies it by 0" in text
