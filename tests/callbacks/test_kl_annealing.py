@@ -357,7 +357,7 @@ def test_a_changed_target_is_said_once(tmp_path: Path) -> None:
     path = checkpoint_of(tmp_path, Linear(steps=6), RecordingVAE(beta=2.0))
     model = RecordingVAE(beta=4.0)
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=6))], max_epochs=1)
-    with pytest.warns(UserWarning, match=r"saved with `beta=2`; the module is configured with `beta=4`") as caught:
+    with pytest.warns(UserWarning, match=r"saved with `beta=2`; the run continues with `beta=4`") as caught:
         trainer.fit(model, loader(), ckpt_path=path)
     assert sum("beta" in str(each.message) for each in caught) == 1
     assert betas(model) == pytest.approx([2.0, 4 * 4 / 6, 4 * 5 / 6])

@@ -278,7 +278,7 @@ def go_on(path: Path, vae: VAE, data: Any = None, **options: Any) -> None:
 
 
 def test_another_knob_is_said(saved: Path) -> None:
-    with pytest.warns(UserWarning, match=r"was saved with `beta=1`; the module is configured with `beta=4`"):
+    with pytest.warns(UserWarning, match=r"was saved with `beta=1`; the run continues with `beta=4`"):
         go_on(saved, Adams(beta=4.0))
 
 

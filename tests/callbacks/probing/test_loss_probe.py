@@ -245,7 +245,7 @@ KEPT: list[Any] = []
     ("model", "paths", "reason"),
     [
         (SharesConfig, ("cfg.beta",), "copies share the number with the module"),
-        (Closure, ("beta",), "it keeps a function that acts on the module itself"),
+        (Closure, ("beta",), "it keeps a function that acts on the original module"),
         (Attached, ("beta",), "a copy acts on the module itself"),
         (Hooked, ("beta",), "it has hooks"),
         (Uncopied, ("beta",), "a submodule can't be copied"),
