@@ -17,10 +17,10 @@ from runs import header, heading, row
 from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import ActiveUnits
+from lightning_vae.callbacks.metrics.aggregate_posterior import AggregatePosterior
 from lightning_vae.callbacks.metrics.mutual_information import MutualInformation
 from lightning_vae.callbacks.metrics.running_moments import RunningMoments
 from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
-from lightning_vae.estimators.aggregate_posterior import AggregatePosterior
 
 WIDTHS = (34, 14, 16, 20)
 ROWS = 4096  # in a batch

@@ -43,9 +43,11 @@ class CollapseDetector(Callback):
     ``latent/marginal_kl`` (rate minus mutual information) and ``collapse/alarm`` (1 while an alarm is on). TensorBoard
     also gets the pictures ``latent/rate_per_dimension`` and ``latent/variance_per_dimension``, with a column for each
     pass (every second, fourth and so on in a long run), and the alarm's text as ``collapse/message``. The mutual
-    information is the estimate that ``test`` prints. It can't exceed the logarithm of the number of observations it
-    comes from (7.6 nats for 2048): above 90 % of that, read it as "at least". For a posterior that is not a diagonal
-    Gaussian only the active units are logged; with a prior that is not one there is no rate.
+    information and the marginal KL are the estimates that ``test`` prints. The former can't exceed the logarithm of the
+    number of observations it comes from (7.6 nats for 2048). Above 90 % of that, read it as "at least"; the marginal KL
+    is then a lower bound from the moments of q(z). With a prior other than N(0, I) it stays the difference. For a
+    posterior that is not a diagonal Gaussian only the active units are logged; with a prior that is not one there is no
+    rate.
 
     Latents with several axes, ``(N, k, H, W)``, have a dimension at each position. A step may have several posteriors,
     for example one for each view: each counts as a separate observation.
@@ -262,7 +264,7 @@ class CollapseDetector(Callback):
         for view, posterior in enumerate(posteriors):
             mean, variance, rates = _mean(posterior), None, None
             if isinstance(posterior, Normal):
-                variance = posterior.variance
+                variance = exact(posterior.scale).square()  # as exact as the rates
                 rates = _rates(posterior, prior) if isinstance(prior, Normal) else None
             index = index_of(batch, len(mean))
             if index is not None:  # two views of an observation count as two observations

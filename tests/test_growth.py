@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import ActiveUnits
+from lightning_vae.callbacks.metrics.aggregate_posterior import AggregatePosterior
 from lightning_vae.callbacks.metrics.mutual_information import MutualInformation
 from lightning_vae.callbacks.metrics.running_moments import RunningMoments
 from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
-from lightning_vae.estimators.aggregate_posterior import AggregatePosterior
 from lightning_vae.running_sums import RunningSums
 
 DIM, ROWS = 8, 64

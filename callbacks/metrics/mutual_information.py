@@ -49,7 +49,7 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tens
         tensor(0.6931, dtype=torch.float64)
     """
     sample = PosteriorSample.draw(mean, variance, seed)
-    return sample.average(sample.log_own - sample.log_mixture())
+    return sample.information(sample.log_mixture())
 
 
 class PosteriorSample(NamedTuple):
@@ -105,6 +105,10 @@ class PosteriorSample(NamedTuple):
             joint.diagonal(first).copy_(log_own[rows])
             results.append(joint.logsumexp(dim=1))
         return torch.cat(results) - math.log(max(count - leave_one_out, 1))
+
+    def information(self, log_mixture: Tensor) -> Tensor:
+        r"""Average :math:`\log q(z_n|x_n) - \log q(z_n)`, with the log-density of the mixture, of shape ``(M,)``."""
+        return self.average(self.log_own - log_mixture)
 
     def average(self, terms: Tensor) -> Tensor:
         r"""Average terms of the samples, with less noise than in their plain mean.

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .active_units import ActiveUnits
-from .mutual_information import mutual_information
+from .mutual_information import PosteriorSample
 from .observation_subset import ObservationSubset
+from .rate_decomposition import decompose_rate
 
 _MOST_KEPT = 2**20  # means and variances kept between passes, 16 MiB; above that the memory is freed for the model
 
@@ -26,8 +27,8 @@ class Measurements:
         rate: Mean rate of each dimension in nats, of shape ``(k,)``.
         mutual_information: Mutual information of data and latents, in nats; see
             :func:`~.mutual_information.mutual_information`.
-        marginal_kl: Rate minus mutual information, both of the same observations: the part of the rate that moves all
-            posteriors together.
+        marginal_kl: The part of the rate that moves all posteriors together, in nats; see
+            :func:`~.rate_decomposition.decompose_rate`.
         observations: Number of observations that the mutual information comes from.
     """
 
@@ -132,12 +133,13 @@ class ValidationPass:
         if not self._units.count:
             return None
         mean, variance, rates = self._posteriors.rows.split([dim, dim, 1], dim=1)
-        information = float(mutual_information(mean, variance))
+        sample = PosteriorSample.draw(mean, variance)
+        information, marginal_kl, _ = decompose_rate(sample, sample.log_mixture(), rates[:, 0])
         return Measurements(
             variance=self._units.variance,
             rate=None if rate.isnan().all() else rate,
-            mutual_information=_known(information),
-            marginal_kl=_known(float(rates.mean()) - information),
+            mutual_information=_known(float(information)),
+            marginal_kl=_known(float(marginal_kl)),
             observations=len(mean),
         )
 

@@ -4,15 +4,16 @@ All are in nats and in float64, for a model with the standard normal prior p(z) 
 stated otherwise. A metric gives the same result for any batch size, order and number of processes.
 """
 
+from ..callbacks.metrics.aggregate_posterior import AggregateMoments as AggregateMoments
+from ..callbacks.metrics.aggregate_posterior import AggregatePosterior as AggregatePosterior
+from ..callbacks.metrics.aggregate_posterior import aggregate_moments as aggregate_moments
+from ..callbacks.metrics.aggregate_posterior import merge_aggregates as merge_aggregates
 from ..callbacks.metrics.observation_subset import ObservationSubset as ObservationSubset
 from ..callbacks.metrics.observation_subset import smallest_keys as smallest_keys
+from ..callbacks.metrics.rate_decomposition import cross_fitted_marginal_kl as cross_fitted_marginal_kl
+from ..callbacks.metrics.rate_decomposition import is_saturated as is_saturated
 from ..callbacks.metrics.running_moments import Averages as Averages
 from ..callbacks.metrics.running_moments import RunningMoments as RunningMoments
-from .aggregate_posterior import AggregateMoments as AggregateMoments
-from .aggregate_posterior import AggregatePosterior as AggregatePosterior
-from .aggregate_posterior import aggregate_moments as aggregate_moments
-from .aggregate_posterior import merge_aggregates as merge_aggregates
-from .closed_forms import cross_fitted_marginal_kl as cross_fitted_marginal_kl
 from .closed_forms import gaussian_total_correlation as gaussian_total_correlation
 from .closed_forms import moment_marginal_kl as moment_marginal_kl
 from .importance import ImportanceWeightedLikelihood as ImportanceWeightedLikelihood
@@ -20,5 +21,4 @@ from .importance import LogLikelihood as LogLikelihood
 from .importance import effective_sample_size as effective_sample_size
 from .importance import importance_weighted_bound as importance_weighted_bound
 from .mixture import MixtureEstimates as MixtureEstimates
-from .mixture import is_saturated as is_saturated
 from .mixture import mixture_estimates as mixture_estimates

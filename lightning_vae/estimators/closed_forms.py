@@ -8,10 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .aggregate_posterior import aggregate_moments
-
-_FOLDS = 10
-
 
 def moment_marginal_kl(mean: Tensor, covariance: Tensor) -> Tensor:
     r"""Compute a lower bound on the marginal KL, :math:`KL(q(z) \| p(z))`, from the moments of q(z).
@@ -32,39 +28,6 @@ def moment_marginal_kl(mean: Tensor, covariance: Tensor) -> Tensor:
     excess = covariance.diagonal().sum() + mean.square().sum() - len(mean)
     divergence: Tensor = 0.5 * (excess - torch.linalg.slogdet(covariance).logabsdet)
     return divergence.clamp(min=0)
-
-
-def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
-    r"""Estimate a lower bound on the marginal KL with moments that are fitted and tested on different observations.
-
-    .. math::
-        KL(q \| p) \ge E_{z \sim q} [\log r(z) - \log p(z)]
-
-    for any density r. Here r is the Gaussian with the moments of nine tenths of the observations, tested on the last
-    tenth, and the result is the mean over the ten folds. :func:`moment_marginal_kl` of the moments of M observations is
-    too large by about :math:`k (k + 3) / 4 M`, which is several nats if k is 64 and M a few hundred; this estimate is
-    too small by about as much.
-
-    Args:
-        mean: Means of the posteriors, of shape ``(M, k)``.
-        variance: Their variances, of shape ``(M, k)``.
-
-    Returns:
-        Nats, at least 0, a scalar, float64.
-    """
-    mean, variance = mean.double(), variance.double()
-    place = torch.arange(len(mean), device=mean.device)
-    total = mean.new_zeros(())
-    for fold in range(min(_FOLDS, len(mean))):
-        tried = place % _FOLDS == fold
-        fitted, other = (aggregate_moments(mean[part], variance[part]) for part in (~tried, tried))
-        shift = other.mean - fitted.mean
-        second = other.covariance + shift.outer(shift)
-        log_r = -0.5 * (torch.linalg.slogdet(fitted.covariance).logabsdet
-                        + torch.linalg.solve(fitted.covariance, second).diagonal().sum())  # fmt: skip
-        log_p = -0.5 * (other.covariance.diagonal().sum() + other.mean.square().sum())
-        total += (log_r - log_p) * tried.sum()
-    return (total / len(mean)).clamp(min=0)
 
 
 def gaussian_total_correlation(covariance: Tensor) -> Tensor:

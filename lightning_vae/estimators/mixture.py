@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..callbacks.metrics.aggregate_posterior import aggregate_moments
 from ..callbacks.metrics.mutual_information import SEED, PosteriorSample
-from .aggregate_posterior import aggregate_moments
-from .closed_forms import cross_fitted_marginal_kl, gaussian_total_correlation
+from ..callbacks.metrics.rate_decomposition import cross_fitted_marginal_kl, decompose_rate, is_saturated
+from .closed_forms import gaussian_total_correlation
 
-_SATURATED = 0.9  # of log M
 _AT_ONCE = 2**20  # pairs of observations
 
 
@@ -56,11 +56,6 @@ class MixtureEstimates(NamedTuple):
         return is_saturated(float(self.lower), self.observations)
 
 
-def is_saturated(information: float, observations: int) -> bool:
-    """Return whether a mutual information estimated from M observations exceeds 90 % of its cap, log M."""
-    return information > _SATURATED * math.log(observations)
-
-
 def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> MixtureEstimates:
     r"""Estimate mutual information, marginal KL and total correlation from M diagonal Gaussian posteriors.
 
@@ -74,8 +69,8 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> Mixtu
               - \sum_j \log \frac1M \sum_m q(z_{nj}|x_m) \right]
 
     Every term uses the same sample, so the lower bound is 0 if all posteriors are equal. It is
-    :func:`~lightning_vae.callbacks.mutual_information`, the number that ``CollapseDetector`` logs. A control variate
-    removes part of the noise from every estimate.
+    :func:`~lightning_vae.callbacks.mutual_information`. That and the marginal KL are the numbers that
+    ``CollapseDetector`` logs. A control variate removes part of the noise from every estimate.
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``, M at least 2.
@@ -103,21 +98,20 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> Mixtu
         )
     sample = PosteriorSample.draw(mean, variance, seed)
     log_mixture = sample.log_mixture()
-    lower = sample.average(sample.log_own - log_mixture)
+    lower, marginal_kl, saturated = decompose_rate(sample, log_mixture)
     rate = sample.rates.mean()
 
-    by_moments = cross_fitted_marginal_kl(mean, variance)
-    saturated = is_saturated(float(lower), len(mean))
+    by_moments = marginal_kl if saturated else cross_fitted_marginal_kl(mean, variance)
     if saturated:
         total_correlation = gaussian_total_correlation(aggregate_moments(mean, variance).covariance)
     else:
         total_correlation = sample.average(log_mixture - _log_marginals(sample))
     return MixtureEstimates(
         lower=lower,
-        upper_leave_one_out=sample.average(sample.log_own - sample.log_mixture(leave_one_out=True)),
+        upper_leave_one_out=sample.information(sample.log_mixture(leave_one_out=True)),
         upper_moments=rate - by_moments,
         rate=rate,
-        marginal_kl=by_moments if saturated else rate - lower,
+        marginal_kl=marginal_kl,
         total_correlation=total_correlation,
         observations=len(mean),
     )

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from ..callbacks.metrics.aggregate_posterior import AggregateMoments, AggregatePosterior
 from ..callbacks.metrics.observation_subset import ObservationSubset
 from ..callbacks.metrics.running_moments import RunningMoments
-from ..estimators.aggregate_posterior import AggregateMoments, AggregatePosterior
 from ..estimators.mixture import mixture_estimates
 from ..estimators.probes import knn_accuracy, linear_probe_accuracy
 from ..noise import sample_by_index

@@ -7,7 +7,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 
 from lightning_vae.callbacks.metrics.mutual_information import mutual_information
-from lightning_vae.estimators import aggregate_moments, is_saturated, mixture_estimates, moment_marginal_kl
+from lightning_vae.estimators import aggregate_moments, mixture_estimates, moment_marginal_kl
 
 
 def normal(*shape, seed=0):
@@ -92,11 +92,6 @@ def test_few_observations_of_many_dimensions_leave_the_bound_by_moments_a_bound(
     assert estimates.upper > exact - 0.5
     moved = mixture_estimates(mean + 0.5, variance)
     assert 64 / 8 - 5 < moved.marginal_kl < 64 / 8
-
-
-def test_saturation_begins_at_nine_tenths_of_log_m():
-    assert not is_saturated(0.899 * math.log(100), 100)
-    assert is_saturated(0.901 * math.log(100), 100)
 
 
 def test_collapsed_posteriors_carry_no_information_and_an_offset_is_all_marginal_kl():

@@ -151,16 +151,17 @@ def test_the_probes_see_labels():
 
 
 @pytest.mark.filterwarnings("ignore:CollapseDetector")
-@pytest.mark.parametrize("observations", [100, 2048])
-def test_the_detector_logs_the_numbers_that_test_prints(tmp_path, observations):
+@pytest.mark.parametrize(("gain", "observations"), [(5, 100), (5, 2048), (60, 100), (60, 2048)])
+def test_the_detector_logs_the_numbers_that_test_prints(tmp_path, gain, observations):
     vae = small_vae().float()
     with torch.no_grad():
-        vae.encoder.layers[-1].weight.mul_(5)  # so that there is some information
+        vae.encoder.layers[-1].weight.mul_(gain)  # so that there is some information, or more than can be measured
     trainer = quiet_trainer(tmp_path, callbacks=[CollapseDetector(observations=observations)])
     trainer.validate(vae, digits(297, 50), verbose=False)
     result = evaluate(vae, digits(297, 64), importance_samples=1, observations=observations)
     logged = trainer.callback_metrics
-    assert 0.1 < result.latents.mutual_information < math.log(observations)
+    assert 0.1 < result.latents.mutual_information <= math.log(observations)
+    assert result.latents.mutual_information_saturated == (gain == 60)
     assert logged["latent/mutual_information"] == pytest.approx(result.latents.mutual_information, rel=1e-6)
     assert logged["latent/active_units"] == result.latents.active_units
     assert logged["latent/marginal_kl"] == pytest.approx(result.latents.marginal_kl, rel=1e-5)

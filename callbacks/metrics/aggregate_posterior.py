@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from ..callbacks.metrics.running_moments import pooled_mean
+from .running_moments import pooled_mean
 
 
 class AggregateMoments:
