@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -22,7 +22,8 @@ class Observations:
         scaled: The data in the networks' scale, shape ``(B, *shape)``.
         observed: The encoder's input, on which the likelihood is also evaluated: ``scaled``, binarised for a Bernoulli.
         index: Index of each observation in its data set, int64, shape ``(B,)``. It fixes the observation's noise.
-        label: Class or attributes of each observation as the batch holds them; ``None`` if it has none.
+        label: Class or attributes of each observation as the batch holds them, a tensor or a sequence of length B;
+            ``None`` if it has none.
     """
 
     x: Tensor
@@ -71,13 +72,20 @@ def data_of(batch: Any, shape: Shape) -> Tensor:
 def index_and_label_of(batch: Any, size: int) -> tuple[Tensor | None, Any]:
     """Return the indices and the labels in a batch, ``None`` for either that it lacks.
 
-    A mapping has them under ``"index"`` and ``"label"``. The second item of a sequence is the label if it is a tensor
-    with one number per observation.
+    A mapping has them under ``"index"`` and ``"label"``; the label must be a tensor or a sequence with one item per
+    observation. The second item of a sequence is the label if it is a tensor with one number per observation.
     """
     if isinstance(batch, Mapping):
-        return batch.get("index"), batch.get("label")
+        label = batch.get("label")
+        return batch.get("index"), label if _has_items(label, size) else None
     second = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
     return None, second if isinstance(second, Tensor) and second.shape == (size,) else None
+
+
+def _has_items(label: Any, size: int) -> bool:
+    if hasattr(label, "shape"):  # a tensor or an array
+        return tuple(label.shape[:1]) == (size,)
+    return isinstance(label, Sequence) and not isinstance(label, str | bytes) and len(label) == size
 
 
 def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:

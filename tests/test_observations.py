@@ -56,6 +56,12 @@ def test_observations_without_an_index_are_counted(batch, label):
 
 def test_labels_may_be_anything():
     assert small().observe({"x": images(3), "label": ["a", "b", "c"]})[1:].label == ["b", "c"]
+    assert small().observe({"x": images(3), "label": torch.arange(3).numpy()})[1:].label.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("label", [{"digit": torch.arange(3)}, 7, "abc", torch.tensor(7), torch.arange(4), ["a", "b"]])
+def test_labels_that_are_not_one_for_each_observation_are_left_out(label):
+    assert small().observe({"x": images(3), "label": label}).label is None
 
 
 def test_the_first_batch_is_checked_for_its_scale():

@@ -377,6 +377,13 @@ def test_labels_of_any_integers_count_and_numbers_are_no_classes(x):
     assert math.isnan(number.labels.knn_accuracy)
 
 
+@pytest.mark.parametrize("label", [{"digit": torch.arange(300)}, 7])
+def test_labels_that_are_none_of_the_observations_do_not_stop_an_evaluation(x, label):
+    batch = {"x": x[:300], "index": torch.arange(300), "label": label}
+    result = evaluate(optimal_linear_vae(x[:300], 4, VARIANCE), [batch], importance_samples=1)
+    assert math.isnan(result.labels.knn_accuracy)
+
+
 def test_observations_that_repeat_are_no_sign_of_poor_samples():
     x = torch.randn(500, 12, generator=torch.Generator().manual_seed(0))
     vae = optimal_linear_vae(x, 12, 0.05)
