@@ -18,6 +18,7 @@ from .base import Callback, callbacks_of, several_processes
 from .control.attribute_writer import MisconfigurationException
 from .drawing.dimension_history import DimensionHistory, is_drawn
 from .drawing.media_logger import MediaLogger
+from .metrics.active_units import ACTIVE, is_active
 from .metrics.collapse_state import CollapseState, collapse_state
 from .metrics.validation_pass import Measurements, ValidationPass, exact
 from .reading.batch_fields import index_of
@@ -93,7 +94,7 @@ class CollapseDetector(Callback):
         second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
         chunk: int | None = None,
         min_rate: float = 0.5,
-        threshold: float = 0.01,
+        threshold: float = ACTIVE,
         observations: int = 2048,
         patience: int = 3,
         warmup: int = 10,
@@ -321,7 +322,7 @@ class CollapseDetector(Callback):
             rank_zero_info(f"{self._title}: the alarm has ended, the posterior is {state.name}.")
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, measured: Measurements, alarm: bool) -> None:
-        units = int((measured.variance > self.threshold).sum())
+        units = int(is_active(measured.variance, self.threshold).sum())
         optional = {
             "latent/mutual_information": measured.mutual_information,
             "latent/marginal_kl": measured.marginal_kl,

@@ -17,10 +17,10 @@ from .drawing.draw_schedule import DrawSchedule
 from .drawing.images import thumbnails
 from .drawing.media_logger import MediaLogger
 from .drawing.panels import density_panels, scatter_panels
+from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import LABELS, OBSERVATIONS, batch_part
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
-from .reading.posterior_summary import PosteriorSummary
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

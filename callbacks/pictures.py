@@ -19,11 +19,11 @@ from .drawing.gallery import Gallery
 from .drawing.images import as_images
 from .drawing.media_logger import MediaLogger
 from .drawing.traversals import expanded, interpolations, traversals
+from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import OBSERVATIONS, batch_part
 from .reading.distributions import as_distribution, read_prior
 from .reading.isolated_eval import isolated_eval
 from .reading.module_call import ModuleCall
-from .reading.posterior_summary import PosteriorSummary
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -10,6 +10,25 @@ from torchmetrics import Metric
 
 from .running_moments import merge_moments, moments
 
+ACTIVE = 0.01
+"""Variance of the posterior mean that an active dimension exceeds (Burda et al. 2015, section 5.2)."""
+
+
+def is_active(variance_of_means: Tensor, threshold: float = ACTIVE) -> Tensor:
+    """Return a mask of the active dimensions: those whose posterior mean's variance over the data exceeds a threshold.
+
+    Args:
+        variance_of_means: Variance over the data of each dimension's posterior mean, of shape ``(k,)``.
+        threshold: Variance that an active dimension exceeds.
+
+    Returns:
+        Bool, of shape ``(k,)``.
+
+    References:
+        Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", 2015, section 5.2.
+    """
+    return variance_of_means > threshold
+
 
 def variance_of_means(means: Tensor) -> Tensor:
     r"""Compute the variance over the data of each dimension's posterior mean.
@@ -27,7 +46,7 @@ def variance_of_means(means: Tensor) -> Tensor:
     return means.double().var(dim=0, correction=0)
 
 
-def active_units(means: Tensor, threshold: float = 0.01) -> Tensor:
+def active_units(means: Tensor, threshold: float = ACTIVE) -> Tensor:
     """Count the active units of a set of posterior means.
 
     A latent dimension is active if the variance of its posterior mean over the data is larger than ``threshold``.
@@ -47,7 +66,7 @@ def active_units(means: Tensor, threshold: float = 0.01) -> Tensor:
         >>> active_units(torch.tensor([[-1.0, 5.0], [1.0, 5.0]]))
         tensor(1)
     """
-    return (variance_of_means(means) > threshold).sum()
+    return is_active(variance_of_means(means), threshold).sum()
 
 
 class ActiveUnits(Metric):
@@ -85,7 +104,7 @@ class ActiveUnits(Metric):
 
     moments: Tensor
 
-    def __init__(self, dim: int, threshold: float = 0.01, **kwargs: Any) -> None:
+    def __init__(self, dim: int, threshold: float = ACTIVE, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if dim < 1:
             raise ValueError(f"`dim` must be at least 1, got {dim}.")
@@ -114,4 +133,4 @@ class ActiveUnits(Metric):
 
     def compute(self) -> Tensor:
         """Count the active dimensions."""
-        return (self.variance > self.threshold).sum()
+        return is_active(self.variance, self.threshold).sum()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from .active_units import ACTIVE, is_active
 from .running_moments import pooled_mean
 
 
@@ -37,9 +38,9 @@ class AggregateMoments:
         """Variance over the data of each dimension's posterior mean, of shape ``(k,)``."""
         return self.covariance_of_means.diagonal()
 
-    def active(self, threshold: float = 0.01) -> Tensor:
+    def active(self, threshold: float = ACTIVE) -> Tensor:
         """Return a mask of the active dimensions (Burda et al. 2015), bool, of shape ``(k,)``."""
-        return self.variance_of_means > threshold
+        return is_active(self.variance_of_means, threshold)
 
 
 def aggregate_moments(mean: Tensor, variance: Tensor) -> AggregateMoments:

@@ -8,6 +8,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from .active_units import ACTIVE, is_active
+
 _REMEDIES = {
     "collapsed": (
         "The rate is penalised too strongly, or the decoder does not need the latents. Let `KLAnnealing` hold beta "
@@ -63,7 +65,7 @@ def collapse_state(
     mutual_information: float | None,
     observations: int,
     min_rate: float = 0.5,
-    threshold: float = 0.01,
+    threshold: float = ACTIVE,
 ) -> CollapseState:
     """Distinguish a collapsed posterior from one that only has dimensions to spare.
 
@@ -97,7 +99,7 @@ def collapse_state(
         >>> collapse_state(torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.0]), 1.9, observations=2048).name
         'pruned'
     """
-    active = variance_of_means > threshold
+    active = is_active(variance_of_means, threshold)
     number, total = int(active.sum()), active.numel()
     units = (
         f"{number} of {total} latent dimensions are active (variance of the posterior mean above {threshold:g}; "

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import Normal
 
+from ..reading.rates import kl_per_dimension
 from .observation_subset import ObservationSubset
 
 # Unlikely to be a seed of the data: the same noise in data and samples would look like information.
@@ -78,8 +80,9 @@ class PosteriorSample(NamedTuple):
         noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         noise = noise.to(mean.device)
         log_own = -0.5 * (noise.square() + variance.log()).sum(dim=1)
-        rates = 0.5 * (variance + mean.square() - 1 - variance.log()).sum(dim=1)
-        return cls(mean + variance.sqrt() * noise, mean, variance, log_own, rates)
+        scale = variance.sqrt()
+        rates = kl_per_dimension(Normal(mean, scale, validate_args=False), Normal(0.0, 1.0)).sum(dim=1)
+        return cls(mean + scale * noise, mean, variance, log_own, rates)
 
     def log_mixture(self, leave_one_out: bool = False) -> Tensor:
         r"""Compute :math:`\log \frac1M \sum_m q(z_n|x_m)`.

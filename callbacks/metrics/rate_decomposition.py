@@ -102,9 +102,9 @@ def _cross_entropy(fitted: Tensor, fitted_variance: Tensor, mean: Tensor, varian
     fit = aggregate_moments(fitted, fitted_variance)
     shift = mean - fit.mean
     second = shift.T @ shift / len(mean) + variance.mean(dim=0).diag()
-    return 0.5 * (
-        torch.linalg.slogdet(fit.covariance).logabsdet + torch.linalg.solve(fit.covariance, second).diagonal().sum()
-    )
+    square = torch.linalg.solve(fit.covariance, second).diagonal().sum()
+    entropy: Tensor = 0.5 * (torch.linalg.slogdet(fit.covariance).logabsdet + square)
+    return entropy
 
 
 def _diagonal_cross_entropy(fitted: Tensor, fitted_variance: Tensor, mean: Tensor, variance: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ..noise import sample_by_index
 from ..vae import VAE
 from .chunks import batches, decoded_at_once, in_parts, log_likelihood
 from .encoding_pass import Encoded
-from .record import ACTIVE, Likelihood, Terms
+from .record import Likelihood, Terms
 
 _WEIGHTS_AT_ONCE = 2**22
 _WIDTH_STEP = 0.05  # relative change of the posterior's width
@@ -35,7 +35,7 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
     device, moments = vae.device, encoded.moments
     likelihood, pruned = (ImportanceWeightedLikelihood().to(device) for _ in range(2))
     averages = RunningMoments(5).to(device)
-    active = moments.active(ACTIVE)
+    active = moments.active()
     mean, scale = (values.to(vae.prior.loc) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
     for observations in batches(vae, loader, max(1, _WEIGHTS_AT_ONCE // number)):
         observed, index, posterior = observations.observed, observations.index, vae.encode(observations)

@@ -21,7 +21,7 @@ from ..objective import kl_per_dimension
 from ..observations import Observations
 from ..vae import VAE
 from .chunks import batches
-from .record import ACTIVE, Labels, Latents
+from .record import Labels, Latents
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _latents(
         widths: Mean standard deviation of each dimension's posterior.
         posteriors: Means and variances of some diagonal Gaussian posteriors; ``None`` for other kinds of posteriors.
     """
-    active = moments.active(ACTIVE)
+    active = moments.active()
     units = int(active.sum())
     mixture = mixture_estimates(*posteriors) if posteriors else None
     nan = math.nan

@@ -6,11 +6,14 @@ import math
 import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import compress
 from typing import Any, Literal
 
+import torch
+
+from ..callbacks.metrics.active_units import is_active
+
 Verdict = Literal["over-regularised", "balanced", "under-regularised"]
-ACTIVE = 0.01
-"""Variance of the posterior mean that an active dimension exceeds (Burda et al. 2015)."""
 _FEW = 10  # effective samples below which the NLL still depends on their number
 
 
@@ -98,8 +101,8 @@ class Latents:
     @property
     def active_rate(self) -> float:
         """Rate of the active dimensions."""
-        pairs = zip(self.rate_per_dimension, self.variance_per_dimension, strict=True)
-        return sum(rate for rate, variance in pairs if variance > ACTIVE)
+        active = is_active(torch.tensor(self.variance_per_dimension, dtype=torch.float64))
+        return sum(compress(self.rate_per_dimension, active))
 
 
 @dataclass(frozen=True)

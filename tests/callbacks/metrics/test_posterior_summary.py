@@ -1,7 +1,8 @@
 import torch
 from torch.distributions import Normal
 
-from lightning_vae.callbacks.reading.posterior_summary import PosteriorSummary
+from lightning_vae.callbacks.metrics.active_units import active_units
+from lightning_vae.callbacks.metrics.posterior_summary import PosteriorSummary
 
 
 def test_dimensions_come_in_order_of_rate():
@@ -16,3 +17,9 @@ def test_dimensions_come_in_order_of_rate():
     joined = PosteriorSummary.joined([codes.first(2), codes])
     assert joined.mean.shape == joined.scale.shape == joined.rates.shape == (502, 4)
     assert PosteriorSummary.joined([alone, alone]).rates is None
+
+
+def test_the_active_dimensions_are_those_that_are_counted():
+    means = torch.tensor([[-0.1, 0.0], [0.1, 0.0]])  # in float32 0.1 is a little more, and its square 0.01
+    assert PosteriorSummary.of(means, Normal(0.0, 1.0)).active == [0]
+    assert active_units(means) == 1

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from .rates import kl_per_dimension
-
-_THRESHOLD = 0.01  # Burda et al. 2015
+from ..reading.rates import kl_per_dimension
+from .active_units import is_active, variance_of_means
 
 
 @dataclass(frozen=True)
@@ -50,15 +49,15 @@ class PosteriorSummary:
     @property
     def order(self) -> list[int]:
         """The dimensions by decreasing rate, or by decreasing variance of the mean if there is no rate."""
-        by = self.mean.var(0, correction=0) if self.rates is None else self.rates.mean(0)
+        by = variance_of_means(self.mean) if self.rates is None else self.rates.mean(0)
         numbers: list[int] = by.nan_to_num().argsort(descending=True, stable=True).tolist()
         return numbers
 
     @property
     def active(self) -> list[int]:
         """The active dimensions, in the same order."""
-        variance = self.mean.var(0, correction=0)
-        return [number for number in self.order if variance[number] > _THRESHOLD]
+        active = is_active(variance_of_means(self.mean))
+        return [number for number in self.order if active[number]]
 
     def title(self, number: int) -> str:
         """Return a dimension's name and rate."""
