@@ -18,7 +18,7 @@ from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import ActiveUnits
 from lightning_vae.callbacks.metrics.aggregate_posterior import AggregatePosterior
-from lightning_vae.callbacks.metrics.mutual_information import MutualInformation
+from lightning_vae.callbacks.metrics.observation_subset import ObservationSubset
 from lightning_vae.callbacks.metrics.running_moments import RunningMoments
 from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
 
@@ -72,7 +72,7 @@ def resident_mebibytes() -> float:
 
 def watchers(dim: int) -> dict[str, Callable[[Normal, torch.Tensor], Any]]:
     """Return functions that take a batch of posteriors and its indices, by name."""
-    units, information, moments = ActiveUnits(dim), MutualInformation(dim), RunningMoments(dim)
+    units, subset, moments = ActiveUnits(dim), ObservationSubset(2 * dim, 2048), RunningMoments(dim)
     aggregate = AggregatePosterior(dim)
     detector, prior = ValidationPass(2048), Normal(torch.zeros(dim), torch.ones(dim))
     return {
@@ -81,7 +81,9 @@ def watchers(dim: int) -> dict[str, Callable[[Normal, torch.Tensor], Any]]:
         ),
         "active units": lambda posterior, _: units.update(posterior.mean),
         "the evaluation's running moments": lambda posterior, _: moments.update(posterior.mean),
-        "mutual information": lambda posterior, index: information.update(posterior.mean, posterior.variance, index),
+        "mutual information": lambda posterior, index: subset.update(
+            torch.cat([posterior.mean, posterior.variance], dim=1), index
+        ),
         "the aggregate posterior": lambda posterior, _: aggregate.update(posterior.mean, posterior.variance),
     }
 

@@ -13,7 +13,6 @@ from .metrics.active_units import ActiveUnits as ActiveUnits
 from .metrics.active_units import active_units as active_units
 from .metrics.collapse_state import CollapseState as CollapseState
 from .metrics.collapse_state import collapse_state as collapse_state
-from .metrics.mutual_information import MutualInformation as MutualInformation
 from .metrics.mutual_information import mutual_information as mutual_information
 from .pictures import Pictures as Pictures
 from .reading.distribution_reader import DistributionReader as DistributionReader
@@ -45,7 +44,6 @@ __all__ = [
     "KLAnnealing",
     "LatentSpace",
     "Linear",
-    "MutualInformation",
     "Pictures",
     "Schedule",
     "Sigmoid",

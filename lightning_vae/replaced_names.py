@@ -7,6 +7,7 @@ _REPLACEMENTS = {
     "BestCheckpoint": "Lightning's ModelCheckpoint with `monitor: val/loss` and `filename: best`",
     "Diagnosis": "CollapseState",
     "FlushedCurves": "FlushLoggers",
+    "MutualInformation": "ObservationSubset of `lightning_vae.estimators`, and mutual_information of its rows",
     "NullProfiler": "the Trainer's own default, by leaving `profiler` out",
     "PosteriorReader": "DistributionReader",
     "QuickTensorBoardLogger": "Lightning's TensorBoardLogger",

@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import ActiveUnits
 from lightning_vae.callbacks.metrics.aggregate_posterior import AggregatePosterior
-from lightning_vae.callbacks.metrics.mutual_information import MutualInformation
+from lightning_vae.callbacks.metrics.observation_subset import ObservationSubset
 from lightning_vae.callbacks.metrics.running_moments import RunningMoments
 from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
 from lightning_vae.running_sums import RunningSums
@@ -26,7 +26,7 @@ WATCHERS: dict[str, tuple[Callable[[], Any], Take]] = {
         lambda it, q, index: it.append(q.mean, q.variance, kl_divergence(q, PRIOR), index),
     ),
     "active units": (lambda: ActiveUnits(DIM), lambda it, q, _: it.update(q.mean)),
-    "information": (lambda: MutualInformation(DIM, 256), lambda it, q, index: it.update(q.mean, q.variance, index)),
+    "subset": (lambda: ObservationSubset(DIM, 256), lambda it, q, index: it.update(q.mean, index)),
     "aggregate": (lambda: AggregatePosterior(DIM), lambda it, q, _: it.update(q.mean, q.variance)),
     "moments": (lambda: RunningMoments(DIM), lambda it, q, _: it.update(q.mean)),
     "sums": (lambda: RunningSums(DIM), lambda it, q, _: it.add(q.mean.sum(0), len(q.mean))),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributions import Normal
 
 from ..reading.rates import kl_per_dimension
-from .observation_subset import ObservationSubset
 
 # Unlikely to be a seed of the data: the same noise in data and samples would look like information.
 SEED = 0x5EED
@@ -130,53 +129,3 @@ class PosteriorSample(NamedTuple):
         power = control.square().sum()
         slope = ((terms - terms.mean()) @ control) / power if power > 0 else power
         return (terms - slope * control).mean()
-
-
-class MutualInformation(ObservationSubset):
-    """Estimate the mutual information of data and latents from a fixed random subset of the observations.
-
-    It keeps the posteriors of at most ``observations`` of them, chosen by their indices (see
-    :class:`~.observation_subset.ObservationSubset`), so batching, order and the number of processes do not change the
-    result. See :func:`mutual_information` for the estimate and its cap.
-
-    As input to ``forward`` and ``update`` the metric accepts ``mean`` and ``variance`` of diagonal Gaussian posteriors,
-    of shape ``(N, dim)``, and the ``index`` of each observation, of shape ``(N,)``; N may be 0.
-    As output of ``forward`` and ``compute`` it returns the estimate in nats; NaN before the first observation.
-
-    Args:
-        dim: Number of latent dimensions.
-        observations: Number of observations kept.
-        kwargs: Options of :class:`torchmetrics.Metric`.
-
-    Raises:
-        ValueError: If ``dim`` or ``observations`` is not positive.
-
-    Example::
-
-        >>> metric = MutualInformation(dim=1)
-        >>> metric.update(torch.tensor([[-9.0]]), torch.ones(1, 1), torch.tensor([0]))
-        >>> metric.update(torch.tensor([[9.0]]), torch.ones(1, 1), torch.tensor([1]))
-        >>> metric.compute()
-        tensor(0.6931, dtype=torch.float64)
-    """
-
-    def __init__(self, dim: int, observations: int = 2048, **kwargs: Any) -> None:
-        for name, value in (("dim", dim), ("observations", observations)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        super().__init__(2 * dim, observations, **kwargs)
-        self.dim = dim
-
-    @property
-    def posteriors(self) -> tuple[Tensor, Tensor]:
-        """Means and variances of the distinct observations kept so far, each of shape ``(M, dim)``."""
-        mean, variance = self.rows.split(self.dim, dim=1)
-        return mean, variance
-
-    def update(self, mean: Tensor, variance: Tensor, index: Tensor) -> None:  # type: ignore[override]
-        """Add the posteriors of a batch."""
-        super().update(torch.cat([mean.double(), variance.double()], dim=1), index)
-
-    def compute(self) -> Tensor:
-        """Estimate the mutual information of the observations kept."""
-        return mutual_information(*self.posteriors)

@@ -7,15 +7,13 @@ stated otherwise. A metric gives the same result for any batch size, order and n
 from ..callbacks.metrics.aggregate_posterior import AggregateMoments as AggregateMoments
 from ..callbacks.metrics.aggregate_posterior import AggregatePosterior as AggregatePosterior
 from ..callbacks.metrics.aggregate_posterior import aggregate_moments as aggregate_moments
-from ..callbacks.metrics.aggregate_posterior import merge_aggregates as merge_aggregates
 from ..callbacks.metrics.observation_subset import ObservationSubset as ObservationSubset
-from ..callbacks.metrics.observation_subset import smallest_keys as smallest_keys
 from ..callbacks.metrics.rate_decomposition import cross_fitted_marginal_kl as cross_fitted_marginal_kl
 from ..callbacks.metrics.rate_decomposition import is_saturated as is_saturated
 from ..callbacks.metrics.running_moments import Averages as Averages
 from ..callbacks.metrics.running_moments import RunningMoments as RunningMoments
 from .closed_forms import gaussian_total_correlation as gaussian_total_correlation
-from .closed_forms import moment_marginal_kl as moment_marginal_kl
+from .closed_forms import shannon_distortion as shannon_distortion
 from .importance import ImportanceWeightedLikelihood as ImportanceWeightedLikelihood
 from .importance import LogLikelihood as LogLikelihood
 from .importance import effective_sample_size as effective_sample_size

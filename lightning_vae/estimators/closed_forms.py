@@ -1,4 +1,4 @@
-"""Closed forms of Gaussians: bounds from the moments of q(z), and Shannon's rate-distortion function."""
+"""Closed forms of Gaussians: the total correlation, and Shannon's rate-distortion function."""
 
 from __future__ import annotations
 
@@ -7,27 +7,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
-
-def moment_marginal_kl(mean: Tensor, covariance: Tensor) -> Tensor:
-    r"""Compute a lower bound on the marginal KL, :math:`KL(q(z) \| p(z))`, from the moments of q(z).
-
-    .. math::
-        KL(N(m, C) \,\|\, N(0, I)) = \tfrac12 \left( \operatorname{tr} C + m^T m - k - \log\det C \right)
-
-    Among all q(z) with these moments, the Gaussian is closest to p(z). The bound is deterministic and has no cap.
-
-    Args:
-        mean: Mean m of q(z), of shape ``(k,)``.
-        covariance: Covariance C of q(z), of shape ``(k, k)``.
-
-    Returns:
-        Nats, a scalar, float64.
-    """
-    mean, covariance = mean.double(), covariance.double()
-    excess = covariance.diagonal().sum() + mean.square().sum() - len(mean)
-    divergence: Tensor = 0.5 * (excess - torch.linalg.slogdet(covariance).logabsdet)
-    return divergence.clamp(min=0)
 
 
 def gaussian_total_correlation(covariance: Tensor) -> Tensor:

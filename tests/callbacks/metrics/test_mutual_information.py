@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
-from lightning_vae.callbacks.metrics.mutual_information import MutualInformation, PosteriorSample, mutual_information
-from lightning_vae.callbacks.metrics.observation_subset import random_keys
+from lightning_vae.callbacks.metrics.mutual_information import PosteriorSample, mutual_information
 
 
 def linear_posteriors(number: int, seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,56 +66,11 @@ def test_mutual_information_is_zero_at_collapse_and_capped_when_nothing_overlaps
     torch.testing.assert_close(float(mutual_information(*apart)), math.log(100), rtol=1e-12, atol=0)
 
 
+def test_mutual_information_of_nothing_is_unknown():
+    assert mutual_information(torch.empty(0, 4), torch.empty(0, 4)).isnan()
+
+
 def test_mutual_information_is_deterministic_and_leaves_the_global_seed_alone():
     before = torch.get_rng_state()
     assert mutual_information(*linear_posteriors(50)) == mutual_information(*linear_posteriors(50))
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def subset(mean, variance, index, observations):
-    kept = random_keys(index).argsort()[:observations]
-    return mean[kept], variance[kept]
-
-
-@pytest.mark.parametrize(("first", "observations"), [(0, 64), (50_000, 64), (0, 512)])
-def test_metric_depends_neither_on_batches_nor_on_order_nor_on_repeats(first, observations):
-    mean, variance = linear_posteriors(300)
-    index = torch.arange(300) + first
-    expected = mutual_information(*subset(mean, variance, index, observations))
-    shuffled = torch.randperm(300, generator=torch.Generator().manual_seed(3))
-    for order in (torch.arange(300), shuffled, torch.cat([shuffled, shuffled[:100]])):
-        for size in (7, 300):
-            metric = MutualInformation(dim=4, observations=observations)
-            for batch in order.split(size):
-                metric.update(mean[batch], variance[batch], index[batch])
-            assert metric.state.shape == (observations, 9)
-            assert metric.compute() == expected
-
-
-def test_metric_merges_and_is_nan_before_the_first_observation():
-    mean, variance = linear_posteriors(100)
-    index = torch.arange(100)
-    left, right = MutualInformation(dim=4, observations=64), MutualInformation(dim=4, observations=64)
-    assert left(torch.empty(0, 4), torch.empty(0, 4), torch.empty(0)).isnan()
-    left.update(mean[50:], variance[50:], index[50:])
-    right.update(mean[:60], variance[:60], index[:60])
-    left.merge_state(right)
-    assert left.compute() == mutual_information(*subset(mean, variance, index, 64))
-
-
-def test_two_processes_equal_one():
-    mean, variance = linear_posteriors(100)
-    metrics = [MutualInformation(dim=4, observations=64) for _ in range(2)]
-    for metric, rows in zip(metrics, (torch.arange(0, 31), torch.arange(30, 100)), strict=True):  # one row twice
-        metric.update(mean[rows], variance[rows], rows)
-    tables = [metric.state for metric in metrics]
-    metrics[1].sync(dist_sync_fn=lambda *_, **__: tables, distributed_available=lambda: True)
-    assert mutual_information(*metrics[1].posteriors) == mutual_information(
-        *subset(mean, variance, torch.arange(100), 64)
-    )
-
-
-@pytest.mark.parametrize("options", [{"dim": 0}, {"dim": 1, "observations": 0}])
-def test_invalid_options(options: dict[str, int]):
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        MutualInformation(**options)

@@ -33,6 +33,19 @@ def test_keys_are_distinct_and_do_not_follow_the_index():
     assert torch.equal(random_keys(torch.arange(10, dtype=torch.int32)), keys[:10])
 
 
+def test_subsets_merge_and_a_row_of_both_counts_once():
+    rows, index = normal(100, 2), torch.arange(100) + 50_000
+    left, right = ObservationSubset(columns=2, size=64), ObservationSubset(columns=2, size=64)
+    assert left(rows[:0], index[:0]).shape == (0, 2)
+    left.update(rows[50:], index[50:])
+    right.update(rows[:60], index[:60])
+    left.merge_state(right)
+    assert torch.equal(left.compute(), rows[random_keys(index).argsort()[:64]])
+    tables = [right.state, left.state]
+    right.sync(dist_sync_fn=lambda *_, **__: tables, distributed_available=lambda: True)
+    assert torch.equal(right.rows, left.compute())
+
+
 def test_smallest_keys_keeps_each_key_once():
     rows = torch.tensor([[7.0, 70.0], [2.0, 20.0], [7.0, 71.0], [math.inf, 0.0], [5.0, 50.0]])
     assert smallest_keys(rows, 2).tolist() == [[2.0, 20.0], [5.0, 50.0]]
