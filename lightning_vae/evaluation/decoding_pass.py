@@ -16,14 +16,14 @@ from ..noise import sample_by_index
 from ..vae import VAE
 from .chunks import batches, decoded_at_once, in_parts, log_likelihood
 from .encoding_pass import Encoded
-from .record import Likelihood, Terms
+from .record import LikelihoodEstimate, Terms
 
 _WEIGHTS_AT_ONCE = 2**22
 _WIDTH_STEP = 0.05  # relative change of the posterior's width
 _WIDTH_SAMPLES = 4
 
 
-def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -> tuple[Terms, Likelihood]:
+def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -> tuple[Terms, LikelihoodEstimate]:
     """Compute the importance-weighted likelihood, and vary the width of the posteriors.
 
     Args:
@@ -58,7 +58,7 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
         columns = [distortion / number, *_slopes(vae, observed, posterior, index)]
         averages.update(torch.stack(columns, dim=1))
     whole, without_inactive = likelihood.compute(), pruned.compute()
-    return _terms(averages, sum(encoded.latents.rate_per_dimension)), Likelihood(
+    return _terms(averages, sum(encoded.latents.rate_per_dimension)), LikelihoodEstimate(
         nll=-float(whole.value),
         nll_error=float(whole.standard_error),
         importance_samples=number,

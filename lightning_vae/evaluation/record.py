@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from itertools import compress
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 import torch
 
@@ -41,7 +41,7 @@ class Terms:
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class LikelihoodEstimate:
     """The log-likelihood, estimated by importance sampling.
 
     Attributes:
@@ -176,18 +176,19 @@ class Evaluation:
     latent_dim: int
     beta: float
     terms: Terms
-    likelihood: Likelihood
+    likelihood: LikelihoodEstimate
     latents: Latents
     generation: Generation
     labels: Labels
     assessment: Assessment
     own: Mapping[str, float] = field(default_factory=dict)
 
-    @staticmethod
-    def names() -> set[str]:
+    @classmethod
+    def names(cls) -> set[str]:
         """Return the keys of :meth:`to_dict`, without those of the user's own metrics."""
-        records = (Terms, Likelihood, Latents, Generation, Labels, Assessment)
-        return {"observations", "latent_dim", "beta"} | {each.name for record in records for each in fields(record)}
+        types = get_type_hints(cls)
+        parts = [part.name for part in fields(cls) if part.name != "own"]
+        return {name for part in parts for name in _names(part, types[part])}
 
     def to_dict(self) -> dict[str, Any]:
         """Return a flat dict for JSON: the fields of all parts and the own metrics; None for NaN and infinity.
@@ -281,6 +282,10 @@ class Evaluation:
             ],
             "own": [(name, _number(value), "") for name, value in self.own.items()],
         }
+
+
+def _names(part: str, kind: type) -> list[str]:
+    return [each.name for each in fields(kind)] if is_dataclass(kind) else [part]
 
 
 def _number(value: float) -> str:

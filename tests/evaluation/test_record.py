@@ -1,16 +1,24 @@
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 
-from lightning_vae.evaluation.record import Assessment, Evaluation, Generation, Labels, Latents, Likelihood, Terms
+from lightning_vae.evaluation.record import (
+    Assessment,
+    Evaluation,
+    Generation,
+    Labels,
+    Latents,
+    LikelihoodEstimate,
+    Terms,
+)
 
 RECORD = Evaluation(
     observations=300,
     latent_dim=3,
     beta=2.0,
     terms=Terms(elbo=-30.0, rate=5.0, distortion=25.0, implied_beta=1.9, implied_beta_error=0.04, calibration=math.nan),
-    likelihood=Likelihood(
+    likelihood=LikelihoodEstimate(
         nll=29.0, nll_error=0.5, importance_samples=100, effective_sample_size=12.0, nll_active_only=29.1
     ),
     latents=Latents(
@@ -41,6 +49,21 @@ def test_the_dictionary_is_flat_with_null_for_what_is_unknown():
     assert written["rate_per_dimension"] == [3.0, 1.9, 0.1]
     assert (written["verdict"], written["symptoms"]) == ("balanced", ["latent space: fine"])
     assert (written["nll"], written["mine"], written["calibration"]) == (29.0, 0.125, None)
+
+
+def test_a_part_that_is_added_is_named():
+    @dataclass(frozen=True)
+    class Quality:
+        sharpness: float
+
+    @dataclass(frozen=True)
+    class More(Evaluation):
+        quality: Quality = Quality(0.5)
+        seed: int = 0
+
+    assert More.names() == Evaluation.names() | {"sharpness", "seed"}
+    assert {"nll", "verdict", "observations", "knn_accuracy"} < Evaluation.names()
+    assert "own" not in Evaluation.names()
 
 
 def test_loggers_get_the_numbers_alone():
