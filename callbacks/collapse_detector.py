@@ -178,7 +178,11 @@ class CollapseDetector(Callback):
         self._saves_pass = self._watches_training and not several_processes(trainer)
         if self._watches_training:
             rank_zero_info(f"{self._title}: this run has no validation, so each training epoch is measured instead.")
-            self._begin_pass(trainer).load(self._saved_pass, pl_module.device)
+            if not self._begin_pass(trainer).load(self._saved_pass, pl_module.device):
+                rank_zero_warn(
+                    f"{self._title}: the checkpoint holds the begun pass of another version, which can't be read. This "
+                    "epoch's measurements cover the rest of it."
+                )
             self._saved_pass = {}
 
     @override

@@ -94,10 +94,10 @@ class ValidationPass:
         self._shape = self._shape or mean.shape[1:]
         if mean.shape[1:] != self._shape:
             raise ValueError(
-                f"CollapseDetector: the latents of an observation have the shape {tuple(self._shape)} in one step and "
+                f"The latents of an observation have the shape {tuple(self._shape)} in one step and "
                 f"{tuple(mean.shape[1:])} in another, so their positions can't be measured as dimensions. Average over "
-                "the axis that changes, in a callable `posterior=lambda pl_module, batch: ...`; for posteriors of "
-                "different sizes use one detector each, distinguished with `name=`."
+                "the axis that changes, with CollapseDetector in a callable `posterior=lambda pl_module, batch: ...`; "
+                "for posteriors of different sizes use one pass or detector each, detectors distinguished with `name=`."
             )
         mean = by_row(mean)
         if index is None:
@@ -149,10 +149,16 @@ class ValidationPass:
         moments = (self._units.moments, self._posteriors.state, self._rate_sum) if has_folded else ()
         return {"batches": list(self._batches), "rows": self._rows, "shape": self._shape, "moments": moments}
 
-    def load(self, state: dict[str, Any], device: torch.device) -> None:
-        """Continue from a saved state, if there is one."""
+    def load(self, state: dict[str, Any], device: torch.device) -> bool:
+        """Continue from a saved state, if there is one.
+
+        Returns:
+            Whether this version can read the state; if it can't, the pass begins with what comes.
+        """
         if not state:
-            return
+            return True
+        if not _is_readable(state):
+            return False
         device = exact_device(device)
         self._batches = [tuple(column.to(device) for column in batch) for batch in state["batches"]]
         self._rows, self._shape = state["rows"], state["shape"]
@@ -160,6 +166,7 @@ class ValidationPass:
             units, rows, rate_sum = (moment.to(device) for moment in state["moments"])
             self._open(len(rate_sum), device)
             self._units.moments, self._posteriors.state, self._rate_sum = units, rows, rate_sum
+        return True
 
     def _fold(self) -> None:
         if not self._batches:
@@ -177,8 +184,23 @@ class ValidationPass:
             self._dim = dim
             # Without validation this happens within an epoch, where no step should wait for a copy to the device.
             self._units = ActiveUnits(dim).to(device, non_blocking=True)
-            self._posteriors = ObservationSubset(2 * dim + 1, self.observations).to(device, non_blocking=True)
+            self._posteriors = ObservationSubset(_columns(dim), self.observations).to(device, non_blocking=True)
             self._rate_sum = torch.zeros(dim, dtype=torch.float64, device=device)
+
+
+def _is_readable(state: dict[str, Any]) -> bool:
+    """Whether a saved pass has the columns of this version: an older one kept no rates of its observations."""
+    if any(len(batch) != 4 for batch in state["batches"]):
+        return False
+    if not state["moments"]:
+        return True
+    _, rows, rate_sum = state["moments"]
+    return bool(rows.shape[1] == 1 + _columns(len(rate_sum)))
+
+
+def _columns(dim: int) -> int:
+    """Return how many numbers are kept of an observation: means, variances, and the rate."""
+    return 2 * dim + 1
 
 
 def _known(value: float) -> float | None:

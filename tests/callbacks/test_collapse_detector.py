@@ -252,6 +252,24 @@ def test_without_validation_training_epochs_are_measured(tmp_path, options, capl
     assert alarms == [(2, "collapsed")]
 
 
+class Begun(Callback):
+    """Gives the detector the begun pass of a checkpoint that kept no rates of the observations."""
+
+    def on_fit_start(self, trainer, pl_module):
+        detector = next(callback for callback in trainer.callbacks if isinstance(callback, CollapseDetector))
+        moments = (torch.zeros(3, 4), torch.zeros(300, 9), torch.zeros(4))
+        begun = {"batches": [], "rows": 300, "shape": (4,), "moments": moments}
+        detector.load_state_dict({**detector.state_dict(), "begun": begun})
+
+
+def test_a_begun_pass_of_another_width_is_dropped_with_a_warning(tmp_path):
+    options = {"epochs": 1, "limit_val_batches": 0, "callbacks": [Begun()]}
+    with pytest.warns(UserWarning, match="begun pass of another version") as caught:
+        trainer = fit(tmp_path, detect(observations=300), Known(), **options)
+    assert sum("another version" in str(each.message) for each in caught) == 1
+    assert [row["latent/active_units"] for row in rows_of(trainer)] == [4]
+
+
 def test_validate_reports_at_once_and_counts_nothing(tmp_path):
     detector = detect()
     trainer = Trainer(

@@ -51,6 +51,20 @@ def test_a_saved_pass_continues_to_the_same_measurements():
     assert one.observations == two.observations == 8
 
 
+def test_a_saved_pass_of_another_width_is_not_continued():
+    begun, fresh = ValidationPass(observations=4), ValidationPass(observations=4)
+    see(begun, 6, 3)
+    state = begun.state()
+    units, rows, rates = state["moments"]
+    older = {**state, "moments": (units, rows[:, :-1], rates)}  # kept no rates of the observations
+    assert not fresh.load(older, torch.device("cpu"))
+    assert not fresh.has_begun
+    see(fresh, 6, 3)
+    assert measure(fresh).observations == 4
+    assert not fresh.load({**state, "batches": [(torch.zeros(1), torch.zeros(1, 3))]}, torch.device("cpu"))
+    assert fresh.load({}, torch.device("cpu"))
+
+
 def test_without_variances_and_rates_only_the_active_units_are_measured():
     watched = ValidationPass(observations=8)
     watched.append(torch.tensor([[-1.0, 5.0], [1.0, 5.0]]))
@@ -66,5 +80,5 @@ def test_no_observation_is_no_measurement():
 def test_latents_of_another_shape():
     watched = ValidationPass(observations=8)
     watched.append(torch.zeros(2, 1, 4))
-    with pytest.raises(ValueError, match=r"shape \(1, 4\) in one step and \(2, 4\) in another"):
+    with pytest.raises(ValueError, match=r"^The latents of .* shape \(1, 4\) in one step and \(2, 4\) in another"):
         watched.append(torch.zeros(2, 2, 4))
