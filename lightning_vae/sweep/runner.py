@@ -75,7 +75,7 @@ def _finished(points: Sequence[Point], jobs: int, evaluate: bool) -> Generator[t
             for each in ended:
                 running.remove(each)
                 _close(each)
-                yield each.point, _failure(each), time.monotonic() - each.since
+                yield each.point, _failure(each, evaluate), time.monotonic() - each.since
             if not ended:
                 time.sleep(_POLL)
     finally:
@@ -112,12 +112,13 @@ def _close(running: Running) -> None:
     running.process.stdin.close()
 
 
-def _failure(ended: Running) -> str:
+def _failure(ended: Running, evaluate: bool) -> str:
     """Return the line of the log with the reason for a failure: the command line's message, else the last line."""
-    code = ended.process.returncode
-    if code == 0:
-        return ""
-    said = (ended.point.folder / LOG).read_bytes()[ended.log_from :].decode(errors="replace")
+    code, point = ended.process.returncode, ended.point
+    if code == 0:  # also of a fit that SIGTERM stopped: Lightning exits without a code
+        is_done = point.evaluation.is_file() if evaluate else point.checkpoint is not None
+        return "" if is_done else "its process was stopped before it ended"
+    said = (point.folder / LOG).read_bytes()[ended.log_from :].decode(errors="replace")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"its process ended with exit code {code}"])[-1].removeprefix("error: ")
