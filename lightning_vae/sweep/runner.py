@@ -97,6 +97,7 @@ def start(point: Point, evaluate: bool, threads: int) -> Running:
     package = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": package}
     with (point.folder / LOG).open("ab") as log:
+        log_from = log.tell()  # before the process, which writes at the same place
         process = subprocess.Popen(
             [sys.executable, "-m", "lightning_vae.sweep.point", json.dumps(point.commands(evaluate))],
             stdin=subprocess.PIPE,  # closes when this process ends, however it ends
@@ -104,7 +105,7 @@ def start(point: Point, evaluate: bool, threads: int) -> Running:
             stderr=log,
             env={**os.environ, **environment},
         )
-        return Running(point, process, time.monotonic(), log.tell())
+        return Running(point, process, time.monotonic(), log_from)
 
 
 def _close(running: Running) -> None:

@@ -94,6 +94,20 @@ def test_a_process_that_fails_is_quoted_by_its_own_message(tmp_path, capsys):
     assert (tmp_path / "point" / runner.LOG).read_text().startswith("error: of the time before\nerror: ")
 
 
+def test_a_log_is_read_from_where_the_process_began(tmp_path, monkeypatch):
+    class Quick:
+        """A process that has written before its maker goes on."""
+
+        def __init__(self, *_, stdout, **__):
+            os.write(stdout.fileno(), b"error: at once\n")
+
+    monkeypatch.setattr(subprocess, "Popen", Quick)
+    (tmp_path / "point").mkdir()
+    (tmp_path / "point" / runner.LOG).write_text("error: of the time before\n")
+    running = runner.start(Point(tmp_path / "point"), True, 1)
+    assert (tmp_path / "point" / runner.LOG).read_text()[running.log_from :] == "error: at once\n"
+
+
 def test_a_process_that_says_nothing_is_quoted_by_its_exit_code(tmp_path, monkeypatch, capsys):
     def start(point, *_):
         process = subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)"], stdin=subprocess.PIPE)
