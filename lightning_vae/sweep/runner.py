@@ -20,6 +20,8 @@ from .plan import Point
 LOG = "sweep.log"
 """File in a point's folder with the output of its process."""
 _POLL = 0.05  # seconds
+_PATIENCE = 15.0
+"""Seconds that a process has to end once the sweep does, more than it gives itself."""
 
 
 def run(points: Sequence[Point], jobs: int, done: Callable[[Point], str], evaluate: bool = True) -> list[Point]:
@@ -82,7 +84,11 @@ def _finished(points: Sequence[Point], jobs: int, evaluate: bool) -> Generator[t
         for each in running:
             _close(each)  # ends the process
         for each in running:
-            each.process.wait()
+            try:
+                each.process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:  # such as one that waits for a disk
+                each.process.kill()
+                each.process.wait()
 
 
 def start(point: Point, evaluate: bool, threads: int) -> Running:

@@ -159,6 +159,25 @@ def test_what_interrupts_the_pool_ends_its_processes(tmp_path, monkeypatch):
     assert all(process.returncode is not None for process in processes)
 
 
+def test_a_process_that_does_not_end_with_the_pool_is_killed(tmp_path, monkeypatch):
+    processes = []
+
+    def start(point, *_):
+        code = "import time; time.sleep(30)" if processes else ""
+        processes.append(subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE))
+        point.is_evaluated()
+        return Running(point, processes[-1], time.monotonic(), 0)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "start", start)
+    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([Point(tmp_path / label) for label in "ab"], 2, interrupted)
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL]
+
+
 @pytest.fixture
 def _ctrl_c():
     """Have children listen to Ctrl-C, which those of a job in the background do not."""
