@@ -86,7 +86,7 @@ def _finished(points: Sequence[Point], jobs: int, evaluate: bool) -> Generator[t
         for each in running:
             try:
                 each.process.wait(_PATIENCE)
-            except subprocess.TimeoutExpired:  # such as one that waits for a disk
+            except subprocess.TimeoutExpired:  # such as one that is suspended
                 each.process.kill()
                 each.process.wait()
 
