@@ -58,18 +58,42 @@ def test_a_removed_name_that_is_imported_names_its_replacement(name):
 @pytest.mark.parametrize(
     ("gone", "now"),
     [
-        ("Attribute", "callbacks.AttributePath"),
-        ("Diagnosis", "callbacks.CollapseState"),
+        ("callbacks.Attribute", "callbacks.AttributePath"),
+        ("callbacks.Diagnosis", "callbacks.CollapseState"),
         ("FlushedCurves", "FlushLoggers"),
-        ("PosteriorReader", "callbacks.DistributionReader"),
-        ("ScheduledKnob", "callbacks.AttributeScheduler"),
-        ("diagnose", "callbacks.collapse_state"),
+        ("callbacks.PosteriorReader", "callbacks.DistributionReader"),
+        ("callbacks.ScheduledKnob", "callbacks.AttributeScheduler"),
+        ("callbacks.diagnose", "callbacks.collapse_state"),
     ],
 )
 def test_what_replaces_a_name_is_there(gone, now):
-    assert advice(gone) == f"`{gone}` is gone: use {now.rpartition('.')[2]}."
+    name = gone.rpartition(".")[2]
+    assert advice(f"lightning_vae.{gone}") == f"`{name}` is gone: use {now.rpartition('.')[2]}."
     assert attrgetter(now)(lightning_vae)
 
 
-def test_other_names_have_no_replacement():
-    assert advice("KLAnnealing") is None
+@pytest.mark.parametrize("path", ["KLAnnealing", "Diagnosis", "Attribute", "project.BestCheckpoint", "callbacks.Knob"])
+def test_other_names_have_no_replacement(path):
+    assert advice(path) is None
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        ({"callbacks": [{"class_path": "project.BestCheckpoint"}]}, "No module named 'not_installed'"),
+        ({"callbacks": [{"class_path": "nowhere.Attribute"}]}, "No module named 'nowhere'"),
+        ({"callbacks": "Attribute"}, "Expected a dot import path string: Attribute"),
+        ({"profiler": "project.NullProfiler"}, "it can only be one of"),
+    ],
+)
+def test_a_foreign_class_of_a_removed_name_keeps_its_own_error(trainer, says, tmp_path, monkeypatch, capsys):
+    (tmp_path / "project.py").write_text("import not_installed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+    with pytest.raises(SystemExit):
+        Unrun(["fit", *DIGITS, f"--config={tmp_path / 'own.yaml'}"])
+    said = capsys.readouterr().err
+    assert says in said
+    assert "is gone" not in said

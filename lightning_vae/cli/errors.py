@@ -10,6 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pkgutil import resolve_name
 from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -32,8 +33,8 @@ _NOISE = re.compile(
     r"|Problem with given class_path"
 )
 _STRUCTURE = re.compile(r"\.? Got value: (Namespace|NestedArg)\(.*")
-# Positions in a message of the path of a class that could not be imported.
-_UNKNOWN = re.compile(r"(?:import path string: |has no attribute '|Given value: |class_path[=']+:? ?')([\w.]+)")
+# Where a message holds a class name that was not found, or a path into this package.
+_NAME = re.compile(r"import path string: (\w+)\s*$|(?<![\w./-])(lightning_vae(?:\.\w+)+)", re.MULTILINE)
 _LONGEST = 800
 
 
@@ -116,8 +117,8 @@ def readable(message: str) -> str:
             faults.append(_STRUCTURE.sub("", text))
     option = ".".join(dict.fromkeys(keys))
     prefix = f"{option}: " if option else ""
-    unknown = _UNKNOWN.findall(message)
-    if replaced := next(filter(None, map(advice, unknown)), None):
+    missing = (name or path for name, path in _NAME.findall(message) if name or not _is_there(path))
+    if replaced := next(filter(None, map(advice, missing)), None):
         return prefix + replaced
     if keys and not faults and (kind := re.search(r"Not a valid subclass of (\w+)", message)):
         faults = [f"Expected a {kind[1]}: its class path, or a mapping of `class_path` and `init_args`"]
@@ -125,6 +126,14 @@ def readable(message: str) -> str:
         return _shortened(message)
     fault = "; ".join(dict.fromkeys(faults)) + (given if len(faults) == 1 and given[6:] not in faults[0] else "")
     return _shortened(prefix + fault) + _suggestion(fault)
+
+
+def _is_there(path: str) -> bool:
+    try:
+        resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def _shortened(text: str) -> str:
