@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import lightning_vae
+from lightning_vae.cli.errors import readable
 from lightning_vae.cli.vae_cli import Unrun
 from lightning_vae.replaced_names import advice
 from tests.cli.test_vae_cli import DIGITS
@@ -28,6 +29,10 @@ KNOB = {"class_path": "lightning_vae.callbacks.ScheduledKnob", "init_args": {"at
         ({"callbacks+": [{"class_path": "Dashboard"}, BEST]}, f"is gone: {CHECKPOINT}"),
         ({"callbacks+": "BestCheckpoint"}, f"is gone: {CHECKPOINT}"),
         ({"callbacks": [KNOB]}, "`ScheduledKnob` is gone: use AttributeScheduler."),
+        (
+            {"callbacks": [{"class_path": "lightning_vae.last_checkpoint.LastCheckpoint"}]},
+            "`lightning_vae.last_checkpoint.LastCheckpoint` has moved: use lightning_vae.LastCheckpoint.",
+        ),
         ({"callbacks": [{"class_path": "lightning_vae.FlushedCurves"}]}, "`FlushedCurves` is gone: use FlushLoggers."),
         ({"logger": "QuickTensorBoardLogger"}, f"`QuickTensorBoardLogger` is gone: {LOGGER}"),
         (
@@ -47,6 +52,35 @@ def test_a_removed_name_in_a_config_names_its_replacement(trainer, says, tmp_pat
     said = capsys.readouterr().err
     assert says in said
     assert len(said) < 500
+
+
+@pytest.mark.parametrize(
+    ("path", "now"),
+    [
+        ("lightning_vae.last_checkpoint.LastCheckpoint", "lightning_vae.LastCheckpoint"),
+        ("lightning_vae.KLAnnealing", "lightning_vae.callbacks.KLAnnealing"),
+        ("lightning_vae.callbacks.annealing.KLAnnealing", "lightning_vae.callbacks.KLAnnealing"),
+        ("lightning_vae.datamodules.gaussians.Gaussian", "lightning_vae.datamodules.Gaussian"),
+        ("lightning_vae.gaussians.Gaussian", "lightning_vae.Gaussian"),
+    ],
+)
+def test_a_class_that_has_moved_is_found(path, now):
+    said = readable(
+        f"""Parser key "trainer.callbacks":
+  Errors:
+    - Problem with given class_path '{path}':
+        module 'lightning_vae' has no attribute '{path.split(".")[1]}'
+  Given value: [{{'class_path': '{path}'}}]"""
+    )
+    assert said == f"trainer.callbacks: `{path}` has moved: use {now}."
+
+
+def test_a_class_in_its_place_has_not_moved():
+    said = readable("""Parser key "trainer.callbacks":
+  Errors:
+    - Problem with given class_path 'lightning_vae.callbacks.kl_annealing.KLAnnealing':
+        Expected a <class 'int'>""")
+    assert said == "trainer.callbacks: Expected a <class 'int'>"
 
 
 @pytest.mark.parametrize("name", ["BestCheckpoint", "QuickTensorBoardLogger", "NullProfiler", "FlushedCurves"])

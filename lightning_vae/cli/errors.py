@@ -16,6 +16,7 @@ from typing import NoReturn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
+from .. import __all__ as public
 from .. import callbacks, datamodules, likelihoods, networks
 from ..checkpoints.checkpoint_io import SaveError
 from ..replaced_names import advice
@@ -118,7 +119,7 @@ def readable(message: str) -> str:
     option = ".".join(dict.fromkeys(keys))
     prefix = f"{option}: " if option else ""
     missing = (name or path for name, path in _NAME.findall(message) if name or not _is_there(path))
-    if replaced := next(filter(None, map(advice, missing)), None):
+    if replaced := next(filter(None, map(_successor, missing)), None):
         return prefix + replaced
     if keys and not faults and (kind := re.search(r"Not a valid subclass of (\w+)", message)):
         faults = [f"Expected a {kind[1]}: its class path, or a mapping of `class_path` and `init_args`"]
@@ -126,6 +127,15 @@ def readable(message: str) -> str:
         return _shortened(message)
     fault = "; ".join(dict.fromkeys(faults)) + (given if len(faults) == 1 and given[6:] not in faults[0] else "")
     return _shortened(prefix + fault) + _suggestion(fault)
+
+
+def _successor(path: str) -> str | None:
+    """Say what replaces a class of earlier versions, or where it is now."""
+    homes = {callbacks.__name__: callbacks.__all__, datamodules.__name__: datamodules.__all__, "lightning_vae": public}
+    name = path.rpartition(".")[2]
+    now = [home for home, names in homes.items() if "." in path and name in names]
+    now.sort(key=lambda home: not path.startswith(home))  # a name of several stays in its own package
+    return advice(path) or (f"`{path}` has moved: use {now[0]}.{name}." if now else None)
 
 
 def _is_there(path: str) -> bool:
