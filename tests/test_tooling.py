@@ -1,6 +1,7 @@
 """The test suite's own rules, and the checks of .ci/run."""
 
 import os
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -46,3 +47,12 @@ def test_ci_checks_what_pre_commit_checks():
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
     assert all(any(line.startswith(hook["entry"]) for line in commands) for hook in repo["hooks"])
+
+
+def test_a_new_file_must_be_given_its_place_in_the_rule_of_imports():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert all(contract["exhaustive"] for contract in contracts if contract["type"] == "layers")
+    callbacks = next(each for each in contracts if "lightning_vae.datamodules" in each.get("source_modules", ()))
+    rest = {path.stem for path in (ROOT / "lightning_vae").iterdir()} - {"callbacks", "datamodules", "py"}
+    rest = {name for name in rest if not name.startswith("_")}
+    assert set(callbacks["forbidden_modules"]) == {f"lightning_vae.{name}" for name in rest}
