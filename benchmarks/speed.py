@@ -161,10 +161,10 @@ def part_of(file: Path, name: str) -> str:
         return "for comparison: an empty hook"
     if "callbacks" in file.parts:
         return "callbacks"
+    if file.name in ("vae.py", "knobs.py", "exact_resume.py") and name.startswith("on_"):
+        return "the VAE's hooks"
     if file.parent.name == "checkpoints":
         return "resuming and saving"
-    if file.name == "vae.py" and name.startswith("on_"):
-        return "the VAE's hooks"
     return "running sums" if file.name == "running_sums.py" else ""
 
 

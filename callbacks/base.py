@@ -32,6 +32,10 @@ class Callback(_Callback):
     cleanup that runs however the run ends.
     """
 
+    def keyed_by(self, **options: Any) -> str:
+        """Return a ``state_key`` that tells callbacks of this class apart by their options."""
+        return self._generate_state_key(**options)
+
     @staticmethod
     def step(trainer: Trainer) -> int:
         """Return the number of batches that stepped before this one: the loggers' own x-axis.

@@ -137,7 +137,7 @@ class CollapseDetector(Callback):
     @override
     def state_key(self) -> str:
         posterior = getattr(self.posterior, "__qualname__", self.posterior)
-        return self._generate_state_key(posterior=posterior, name=self.name)
+        return self.keyed_by(posterior=posterior, name=self.name)
 
     @override
     def on_fit_start(self, trainer: Trainer, *_: Any) -> None:

@@ -87,7 +87,7 @@ class LatentSpace(Callback):
     @cached_property  # Lightning reads it at every hook of every step
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(posterior=getattr(self.posterior, "__qualname__", self.posterior))
+        return self.keyed_by(posterior=getattr(self.posterior, "__qualname__", self.posterior))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -60,6 +60,6 @@ def __getattr__(name: str) -> object:
     for module, names in _MODULES.items():
         if name in names:
             return getattr(import_module(f"{__name__}.{module}"), name)
-    if replaced := import_module(f"{__name__}.replaced_names").advice(name):
+    if replaced := import_module(f"{__name__}.replaced_names").advice(f"{__name__}.{name}"):
         raise ImportError(replaced)  # `from lightning_vae import ...` would hide the message of an AttributeError
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

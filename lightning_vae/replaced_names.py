@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-_REPLACEMENTS = {
-    "Attribute": "AttributePath",
+_CONFIGURABLE = {
     "BestCheckpoint": "Lightning's ModelCheckpoint with `monitor: val/loss` and `filename: best`",
-    "Diagnosis": "CollapseState",
     "FlushedCurves": "FlushLoggers",
     "MutualInformation": "ObservationSubset of `lightning_vae.estimators`, and mutual_information of its rows",
     "NullProfiler": "the Trainer's own default, by leaving `profiler` out",
-    "PosteriorReader": "DistributionReader",
     "QuickTensorBoardLogger": "Lightning's TensorBoardLogger",
     "ScheduledKnob": "AttributeScheduler",
+}
+"""What a config could name, by its class name alone too."""
+_IMPORTED = {
+    "Attribute": "AttributePath",
+    "Diagnosis": "CollapseState",
+    "PosteriorReader": "DistributionReader",
     "diagnose": "collapse_state",
 }
 
@@ -20,15 +23,18 @@ def advice(path: str) -> str | None:
     """Return advice on what replaces a removed name.
 
     Args:
-        path: The name, or the dotted path of an import that ends in it.
+        path: The dotted path of an import, or the class name that a config gives.
 
     Returns:
-        A sentence, or ``None`` for any other name.
+        A sentence, or ``None`` for any other name, and for those of other packages.
 
     Example::
 
         >>> advice("lightning_vae.FlushedCurves")
         '`FlushedCurves` is gone: use FlushLoggers.'
     """
-    name = path.rpartition(".")[2]
-    return f"`{name}` is gone: use {_REPLACEMENTS[name]}." if name in _REPLACEMENTS else None
+    package, _, name = path.rpartition(".")
+    if package.partition(".")[0] not in ("", "lightning_vae"):
+        return None
+    replacements = _CONFIGURABLE | _IMPORTED if package else _CONFIGURABLE
+    return f"`{name}` is gone: use {replacements[name]}." if name in replacements else None

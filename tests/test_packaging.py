@@ -5,9 +5,11 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 import lightning_vae
 
@@ -208,3 +210,47 @@ def test_the_model_does_not_know_the_callbacks():
     for path in (ROOT / "lightning_vae").glob("*.py"):
         imported = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
         assert not any("callbacks" in (node.module or "") for node in imported if node.level), path
+
+
+# ---- the private names of Lightning's loops, connectors, callbacks and command line
+
+MAY_NAME_THEM = {
+    "callbacks/base.py",
+    "lightning_vae/checkpoints/exact_resume.py",
+    "lightning_vae/checkpoints/flush_loggers.py",
+    "lightning_vae/checkpoints/last_checkpoint.py",
+    "lightning_vae/cli/vae_cli.py",
+}
+
+
+def private_names(tree):
+    """The private names that a file defines itself, and those that it uses, overrides or imports from Lightning."""
+    defines, uses = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            given = isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self"
+            (defines if given else uses).add(node.attr)
+        elif isinstance(node, ast.FunctionDef):
+            (uses if "override" in map(ast.unparse, node.decorator_list) else defines).add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            defines.add(node.id)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lightning."):
+            uses.update(alias.name for alias in node.names)
+    return defines, uses
+
+
+def test_lightnings_private_names_are_in_few_files():
+    lightning = Path(import_module("lightning.pytorch").__file__).parent
+    parts = ("loops/**/*", "trainer/connectors/**/*", "trainer/trainer", "callbacks/*", "cli")
+    text = "".join(path.read_text() for part in parts for path in lightning.glob(f"{part}.py"))
+    theirs = set(re.findall(r"\b(?:def |class |self\.)(_(?!_)\w+)", text)) - set(dir(torch.nn.Module()))
+    found = {
+        str(path.relative_to(ROOT)): private_names(ast.parse(path.read_text()))
+        for folder in FOLDERS.values()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    theirs -= set.union(*(defines for defines, _ in found.values()))
+    named = {path: uses & theirs for path, (_, uses) in found.items() if uses & theirs}
+    assert {path: names for path, names in named.items() if path not in MAY_NAME_THEM} == {}
+    assert named["callbacks/base.py"] >= {"_batches_that_stepped", "_generate_state_key", "_should_accumulate"}
+    assert "_logger_connector" in named["lightning_vae/checkpoints/flush_loggers.py"]

@@ -1,6 +1,7 @@
 """The test suite's own rules, and the checks of .ci/run."""
 
 import os
+import tomllib
 import warnings
 from pathlib import Path
 
@@ -46,3 +47,23 @@ def test_ci_checks_what_pre_commit_checks():
     (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
     commands = (ROOT / ".ci" / "run").read_text().splitlines()
     assert all(any(line.startswith(hook["entry"]) for line in commands) for hook in repo["hooks"])
+
+
+def test_a_new_file_must_be_given_its_place_in_the_rule_of_imports():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    assert all(contract["exhaustive"] for contract in contracts if contract["type"] == "layers")
+    callbacks = next(each for each in contracts if "lightning_vae.datamodules" in each.get("source_modules", ()))
+    rest = {path.stem for path in (ROOT / "lightning_vae").iterdir()} - {"callbacks", "datamodules", "py"}
+    rest = {name for name in rest if not name.startswith("_")}
+    assert set(callbacks["forbidden_modules"]) == {f"lightning_vae.{name}" for name in rest}
+
+
+def test_the_benchmark_of_a_step_counts_every_file_that_the_vaes_hooks_are_in(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from speed import part_of
+
+    for name in ("vae", "knobs", "checkpoints/exact_resume"):
+        file = ROOT / "lightning_vae" / f"{name}.py"
+        hook = file.read_text().partition("def on_")[2].partition("(")[0]
+        assert part_of(file, f"on_{hook}") == "the VAE's hooks"
+    assert part_of(ROOT / "lightning_vae" / "checkpoints" / "guards.py", "on_fit_start") == "resuming and saving"

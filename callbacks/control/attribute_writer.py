@@ -127,7 +127,7 @@ class AttributeWriter(Callback):
     @override
     def state_key(self) -> str:
         where = {} if self.attribute is None else {"attribute": self.attribute}
-        return self._generate_state_key(**where, name=self.name)
+        return self.keyed_by(**where, name=self.name)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

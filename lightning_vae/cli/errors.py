@@ -10,11 +10,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pkgutil import resolve_name
 from typing import NoReturn
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 
+from .. import __all__ as public
 from .. import callbacks, datamodules, likelihoods, networks
 from ..checkpoints.checkpoint_io import SaveError
 from ..replaced_names import advice
@@ -32,8 +34,8 @@ _NOISE = re.compile(
     r"|Problem with given class_path"
 )
 _STRUCTURE = re.compile(r"\.? Got value: (Namespace|NestedArg)\(.*")
-# Positions in a message of the path of a class that could not be imported.
-_UNKNOWN = re.compile(r"(?:import path string: |has no attribute '|Given value: |class_path[=']+:? ?')([\w.]+)")
+# Where a message holds a class name that was not found, or a path into this package.
+_NAME = re.compile(r"import path string: (\w+)\s*$|(?<![\w./-])(lightning_vae(?:\.\w+)+)", re.MULTILINE)
 _LONGEST = 800
 
 
@@ -116,8 +118,8 @@ def readable(message: str) -> str:
             faults.append(_STRUCTURE.sub("", text))
     option = ".".join(dict.fromkeys(keys))
     prefix = f"{option}: " if option else ""
-    unknown = _UNKNOWN.findall(message)
-    if replaced := next(filter(None, map(advice, unknown)), None):
+    missing = (name or path for name, path in _NAME.findall(message) if name or not _is_there(path))
+    if replaced := next(filter(None, map(_successor, missing)), None):
         return prefix + replaced
     if keys and not faults and (kind := re.search(r"Not a valid subclass of (\w+)", message)):
         faults = [f"Expected a {kind[1]}: its class path, or a mapping of `class_path` and `init_args`"]
@@ -125,6 +127,23 @@ def readable(message: str) -> str:
         return _shortened(message)
     fault = "; ".join(dict.fromkeys(faults)) + (given if len(faults) == 1 and given[6:] not in faults[0] else "")
     return _shortened(prefix + fault) + _suggestion(fault)
+
+
+def _successor(path: str) -> str | None:
+    """Say what replaces a class of earlier versions, or where it is now."""
+    homes = {callbacks.__name__: callbacks.__all__, datamodules.__name__: datamodules.__all__, "lightning_vae": public}
+    name = path.rpartition(".")[2]
+    now = [home for home, names in homes.items() if "." in path and name in names]
+    now.sort(key=lambda home: not path.startswith(home))  # a name of several stays in its own package
+    return advice(path) or (f"`{path}` has moved: use {now[0]}.{name}." if now else None)
+
+
+def _is_there(path: str) -> bool:
+    try:
+        resolve_name(path)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def _shortened(text: str) -> str:

@@ -9,11 +9,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import yaml
 from jsonargparse import Namespace, get_loader
-from jsonargparse.typing import PositiveInt
 
 from ..cli.errors import exit_with
 from ..cli.vae_cli import Parser
@@ -53,6 +52,7 @@ def sweep(arguments: Sequence[str]) -> None:
 def _sweep(options: Namespace, rest: Sequence[str]) -> None:
     base = Path(options.folder) / (options.name or _default_name(options.config))
     try:
+        _check(options)
         bases, betas = _bases(options, rest, base)
         points = [plan.existing(path, base) for path in options.checkpoints]
         references = [each.reference for each in bases if each.reference is not None]
@@ -119,19 +119,19 @@ def _parser() -> Parser:
     add = parser.add_argument
     add("-c", "--config", action="append", default=[], metavar="FILE",
         help="Config to compare, or several with one --config each. `a.yaml+b.yaml` lays b over a.")  # fmt: skip
-    add("--betas", type=list[int | float] | int | float | None, metavar="LIST", help='Betas, such as "[0.1, 1, 10]".')
+    add("--betas", type=Any, metavar="LIST", help='Betas, such as "[0.1, 1, 10]".')
     add("--vary", action="append", default=[], metavar="OPTION=LIST",
         help='Values of any option of `fit`, such as model.latent_dim="[2, 8, 32]". Repeatable: a grid.')  # fmt: skip
-    add("--seeds", type=list[int] | int | None, metavar="LIST",
+    add("--seeds", type=Any, metavar="LIST",
         help='Seeds, such as "[0, 1, 2]"; by default the config\'s own.')  # fmt: skip
     add("--checkpoints", nargs="+", default=[], metavar="FILE", help="Checkpoints of earlier runs to compare with.")
-    add("--jobs", type=PositiveInt, default=1, metavar="N", help="Processes at once; they share the threads.")
+    add("--jobs", type=Any, default=1, metavar="N", help="Processes at once; they share the threads.")
     add("--name", type=str | None, help="Name of the sweep; by default that of its configs.")
     add("--folder", type=str, default="sweeps", help="Folder that the sweep's folder is made in.")
     add("--projection", type=Literal["pca", "tsne"], default="pca",
         help="How latents of more than 2 dimensions are shown.")  # fmt: skip
     for name in _EVALUATION:
-        add(f"--evaluation.{name}", type=PositiveInt | None, metavar="N", help="As of `test`, for every point.")
+        add(f"--evaluation.{name}", type=Any, metavar="N", help="As of `test`, for every point.")
     add("--print_commands", action="store_true",
         help="Print the `fit` commands of the untrained points, for a cluster's scheduler, and run nothing. When they "
         "are done, the same command without this option evaluates and compares them.")  # fmt: skip
@@ -148,27 +148,49 @@ def _evaluation(options: Namespace) -> tuple[str, ...]:
     return tuple(f"--evaluation.{name}={given[name]}" for name in _EVALUATION if given[name] is not None)
 
 
-def _values(option: str, value: Any) -> list[Any]:
-    """Return the values that an option lists; a single value becomes a list of one."""
-    values = value if isinstance(value, list) else [value]
-    if not values or None in values:
-        raise ValueError(f"`{option}` must be a list such as [1, 2], got {value!r}.")
-    return values
+def _check(options: Namespace) -> None:
+    """Make lists of the betas and seeds, and refuse numbers that the options do not take.
+
+    The parser takes any value: its own errors show neither the value nor what is allowed.
+    """
+    largest = 2**32 - 1
+    if options.betas is not None:
+        options.betas = _listed(options.betas)
+        if not options.betas or not all(type(beta) in (int, float) for beta in options.betas):
+            _refuse("--betas", "a list of numbers such as [0.1, 1, 10]", options.betas)
+    if options.seeds is not None:
+        options.seeds = _listed(options.seeds)
+        if not options.seeds or not all(type(seed) is int and 0 <= seed <= largest for seed in options.seeds):
+            _refuse("--seeds", f"a list of whole numbers from 0 to {largest} such as [0, 1, 2]", options.seeds)
+    counts = {f"evaluation.{name}": value for name, value in options.evaluation.as_dict().items() if value is not None}
+    for name, count in {"jobs": options.jobs, **counts}.items():
+        if type(count) is not int or count < 1:
+            _refuse(f"--{name}", "a whole number of at least 1", count)
+
+
+def _refuse(option: str, allowed: str, given: Any) -> NoReturn:
+    raise ValueError(f"`{option}` must be {allowed}, got {given!r}.")
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a list as it is, and a single value as a list of one."""
+    return value if isinstance(value, list) else [value]
 
 
 def _varied(texts: Sequence[str]) -> dict[str, list[Any]]:
     """Parse ``--vary`` into the values of each option."""
     varied: dict[str, list[Any]] = {}
     for text in texts:
-        name, equals, values = text.partition("=")
-        if not equals or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
-            raise ValueError(f'`--vary` must be OPTION=LIST such as model.latent_dim="[2, 8]", got {text!r}.')
+        name, _, listed = text.partition("=")
+        try:
+            values = _listed(get_loader("yaml")(listed))
+        except yaml.YAMLError:
+            values = []
+        if not values or None in values or not re.fullmatch(r"[A-Za-z_][\w.]*", name):
+            _refuse("--vary", 'OPTION=LIST such as model.latent_dim="[2, 8]"', text)
         if name in varied:
             raise ValueError("`--vary` names an option twice. Put all its values in one list.")
-        try:
-            varied[name] = _values("--vary", get_loader("yaml")(values))
-        except yaml.YAMLError as error:
-            raise ValueError(f"`--vary` must be OPTION=LIST, got {text!r}: {error}") from error
+        varied[name] = values
     return varied
 
 
@@ -190,11 +212,7 @@ def _bases(options: Namespace, rest: Sequence[str], base: Path) -> tuple[list[_B
     """Plan the models to train at each beta, and list the betas (empty if each config keeps its own)."""
     if not options.config and not options.checkpoints:
         raise ValueError("`sweep` needs `--config` or `--checkpoints`: there is nothing to compare.")
-    if options.seeds is not None:
-        options.seeds = _values("--seeds", options.seeds)
-        if not all(0 <= seed < 2**32 for seed in options.seeds):
-            raise ValueError(f"`--seeds` must be whole numbers from 0 to {2**32 - 1}, got {options.seeds}.")
-    betas = [] if options.betas is None else _values("--betas", options.betas)
+    betas = options.betas or []
     varied = _varied(options.vary)
     if "seed_everything" in varied:
         raise ValueError("`--vary seed_everything` would treat seeds as configurations. Give them as `--seeds`.")

@@ -20,6 +20,8 @@ from .plan import Point
 LOG = "sweep.log"
 """File in a point's folder with the output of its process."""
 _POLL = 0.05  # seconds
+_PATIENCE = 15.0
+"""Seconds that a process has to end once the sweep does, more than it gives itself."""
 
 
 def run(points: Sequence[Point], jobs: int, done: Callable[[Point], str], evaluate: bool = True) -> list[Point]:
@@ -75,14 +77,18 @@ def _finished(points: Sequence[Point], jobs: int, evaluate: bool) -> Generator[t
             for each in ended:
                 running.remove(each)
                 _close(each)
-                yield each.point, _failure(each), time.monotonic() - each.since
+                yield each.point, _failure(each, evaluate), time.monotonic() - each.since
             if not ended:
                 time.sleep(_POLL)
     finally:
         for each in running:
             _close(each)  # ends the process
         for each in running:
-            each.process.wait()
+            try:
+                each.process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:  # such as one that is suspended
+                each.process.kill()
+                each.process.wait()
 
 
 def start(point: Point, evaluate: bool, threads: int) -> Running:
@@ -97,6 +103,7 @@ def start(point: Point, evaluate: bool, threads: int) -> Running:
     package = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
     environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "PYTHONPATH": package}
     with (point.folder / LOG).open("ab") as log:
+        log_from = log.tell()  # before the process, which writes at the same place
         process = subprocess.Popen(
             [sys.executable, "-m", "lightning_vae.sweep.point", json.dumps(point.commands(evaluate))],
             stdin=subprocess.PIPE,  # closes when this process ends, however it ends
@@ -104,7 +111,7 @@ def start(point: Point, evaluate: bool, threads: int) -> Running:
             stderr=log,
             env={**os.environ, **environment},
         )
-        return Running(point, process, time.monotonic(), log.tell())
+        return Running(point, process, time.monotonic(), log_from)
 
 
 def _close(running: Running) -> None:
@@ -112,12 +119,13 @@ def _close(running: Running) -> None:
     running.process.stdin.close()
 
 
-def _failure(ended: Running) -> str:
+def _failure(ended: Running, evaluate: bool) -> str:
     """Return the line of the log with the reason for a failure: the command line's message, else the last line."""
-    code = ended.process.returncode
-    if code == 0:
-        return ""
-    said = (ended.point.folder / LOG).read_bytes()[ended.log_from :].decode(errors="replace")
+    code, point = ended.process.returncode, ended.point
+    if code == 0:  # also of a fit that SIGTERM stopped: Lightning exits without a code
+        is_done = point.evaluation.is_file() if evaluate else point.checkpoint is not None
+        return "" if is_done else "its process was stopped before it ended"
+    said = (point.folder / LOG).read_bytes()[ended.log_from :].decode(errors="replace")
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or [f"its process ended with exit code {code}"])[-1].removeprefix("error: ")

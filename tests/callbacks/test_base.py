@@ -65,6 +65,13 @@ def test_should_accumulate(package: str) -> None:
     assert [logs for _, _, logs in seen] == [False, False, False, True, False, False]
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_generate_state_key(package: str) -> None:
+    theirs = import_module(package).Callback
+    assert hasattr(theirs, "_generate_state_key"), f"{package} has moved `Callback._generate_state_key`"
+    assert theirs._generate_state_key(Watch(), name="a") == Watch().keyed_by(name="a") == "Watch{'name': 'a'}"
+
+
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_combined_loader_and_its_places(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 import math
+import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 
@@ -100,3 +102,9 @@ def test_the_table_says_what_is_only_a_bound():
     assert "total correlation         ~ 0.25" in saturated
     few = replace(RECORD, likelihood=replace(RECORD.likelihood, effective_sample_size=3.0)).table()
     assert "100 importance samples, 3.0 effective: more would lower it" in few
+
+
+def test_the_guide_names_every_key_of_the_json():
+    guide = (Path(__file__).parents[2] / "docs" / "guides" / "evaluation.md").read_text()
+    cells = [line.split("|")[2] for line in guide.splitlines() if line.count(" | ") == 2]
+    assert set(re.findall(r"`(\w+)`", "".join(cells))) >= Evaluation.names()

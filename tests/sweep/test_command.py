@@ -250,20 +250,26 @@ def test_all_scalars_of_the_evaluation_are_columns(calls, monkeypatch):
     assert "knn_accuracy_mean" not in mean
 
 
+BETAS = "a list of numbers such as [0.1, 1, 10]"
+SEEDS = "a list of whole numbers from 0 to 4294967295 such as [0, 1, 2]"
+VARIED = 'OPTION=LIST such as model.latent_dim="[2, 8]"'
 BROKEN = {
     "nothing": ([], "needs `--config` or `--checkpoints`"),
-    "no list": (["--config", LINEAR, "--vary", "model.beta"], "must be OPTION=LIST"),
-    "an empty list": (["--config", LINEAR, "--betas", "[]"], "must be a list"),
+    "no list": (["--config", LINEAR, "--vary", "model.beta"], f"`--vary` must be {VARIED}, got 'model.beta'."),
+    "no value": (["--config", LINEAR, "--vary", "model.beta="], f"`--vary` must be {VARIED}, got 'model.beta='."),
+    "half a list": (["--config", LINEAR, "--vary", "data.size=[1"], f"`--vary` must be {VARIED}, got 'data.size=[1'."),
+    "an empty list": (["--config", LINEAR, "--betas", "[]"], f"`--betas` must be {BETAS}, got []."),
     "betas twice": (["--config", LINEAR, "--betas", "[1]", "--vary", "model.beta=[2]"], "are the same"),
-    "half a seed": (["--config", LINEAR, "--seeds", "[0.5]"], "seeds: Expected a <class 'int'>"),
-    "no seed": (["--config", LINEAR, "--seeds", "true"], "seeds: Expected"),
-    "a beta of text": (["--config", LINEAR, "--betas", "[one]"], "betas: Expected"),
-    "a negative seed": (["--config", LINEAR, "--seeds", "[-1]"], "`--seeds` must be whole numbers"),
+    "half a seed": (["--config", LINEAR, "--seeds", "[0.5]"], f"`--seeds` must be {SEEDS}, got [0.5]."),
+    "no seed": (["--config", LINEAR, "--seeds", "true"], f"`--seeds` must be {SEEDS}, got [True]."),
+    "a beta of text": (["--config", LINEAR, "--betas", "[one]"], f"`--betas` must be {BETAS}, got ['one']."),
+    "a negative seed": (["--config", LINEAR, "--seeds", "[-1]"], f"`--seeds` must be {SEEDS}, got [-1]."),
     "an option twice": (["--config", LINEAR, *["--vary", "data.size=[9]"] * 2], "names an option twice"),
     "seeds as options": (["--config", LINEAR, "--vary", "seed_everything=[1]"], "Give them as `--seeds`"),
     "no folder": (["--config", LINEAR, "--folder", LINEAR], "can't be made"),
-    "no jobs": (["--config", LINEAR, "--jobs", "0"], "jobs: Not of type PositiveInt"),
-    "no samples": (["--config", LINEAR, "--evaluation.samples", "0"], "evaluation.samples: Not of type PositiveInt"),
+    "no jobs": (["--config", LINEAR, "--jobs", "0"], "`--jobs` must be a whole number of at least 1, got 0."),
+    "jobs in words": (["--config", LINEAR, "--jobs", "many"], "at least 1, got 'many'."),
+    "no samples": (["--config", LINEAR, "--evaluation.samples", "0"], "`--evaluation.samples` must be a whole number"),
     "an option that fit does not know": (["--config", LINEAR, "--betaz", "[1]"], "betaz"),
     "an option that is nearly the sweep's": (["--config", LINEAR, "--beta", "[1]"], "train.py sweep --help"),
     "a value that the model refuses": (["--config", LINEAR, "--betas", "[1, -1]"], "`beta` must be a finite number"),

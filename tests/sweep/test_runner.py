@@ -7,7 +7,6 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +28,11 @@ class Point:
 
     def __init__(self, folder, fit=(), test=()):
         self.folder, self.label, self.asked = folder, folder.name, {"fit": list(fit), "test": list(test)}
+        self.evaluation, self.checkpoint = folder / "test" / "evaluation.json", None
+
+    def is_evaluated(self):
+        self.evaluation.parent.mkdir(parents=True)
+        self.evaluation.touch()
 
     def commands(self, evaluate=True):
         return {**self.asked, **({} if evaluate else {"test": []})}
@@ -66,6 +70,7 @@ def test_jobs_run_at_once_and_no_more_than_that(tmp_path, monkeypatch, capsys):
         running.append(process)
         process.poll = ends_when_looked_at
         assert (evaluate, threads) == (True, 2)
+        point.is_evaluated()
         return Running(point, process, time.monotonic(), next(codes))
 
     monkeypatch.setattr(runner, "start", start)
@@ -89,6 +94,20 @@ def test_a_process_that_fails_is_quoted_by_its_own_message(tmp_path, capsys):
     assert (tmp_path / "point" / runner.LOG).read_text().startswith("error: of the time before\nerror: ")
 
 
+def test_a_log_is_read_from_where_the_process_began(tmp_path, monkeypatch):
+    class Quick:
+        """A process that has written before its maker goes on."""
+
+        def __init__(self, *_, stdout, **__):
+            os.write(stdout.fileno(), b"error: at once\n")
+
+    monkeypatch.setattr(subprocess, "Popen", Quick)
+    (tmp_path / "point").mkdir()
+    (tmp_path / "point" / runner.LOG).write_text("error: of the time before\n")
+    running = runner.start(Point(tmp_path / "point"), True, 1)
+    assert (tmp_path / "point" / runner.LOG).read_text()[running.log_from :] == "error: at once\n"
+
+
 def test_a_process_that_says_nothing_is_quoted_by_its_exit_code(tmp_path, monkeypatch, capsys):
     def start(point, *_):
         process = subprocess.Popen([sys.executable, "-S", "-c", "raise SystemExit(3)"], stdin=subprocess.PIPE)
@@ -101,6 +120,25 @@ def test_a_process_that_says_nothing_is_quoted_by_its_exit_code(tmp_path, monkey
     assert "FAILED: its process ended with exit code 3" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_a_process_that_was_stopped_has_failed_and_the_others_go_on(evaluate, tmp_path, monkeypatch, capsys):
+    """Lightning ends a fit that gets SIGTERM with exit code 0."""
+
+    def start(point, *_):
+        if point is done:
+            point.is_evaluated()
+            point.checkpoint = tmp_path / "best.ckpt"
+        process = subprocess.Popen([sys.executable, "-S", "-c", ""], stdin=subprocess.PIPE)
+        return Running(point, process, time.monotonic(), 0)
+
+    monkeypatch.setattr(runner, "start", start)
+    stopped, done = Point(tmp_path / "stopped"), Point(tmp_path / "done")
+    assert runner.run([stopped, done], 1, lambda _: "0.5 nats", evaluate) == [stopped]
+    said = capsys.readouterr().out
+    assert "stopped: FAILED: its process was stopped before it ended (all it said: " in said
+    assert "done: 0.5 nats (" in said
+
+
 def test_what_interrupts_the_pool_ends_its_processes(tmp_path, monkeypatch):
     processes = []
 
@@ -108,6 +146,7 @@ def test_what_interrupts_the_pool_ends_its_processes(tmp_path, monkeypatch):
         code = "raise SystemExit(bool(input()))" if processes else "raise SystemExit(0)"
         processes.append(subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE,
                                           stderr=subprocess.DEVNULL))  # fmt: skip
+        point.is_evaluated()
         return Running(point, processes[-1], time.monotonic(), 0)
 
     def interrupted(_):
@@ -115,9 +154,28 @@ def test_what_interrupts_the_pool_ends_its_processes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "start", start)
     with pytest.raises(KeyboardInterrupt):
-        runner.run([SimpleNamespace(label=label) for label in "abc"], 2, interrupted)
+        runner.run([Point(tmp_path / label) for label in "abc"], 2, interrupted)
     assert len(processes) == 2
     assert all(process.returncode is not None for process in processes)
+
+
+def test_a_process_that_does_not_end_with_the_pool_is_killed(tmp_path, monkeypatch):
+    processes = []
+
+    def start(point, *_):
+        code = "import time; time.sleep(30)" if processes else ""
+        processes.append(subprocess.Popen([sys.executable, "-S", "-c", code], stdin=subprocess.PIPE))
+        point.is_evaluated()
+        return Running(point, processes[-1], time.monotonic(), 0)
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "start", start)
+    monkeypatch.setattr(runner, "_PATIENCE", 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run([Point(tmp_path / label) for label in "ab"], 2, interrupted)
+    assert [process.returncode for process in processes] == [0, -signal.SIGKILL]
 
 
 @pytest.fixture
