@@ -4,6 +4,7 @@ from .base import Callback as Callback
 from .collapse_detector import CollapseDetector as CollapseDetector
 from .control.attribute_path import AttributePath as AttributePath
 from .control.attribute_scheduler import AttributeScheduler as AttributeScheduler
+from .control.attribute_writer import AttributeWriter as AttributeWriter
 from .dashboard import Dashboard as Dashboard
 from .enforced_free_bits import EnforcedFreeBits as EnforcedFreeBits
 from .free_bits import FreeBits as FreeBits
@@ -30,6 +31,7 @@ __all__ = [
     "ActiveUnits",
     "AttributePath",
     "AttributeScheduler",
+    "AttributeWriter",
     "Callback",
     "CollapseDetector",
     "CollapseState",

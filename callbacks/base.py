@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
@@ -107,6 +109,16 @@ class Callback(_Callback):
         before = vars(strategy).get("teardown")  # set by callbacks that registered earlier
         strategy.teardown = _CleanUp(strategy, before, clean_up)  # type: ignore[method-assign]
 
+    @staticmethod
+    def around_saves(trainer: Trainer, context: Callable[[], AbstractContextManager[None]]) -> None:
+        """Enter a context around each save of a checkpoint, until the Trainer's run ends.
+
+        Lightning calls no hook of a callback when it saves weights alone.
+        """
+        save = _SaveWithin(trainer, context)
+        Callback.at_end(trainer, save.remove)
+        trainer.save_checkpoint = save  # type: ignore[method-assign]
+
 
 class _CleanUp:
     """A strategy's ``teardown`` that first runs a cleanup, once. It is a class so that a Trainer can be pickled."""
@@ -125,6 +137,26 @@ class _CleanUp:
         except Exception as error:  # it must not hide the error that ended the run
             rank_zero_warn(f"Cleaning up after the run failed: {error}")
         self._strategy.teardown()
+
+
+class _SaveWithin:
+    """A Trainer's ``save_checkpoint`` within a context. A class, so that a Trainer can be pickled."""
+
+    def __init__(self, trainer: Any, context: Callable[[], AbstractContextManager[None]]) -> None:
+        self._trainer = trainer
+        self._before = vars(trainer).get("save_checkpoint")  # of callbacks that asked already
+        self._save = trainer.save_checkpoint
+        self._context = context
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        with self._context():
+            self._save(*args, **kwargs)
+
+    def remove(self) -> None:
+        if vars(self._trainer).get("save_checkpoint") is self:
+            del self._trainer.save_checkpoint
+            if self._before is not None:
+                self._trainer.save_checkpoint = self._before
 
 
 def several_processes(trainer: Trainer) -> bool:
@@ -149,6 +181,18 @@ def callbacks_of(trainer: Trainer) -> list[Any]:
     """Return a Trainer's callbacks."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return callbacks
+
+
+def averages_of(trainer: Trainer) -> list[Any]:
+    """Return the averaged copies of the module that weight-averaging callbacks hold."""
+    kept = [each for callback in callbacks_of(trainer) for each in vars(callback).values()]
+    return [each.module for each in kept if isinstance(each, AveragedModel)]
+
+
+def knobs_of(pl_module: Any) -> Mapping[str, float | None]:
+    """Return the knobs that a module offers: the number that each is configured with, if any."""
+    knobs = getattr(pl_module, "knobs", None)  # which may be anything in a module of another project
+    return knobs if isinstance(knobs, Mapping) else {}
 
 
 def writes_hparams(logger: Any) -> bool:

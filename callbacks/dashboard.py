@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from .base import Callback, callbacks_of
+from .base import Callback, callbacks_of, knobs_of
 from .control.attribute_writer import AttributeWriter
 from .drawing.best_effort import BestEffort
 from .drawing.media_logger import MediaLogger
@@ -195,7 +195,7 @@ def _overview(charts: Mapping[str, Sequence[str]], metrics: Mapping[str, Any]) -
 
 def _knob_values(pl_module: LightningModule) -> dict[str, float]:
     """Return the values of a module's own knobs, rounded to the precision of float32."""
-    return {name: float(f"{float(getattr(pl_module, name)):.7g}") for name in getattr(pl_module, "knobs", {})}
+    return {name: float(f"{float(getattr(pl_module, name)):.7g}") for name in knobs_of(pl_module)}
 
 
 def _writers(trainer: Trainer) -> list[Any]:

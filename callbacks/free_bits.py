@@ -120,6 +120,7 @@ class FreeBits(AttributeScheduler):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
         latest, total = self._latest, self._schedule.total_steps
         if latest is None or self._warned or getattr(trainer, "fast_dev_run", False):
             return

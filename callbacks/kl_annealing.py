@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
-from .base import callbacks_of
+from .base import callbacks_of, knobs_of
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import remedy
 from .probing.effective_beta import WeightEffect, weight_effect
@@ -83,7 +83,7 @@ class KLAnnealing(AttributeScheduler):
 
     def _is_foreign(self, pl_module: LightningModule) -> bool:
         """Return whether the effect of the number is unknown. A setter may have side effects, so it is not probed."""
-        return self.setter is None and not set(self._paths) & set(getattr(pl_module, "knobs", {}))
+        return self.setter is None and not set(self._paths) & set(knobs_of(pl_module))
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         others = [each for each in callbacks_of(trainer) if isinstance(each, KLAnnealing) and each is not self]

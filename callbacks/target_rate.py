@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
-from .base import callbacks_of, sum_over_processes
+from .base import callbacks_of, knobs_of, sum_over_processes
 from .control.attribute_writer import AttributeWriter, MisconfigurationException, monitors
 from .control.rate_controller import ControllerState, RateController, rate_scale
 from .control.run_schedule import RunSchedule
@@ -172,6 +172,7 @@ class TargetRate(AttributeWriter):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
         self._report(self.target(self.step(trainer)))  # for runs that rarely log
 
     @override
@@ -297,8 +298,10 @@ class TargetRate(AttributeWriter):
             raise ValueError(
                 f"{type(self).__name__}({self.name}): the target must end at a finite rate of at least 0, got {limit}."
             )
-        self._sets_limit = bool(set(self._paths) & set(getattr(pl_module, "knobs", {})))
+        steered = tuple(path for path in self._paths if path in knobs_of(pl_module))
+        self._sets_limit = bool(steered)
         if self._sets_limit:
+            pl_module.steered_knobs = steered
             pl_module.rate_limit = (limit + self.tolerance * rate_scale(limit), self.price)
 
     @override

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
 from .checkpoints.checkpoint_io import MODULE_KEY
 from .checkpoints.class_paths import check_checkpoint
-from .checkpoints.exact_resume import trainer_of
+from .checkpoints.exact_resume import is_fitting, trainer_of
 
 
 class KnobModule(LightningModule):
@@ -27,19 +27,24 @@ class KnobModule(LightningModule):
     Attributes:
         knobs: The number that each knob is configured with; ``None`` for a knob left at its default, for which a
             callback's schedule may have any end.
+        constructed_knobs: The same as the constructor set it, before any later assignment.
         rate_limit: The rate in nats that a controller holds the module at, and the price of each nat above it; saved in
             checkpoints. ``None`` if no controller has set it.
+        steered_knobs: The knobs that this controller moves; saved with the limit.
     """
 
     knobs: dict[str, float | None]
+    constructed_knobs: dict[str, float | None]
+    steered_knobs: tuple[str, ...]
     rate_limit: tuple[float, float] | None
     chosen_options: tuple[str, ...] = ()
     """Options of the constructor that a callback may override. The override is saved like the knobs."""
 
     def _register_knobs(self, **knobs: tuple[float | None, float]) -> None:
         """Register knobs by name, each with its configured number, if any, and its default."""
-        self.rate_limit = None
+        self.rate_limit, self.steered_knobs = None, ()
         self.knobs = {name: None if own is None else checked_knob(name, own) for name, (own, _) in knobs.items()}
+        self.constructed_knobs = dict(self.knobs)
         for name, (own, default) in knobs.items():
             knob = torch.tensor(default if own is None else own, dtype=torch.float32)
             self.register_buffer(name, knob, persistent=False)
@@ -53,9 +58,17 @@ class KnobModule(LightningModule):
             super().__setattr__(name, value)
             return
         if not self._is_fitting:
-            knobs[name] = checked_knob(name, float(value))
-            self.save_hyperparameters({name: knobs[name]})
+            self._configure(name, checked_knob(name, float(value)))
         self._fill(name, value)
+
+    def _configure(self, name: str, value: float) -> None:
+        self.knobs[name] = value
+        self._update_hparams({name: value})
+
+    def _update_hparams(self, values: dict[str, Any]) -> None:
+        """Update the hyperparameters as ``save_hyperparameters`` does, without enabling their logging."""
+        self.hparams.update(values)
+        self._hparams_initial = copy.deepcopy(self.hparams)
 
     @torch.no_grad()
     def _fill(self, name: str, value: float | Tensor) -> None:
@@ -64,12 +77,12 @@ class KnobModule(LightningModule):
     @property
     def _is_fitting(self) -> bool:
         trainer = trainer_of(self)
-        return trainer is not None and trainer.state.fn == TrainerFn.FITTING and not trainer.state.stopped
+        return trainer is not None and is_fitting(trainer)
 
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":  # a checkpoint restores the limit of the resumed run
-            self.rate_limit = None
+            self.rate_limit, self.steered_knobs = None, ()
             for name, value in self.knobs.items():
                 if value is not None:  # otherwise the knob stays as it is
                     self._fill(name, value)
@@ -79,40 +92,53 @@ class KnobModule(LightningModule):
         options = {name: getattr(self, name) for name in self.chosen_options}
         checkpoint.setdefault(MODULE_KEY, {}).update(
             knobs=dict(self.knobs),
+            constructed_knobs=dict(self.constructed_knobs),
             knob_values={name: float(getattr(self, name)) for name in self.knobs},
             rate_limit=self.rate_limit,
+            steered_knobs=list(self.steered_knobs),
             chosen={name: value for name, value in options.items() if value != self.hparams[name]},
         )
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(MODULE_KEY, {})
-        self.rate_limit = saved.get("rate_limit")
-        values = saved.get("knob_values", saved.get("knob_targets", {}))  # the name in version 0.1.0
-        for name, value in values.items():
-            self._load_knob(name, value, saved.get("knobs", {}).get(name))
+        if "knob_targets" in saved:  # version 0.1.0, in which a controller always moved beta
+            steered = ["beta"] if saved.get("rate_limit") else []
+            saved = {**saved, "knob_values": saved["knob_targets"], "knobs": self.knobs, "steered_knobs": steered}
+        self.rate_limit, self.steered_knobs = saved.get("rate_limit"), tuple(saved.get("steered_knobs", ()))
+        for name, value in saved.get("knob_values", {}).items():
+            self._load_knob(name, value, saved["knobs"][name], saved.get("constructed_knobs", {}).get(name))
         for name, value in saved.get("chosen", {}).items():
             setattr(self, name, value)
 
-    def _load_knob(self, name: str, value: float, saved: float | None) -> None:
+    def _load_knob(self, name: str, value: float, configured: float | None, constructed: float | None) -> None:
         """Take a knob's value from a checkpoint, unless the module is configured with another number.
 
         Args:
             name: The knob.
             value: Its value when the checkpoint was saved.
-            saved: The number that the saved module was configured with.
+            configured: The number that the saved module was configured with.
+            constructed: The number that its constructor set.
         """
         own = self.knobs[name]
         if self._is_fitting:
-            steered = name == "beta" and self.rate_limit is not None  # keep the weight that a controller has found
-            keeps = own is not None and not steered
+            keeps = own is not None and name not in self.steered_knobs  # keep the weight that a controller has found
             if keeps and float(getattr(self, name)) != value:
                 rank_zero_warn(
                     f"The checkpoint was saved with `{name}={value:g}`; the run continues with `{name}={own:g}`, which "
                     "the module is configured with."
                 )
+            if not keeps and own not in (None, configured):
+                rank_zero_warn(
+                    f"The run continues with `{name}={value:g}`, which a controller had found when the checkpoint was "
+                    f"saved. `{name}={own:g}`, which the module is configured with, is not used."
+                )
+        elif trainer_of(self) is None:
+            keeps = own not in (None, configured, constructed)  # an argument that overrides the checkpoint
+            if not keeps and configured is not None:
+                self._configure(name, configured)
         else:
-            keeps = trainer_of(self) is None and own not in (None, saved)  # an argument that overrides the checkpoint
+            keeps = False
         if not keeps:
             self._fill(name, value)
 

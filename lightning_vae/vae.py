@@ -129,7 +129,7 @@ class VAE(KnobModule):
         parts = {"encoder": encoder, "decoder": decoder, "likelihood": likelihood}
         self.save_hyperparameters(ignore=[name for name, part in parts.items() if isinstance(part, nn.Module)])
         described = {name: describe(self.hparams.get(name, part)) for name, part in parts.items()}
-        self.save_hyperparameters({**self.hparams, **described})  # these load with `weights_only=True`
+        self._update_hparams(described)  # these load with `weights_only=True`
 
         self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
         self.encoder = build("encoder", MLPEncoder if encoder is None else encoder, shape, latent_dim)
@@ -399,8 +399,10 @@ class VAE(KnobModule):
         return missing_companions(self.trainer)
 
     @override
-    def on_fit_start(self) -> None:
-        warn_of_missing_companions(self.trainer)
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            warn_of_missing_companions(self.trainer)
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from ..base import knobs_of
 from ..schedules import Schedule
 from .attribute_writer import AttributeWriter, MisconfigurationException
 from .run_schedule import RunSchedule
@@ -68,8 +70,8 @@ class AttributeScheduler(AttributeWriter):
         self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
     ) -> None:
         title = f"{type(self).__name__}({self.name})"
-        knobs = getattr(pl_module, "knobs", {})
-        configured = {path: knobs[path] for path in self._paths if knobs.get(path) is not None}
+        knobs = knobs_of(pl_module)
+        configured = {path: value for path in self._paths if (value := knobs.get(path)) is not None}
         base = next(iter(configured.values()), restored.get("base"))
         self._base = current if base is None else float(base)
         self._schedule.begin(trainer, title, self._base, restored)
@@ -81,12 +83,17 @@ class AttributeScheduler(AttributeWriter):
 
     def _refuse_another_end(self, configured: dict[str, float], end: float | None) -> None:
         for path, value in configured.items():
-            if end is not None and end != value:
+            if end is not None and not _is_one_number(end, value):
                 raise MisconfigurationException(
                     f"{type(self).__name__}: the schedule ends at {end:g}, but the module is configured with "
                     f"`{path}={value:g}`. Configure it in one place: leave `{path}` out of the module, or "
                     "the schedule's end (`stop`) out of the callback, which then ends at the module's value."
                 )
+
+
+def _is_one_number(first: float, second: float) -> bool:
+    """Whether two numbers are one in float32, which a knob keeps."""
+    return torch.equal(*(torch.tensor(each, dtype=torch.float32) for each in (first, second)))
 
 
 def _warn_of_another_number(title: str, current: float | None, base: float | None, end: float | None) -> None:

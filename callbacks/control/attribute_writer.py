@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ..base import Callback, callbacks_of
+from ..base import Callback, averages_of, callbacks_of, knobs_of
 from ..reading.distribution_reader import DistributionReader
 from .tied_attributes import NumberPlace, number_place
 
@@ -47,11 +46,18 @@ _REMEDIES = {
 class AttributeWriter(Callback):
     """Write a number of a LightningModule: its value in training batches, its target in between.
 
-    A subclass computes the number of each step in :meth:`_value`, and sets :attr:`_target` when a run begins.
+    The base class of :class:`AttributeScheduler`, and the one to derive a controller from. A subclass has
+
+    - :meth:`_prepare`, called when a run begins, which sets the first :attr:`_target`;
+    - :meth:`_value`, which returns the number of each step;
+    - :attr:`_moves`, whether the number moves during the run.
+
+    A controller changes :attr:`_target` in ``on_train_batch_end``, before it calls ``super()``. The state that a
+    resumed run needs is returned by ``state_dict`` and passed to :meth:`_prepare`.
 
     From the start to the end of a training batch the module holds the step's value, and at all other times the target.
-    So validation, checkpoints and the finished module see the intended number, and a validation loss selects models
-    under any schedule.
+    So validation, checkpoints (weights-only ones too) and the finished module see the intended number, and a validation
+    loss selects models under any schedule.
 
     At the end of a batch the number is read back. If something else also sets it, that is reported once.
 
@@ -63,7 +69,27 @@ class AttributeWriter(Callback):
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
     Raises:
-        ValueError: If there is no path.
+        ValueError: If there is neither a path nor a name.
+
+    Example::
+
+        >>> class HalvedEachStep(AttributeWriter):
+        ...     _moves = True
+        ...
+        ...     def _prepare(self, trainer, pl_module, current, restored):
+        ...         self._target = restored.get("target", current)
+        ...
+        ...     def _value(self, step):
+        ...         return self._target
+        ...
+        ...     def on_train_batch_end(self, *args):
+        ...         self._target /= 2
+        ...         super().on_train_batch_end(*args)
+        ...
+        ...     def state_dict(self):
+        ...         return {"target": self._target}
+        >>> HalvedEachStep("beta").name
+        'beta'
     """
 
     def __init__(
@@ -73,6 +99,8 @@ class AttributeWriter(Callback):
         name: str | None = None,
     ) -> None:
         paths = _paths(attribute)
+        if not paths and not name:
+            raise ValueError(f"`name` must be given where `attribute` is None, got {name!r}: no path has a last part.")
         self.attribute = attribute
         self.setter = setter
         self.name = name or _last_part(paths[-1])
@@ -81,6 +109,7 @@ class AttributeWriter(Callback):
         self._place: NumberPlace | None = None  # during a fit
         self._current: float | Tensor = math.nan  # the number of this step
         self._target: float | Tensor | None = None
+        self._holds_step = False  # whether the module has this step's number, and not the target
         self._has_settled = False  # for a subclass whose number no longer changes
         self._restored: dict[str, Any] = {}
         self._checks_left: float = 0
@@ -115,7 +144,7 @@ class AttributeWriter(Callback):
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:  # noqa: ARG002
         """Log the number used in the step, at the end of a batch that logs."""
-        if self.name not in getattr(pl_module, "knobs", {}):  # a module with knobs logs them itself
+        if self.name not in knobs_of(pl_module):  # a module with knobs logs them itself
             self.log_now(pl_module, {f"knobs/{self.name}": self._current}, prog_bar=True)
 
     def _find(self, pl_module: LightningModule) -> NumberPlace:
@@ -137,6 +166,7 @@ class AttributeWriter(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._refuse_twins(trainer)
         self.at_end(trainer, self._release)
+        self.around_saves(trainer, partial(self._at_target, trainer))
         try:
             self._begin(trainer, pl_module)
         except ValueError:
@@ -154,7 +184,7 @@ class AttributeWriter(Callback):
             self._begin(trainer, pl_module)
         if not self._has_settled:
             self._current = self._value(self.step(trainer))
-        self._place.write(self._current)  # type: ignore[union-attr]
+        self._write_step()
         if self._reader.paths:
             self._reader.listen(pl_module)
         if batch_idx == 0 and self.step(trainer) == 0:
@@ -171,8 +201,17 @@ class AttributeWriter(Callback):
             self._log(trainer, pl_module, batch)
         if self._reader.paths:
             self._reader.forget()
-        if self._target is not None and self._current is not self._target and self._place is not None:
-            self._place.write(self._target)
+        if self._current is not self._target:
+            self._write_target()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._holds_step:  # the module's `on_train_batch_start` returned -1: the batch never ended
+            self._write_target()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._write_everywhere(trainer)
 
     @override
     def on_validation_batch_start(
@@ -202,19 +241,10 @@ class AttributeWriter(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         with suppress(Exception):  # it must not hide the error that ended the run; `_release` reports it
-            self._write_target()  # for a checkpoint that is saved on an exception
+            self._write_everywhere(trainer)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._write_target()  # the checkpoint refers to the module's tensors and objects; numbers it has copied
-        for path in self._paths:
-            root, _, rest = path.partition(".")
-            if root == "hparams" and "hyper_parameters" in checkpoint:
-                name = rest.partition(".")[0]
-                checkpoint["hyper_parameters"][name] = pl_module.hparams[name]
-            saved = checkpoint["state_dict"].get(path)
-            if saved is not None and self._target is not None:  # weight averaging stores an average there
-                checkpoint["state_dict"][path] = torch.full_like(saved, float(self._target))
         self._reader.unhook()
 
     @override
@@ -247,9 +277,32 @@ class AttributeWriter(Callback):
         finally:
             self._place = None
 
+    def _write_step(self) -> None:
+        self._place.write(self._current)  # type: ignore[union-attr]
+        self._holds_step = True
+
     def _write_target(self) -> None:
         if self._place is not None and self._target is not None:
             self._place.write(self._target)
+            self._holds_step = False
+
+    def _write_everywhere(self, trainer: Trainer) -> None:
+        """Write the target to the module, and to its averaged copies, which average the number like a weight."""
+        self._write_target()
+        if self._place is not None and self._target is not None and self._paths:
+            for each in averages_of(trainer):
+                number_place(each, self._paths).write(self._target)
+
+    @contextmanager
+    def _at_target(self, trainer: Trainer) -> Iterator[None]:
+        """Hold the target while a checkpoint is saved, which may happen within a training batch."""
+        held_step = self._holds_step
+        self._write_everywhere(trainer)
+        try:
+            yield
+        finally:
+            if held_step and not self._holds_step:
+                self._write_step()
 
     def _check_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn once if something else also sets the number; a module may set it a single time, to build itself."""

@@ -12,7 +12,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.progress import _ProcessedTracker
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch.utils.data import SequentialSampler
 from typing_extensions import override
@@ -88,6 +88,14 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def step_of(trainer: Trainer) -> int:
     """Return the number of batches that stepped, the loggers' x-axis."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def is_fitting(trainer: Trainer) -> bool:
+    """Return whether a fit goes on; one that an exception ends goes on until its clean-up is done."""
+    state = trainer.state
+    if state.status == TrainerStatus.INTERRUPTED:  # after the clean-up one of the two is `None`, by what ended the run
+        return state.fn == TrainerFn.FITTING and None not in (state.stage, trainer.fit_loop._data_fetcher)
+    return state.fn == TrainerFn.FITTING and not state.stopped
 
 
 def is_stopping(trainer: Trainer) -> bool:

@@ -56,7 +56,8 @@ class Guards(Companion):
                 # which fused ones do unless told not to.
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         check_monitors(trainer)
-        if pl_module.knobs["beta"] is None:  # otherwise the constructor has warned
+        configured = pl_module.knobs["beta"]
+        if configured is None or configured != pl_module.constructed_knobs["beta"]:  # otherwise the constructor warned
             warn_of_feedback(float(pl_module.beta), pl_module.likelihood)
 
     @override
