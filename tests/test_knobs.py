@@ -5,10 +5,12 @@ import math
 import pickle
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.utils.data import DataLoader
 
 from lightning_vae import VAE
 from lightning_vae.callbacks import KLAnnealing, Linear
@@ -50,6 +52,18 @@ def test_moving_a_knob_within_a_fit_does_not_configure_it(tmp_path):
     assert (vae.beta.item(), vae.knobs["beta"], vae.hparams["beta"]) == (0.5, 0.5, 0.5)
 
 
+def test_an_assignment_leaves_the_other_hyperparameters_alone():
+    class Quiet(VAE):
+        def __init__(self, weights):
+            super().__init__(SHAPE, LEVELS)
+            self.save_hyperparameters(logger=False)
+
+    vae = Quiet(np.ones(3))
+    vae.beta = 3.0
+    assert not vae._log_hyperparams
+    assert (vae.hparams["beta"], vae.hparams_initial["beta"], vae.hparams["weights"].sum()) == (3.0, 3.0, 3.0)
+
+
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_an_assignment_refuses_what_the_constructor_refuses(value):
     """Case "beta set to nonsense"."""
@@ -80,6 +94,18 @@ def test_an_assignment_outside_a_fit_is_in_the_checkpoint(tmp_path):
     validated = small()
     trainer(tmp_path).validate(validated, loader(), path, verbose=False)
     assert validated.beta.item() == 4.0
+
+
+class Fixed(VAE):
+    def __init__(self):
+        super().__init__(SHAPE, LEVELS, latent_dim=3, beta=2.0)
+
+
+def test_an_assignment_wins_over_a_subclass_that_says_its_own_number(tmp_path):
+    vae = Fixed()
+    vae.beta = 4.0
+    loaded = Fixed.load_from_checkpoint(fitted(tmp_path, vae), weights_only=True)
+    assert (loaded.beta.item(), loaded.knobs["beta"], loaded.hparams["beta"]) == (4.0, 4.0, 4.0)
 
 
 class Weighted(VAE):
@@ -154,3 +180,20 @@ def test_a_copy_has_knobs_of_its_own():
     assert (vae.beta.item(), twin.beta.item(), copy.deepcopy(twin).beta.item()) == (2.0, 3.0, 3.0)
     vae.share_memory()
     assert not pickle.loads(pickle.dumps(vae)).beta.is_shared()
+
+
+def test_beta_that_is_assigned_with_an_adaptive_scale_warns_once(tmp_path):
+    vae = VAE((4,))
+    vae.beta = 4.0
+    with pytest.warns(UserWarning, match="`beta` is 4 with a likelihood whose scale adapts") as caught:
+        trainer(tmp_path, max_epochs=1).fit(vae, DataLoader(torch.randn(8, 4), batch_size=4))
+    assert sum("the two feed back" in str(each.message) for each in caught) == 1
+
+
+def test_a_knob_that_an_earlier_version_has_steered_comes_back(tmp_path):
+    path = fitted(tmp_path, small(beta=1.0))
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["lightning_vae"] = {"knob_targets": {"beta": 0.25, "free_bits": 0.0}, "rate_limit": (1.0, 10.0)}
+    torch.save(checkpoint, path)
+    loaded = VAE.load_from_checkpoint(path, weights_only=True)
+    assert (loaded.beta.item(), loaded.knobs["beta"], loaded.rate_limit) == (0.25, 1.0, (1.0, 10.0))

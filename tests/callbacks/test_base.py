@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_vae.callbacks import Callback, KLAnnealing, Linear
-from lightning_vae.callbacks.base import mean_over_processes, sum_over_processes
+from lightning_vae.callbacks.base import averages_of, mean_over_processes, sum_over_processes
 from tests.doubles import ForeignModule, RecordingVAE, loader, quiet_trainer
 
 PACKAGES = ("lightning.pytorch", "pytorch_lightning")
@@ -117,3 +117,17 @@ def test_the_buffers_of_a_module_hold_the_target_from_the_start_of_the_fit(tmp_p
     callbacks = [AtStart(), KLAnnealing(Linear(stop=2.0, steps=3))]
     quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(RecordingVAE(), loader())
     assert seen == [2.0]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_the_average_of_the_weights(package: str, tmp_path: Path) -> None:
+    averaging = import_module(f"{package}.callbacks").WeightAveraging()
+    trainer = import_module(package).Trainer(
+        callbacks=[averaging], max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu",
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    assert averages_of(trainer) == []
+    model = module_of(package)
+    trainer.fit(model, loader())
+    [average] = averages_of(trainer)
+    assert type(average) is type(model)

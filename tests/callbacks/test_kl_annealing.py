@@ -837,3 +837,46 @@ def test_after_an_exception_that_skips_every_hook_the_number_is_at_its_target(tm
     with pytest.raises(KeyError):
         quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=4))], max_epochs=1).fit(model, loader())
     assert model.beta == 4.0
+
+
+def test_a_wrong_path_on_a_module_with_knobs_is_an_error_before_the_sanity_validation(tmp_path: Path) -> None:
+    class Watch(Callback):
+        def on_sanity_check_start(self, *_: Any) -> None:
+            raise AssertionError
+
+    callbacks = [KLAnnealing(Linear(steps=4), "bta"), Watch()]
+    with pytest.raises(ValueError, match="Did you mean 'beta'"):
+        quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(RecordingVAE(), loader(), loader())
+
+
+def test_one_end_in_two_precisions_is_one(tmp_path: Path) -> None:
+    model = RecordingVAE()
+    model.beta = torch.tensor(0.1)
+    assert model.knobs["beta"] != 0.1
+    quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(stop=0.1, steps=3))], max_epochs=1).fit(model, loader())
+    assert float(model.beta) == float(torch.tensor(0.1))
+
+
+@pytest.mark.parametrize("ended", [KeyError, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["training", "validation"])
+def test_a_setter_configures_nothing_after_an_exception_either(
+    tmp_path: Path, where: str, ended: type[BaseException]
+) -> None:
+    class Fails(Callback):
+        def on_before_optimizer_step(self, trainer: Any, *_: Any) -> None:
+            if where == "training" and trainer.global_step == 2:
+                raise ended
+
+        def on_validation_batch_end(self, *_: Any) -> None:
+            if where == "validation":
+                raise ended
+
+    model = RecordingVAE()
+    annealing = KLAnnealing(Linear(steps=5, stop=4.0), setter=lambda module, value: setattr(module, "beta", value))
+    options: dict[str, Any] = {"callbacks": [annealing, Fails()], "max_epochs": 1, "num_sanity_val_steps": 0}
+    with pytest.raises(SystemExit if ended is KeyboardInterrupt else ended):
+        quiet_trainer(tmp_path, **options).fit(model, loader(), loader())
+    assert (float(model.beta), model.knobs["beta"], model.hparams["beta"]) == (4.0, None, None)
+    if not (where == "validation" and ended is KeyboardInterrupt):  # after which Lightning's loops tell nothing
+        model.beta = 2.0
+        assert (float(model.beta), model.knobs["beta"]) == (2.0, 2.0)

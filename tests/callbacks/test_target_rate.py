@@ -1,4 +1,5 @@
 import math
+import warnings
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -338,7 +339,14 @@ def test_the_weight_that_was_found_goes_on_and_an_argument_replaces_it(tmp_path:
     assert found != 1.0
     for beta in (1.0, 3.0, None):
         resumed = RecordingVAE(beta=beta)
-        trainer(2).fit(resumed, loader(), ckpt_path=path)  # nothing of the knob is said
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(2).fit(resumed, loader(), ckpt_path=path)
+        said = [str(each.message) for each in caught if "`beta=" in str(each.message)]
+        assert len(said) == (beta == 3.0)  # it has changed
+        for line in said:
+            assert f"continues with `beta={found:g}`, which a controller had found" in line
+            assert "`beta=3`, which the module is configured with, is not used" in line
         assert betas(resumed)[0] == found
         assert resumed.knobs["beta"] == beta
     assert float(RecordingVAE.load_from_checkpoint(path).beta) == found
@@ -633,3 +641,47 @@ def test_after_an_exception_the_weight_is_where_the_controller_had_it(tmp_path: 
     assert callback.weight is not None
     assert float(model.beta) == float(callback.weight)
     assert not callback._reader._handles
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_averaging_saves_the_weight_of_the_moment_and_no_average_of_it(tmp_path: Path, first: bool) -> None:
+    class Buffered(LightningModule):
+        posterior: Any = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(2, 2)
+            self.register_buffer("beta", torch.tensor(1.0))
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            mean = self.layer(batch)
+            self.posterior = Normal(mean, torch.ones_like(mean))
+            return (mean - batch).square().mean() + self.beta * mean.square().mean()  # type: ignore[operator]
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer: Trainer, pl_module: Any, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "a.ckpt")
+            saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+            weights.append(float(pl_module.beta))
+            for state in ("state_dict", "current_model_state"):
+                assert float(saved[state]["beta"]) == weights[-1]
+
+    weights: list[float] = []
+    callbacks = [TargetRate(5.0, integral=0.5), EMAWeightAveraging(decay=0.9)]
+    callbacks = [*(callbacks if first else callbacks[::-1]), Saves()]
+    quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(Buffered(), loader())
+    assert len(set(weights)) == 6
+
+
+def test_a_checkpoint_names_the_knobs_that_are_steered(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, callbacks=[TargetRate(0.1)], max_epochs=1)
+    trainer.fit(model := RecordingVAE(), loader())
+    assert model.steered_knobs == ("beta",)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = RecordingVAE.load_from_checkpoint(tmp_path / "a.ckpt")
+    assert (loaded.steered_knobs, loaded.rate_limit) == (("beta",), model.rate_limit)
+    quiet_trainer(tmp_path, max_epochs=1).fit(model, loader())
+    assert model.steered_knobs == ()

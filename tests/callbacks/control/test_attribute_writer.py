@@ -12,8 +12,8 @@ from lightning.pytorch import callbacks as callbacks_of_lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_vae.callbacks import KLAnnealing, Linear
-from tests.doubles import ForeignModule, loader, quiet_trainer
+from lightning_vae.callbacks import AttributeScheduler, AttributeWriter, KLAnnealing, Linear
+from tests.doubles import ForeignModule, RecordingVAE, loader, quiet_trainer
 
 
 @dataclass
@@ -265,3 +265,122 @@ def test_saves_of_weights_alone_hold_the_target_though_they_ask_no_callback(tmp_
     files = list(tmp_path.glob("*.ckpt"))
     assert files
     assert {float(torch.load(file, weights_only=True)["state_dict"]["buffer"]) for file in files} == {1.0}
+
+
+class SavesWeights(Callback):
+    """Save weights alone in one hook, for which Lightning calls no hook of a callback."""
+
+    def __init__(self, path: Path, hook: str) -> None:
+        self.path = path
+        setattr(self, hook, self.save)
+
+    def save(self, trainer: Any, *_: Any) -> None:
+        trainer.save_checkpoint(self.path, weights_only=True)
+
+
+class BufferedModule(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.beta
+        self.register_buffer("beta", torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"])
+@pytest.mark.parametrize("kind", [RecordingVAE, BufferedModule])
+@pytest.mark.parametrize("first", [True, False])
+def test_saves_within_a_batch_hold_the_target_and_move_nothing(
+    tmp_path: Path, hook: str, kind: type[Any], first: bool
+) -> None:
+    used, path = [], tmp_path / "weights.ckpt"
+    for saves in ([SavesWeights(path, hook)], []):
+        annealing = KLAnnealing(Linear(steps=12), probe=False)
+        callbacks = [*saves, annealing] if first else [annealing, *saves]
+        model = kind()
+        trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=2)
+        trainer.fit(model, loader())
+        assert "save_checkpoint" not in vars(trainer)
+        used.append(model.used)
+    assert used[0] == used[1]
+    loaded = torch.load(path, weights_only=True)
+    values = loaded["lightning_vae"]["knob_values"] if kind is RecordingVAE else loaded["state_dict"]
+    assert float(values["beta"]) == 1.0
+
+
+def test_a_save_after_the_fit_holds_what_the_module_holds(tmp_path: Path) -> None:
+    model = BufferedModule()
+    trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=2), probe=False)], max_epochs=1)
+    trainer.fit(model, loader())
+    model.beta.fill_(7.0)  # type: ignore[operator, union-attr]
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    assert float(torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]["beta"]) == 7.0
+
+
+def test_after_a_batch_that_is_skipped_the_module_holds_the_target(tmp_path: Path) -> None:
+    class Skips(BufferedModule):
+        at_end = None
+
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+            return -1 if batch_idx == 2 else None
+
+        def on_train_epoch_end(self) -> None:
+            self.at_end = float(self.beta)  # type: ignore[assignment]
+
+    model = Skips()
+    annealing = KLAnnealing(Linear(steps=2, stop=3.0), probe=False)
+    quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(model, loader())
+    assert model.at_end == 3.0
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_averaging_copies_no_average_of_the_number_at_the_end(tmp_path: Path, first: bool) -> None:
+    callbacks = [KLAnnealing(Linear(steps=6), probe=False), EMAWeightAveraging(decay=0.5)]
+    saves = SavesWeights(tmp_path / "weights.ckpt", "on_train_end")
+    callbacks = [*(callbacks if first else callbacks[::-1]), saves]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1)
+    trainer.fit(BufferedModule(), loader())
+    trainer.save_checkpoint(tmp_path / "after.ckpt")  # of the average
+    for name in ("weights", "after"):
+        assert float(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"]["beta"]) == 1.0, name
+
+
+@pytest.mark.parametrize("knobs", [["beta"], "beta", None, 3])
+def test_a_foreign_module_may_call_anything_its_knobs(tmp_path: Path, knobs: Any) -> None:
+    model = ForeignModule()
+    model.knobs = knobs
+    quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=2))], max_epochs=1).fit(model, loader())
+    assert model.used[:3] == [0.0, 0.5, 1.0]
+
+
+def test_a_number_of_the_callbacks_own_needs_a_name() -> None:
+    assert AttributeScheduler(Linear(steps=1), None, name="own").name == "own"
+    for kind, arguments in ((AttributeWriter, ()), (AttributeScheduler, (Linear(steps=1),))):
+        with pytest.raises(ValueError, match="`name` must be given where `attribute` is None"):
+            kind(*arguments, None)  # type: ignore[abstract]
+
+
+def test_a_controller_of_ones_own(tmp_path: Path) -> None:
+    class HalvedEachStep(AttributeWriter):
+        _moves = True  # type: ignore[assignment]
+
+        def _prepare(self, trainer: Any, pl_module: Any, current: Any, restored: dict[str, Any]) -> None:
+            self._target = restored.get("target", current)
+
+        def _value(self, step: int) -> Any:
+            return self._target
+
+        def on_train_batch_end(self, *arguments: Any) -> None:
+            self._target /= 2  # type: ignore[operator]
+            super().on_train_batch_end(*arguments)
+
+        def state_dict(self) -> dict[str, Any]:
+            return {"target": self._target}
+
+    def run(epochs: int, ckpt_path: Path | None = None) -> tuple[Any, ForeignModule]:
+        trainer, model = quiet_trainer(tmp_path, callbacks=[HalvedEachStep("beta")], max_epochs=epochs), ForeignModule()
+        trainer.fit(model, loader(4), loader(2), ckpt_path=ckpt_path)
+        return trainer, model
+
+    trainer, model = run(1)
+    assert (model.used, model.validated[-1], model.beta) == ([1.0, 0.5], 0.25, 0.25)
+    trainer.save_checkpoint(path := tmp_path / "a.ckpt")
+    assert run(2, path)[1].used == [0.25, 0.125]
