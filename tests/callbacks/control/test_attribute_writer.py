@@ -323,11 +323,11 @@ def test_after_a_batch_that_is_skipped_the_module_holds_the_target(tmp_path: Pat
             return -1 if batch_idx == 2 else None
 
         def on_train_epoch_end(self) -> None:
-            self.at_end = float(self.beta)  # type: ignore[assignment]
+            self.at_end = self.at_end or float(self.beta)  # type: ignore[assignment]
 
     model = Skips()
-    annealing = KLAnnealing(Linear(steps=2, stop=3.0), probe=False)
-    quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(model, loader())
+    annealing = KLAnnealing(Linear(steps=4, stop=3.0), probe=False)
+    quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=3).fit(model, loader())
     assert model.at_end == 3.0
 
 
