@@ -24,7 +24,7 @@ from .metrics.validation_pass import Measurements, ValidationPass, exact
 from .reading.batch_fields import index_of
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
-from .reading.rates import kl_per_dimension
+from .reading.kl_rates import kl_per_dimension
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -19,7 +19,7 @@ from .free_bits import count_at_floor
 from .probing.loss_probe import LossProbe
 from .reading.distribution_reader import DistributionReader, is_compiled
 from .reading.distributions import read_prior, widened
-from .reading.rates import kl_per_dimension
+from .reading.kl_rates import kl_per_dimension
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:

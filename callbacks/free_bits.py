@@ -16,7 +16,7 @@ from .control.attribute_writer import MisconfigurationException
 from .control.tied_attributes import NumberPlace
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
-from .reading.rates import measured_rates
+from .reading.kl_rates import measured_rates
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:

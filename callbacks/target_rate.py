@@ -19,7 +19,7 @@ from .control.rate_controller import ControllerState, RateController, rate_scale
 from .control.run_schedule import RunSchedule
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
-from .reading.rates import measured_rates
+from .reading.kl_rates import measured_rates
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:

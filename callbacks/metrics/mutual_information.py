@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Normal
 
-from ..reading.rates import kl_per_dimension
+from ..reading.kl_rates import kl_per_dimension
 
 # Unlikely to be a seed of the data: the same noise in data and samples would look like information.
 SEED = 0x5EED

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from ..reading.rates import kl_per_dimension
+from ..reading.kl_rates import kl_per_dimension
 from .active_units import is_active, variance_of_means
 
 

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_vae import free_bits
 from lightning_vae.callbacks import EnforcedFreeBits, FreeBits, KLAnnealing, Linear
 from lightning_vae.callbacks.enforced_free_bits import shortfall
-from lightning_vae.callbacks.reading.rates import kl_per_dimension
+from lightning_vae.callbacks.reading.kl_rates import kl_per_dimension
 from tests.doubles import RecordingVAE, loader, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:FreeBits. .* floors hold their dimension")

@@ -397,7 +397,7 @@ def test_the_rates_of_all_views_count(tmp_path: Path) -> None:
 
 def test_views_of_different_sizes(tmp_path: Path) -> None:
     model = posed(lambda mean: [Normal(mean, 1.0), Normal(mean[:, :2], 1.0)])
-    with pytest.raises(ValueError, match=r"latents of different shapes, \(2,\) and \(3,\)\. Choose"):
+    with pytest.raises(ValueError, match=r"latents of different shapes, \(2,\) and \(3,\)\. Select"):
         logged(tmp_path, model, FreeBits(0.9))
 
 

@@ -1,3 +1,4 @@
+import inspect
 import sys
 import warnings
 from contextlib import nullcontext
@@ -250,6 +251,9 @@ def test_weight_averaging_does_not_average_the_number(tmp_path: Path, first: boo
 
 @pytest.mark.parametrize("how", ["a save in between", "an exception"])
 def test_saves_of_weights_alone_hold_the_target_though_they_ask_no_callback(tmp_path: Path, how: str) -> None:
+    if how == "an exception" and "save_on_exception" not in inspect.signature(ModelCheckpoint.__init__).parameters:
+        pytest.skip("saves on an exception begin with Lightning 2.6")
+
     class Fails(Warmed):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             if how == "an exception" and batch_idx == 3:

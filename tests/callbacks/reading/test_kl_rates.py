@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.distributions import Distribution, MultivariateNormal, Normal, StudentT, kl_divergence
 
-from lightning_vae.callbacks.reading.rates import kl_per_dimension, measured_rates
+from lightning_vae.callbacks.reading.kl_rates import kl_per_dimension, measured_rates
 
 
 def test_gaussians_have_the_closed_form() -> None:
