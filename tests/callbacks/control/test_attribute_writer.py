@@ -223,6 +223,12 @@ def test_a_schedule_that_gives_no_number_is_an_error(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(ForeignModule(), loader())
 
 
+def weight_averaging(**options: Any) -> Any:
+    if not hasattr(callbacks_of_lightning, "EMAWeightAveraging"):
+        pytest.skip("weight averaging begins with Lightning 2.6")
+    return callbacks_of_lightning.EMAWeightAveraging(**options)
+
+
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_averaging_does_not_average_the_number(tmp_path: Path, first: bool, use_buffers: bool) -> None:
@@ -232,12 +238,10 @@ def test_weight_averaging_does_not_average_the_number(tmp_path: Path, first: boo
         def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
             self.validated.append(float(self.buffer))
 
-    if not hasattr(callbacks_of_lightning, "EMAWeightAveraging"):
-        pytest.skip("weight averaging begins with Lightning 2.6")
     model = Buffered()
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
     annealing = KLAnnealing(Linear(fraction=0.5), "buffer", probe=False)
-    callbacks = [annealing, callbacks_of_lightning.EMAWeightAveraging(decay=0.5, use_buffers=use_buffers)]
+    callbacks = [annealing, weight_averaging(decay=0.5, use_buffers=use_buffers)]
     trainer = quiet_trainer(
         tmp_path, callbacks=[*(callbacks if first else callbacks[::-1]), save], max_epochs=3, enable_checkpointing=True
     )
@@ -337,7 +341,7 @@ def test_after_a_batch_that_is_skipped_the_module_holds_the_target(tmp_path: Pat
 
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_averaging_copies_no_average_of_the_number_at_the_end(tmp_path: Path, first: bool) -> None:
-    callbacks = [KLAnnealing(Linear(steps=6), probe=False), EMAWeightAveraging(decay=0.5)]
+    callbacks = [KLAnnealing(Linear(steps=6), probe=False), weight_averaging(decay=0.5)]
     saves = SavesWeights(tmp_path / "weights.ckpt", "on_train_end")
     callbacks = [*(callbacks if first else callbacks[::-1]), saves]
     trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1)
