@@ -4,8 +4,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer, callbacks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -116,3 +117,10 @@ def small_vae(likelihood: Any = Bernoulli, **options: Any) -> VAE:
     """An untrained VAE of digits with three latent dimensions, in float64."""
     torch.manual_seed(1)
     return VAE((1, 8, 8), 17, latent_dim=3, likelihood=likelihood, **options).double()
+
+
+def weight_averaging(**options: Any) -> Any:
+    """Lightning's EMAWeightAveraging, which begins with 2.6."""
+    if not hasattr(callbacks, "EMAWeightAveraging"):
+        pytest.skip("weight averaging begins with Lightning 2.6")
+    return callbacks.EMAWeightAveraging(**options)

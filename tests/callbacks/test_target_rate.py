@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributions import Categorical, Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,7 +19,7 @@ from lightning_vae.callbacks import Constant, KLAnnealing, Linear, Schedule, Sta
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules import linear_vae_optimum
 from lightning_vae.objective import limited_rate_loss
-from tests.doubles import RecordingVAE, loader, quiet_trainer
+from tests.doubles import RecordingVAE, loader, quiet_trainer, weight_averaging
 from tests.test_yardstick import SPECTRUM, VARIANCE, LinearVAE
 
 pytestmark = [
@@ -670,7 +670,7 @@ def test_weight_averaging_saves_the_weight_of_the_moment_and_no_average_of_it(tm
                 assert float(saved[state]["beta"]) == weights[-1]
 
     weights: list[float] = []
-    callbacks = [TargetRate(5.0, integral=0.5), EMAWeightAveraging(decay=0.9)]
+    callbacks = [TargetRate(5.0, integral=0.5), weight_averaging(decay=0.9)]
     callbacks = [*(callbacks if first else callbacks[::-1]), Saves()]
     quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(Buffered(), loader())
     assert len(set(weights)) == 6

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch import callbacks as callbacks_of_lightning
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_vae.callbacks import AttributeScheduler, AttributeWriter, KLAnnealing, Linear
-from tests.doubles import ForeignModule, RecordingVAE, loader, quiet_trainer
+from tests.doubles import ForeignModule, RecordingVAE, loader, quiet_trainer, weight_averaging
 
 
 @dataclass
@@ -221,12 +220,6 @@ def test_a_schedule_that_gives_no_number_is_an_error(tmp_path: Path) -> None:
     annealing = KLAnnealing(lambda step: float("nan") if step == 2 else 1.0)
     with pytest.raises(ValueError, match="finite numbers, got nan at step 2"):
         quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(ForeignModule(), loader())
-
-
-def weight_averaging(**options: Any) -> Any:
-    if not hasattr(callbacks_of_lightning, "EMAWeightAveraging"):
-        pytest.skip("weight averaging begins with Lightning 2.6")
-    return callbacks_of_lightning.EMAWeightAveraging(**options)
 
 
 @pytest.mark.parametrize("use_buffers", [True, False])
