@@ -121,7 +121,10 @@ def test_the_buffers_of_a_module_hold_the_target_from_the_start_of_the_fit(tmp_p
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_the_average_of_the_weights(package: str, tmp_path: Path) -> None:
-    averaging = import_module(f"{package}.callbacks").WeightAveraging()
+    found = import_module(f"{package}.callbacks")
+    if not hasattr(found, "WeightAveraging"):
+        pytest.skip("weight averaging begins with Lightning 2.6")
+    averaging = found.WeightAveraging()
     trainer = import_module(package).Trainer(
         callbacks=[averaging], max_epochs=1, logger=False, enable_checkpointing=False, accelerator="cpu",
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
