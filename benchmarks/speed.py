@@ -161,7 +161,7 @@ def part_of(file: Path, name: str) -> str:
         return "for comparison: an empty hook"
     if "callbacks" in file.parts:
         return "callbacks"
-    if file.name in ("vae.py", "knobs.py", "exact_resume.py") and name.startswith("on_"):
+    if file.name in ("vae.py", "module.py", "knobs.py", "exact_resume.py") and name.startswith("on_"):
         return "the VAE's hooks"
     if file.parent.name == "checkpoints":
         return "resuming and saving"

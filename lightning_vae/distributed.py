@@ -2,8 +2,52 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
+
+from .objective import ELBOTerms, FreeBitsAverage, FreeBitsPer, free_bits
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+
+class BatchMeans(NamedTuple):
+    """Means over the global batch that make up the loss, in nats, each a scalar.
+
+    Attributes:
+        distortion: Mean of ``-log p(x|z)``.
+        rate: Mean of the rate, without gradient.
+        floored_rate: Mean of the floored rate.
+        size: Number of observations.
+    """
+
+    distortion: Tensor
+    rate: Tensor
+    floored_rate: Tensor
+    size: int | Tensor
+
+
+def batch_means(
+    terms: ELBOTerms, threshold: Tensor | float, per: FreeBitsPer = "dimension", average: FreeBitsAverage = "batch"
+) -> BatchMeans:
+    """Average the terms of the ELBO over the global batch of all processes, and floor the rate.
+
+    Args:
+        terms: The terms of this process's observations.
+        threshold: As in :func:`lightning_vae.free_bits`.
+        per: As in :func:`lightning_vae.free_bits`.
+        average: As in :func:`lightning_vae.free_bits`. With ``"batch"`` the floor acts on the mean over all processes.
+    """
+    distortion, rates = terms
+    floored = free_bits(rates, threshold, per, average)
+    if not several_processes():
+        return BatchMeans(distortion.mean(), rates.detach().sum() / len(rates), floored, len(rates))
+    columns = (distortion[:, None], floored.expand(len(distortion), 1), rates)
+    means, count = mean_and_count(torch.cat(columns, dim=1))
+    floored = free_bits(means[None, 2:], threshold, per) if average == "batch" else means[1]
+    return BatchMeans(means[0], means[2:].detach().sum(), floored, count)
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
@@ -39,9 +83,15 @@ def sum_over_processes(sums: Tensor) -> Tensor:
     return sums
 
 
-def rank_and_processes() -> tuple[int, int]:
-    """Return this process's rank and the number of processes; ``(0, 1)`` outside a group."""
-    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if in_group() else (0, 1)
+def rank_and_processes(trainer: Trainer | None) -> tuple[int, int]:
+    """Return this process's rank and the number of processes; ``(0, 1)`` outside a group.
+
+    Args:
+        trainer: The Trainer that runs, if any. One of a single process works alone, whatever group it is started in.
+    """
+    if not in_group() or (trainer is not None and trainer.world_size == 1):
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
 
 
 def several_processes() -> bool:

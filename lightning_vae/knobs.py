@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, callbacks
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -15,6 +15,8 @@ from typing_extensions import override
 from .checkpoints.checkpoint_io import MODULE_KEY
 from .checkpoints.class_paths import check_checkpoint
 from .checkpoints.exact_resume import is_fitting, trainer_of
+
+_WEIGHT_AVERAGING = getattr(callbacks, "WeightAveraging", ())  # new in Lightning 2.6
 
 
 class KnobModule(LightningModule):
@@ -37,6 +39,7 @@ class KnobModule(LightningModule):
     constructed_knobs: dict[str, float | None]
     steered_knobs: tuple[str, ...]
     rate_limit: tuple[float, float] | None
+    _averages = False
     chosen_options: tuple[str, ...] = ()
     """Options of the constructor that a callback may override. The override is saved like the knobs."""
 
@@ -165,9 +168,26 @@ class KnobModule(LightningModule):
 
     @override
     def buffers(self, recurse: bool = True) -> Iterator[Tensor]:
-        """Yield the buffers without the knobs: weight averaging iterates over them, and must not average a knob."""
-        knobs = {id(self._buffers.get(name)) for name in self.knobs}
-        return (each for each in super().buffers(recurse) if id(each) not in knobs)
+        """Yield the buffers, but no knobs under weight averaging, which iterates over them: a knob is no weight."""
+        hidden = {id(self._buffers.get(name)) for name in self.knobs} if recurse and self._is_averaged else set()
+        return (each for each in super().buffers(recurse) if id(each) not in hidden)
+
+    @property
+    def _is_averaged(self) -> bool:
+        trainer = trainer_of(self)
+        if trainer is None:
+            return self._averages
+        return any(isinstance(each, _WEIGHT_AVERAGING) for each in trainer.callbacks)  # type: ignore[attr-defined]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Weight averaging pairs the buffers of the module with those of a copy, which has no Trainer.
+        return {**super().__getstate__(), "_averages": self._is_averaged}
+
+    def _replicate_for_data_parallel(self) -> Self:
+        """Make a replica that declares no knobs, so that torch can assign its copies of the buffers."""
+        replica: Self = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica.__dict__["knobs"] = {}
+        return replica
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy its own knobs: spawned processes share the memory of anything that Lightning does not copy."""

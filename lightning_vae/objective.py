@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl, kl_divergence
 
-from .distributed import mean_and_count, several_processes
-
 FreeBitsPer = Literal["dimension", "whole"] | int
 FreeBitsAverage = Literal["batch", "sample"]
 
@@ -34,22 +32,6 @@ class ELBOTerms(NamedTuple):
     def elbo(self) -> Tensor:
         """The evidence lower bound in nats, shape ``(B,)``."""
         return elbo(self.distortion, self.rate)
-
-
-class BatchMeans(NamedTuple):
-    """Means over the global batch that make up the loss, in nats, each a scalar.
-
-    Attributes:
-        distortion: Mean of ``-log p(x|z)``.
-        rate: Mean of the rate, without gradient.
-        floored_rate: Mean of the floored rate.
-        size: Number of observations.
-    """
-
-    distortion: Tensor
-    rate: Tensor
-    floored_rate: Tensor
-    size: int | Tensor
 
 
 def elbo(distortion: Tensor, rate: Tensor) -> Tensor:
@@ -154,27 +136,6 @@ def free_bits(
     floor = torch.where(threshold > 0, threshold, -torch.inf)
     floored = rates.clamp(min=floor).sum(-1)
     return floored.mean() if average == "sample" else floored
-
-
-def batch_means(
-    terms: ELBOTerms, threshold: Tensor | float, per: FreeBitsPer = "dimension", average: FreeBitsAverage = "batch"
-) -> BatchMeans:
-    """Average the terms of the ELBO over the global batch of all processes, and floor the rate.
-
-    Args:
-        terms: The terms of this process's observations.
-        threshold: As in :func:`free_bits`.
-        per: As in :func:`free_bits`.
-        average: As in :func:`free_bits`. With ``"batch"`` the floor acts on the mean over all processes.
-    """
-    distortion, rates = terms
-    floored = free_bits(rates, threshold, per, average)
-    if not several_processes():
-        return BatchMeans(distortion.mean(), rates.detach().sum() / len(rates), floored, len(rates))
-    columns = (distortion[:, None], floored.expand(len(distortion), 1), rates)
-    means, count = mean_and_count(torch.cat(columns, dim=1))
-    floored = free_bits(means[None, 2:], threshold, per) if average == "batch" else means[1]
-    return BatchMeans(means[0], means[2:].detach().sum(), floored, count)
 
 
 def group_rates(kl_per_dimension: Tensor, per: FreeBitsPer = "dimension") -> Tensor:

@@ -6,26 +6,22 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import Callback
 from torch import Tensor, nn
 from torch import distributions as td
 from typing_extensions import override
 
 from .checkpoints.class_paths import build, describe
-from .checkpoints.exact_resume import step_of, trainer_of
-from .checkpoints.flush_loggers import is_logging_step
-from .checkpoints.guards import check_finite, missing_companions, warn_of_missing_companions
+from .checkpoints.exact_resume import trainer_of
 from .compiling import CompiledMethod, CompileMode
-from .distributed import rank_and_processes, several_processes, sum_over_processes
-from .knobs import KnobModule
+from .distributed import batch_means, rank_and_processes, sum_over_processes
 from .likelihoods import Likelihood, default_likelihood, warn_of_feedback
+from .module import RunModule
 from .networks import MLPDecoder, MLPEncoder, Shape
 from .noise import sample_by_index
 from .objective import (
     ELBOTerms,
     FreeBitsAverage,
     FreeBitsPer,
-    batch_means,
     free_bits,
     group_rates,
     kl_per_dimension,
@@ -34,10 +30,10 @@ from .objective import (
 )
 from .observations import Observations, check_scale, data_of, index_and_label_of
 from .posteriors import posterior_of, widen
-from .running_sums import RunningSums, TrainingMeans, mean, named_terms
+from .running_sums import RunningSums, mean, named_terms
 
 
-class VAE(KnobModule):
+class VAE(RunModule):
     r"""Train a variational autoencoder on the ELBO, with a weight on its rate and a floor under it.
 
     .. math::
@@ -55,6 +51,9 @@ class VAE(KnobModule):
 
     A batch is a tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and optionally ``"index"``,
     the observation's index in its data set.
+
+    A subclass that changes the loss overrides :meth:`elbo_terms`; the networks and the likelihood are arguments. An
+    override of :meth:`encode` or :meth:`decode` changes what callbacks and evaluation see, not what is trained.
 
     Args:
         shape: Shape of one observation: ``(channels, height, width)`` for images, ``(d,)`` for vectors. In a config it
@@ -145,10 +144,81 @@ class VAE(KnobModule):
         warn_of_feedback(float(self.beta), built)
         self.register_buffer("_prior_parameters", torch.tensor([0.0, 1.0]), persistent=False)
         self.posterior: td.Distribution | None = None
-        self.training_means = TrainingMeans()
         self._evaluation_sums: dict[int, RunningSums] = {}
-        self._observed = 0  # observations so far in the pass
+        self._count = 0  # observations so far in the pass
         self._note_dtype()
+
+    # ---- the loss
+
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = data_of(batch, self.shape)
+        if batch_idx == 0 == self.global_step:
+            check_scale(x, self.levels, self.likelihood)
+        loss, terms, count = self._graph_loss(x) if self._compiled_loss.mode else self._loss(x)
+        self._record(terms, count)
+        return loss
+
+    def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Compute the loss, the terms to log, and the number of observations that they average."""
+        means = batch_means(self.elbo_terms(x), self.free_bits, self.free_bits_per, self.free_bits_average)
+        loss = weighted_loss(means.distortion, means.floored_rate, self.beta)
+        with torch.no_grad():
+            return loss, torch.stack([means.distortion, means.rate, means.floored_rate, loss]), means.size
+
+    def elbo_terms(self, x: Tensor | Observations, index: Tensor | None = None) -> ELBOTerms:
+        """Compute the ELBO's terms with one posterior sample per observation.
+
+        Args:
+            x: The result of :meth:`observe`; or data in their own scale, shape ``(B, *shape)``.
+            index: Each observation's index in its data set, int64, shape ``(B,)``: it fixes the binarisation and the
+                sample, as at evaluation. ``None`` draws both with fresh noise, as in training. ``Observations`` carry
+                their own.
+
+        Returns:
+            The terms in nats, one row per observation, float32 (float64 where the networks are).
+        """
+        if isinstance(x, Observations):
+            observed, index = x.observed, x.index
+        else:
+            observed = self.likelihood.observe(self._scaled(x), index)
+        self.posterior = posterior = self._encode(observed)
+        z = posterior.rsample() if index is None else sample_by_index(posterior, index)
+        likelihood = self._decode(z, observed if self.training and index is None else None)
+        return ELBOTerms(-likelihood.log_prob(observed), kl_per_dimension(posterior, self.prior, z))
+
+    def _encode(self, observed: Tensor) -> td.Distribution:
+        return posterior_of(self.encoder(observed.to(self._network_dtype)), len(observed), self.latent_dim)
+
+    def _decode(self, z: Tensor, observed: Tensor | None = None) -> td.Distribution:
+        output = widen(self.decoder(z.to(self._network_dtype)))
+        if output.shape != (len(z), *self.shape):
+            raise ValueError(f"`decoder` must give shape {(len(z), *self.shape)}, got {tuple(output.shape)}.")
+        # During training a likelihood may compute its scale from the data that it will be evaluated on.
+        likelihood: td.Distribution = self.likelihood(output, observed)
+        return likelihood
+
+    def _graph_loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Compute the result of :meth:`_loss` as one graph."""
+        if self.likelihood.starts:  # this happens once, outside the graph
+            devices = [self.device] if self.device.type == "cuda" else []
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                self._loss(x)
+        self.posterior = None  # a validation's posterior has another type, which would need another graph
+        result: tuple[Tensor, Tensor, int | Tensor] = self._compiled_loss(self._loss, x)
+        return result
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """Use Adam with a learning rate of 1e-3, unless a config has an ``optimizer``.
+
+        The fused implementation, one operation for all parameters, is faster on a CPU too.
+        """
+        return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
+
+    @override
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.posterior = None  # callbacks have read it, and its graph holds memory
 
     # ---- the model
 
@@ -176,7 +246,7 @@ class VAE(KnobModule):
             check_scale(x, self.levels, self.likelihood)
         index, label = index_and_label_of(batch, len(x))
         if index is None:
-            rank, processes = rank_and_processes()
+            rank, processes = rank_and_processes(trainer_of(self))
             index = torch.arange(first, first + len(x), device=self.device) * processes + rank
         x, index = x.to(self.device), index.to(self.device).long()
         scaled = self._scaled(x)
@@ -195,25 +265,16 @@ class VAE(KnobModule):
         """
         return self._encode(x.observed if isinstance(x, Observations) else self._scaled(x))
 
-    def _encode(self, observed: Tensor) -> td.Distribution:
-        return posterior_of(self.encoder(observed.to(self._network_dtype)), len(observed), self.latent_dim)
-
-    def decode(self, z: Tensor, observed: Tensor | None = None) -> td.Distribution:
+    def decode(self, z: Tensor) -> td.Distribution:
         """Return the likelihood p(x|z), with batch shape ``(B,)`` and event shape ``shape``, in the networks' scale.
 
         Args:
             z: Latents, shape ``(B, k)``.
-            observed: During training, the data that the likelihood will be evaluated on, for a scale computed from the
-                error.
 
         Raises:
             ValueError: If the decoder's output has the wrong shape.
         """
-        output = widen(self.decoder(z.to(self._network_dtype)))
-        if output.shape != (len(z), *self.shape):
-            raise ValueError(f"`decoder` must give shape {(len(z), *self.shape)}, got {tuple(output.shape)}.")
-        likelihood: td.Distribution = self.likelihood(output, observed)
-        return likelihood
+        return self._decode(z)
 
     def reconstruct(self, x: Tensor | Observations) -> Tensor:
         """Return the mean of p(x|z) at the posterior's mean, in the data's own scale, shape ``(B, *shape)``.
@@ -241,85 +302,6 @@ class VAE(KnobModule):
     def to_data_scale(self, x: Tensor) -> Tensor:
         """Convert data from the networks' scale to their own."""
         return x if self.levels is None else x * (self.levels - 1)
-
-    def elbo_terms(self, x: Tensor | Observations, index: Tensor | None = None) -> ELBOTerms:
-        """Compute the ELBO's terms with one posterior sample per observation.
-
-        Args:
-            x: The result of :meth:`observe`; or data in their own scale, shape ``(B, *shape)``.
-            index: Each observation's index in its data set, int64, shape ``(B,)``: it fixes the binarisation and the
-                sample, as at evaluation. ``None`` draws both with fresh noise, as in training. ``Observations`` carry
-                their own.
-
-        Returns:
-            The terms in nats, one row per observation, float32 (float64 where the networks are).
-        """
-        if isinstance(x, Observations):
-            observed, index = x.observed, x.index
-        else:
-            observed = self.likelihood.observe(self._scaled(x), index)
-        self.posterior = posterior = self._encode(observed)
-        z = posterior.rsample() if index is None else sample_by_index(posterior, index)
-        likelihood = self.decode(z, observed if self.training and index is None else None)
-        return ELBOTerms(-likelihood.log_prob(observed), kl_per_dimension(posterior, self.prior, z))
-
-    # ---- the loss
-
-    @override
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        trainer = trainer_of(self)
-        step = 0 if trainer is None else step_of(trainer)
-        x = data_of(batch, self.shape)
-        if batch_idx == step == 0:
-            check_scale(x, self.levels, self.likelihood)
-        loss, terms, count = self._graph_loss(x) if self._compiled_loss.mode else self._loss(x)
-        self.training_means.add(terms, count, step)
-        if trainer is not None and is_logging_step(trainer, step):
-            self._log_training()
-        return loss
-
-    def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
-        """Compute the loss, the terms to log, and the number of observations that they average."""
-        means = batch_means(self.elbo_terms(x), self.free_bits, self.free_bits_per, self.free_bits_average)
-        loss = weighted_loss(means.distortion, means.floored_rate, self.beta)
-        with torch.no_grad():
-            return loss, torch.stack([means.distortion, means.rate, means.floored_rate, loss]), means.size
-
-    def _graph_loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
-        """Compute the result of :meth:`_loss` as one graph."""
-        if self.likelihood.starts:  # this happens once, outside the graph
-            devices = [self.device] if self.device.type == "cuda" else []
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                self._loss(x)
-        self.posterior = None  # a validation's posterior has another type, which would need another graph
-        result: tuple[Tensor, Tensor, int | Tensor] = self._compiled_loss(self._loss, x)
-        return result
-
-    def _log_training(self) -> None:
-        self.training_means.check_finite(self.trainer.accumulate_grad_batches)
-        # On the CPU, because Lightning reads the progress bar's values in every step from now on.
-        means = self.training_means.since_last_logged()
-        shown = {name: means.pop(name) for name in ("train/elbo", "train/rate")}
-        self.log_dict({**shown, "knobs/beta": self.beta.cpu()}, prog_bar=True, batch_size=1)
-        self.log_dict({**means, "knobs/free_bits": self.free_bits.cpu()}, batch_size=1)
-
-    @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.posterior = None  # callbacks have read it, and its graph holds memory
-
-    @override
-    def on_train_epoch_end(self) -> None:
-        # For callbacks that monitor the epoch's means; the loggers already have the curve.
-        has_ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        self.trainer.callback_metrics.update(self.training_means.epoch(has_ended))
-
-    @override
-    def configure_optimizers(self) -> Any:
-        """Use Adam with a learning rate of 1e-3, unless a config has an ``optimizer``.
-
-        The fused implementation, one operation for all parameters, is faster on a CPU too.
-        """
-        return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
 
     # ---- evaluation
 
@@ -362,16 +344,18 @@ class VAE(KnobModule):
 
     def _observe_next(self, batch: Any, batch_idx: int) -> Observations:
         """Observe the next batch of a pass, numbering the observations in order of arrival."""
-        first = self._observed if batch_idx else 0
+        first = self._count if batch_idx else 0
         observations = self.observe(batch, first)
-        self._observed = first + len(observations)
+        self._count = first + len(observations)
         return observations
 
     def _log_evaluation(self, stage: str, loaders: int) -> None:
+        _, processes = rank_and_processes(self.trainer)
         for number in range(loaders):
             sums = self._evaluation_sums.pop(number, RunningSums(self.latent_dim + 2)).flush()
             # The same type and device in every process, even in one whose share was empty.
-            means = mean(sum_over_processes(sums.to(self.device, self._working_dtype)))
+            sums = sums.to(self.device, self._working_dtype)
+            means = mean(sum_over_processes(sums) if processes > 1 else sums)
             rates, distortion, floored = means[:-2], means[-2], means[-1]
             if self.free_bits_average == "batch":
                 floored = self._floored_rate(rates[None])
@@ -383,37 +367,10 @@ class VAE(KnobModule):
             values = named_terms(stage, torch.stack([distortion, rate, floored, loss]))
             if loaders > 1:  # named as Lightning does
                 values = {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
-            self.log_dict(values, batch_size=1, sync_dist=several_processes(), add_dataloader_idx=False)
+            self.log_dict(values, batch_size=1, sync_dist=processes > 1, add_dataloader_idx=False)
 
     def _floored_rate(self, rates: Tensor) -> Tensor:
         return free_bits(rates, self.free_bits, self.free_bits_per, self.free_bits_average)
-
-    # ---- a run, and its checkpoints
-
-    @override
-    def configure_callbacks(self) -> list[Callback]:
-        """Return the callbacks that every run needs: ``ExactResume`` and ``Guards``.
-
-        An override must return ``[*super().configure_callbacks(), ...]``.
-        """
-        return missing_companions(self.trainer)
-
-    @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit":
-            warn_of_missing_companions(self.trainer)
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the knobs, after checking that all numbers are finite.
-
-        Raises:
-            FloatingPointError: If a term of the loss or a parameter is not finite.
-        """
-        self.training_means.check_finite(self.trainer.accumulate_grad_batches)
-        check_finite(self, self.trainer)
-        super().on_save_checkpoint(checkpoint)
 
     # ---- scales and types
 

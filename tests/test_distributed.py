@@ -225,6 +225,25 @@ def test_an_enforced_floor_is_under_the_global_batch(results: Any) -> None:
             assert_gradients(rank[f"{shares} enforced"]["gradients"], rank[f"{shares} written"]["gradients"])
 
 
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist")  # by Lightning, in any group
+def test_a_trainer_of_one_process_evaluates_alone_whatever_group_it_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a fit in several processes, of which one goes on to test."""
+    exchanges: list[Any] = []
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **_: exchanges.append(args))
+        vae = Keyed()
+        quiet_trainer(tmp_path, devices=1).test(vae, DataLoader(rows(8)["x"], batch_size=4))  # type: ignore[arg-type]
+        assert vae.observe(rows(3)["x"]).index.tolist() == [0, 1, 2]
+    finally:
+        monkeypatch.undo()
+        torch.distributed.destroy_process_group()
+    assert not exchanges
+
+
 @pytest.mark.parametrize("name", FITS)
 def test_a_fit_ends_the_same_in_two_processes(results: Any, name: str) -> None:
     """At half the batch each, over uneven last batches, and with a validation set smaller than the processes."""

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import sys
 
 import lightning.pytorch as pl
 import numpy as np
@@ -171,6 +172,37 @@ def test_under_weight_averaging_validation_and_checkpoints_keep_the_target(tmp_p
     for file in files:
         assert torch.load(file, weights_only=True)["lightning_vae"]["knob_values"]["beta"] == target
         assert VAE.load_from_checkpoint(file, weights_only=True).beta.item() == target
+
+
+def test_weight_averaging_that_a_model_brings_along_leaves_its_knobs(tmp_path):
+    class Averaged(VAE):
+        def configure_callbacks(self):
+            return [EMAWeightAveraging(decay=0.5), *super().configure_callbacks()]
+
+        def training_step(self, batch, batch_idx):
+            self.beta = float(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    vae = Averaged(SHAPE, LEVELS, latent_dim=3)
+    trainer(tmp_path, max_epochs=1).fit(vae, loader(), loader())
+    assert vae.beta.item() == 4.0
+
+
+def test_knobs_are_among_the_buffers_where_torch_places_them(monkeypatch):
+    """FSDP moves the buffers of each module, and DataParallel finds each of them among all buffers."""
+    vae = small()
+    assert {id(vae.beta), id(vae.free_bits)} <= {id(each) for each in vae.buffers(recurse=False)}
+    replication = sys.modules["torch.nn.parallel.replicate"]
+
+    def copies(tensors, devices, detach=False):  # replaces a broadcast, because there is only one device
+        return [[each.detach().clone() for each in tensors] for _ in devices]
+
+    monkeypatch.setattr(replication, "_broadcast_coalesced_reshape", copies)
+    vae.beta = 3.0
+    first, second = replication.replicate(vae, [0, 1], detach=True)
+    assert first.beta.item() == second.beta.item() == 3.0
+    assert len({each.beta.data_ptr() for each in (vae, first, second)}) == 3
+    assert vae.knobs == {"beta": 3.0, "free_bits": None}
 
 
 def test_a_copy_has_knobs_of_its_own():

@@ -62,7 +62,7 @@ def test_the_benchmark_of_a_step_counts_every_file_that_the_vaes_hooks_are_in(mo
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     from speed import part_of
 
-    for name in ("vae", "knobs", "checkpoints/exact_resume"):
+    for name in ("vae", "module", "knobs", "checkpoints/exact_resume"):
         file = ROOT / "lightning_vae" / f"{name}.py"
         hook = file.read_text().partition("def on_")[2].partition("(")[0]
         assert part_of(file, f"on_{hook}") == "the VAE's hooks"

@@ -397,6 +397,25 @@ def test_the_fused_optimizer_is_clipped_in_every_precision(precision, tmp_path):
     assert all(float(each.norm()) == pytest.approx(0.5, rel=1e-2) for each in gradients[1:])
 
 
+def test_an_override_of_encode_or_decode_changes_what_is_seen_and_not_what_is_trained(tmp_path):
+    class Own(VAE):
+        def encode(self, x):
+            return td.Normal(torch.zeros(len(x), 3), torch.ones(len(x), 3))
+
+        def decode(self, z):
+            return td.Normal(torch.full((len(z), *SHAPE), 0.5), 1.0)
+
+    losses, vaes = [], []
+    for kind in (VAE, Own):
+        torch.manual_seed(0)
+        vaes.append(kind(SHAPE, LEVELS, latent_dim=3))
+        run = trainer(tmp_path, max_epochs=1)
+        run.fit(vaes[-1], loader(), loader())
+        losses.append(run.callback_metrics["val/loss"])
+    assert losses[0] == losses[1]
+    assert (vaes[1].reconstruct(images(2)) == 8).all()
+
+
 def test_a_subclass_may_take_a_hook_for_itself(tmp_path):
     """Noise of its own and exact resume need `super`; the curves do not."""
 

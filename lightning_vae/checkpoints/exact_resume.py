@@ -19,14 +19,35 @@ from typing_extensions import override
 
 from .checkpoint_io import MODULE_KEY
 
+_HOOKS_OF_A_STEP = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
 
 class Companion(Callback):
-    """Base class of the callbacks that a module brings along."""
+    """Base class of the callbacks that a module adds. They leave a Trainer that continues with another module."""
 
-    # Lightning enters a profiler's context for each callable hook, even an empty one, and calls these in every step.
-    _off: Any = None
-    on_train_batch_start = on_train_batch_end = on_before_zero_grad = _off
-    on_before_backward = on_after_backward = on_before_optimizer_step = _off
+    def __init__(self) -> None:
+        # Lightning enters a profiler's context for each hook, even an empty one, but skips what can't be called.
+        for hook in _HOOKS_OF_A_STEP:
+            if getattr(type(self), hook) is getattr(Callback, hook):
+                setattr(self, hook, None)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if hasattr(pl_module, "training_means"):
+            self._start(trainer, stage)
+        else:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            trainer.callbacks = [each for each in callbacks if each is not self]  # type: ignore[attr-defined]
+
+    def _start(self, trainer: Trainer, stage: str) -> None:
+        """Start a run of the module."""
 
 
 class ExactResume(Companion):
@@ -37,13 +58,13 @@ class ExactResume(Companion):
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._seed = 0
         self._unfinished: dict[str, Any] | None = None
 
     @override
-    def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+    def _start(self, trainer: Trainer, stage: str) -> None:
         if stage == "fit":
-            pl_module.training_means.reset()
             self._seed = trainer.strategy.broadcast(int(torch.randint(2**31, ())))
             self._unfinished = None
 
@@ -78,6 +99,9 @@ class ExactResume(Companion):
             train_sums=pl_module.training_means.state(),
             unfinished=_unfinished_batch(trainer, checkpoint),
         )
+
+
+# The model and its knobs use these three. They are here because only this file reads private names of Lightning's loops.
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:

@@ -1,4 +1,8 @@
-"""Checks of a run: sensible monitors, options unchanged since the save, and finite numbers."""
+"""Checks and small corrections when a run starts and when it saves.
+
+At the start: sensible monitors, options unchanged since the save, beta with the likelihood, and gradient clipping with
+fused optimizers. At a save: finite numbers.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +30,27 @@ class Guards(Companion):
     """Check a run when it starts. A :class:`lightning_vae.VAE` adds this callback itself.
 
     It refuses monitors that would keep the wrong model. For a resumed run it reports which options of the model and the
-    optimizer, and which length of the run, differ from the saved ones.
+    optimizer, and which length of the run, differ from the saved ones. It warns of a beta that feeds back with the
+    likelihood, and allows gradient clipping with fused optimizers under mixed precision.
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: If a monitor minimises the ELBO.
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._loaded: dict[str, Any] = {}
+        self._has_saved = False
         self._configured: list[list[dict[str, float]]] = []
 
     @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._loaded = {}
+    def _start(self, trainer: Trainer, stage: str) -> None:
+        self._loaded, self._has_saved = {}, False
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._loaded = {name: checkpoint.get(name, {}) for name in ("hyper_parameters", MODULE_KEY)}
+        if not self._has_saved:  # otherwise a tuner restores what it saved at the start of this run
+            self._loaded = {name: checkpoint.get(name, {}) for name in ("hyper_parameters", MODULE_KEY)}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -62,6 +70,7 @@ class Guards(Companion):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._has_saved = True
         checkpoint.setdefault(MODULE_KEY, {}).update(length=_length(trainer), optimizers=self._configured)
 
     def _say_what_changed(self, trainer: Trainer, pl_module: Any) -> None:

@@ -1,5 +1,6 @@
 """A run that stopped at any moment at which it is saved, and went on, is the run that never stopped."""
 
+import re
 import shutil
 import warnings
 from functools import partial
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
@@ -300,6 +301,18 @@ def test_what_something_else_has_moved_was_not_changed(tmp_path: Path) -> None:
     trainer.fit(Adams(), datamodule=Digits())
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
     go_on(tmp_path / "saved.ckpt", Adams(), callbacks=callbacks)  # a warning would be an error here
+
+
+def test_a_tuner_that_restores_the_start_has_changed_nothing(tmp_path: Path) -> None:
+    finder = LearningRateFinder(max_lr=0.01, num_training_steps=30, early_stop_threshold=None)
+    options = {"max_epochs": 3, "limit_val_batches": 0, "enable_checkpointing": True}
+    vae = Adams()
+    vae.save_hyperparameters({"lr": vae.lr})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_trainer(tmp_path, callbacks=[finder], **options).fit(vae, datamodule=Digits())
+    assert vae.lr != 1e-3
+    assert not [each for each in caught if re.search("options of the model|The run lacks", str(each.message))]
 
 
 def test_options_of_any_kind_are_compared(tmp_path: Path) -> None:

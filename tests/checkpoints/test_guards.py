@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
@@ -117,17 +117,82 @@ def test_a_second_fit_brings_nothing_along_twice(tmp_path: Path, caplog: pytest.
     assert brought_along(given) == ["Guards", "ExactResume"]
 
 
+class Foreign(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map = nn.Linear(2, 1)
+        self.noise: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.noise.append(torch.rand(1))
+        loss: Tensor = self.map(batch["x"]).mean()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_they_leave_a_trainer_that_goes_on_to_another_module(tmp_path: Path) -> None:
+    loader = TensorLoader({"x": torch.randn(4, 2)}, batch_size=2)
+    noise = []
+    for first in (RecordingVAE(), None):
+        trainer = quiet_trainer(tmp_path, max_epochs=1)
+        if first is not None:
+            trainer.fit(first, loader)
+        trainer.fit_loop.epoch_progress.reset()
+        torch.manual_seed(0)
+        foreign = Foreign()
+        trainer.fit(foreign, loader)
+        assert brought_along(trainer) == []
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+        noise.append(foreign.noise)
+    assert len(noise[0]) == 2
+    assert noise[0] == noise[1], "the random numbers of another module are left alone"
+
+
+def test_a_subclass_may_call_the_hooks_that_are_skipped(tmp_path: Path) -> None:
+    ended = []
+
+    class Own(Guards):
+        def on_train_batch_end(self, *args: Any) -> None:
+            super().on_train_batch_end(*args)
+            ended.append(args)
+
+    loader = TensorLoader({"x": torch.randn(4, 2)}, batch_size=2)
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[Own()]).fit(RecordingVAE(), loader)
+    assert len(ended) == 2
+
+
 class KeepsAway(RecordingVAE):
     def configure_callbacks(self) -> list[Callback]:
         return []
 
+    def setup(self, stage: str) -> None:
+        """Take the hook for itself."""
 
-def test_callbacks_that_a_subclass_keeps_away_are_named(tmp_path: Path) -> None:
-    trainer, loader = quiet_trainer(tmp_path, max_epochs=1), TensorLoader({"x": torch.randn(4, 2)}, batch_size=2)
-    with pytest.warns(UserWarning, match=r"The run lacks ExactResume, Guards: .*super\(\)\.configure_callbacks"):
+
+def test_callbacks_that_a_subclass_keeps_away_are_named_once(tmp_path: Path) -> None:
+    trainer, loader = quiet_trainer(tmp_path, max_epochs=2), TensorLoader({"x": torch.randn(4, 2)}, batch_size=2)
+    match = r"The run lacks ExactResume, Guards: .*super\(\)\.configure_callbacks"
+    with pytest.warns(UserWarning, match=match) as caught:
         trainer.fit(KeepsAway(), loader)
+    assert sum("The run lacks" in str(each.message) for each in caught) == 1
     trainer.save_checkpoint(tmp_path / "saved.ckpt")
     RecordingVAE.load_from_checkpoint(tmp_path / "saved.ckpt")
+
+
+@pytest.mark.filterwarnings("ignore:The run lacks")
+def test_a_run_without_them_forgets_the_one_that_failed(tmp_path: Path) -> None:
+    class Unaccompanied(Failing):
+        def configure_callbacks(self) -> list[Callback]:
+            return []
+
+    vae = Unaccompanied("distortion", 7)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    with pytest.raises(FloatingPointError):
+        fit(tmp_path, vae, enable_checkpointing=False)
+    vae.load_state_dict(before)
+    fit(tmp_path, vae, enable_checkpointing=False, max_epochs=1)
 
 
 def test_weights_alone_are_checked_and_hold_the_knobs(tmp_path: Path) -> None:
