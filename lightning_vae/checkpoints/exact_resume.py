@@ -101,7 +101,7 @@ class ExactResume(Companion):
         )
 
 
-# The model and its knobs use these three. They are here because only this file reads private names of Lightning's loops.
+# The model and its knobs use these three. They are here because this file may read private names of Lightning's loops.
 
 
 def trainer_of(module: LightningModule) -> Trainer | None:
