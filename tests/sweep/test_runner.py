@@ -135,7 +135,7 @@ def test_a_process_that_was_stopped_has_failed_and_the_others_go_on(evaluate, tm
     stopped, done = Point(tmp_path / "stopped"), Point(tmp_path / "done")
     assert runner.run([stopped, done], 1, lambda _: "0.5 nats", evaluate) == [stopped]
     said = capsys.readouterr().out
-    assert "stopped: FAILED: its process was stopped before it ended (all it said: " in said
+    assert "stopped: FAILED: its process was stopped before it ended (full output: " in said
     assert "done: 0.5 nats (" in said
 
 

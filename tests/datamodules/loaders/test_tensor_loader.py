@@ -29,7 +29,7 @@ def test_batches_are_copies():
 @pytest.mark.parametrize(
     ("tensors", "batch_size", "message"),
     [
-        ({}, 2, "equally long"),
+        ({}, 2, "of equal length"),
         ({"x": torch.zeros(3), "label": torch.zeros(2)}, 2, r"got lengths \{'x': 3, 'label': 2\}"),
         ({"x": torch.zeros(0)}, 2, "`size` must be at least 1, got 0"),
         ({"x": torch.zeros(3)}, 0, "`batch_size` must be at least 1, got 0"),
