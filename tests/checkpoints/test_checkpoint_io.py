@@ -34,7 +34,8 @@ def disk_full(at: int = 1000):
 def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, size):
     path = tmp_path / "a.ckpt"
     AtomicCheckpointIO().save_checkpoint({"global_step": 1}, path)
-    with disk_full(), pytest.raises(SaveError, match=r"a\.ckpt can't be saved: File too large; the previous one is untouched"):
+    message = r"a\.ckpt can't be saved: File too large; the previous one is untouched"
+    with disk_full(), pytest.raises(SaveError, match=message):
         AtomicCheckpointIO().save_checkpoint({"global_step": 2, "weights": torch.zeros(size)}, path)
     assert (step_of(path), len(list(tmp_path.iterdir()))) == (1, 1)
 
