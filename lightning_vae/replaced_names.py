@@ -10,7 +10,7 @@ _CONFIGURABLE = {
     "QuickTensorBoardLogger": "Lightning's TensorBoardLogger",
     "ScheduledKnob": "AttributeScheduler",
 }
-"""What a config could name, by its class name alone too."""
+"""Names that a config could use, also without a module path."""
 _IMPORTED = {
     "Attribute": "AttributePath",
     "Diagnosis": "CollapseState",

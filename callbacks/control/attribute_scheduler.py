@@ -92,7 +92,7 @@ class AttributeScheduler(AttributeWriter):
 
 
 def _is_one_number(first: float, second: float) -> bool:
-    """Whether two numbers are one in float32, which a knob keeps."""
+    """Return whether two numbers are equal in float32, the type of a knob."""
     return torch.equal(*(torch.tensor(each, dtype=torch.float32) for each in (first, second)))
 
 

@@ -189,7 +189,7 @@ class ValidationPass:
 
 
 def _is_readable(state: dict[str, Any]) -> bool:
-    """Whether a saved pass has the columns of this version: an older one kept no rates of its observations."""
+    """Return whether a saved pass has this version's columns; older versions saved no rates."""
     if any(len(batch) != 4 for batch in state["batches"]):
         return False
     if not state["moments"]:

@@ -34,7 +34,7 @@ _NOISE = re.compile(
     r"|Problem with given class_path"
 )
 _STRUCTURE = re.compile(r"\.? Got value: (Namespace|NestedArg)\(.*")
-# Where a message holds a class name that was not found, or a path into this package.
+# A class name that was not found, or a path into this package, in a message.
 _NAME = re.compile(r"import path string: (\w+)\s*$|(?<![\w./-])(lightning_vae(?:\.\w+)+)", re.MULTILINE)
 _LONGEST = 800
 

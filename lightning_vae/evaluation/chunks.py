@@ -12,7 +12,7 @@ from torch import Tensor
 from ..observations import Observations
 from ..vae import VAE
 
-# How many numbers of data are decoded at once, whatever K and the batch size. Few on a CPU, so that the activations
+# Numbers of data decoded at once, for any K and batch size. Few on a CPU, so that the activations
 # stay in its cache.
 _NUMBERS_AT_ONCE = {"cpu": 2**17}
 _ELSEWHERE = 2**22

@@ -53,7 +53,7 @@ def test_the_curves_are_on_the_disk_before_a_checkpoint_is(tmp_path, early, monk
 
 
 def test_a_fit_after_one_that_failed_at_an_epochs_end_logs_as_any_other(tmp_path: Path) -> None:
-    """What takes the place of Lightning's logging at an epoch's end goes with the run."""
+    """The replacement of Lightning's logging at an epoch's end is removed with the run."""
 
     class Fails(Callback):
         def on_save_checkpoint(self, *_: object) -> None:

@@ -1,4 +1,4 @@
-"""What the configs ask of Lightning's ModelCheckpoint: ``best.ckpt`` is the best of the validated models."""
+"""Lightning's ModelCheckpoint as the configs use it: ``best.ckpt`` is the best of the validated models."""
 
 from pathlib import Path
 from typing import Any
