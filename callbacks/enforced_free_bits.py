@@ -19,7 +19,7 @@ from .free_bits import count_at_floor
 from .probing.loss_probe import LossProbe
 from .reading.distribution_reader import DistributionReader, is_compiled
 from .reading.distributions import read_prior, widened
-from .reading.kl_rates import kl_per_dimension
+from .reading.kl_rates import kl_per_dimension, rates_under_floors
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -316,12 +316,9 @@ def shortfall(
     Returns:
         Nats per observation, a scalar.
     """
-    size = rates.shape[1] if per == "whole" else 1 if per == "dimension" else per
-    grouped = rates.unflatten(1, (-1, size)).sum(-1)
-    if average == "batch":
-        grouped = grouped.mean(0, keepdim=True)
+    grouped = rates_under_floors(rates, per, average)
     if global_mean is not None:
-        grouped = grouped - grouped.detach() + global_mean.unflatten(0, (-1, size)).sum(-1)
+        grouped = grouped - grouped.detach() + rates_under_floors(global_mean.unsqueeze(0), per, average)
     # Use the clamp of the floored rate, so that a rate exactly at its floor has the same gradient too.
     missing: Tensor = grouped.clamp(min=torch.full_like(grouped, threshold)) - grouped
     return missing.sum(-1).mean()

@@ -16,7 +16,7 @@ from .control.attribute_writer import MisconfigurationException
 from .control.tied_attributes import NumberPlace
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
-from .reading.kl_rates import measured_rates
+from .reading.kl_rates import measured_rates, rates_under_floors
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -198,10 +198,7 @@ def count_at_floor(rates: Tensor, threshold: float, per: Literal["dimension", "w
         per: Scope of each floor, as in :class:`FreeBits`.
         average: ``"batch"`` counts groups by their mean rate; ``"sample"`` counts per observation, and averages.
     """
-    size = rates.shape[1] if per == "whole" else 1 if per == "dimension" else per
-    grouped = rates.reshape(len(rates), -1, int(size)).sum(-1)
-    if average == "batch":
-        grouped = grouped.mean(0, keepdim=True)
+    grouped = rates_under_floors(rates, per, average)
     at_floor = (grouped <= threshold * _NEAR).float().sum(-1).mean() if threshold > 0 else grouped.new_zeros(())
     groups = grouped.shape[1]
     return _AtFloor(float(at_floor), groups, threshold * groups, float(rates.sum(-1).mean()))

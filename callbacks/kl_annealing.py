@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,8 +19,6 @@ from .schedules import Schedule
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-log = logging.getLogger(__name__)
-
 
 class KLAnnealing(AttributeScheduler):
     """Anneal the weight of the KL term along a schedule, to prevent a collapse early in training.
@@ -33,10 +30,10 @@ class KLAnnealing(AttributeScheduler):
     At the first batch the callback reports how the loss depends on the weight. If it recognises the terms of the loss,
     it gives the *effective beta*: the weight in an ELBO that would have the same effect. The report reveals a weight
     that the loss ignores or applies twice. To measure this, the callback evaluates the loss of this batch on copies of
-    the module, with the same random state, at weight 0 and at others. It skips the report if that is expensive or has
-    side effects (a setter, several processes, manual optimization, compiled or large modules, hooks). It can't detect
-    a training step with effects outside Lightning; switch the report off for such a step with ``probe=False``.
-    ``lightning_vae.VAE`` needs no report.
+    the module, with the same random state, at weight 0 and at others. If that is expensive or has side effects (a
+    setter, several processes, manual optimization, compiled or large modules, hooks), it reports the reason instead;
+    ``Trainer(fast_dev_run=True)`` copies large modules too. It can't detect a training step with effects outside
+    Lightning; switch the report off for such a step with ``probe=False``. ``lightning_vae.VAE`` needs no report.
 
     Args:
         schedule: Weight per step: ``Linear``, ``Sigmoid``, ``Cosine``, ``Cyclical``, ``Staged``, ``Constant``, ``Join``
@@ -78,12 +75,8 @@ class KLAnnealing(AttributeScheduler):
 
     @override
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        if self.probe and self._is_foreign(pl_module):
+        if self.probe and not set(self._paths) & set(knobs_of(pl_module)):
             self._report(trainer, pl_module, batch)
-
-    def _is_foreign(self, pl_module: LightningModule) -> bool:
-        """Return whether the effect of the number is unknown. A setter may have side effects, so it is not probed."""
-        return self.setter is None and not set(self._paths) & set(knobs_of(pl_module))
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         others = [each for each in callbacks_of(trainer) if isinstance(each, KLAnnealing) and each is not self]
@@ -92,9 +85,11 @@ class KLAnnealing(AttributeScheduler):
         target = None if self._target is None else float(self._target)
         probe = LossProbe(trainer, pl_module, batch, batch_idx=0)
         try:
+            if self.setter is not None:
+                raise LossProbe.NotPossible("a setter may have side effects")
             effect = weight_effect(probe, tuple(self._paths), held, batch, target or 1.0)
         except Exception as reason:  # a failed report must not end a training run
-            log.debug("%s(%s): the loss was not probed: %r.", type(self).__name__, self.name, reason)
+            rank_zero_info(f"{type(self).__name__}({self.name}): the effect on the loss can't be measured ({reason}).")
             return
         say = rank_zero_warn if effect.is_ignored or effect.is_squared or effect.is_counted_twice else rank_zero_info
         text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, target)}"

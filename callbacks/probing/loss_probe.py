@@ -98,8 +98,9 @@ class LossProbe:
         if any(inspect.isroutine(hook) for module in modules for hook in _hooks(module)):
             return "it has hooks, which would see the copies too"
         tensors = [*pl_module.parameters(), *pl_module.buffers()]
-        if sum(tensor.nelement() * tensor.element_size() for tensor in tensors) > _MOST_BYTES:
-            return "a copy of it would be large"
+        size = sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
+        if size > _MOST_BYTES and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return "a copy of it would be large; `Trainer(fast_dev_run=True)` makes one"
         return None
 
     def _evaluate(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal, kl_divergence
@@ -57,6 +59,22 @@ def measured_rates(posterior: Distribution, prior: Distribution) -> Tensor:
             z = posterior.sample()
         rate = kl_per_dimension(posterior, prior, z)
     return rate.float().reshape(len(rate), -1)
+
+
+def rates_under_floors(rates: Tensor, per: Literal["dimension", "whole"] | int, average: str) -> Tensor:
+    """Compute the rates that floors are compared with.
+
+    Args:
+        rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
+        per: Scope of each floor: ``"dimension"``, ``"whole"`` or a number of consecutive dimensions, which divides k.
+        average: ``"batch"`` compares the mean over the batch, ``"sample"`` each observation's rate.
+
+    Returns:
+        Nats, shape ``(1, G)`` or ``(B, G)`` for ``G`` floors.
+    """
+    size = rates.shape[1] if per == "whole" else 1 if per == "dimension" else per
+    grouped: Tensor = rates.unflatten(1, (-1, size)).sum(-1)
+    return grouped.mean(0, keepdim=True) if average == "batch" else grouped
 
 
 def _check_shapes(posterior: Distribution, prior: Distribution) -> None:

@@ -55,7 +55,6 @@ class Raise(Callback):
         (Constant(1.0), [1] * 6),
         (lambda step: step / 10, [0, 0.1, 0.2, 0.3, 0.4, 0.5]),
     ],
-    ids=str,
 )
 def test_each_training_step_uses_the_value_of_the_schedule(
     tmp_path: Path, schedule: Schedule | Callable[[int], float], expected: list[float]
@@ -573,7 +572,7 @@ class Stream(IterableDataset[torch.Tensor]):
         (Linear(epochs=0.5), {"max_steps": 4}, False),
         (Linear(fraction=0.5), {"max_epochs": 2, "callbacks": [GradientAccumulationScheduler({1: 2})]}, True),
     ],
-    ids=str,
+    ids=["endless", "a fraction", "epochs", "epochs of a run in steps", "accumulation that changes"],
 )
 def test_a_length_that_cannot_be_known_asks_for_steps(
     tmp_path: Path, schedule: Schedule, options: dict[str, Any], known: bool

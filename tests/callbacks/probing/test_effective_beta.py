@@ -198,6 +198,30 @@ def test_our_own_module_knows_its_beta(tmp_path: Path, say: list[str]) -> None:
     assert not say
 
 
+class Manual(Foreign):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        return loss
+
+
+def test_what_is_not_measured_is_said(tmp_path: Path, say: list[str]) -> None:
+    data = DataLoader(TensorDataset(torch.rand(20, 6)), batch_size=10)
+    by_setter = KLAnnealing(Linear(stop=1.0, steps=2), setter=lambda to, value: setattr(to, "kl_weight", value))
+    for model, annealing, reason in (
+        (Foreign(), by_setter, "a setter may have side effects"),
+        (Manual(), KLAnnealing(Linear(steps=2), "kl_weight"), "its training step runs the optimizer"),
+    ):
+        say.clear()
+        quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=2).fit(model, data)
+        assert len(say) == 1
+        assert f"the effect on the loss can't be measured ({reason})" in say[0]
+
+
 def test_two_weights_that_are_multiplied_are_told_apart(tmp_path: Path, say: list[str]) -> None:
     class Product(Foreign):
         beta = 0.5
@@ -334,10 +358,10 @@ class LearnedPrior(Foreign):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("model", [Lazy, LearnedPrior])
-def test_a_report_never_ends_a_fit(tmp_path: Path, say: list[str], model: Any) -> None:
+@pytest.mark.parametrize(("model", "start"), [(Lazy, "the effect on the loss can't"), (LearnedPrior, "the loss of")])
+def test_a_report_never_ends_a_fit(tmp_path: Path, say: list[str], model: Any, start: str) -> None:
     fit(tmp_path, model())
-    assert len(say) == (model is LearnedPrior)
+    assert [text.startswith(f"KLAnnealing(kl_weight): {start}") for text in say] == [True]
 
 
 def test_whatever_goes_wrong_in_a_report_is_no_error(
@@ -345,7 +369,7 @@ def test_whatever_goes_wrong_in_a_report_is_no_error(
 ) -> None:
     monkeypatch.setattr("lightning_vae.callbacks.probing.effective_beta.recognise_rate", lambda *_: 1 / 0)
     fit(tmp_path, Foreign())
-    assert not say
+    assert [f"{ZeroDivisionError('division by zero')}" in text for text in say] == [True]
 
 
 def test_an_element_of_a_list_is_named_with_it(tmp_path: Path) -> None:

@@ -187,6 +187,18 @@ def test_what_can_not_be_probed_is_left_alone(tmp_path: Path, model: Any, reason
     assert all(torch.equal(value, before[name]) for name, value in kept.state_dict().items() if name != "table")
 
 
+def test_a_dry_run_copies_a_large_module_too(tmp_path: Path) -> None:
+    class Table(Stateful):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("table", torch.zeros(2**26 + 1), persistent=False)
+
+    for options, tried in (({"limit_train_batches": 1, "max_epochs": 1}, 0), ({"fast_dev_run": True}, 1)):
+        probes = Probes()
+        quiet_trainer(tmp_path, callbacks=[probes], **options).fit(Table(), loader())
+        assert (len(probes.losses), len(probes.reasons)) == (tried, 1 - tried)
+
+
 def test_several_processes_are_not_probed() -> None:
     with pytest.raises(LossProbe.NotPossible, match="processes"):
         LossProbe(SimpleNamespace(world_size=2), Stateful(), torch.zeros(2, 2), 0)({})  # type: ignore[arg-type]
