@@ -118,6 +118,7 @@ def fit(folder: Path, vae: Watched, stack: str, **options: Any) -> None:
     assert vae.watched == 4 * 45 - 1 - 2
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("stack", list(STACKS))
 @pytest.mark.parametrize("validation", [1.0, 0])
 @pytest.mark.parametrize(

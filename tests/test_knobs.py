@@ -143,6 +143,7 @@ def test_a_configured_knob_wins_over_the_checkpoint_that_a_fit_goes_on_from(tmp_
     trainer(tmp_path, max_epochs=2).fit(same, loader(), ckpt_path=path)  # a warning would be an error
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("annealed", [True, False])

@@ -96,6 +96,7 @@ def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
     assert contents(again) == contents(wheel[0])
 
 
+@pytest.mark.exhaustive
 def test_the_wheel_works_beside_folders_of_the_same_names(wheel, tmp_path):
     zipfile.ZipFile(wheel[0]).extractall(tmp_path / "site")
     project = tmp_path / "project"

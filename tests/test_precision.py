@@ -60,6 +60,7 @@ def fit(folder: Path, callbacks: list[Callback], **options: Any) -> tuple[VAE, E
     return vae, events
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("kind", list(OPTIONS))
 @pytest.mark.parametrize("name", list(CALLBACKS))
 def test_every_callback_works_with(name: str, kind: str, tmp_path: Path) -> None:

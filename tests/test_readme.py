@@ -30,6 +30,7 @@ def test_the_two_commands_of_the_first_screen():
     assert lines.index(train) < 40
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "train.py" in line and " pip " not in line])
 def test_commands_of_the_command_line_parse(command, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py"])

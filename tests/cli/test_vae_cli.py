@@ -60,6 +60,7 @@ def scalars(run):
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_whole(config, capsys):
     with pytest.raises(SystemExit) as exit_:
@@ -107,6 +108,7 @@ def test_the_data_tell_the_model_their_shape():
     assert (vae.shape, vae.levels) == ((3,), None)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("beta", [0.1, 1.0, 10.0])
 def test_each_beta_of_an_annealed_config_ends_at_its_own(beta):
     main(["fit", *DIGITS, *SHORT, f"--model.beta={beta}", "--trainer.max_epochs=4"])
@@ -208,6 +210,7 @@ def test_a_scheduler_runs_with_an_optimizer_that_needs_a_closure():
           "--lr_scheduler.step_size=1"])  # fmt: skip
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("overlay", sorted((ROOT / "configs" / "overlays").glob("*.yaml")), ids=lambda path: path.stem)
 @pytest.mark.parametrize("base", ["collapse", "collapse_variance"])
 def test_every_overlay_adds_a_callback_to_a_config(base, overlay, capsys):
