@@ -164,6 +164,14 @@ def several_processes(trainer: Trainer) -> bool:
     return trainer.world_size > 1
 
 
+def validates(trainer: Trainer) -> bool:
+    """Return whether the run has validation passes. Their loaders may not be known yet."""
+    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
+    if every is not None and epochs is not None and 0 <= epochs < every:
+        return False
+    return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
+
+
 def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
     """Sum a tensor over the processes of a run, in place, and return it."""
     if several_processes(trainer):

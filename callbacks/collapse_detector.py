@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
-from .base import Callback, callbacks_of, several_processes
+from .base import Callback, callbacks_of, several_processes, validates
 from .control.attribute_writer import MisconfigurationException
+from .drawing.best_effort import BestEffort
 from .drawing.dimension_history import DimensionHistory, is_drawn
 from .drawing.media_logger import MediaLogger
 from .metrics.active_units import ACTIVE, is_active
@@ -40,15 +41,15 @@ class CollapseDetector(Callback):
     forward pass of its own. In a run without validation a pass is a training epoch, in which each step contributes the
     posteriors of the model at that step.
 
-    Logged are ``latent/active_units``, ``latent/active_fraction``, ``latent/mutual_information``,
-    ``latent/marginal_kl`` (rate minus mutual information) and ``collapse/alarm`` (1 while an alarm is on). TensorBoard
-    also gets the pictures ``latent/rate_per_dimension`` and ``latent/variance_per_dimension``, with a column for each
-    pass (every second, fourth and so on in a long run), and the alarm's text as ``collapse/message``. The mutual
-    information and the marginal KL are the estimates that ``test`` prints. The former can't exceed the logarithm of the
-    number of observations it comes from (7.6 nats for 2048). Above 90 % of that, read it as "at least"; the marginal KL
-    is then a lower bound from the moments of q(z). With a prior other than N(0, I) it stays the difference. For a
-    posterior that is not a diagonal Gaussian only the active units are logged; with a prior that is not one there is no
-    rate.
+    Logged are ``latent/active_units``, ``latent/active_fraction``, ``latent/rate`` (the mean over all the data, in
+    nats), ``latent/mutual_information``, ``latent/marginal_kl`` (rate minus mutual information) and ``collapse/alarm``
+    (1 while an alarm is on). TensorBoard also gets the pictures ``latent/rate_per_dimension`` and
+    ``latent/variance_per_dimension``, with a column for each pass (every second, fourth and so on in a long run), and
+    the alarm's text as ``collapse/message``. The mutual information and the marginal KL are the estimates that ``test``
+    prints. The former can't exceed the logarithm of the number of observations it comes from (7.6 nats for 2048). Above
+    90 % of that, read it as "at least"; the marginal KL is then a lower bound from the moments of q(z). With a prior
+    other than N(0, I) it stays the difference. For a posterior that is not a diagonal Gaussian only the active units
+    are logged; with a prior that is not one there is no rate.
 
     Latents with several axes, ``(N, k, H, W)``, have a dimension at each position. A step may have several posteriors,
     for example one for each view: each counts as a separate observation.
@@ -58,7 +59,8 @@ class CollapseDetector(Callback):
     Args:
         posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
             submodule that outputs it (``"encoder"``) or of a part of its output (``"vae:latent_dist.mean"``), a pair of
-            paths for its two parameters, or a callable ``(pl_module, batch) -> q(z|x)``. See
+            paths for its two parameters, or a callable ``(pl_module, batch) -> q(z|x)``, which is called before the
+            optimizer's step and changes nothing in the run. See
             :class:`~.reading.distribution_reader.DistributionReader`.
         second: Meaning of the second parameter where the posterior is a pair of tensors: ``"log_variance"``,
             ``"variance"``, ``"scale"`` or ``"log_scale"``.
@@ -90,7 +92,7 @@ class CollapseDetector(Callback):
 
     def __init__(
         self,
-        posterior: str | tuple[str, str] | Callable[[LightningModule, Any], Any] | None = None,
+        posterior: str | Sequence[str] | Callable[[LightningModule, Any], Any] | None = None,
         second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
         chunk: int | None = None,
         min_rate: float = 0.5,
@@ -124,6 +126,7 @@ class CollapseDetector(Callback):
         self.name = name
         self._title = f"CollapseDetector({name})" if name else "CollapseDetector"
         self._reader = DistributionReader(posterior, second, chunk)
+        self._attempt = BestEffort(self._title)
         self._pass: ValidationPass | None = None
         self._watches_training = False
         self._passes = 0
@@ -136,8 +139,7 @@ class CollapseDetector(Callback):
     @cached_property  # Lightning reads it at every hook of every step
     @override
     def state_key(self) -> str:
-        posterior = getattr(self.posterior, "__qualname__", self.posterior)
-        return self.keyed_by(posterior=posterior, name=self.name)
+        return self.keyed_by(posterior=self._reader.key, name=self.name)
 
     @override
     def on_fit_start(self, trainer: Trainer, *_: Any) -> None:
@@ -173,7 +175,7 @@ class CollapseDetector(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._watches_training = not _validates(trainer)
+        self._watches_training = not validates(trainer)
         # With several processes a checkpoint holds one process's share: then only the rest of the epoch is measured.
         self._saves_pass = self._watches_training and not several_processes(trainer)
         if self._watches_training:
@@ -191,9 +193,14 @@ class CollapseDetector(Callback):
             self._begin_pass(trainer)
 
     @override
-    def on_train_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, _trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any) -> None:
         if self._watches_training:
-            self._reader.listen(pl_module)
+            self._reader.listen(pl_module, batch)
+
+    @override
+    def on_before_optimizer_step(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._watches_training:
+            self._reader.capture(pl_module)
 
     @override
     def on_train_batch_end(
@@ -316,7 +323,8 @@ class CollapseDetector(Callback):
         """Raise an alarm that is new in some process, or report that one has ended."""
         if trainer.strategy.reduce_boolean_decision(alarm and state.name != self._reported, all=False):
             message = _message(self._title, state)
-            MediaLogger(trainer).text(self._key("collapse/message"), message, self.step(trainer))
+            with self._attempt("the message"):
+                MediaLogger(trainer).text(self._key("collapse/message"), message, self.step(trainer))
             if callable(self.on_alarm):
                 self.on_alarm(trainer, pl_module, state)
                 return
@@ -328,6 +336,7 @@ class CollapseDetector(Callback):
     def _log(self, trainer: Trainer, pl_module: LightningModule, measured: Measurements, alarm: bool) -> None:
         units = int(is_active(measured.variance, self.threshold).sum())
         optional = {
+            "latent/rate": None if measured.rate is None else measured.rate.sum(),
             "latent/mutual_information": measured.mutual_information,
             "latent/marginal_kl": measured.marginal_kl,
         }
@@ -342,21 +351,14 @@ class CollapseDetector(Callback):
 
     def _draw(self, trainer: Trainer) -> None:
         for tag, history in (("variance", self._variances), ("rate", self._rates)):
-            if (picture := history.picture()) is not None:
-                MediaLogger(trainer).image(self._key(f"latent/{tag}_per_dimension"), picture, self.step(trainer))
+            with self._attempt(f"the {tag} per dimension"):
+                if (picture := history.picture()) is not None:
+                    MediaLogger(trainer).image(self._key(f"latent/{tag}_per_dimension"), picture, self.step(trainer))
 
     def _key(self, key: str) -> str:
         """Return the key to log under: ``latent/...``, or ``latent_<name>/...``."""
         group, _, rest = key.partition("/")
         return f"{group}_{self.name}/{rest}" if self.name else key
-
-
-def _validates(trainer: Trainer) -> bool:
-    """Return whether the run has validation passes. Their loaders may not be known yet."""
-    every, epochs = trainer.check_val_every_n_epoch, trainer.max_epochs
-    if every is not None and epochs is not None and 0 <= epochs < every:
-        return False
-    return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
 
 
 def _mean(posterior: Distribution) -> Tensor:
@@ -389,6 +391,11 @@ def _unusable(measured: Measurements | None) -> str:
         return "a variance over the data needs two observations, and this pass had one."
     if not measured.variance.isfinite().all():
         return "the posterior's means are not finite, so they can't be judged."
+    if measured.rate is not None and measured.rate.isnan().any():
+        return (
+            "the rate is not a number, so the posterior can't be judged: a scale or a variance was negative or zero. "
+            'If that number is the log-variance, set `second="log_variance"`.'
+        )
     return ""
 
 

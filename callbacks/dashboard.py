@@ -7,21 +7,23 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
-from .base import Callback, callbacks_of, knobs_of
+from .base import Callback, callbacks_of, knobs_of, validates
 from .control.attribute_writer import AttributeWriter
 from .drawing.best_effort import BestEffort
 from .drawing.media_logger import MediaLogger
+from .reading.distributions import is_sequence
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _CHARTS: Mapping[str, Sequence[str]] = {
     "beta": ["knobs/beta"],
-    "rate": ["train/rate", "val/rate"],
+    "rate": ["latent/rate", "train/rate", "val/rate"],
     "distortion": ["train/distortion", "val/distortion"],
     "ELBO": ["train/elbo", "val/elbo"],
     "active_units": ["latent/active_units"],
@@ -54,7 +56,8 @@ class Dashboard(Callback):
       options (``setup``), against the overview. This page needs a ``TensorBoardLogger(default_hp_metric=False)``,
       because a logger that has already filled the page can't add to it.
 
-    Other loggers get only the numbers. Anything that can't be shown gives one warning, and training continues.
+    Other loggers get only the numbers. Anything that can't be shown gives one warning, and training continues without
+    it. In a run without validation the overview is empty, and that is said.
 
     Args:
         charts: The curves of a chart by its title, if they have other names: ``{"rate": ["kl", "val_kl"]}``. They
@@ -83,7 +86,12 @@ class Dashboard(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attempt = BestEffort("Dashboard")
-        if logger := MediaLogger(trainer):
+        if not validates(trainer):
+            rank_zero_info("Dashboard: this run has no validation, where `Overview` is drawn; it stays empty.")
+        logger = None
+        with self._attempt("the loggers"):
+            logger = MediaLogger(trainer)
+        if logger:
             step = self.step(trainer)
             with self._attempt("the custom scalars"):
                 logger.layout(_layout(self.charts))
@@ -141,12 +149,12 @@ def describe_data(trainer: Trainer) -> str:
     rows += [(name, f"`{value}`") for name, value in options_of(data).items()]
     for name in ("shape", "levels"):
         if getattr(data, name, None) is not None:
-            rows.append((name, f"`{getattr(data, name)}`"))
+            rows.append((name, f"`{_short_text(getattr(data, name))}`"))
     batches, count = trainer.num_training_batches, _observations(trainer.train_dataloader)
     rows.append(("training", f"{batches} batches in an epoch{count}"))
     loaders = trainer.val_dataloaders
     for number, batches in enumerate(trainer.num_val_batches):
-        loader = loaders[number] if isinstance(loaders, list | tuple) else loaders
+        loader = loaders[number] if is_sequence(loaders) else loaders
         rows.append(("validation", f"{batches} batches{_observations(loader)}"))
     return _table(rows)
 
@@ -205,7 +213,7 @@ def _writers(trainer: Trainer) -> list[Any]:
 
 def _schedule(writer: Any) -> str:
     """Return a schedule as text, without the arguments that are not given."""
-    return re.sub(r", \w+=None|\w+=None, ", "", repr(writer.schedule))
+    return re.sub(r", \w+=None|\w+=None, ", "", _plain(repr(writer.schedule)))
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, bool | int | float | str]]:
@@ -220,8 +228,13 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[st
 
 
 def _short_text(value: Any) -> str:
-    text = type(value).__name__ if isinstance(value, nn.Module) else " ".join(str(value).split())
+    text = type(value).__name__ if isinstance(value, nn.Module) else " ".join(_plain(str(value)).split())
     return text if len(text) <= _MAX_OPTION_LENGTH else f"{text[:_MAX_OPTION_LENGTH]}..."
+
+
+def _plain(text: str) -> str:
+    """Remove the addresses of objects, which differ from run to run."""
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> str:

@@ -108,6 +108,11 @@ class FreeBits(AttributeScheduler):
             )
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.logs_now(trainer):  # only then are the rates read
+            super().on_before_optimizer_step(trainer, pl_module)
+
+    @override
     def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         super()._log(trainer, pl_module, batch)
         rates = self._rates(pl_module, batch)
@@ -199,6 +204,7 @@ def count_at_floor(rates: Tensor, threshold: float, per: Literal["dimension", "w
         average: ``"batch"`` counts groups by their mean rate; ``"sample"`` counts per observation, and averages.
     """
     grouped = rates_under_floors(rates, per, average)
-    at_floor = (grouped <= threshold * _NEAR).float().sum(-1).mean() if threshold > 0 else grouped.new_zeros(())
+    near = torch.where(grouped.isnan(), grouped, (grouped <= threshold * _NEAR).float())
+    at_floor = near.sum(-1).mean() if threshold > 0 else grouped.new_zeros(())
     groups = grouped.shape[1]
     return _AtFloor(float(at_floor), groups, threshold * groups, float(rates.sum(-1).mean()))

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
-from .base import Callback
+from .base import Callback, validates
 from .drawing.best_effort import BestEffort
 from .drawing.draw_schedule import DrawSchedule
 from .drawing.images import thumbnails
 from .drawing.media_logger import MediaLogger
 from .drawing.panels import density_panels, scatter_panels
+from .metrics.observation_subset import evenly_spaced_rows
 from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import LABELS, OBSERVATIONS, batch_part
 from .reading.distribution_reader import DistributionReader
-from .reading.distributions import read_prior
+from .reading.distributions import is_sequence, read_prior
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -42,8 +45,9 @@ class LatentSpace(Callback):
     TensorBoard also gets histograms of all ``latent/posterior_mean`` and ``latent/posterior_scale``. When training
     ends, its projector gets the posterior means as ``latent``, with labels and thumbnails of the observations.
 
-    Only the validation data of the first process are drawn. Anything that can't be drawn during a run gives one
-    warning, and training continues.
+    Only the validation data of the first process are drawn, and nothing in a run without validation. The sanity check
+    tries all of it. The first error, there or later, gives a warning; then nothing more is drawn, and training
+    continues.
 
     Args:
         posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
@@ -51,7 +55,8 @@ class LatentSpace(Callback):
         second: Meaning of the second parameter: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
         chunk: The axis along which to split the posterior, if one tensor holds both parameters.
         label: Location of the labels in a batch: a key, an index or a callable. By default the usual places.
-        observations: Number of validation observations to show, starting with the first.
+        observations: Number of validation observations to show, spread evenly over the data; the first ones if the
+            loader has no length.
         times: Number of times to draw in a run. TensorBoard shows ten pictures per tag.
 
     Raises:
@@ -65,7 +70,7 @@ class LatentSpace(Callback):
 
     def __init__(
         self,
-        posterior: str | tuple[str, str] | Callable[[LightningModule, Any], Any] | None = None,
+        posterior: str | Sequence[str] | Callable[[LightningModule, Any], Any] | None = None,
         second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
         chunk: int | None = None,
         label: int | str | Callable[[Any], Any] | None = None,
@@ -87,7 +92,7 @@ class LatentSpace(Callback):
     @cached_property  # Lightning reads it at every hook of every step
     @override
     def state_key(self) -> str:
-        return self.keyed_by(posterior=getattr(self.posterior, "__qualname__", self.posterior))
+        return self.keyed_by(posterior=self._reader.key)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -102,36 +107,60 @@ class LatentSpace(Callback):
         self.at_end(trainer, self._discard)
 
     @override
+    def on_train_start(self, trainer: Trainer, *_: Any) -> None:
+        if not validates(trainer):
+            rank_zero_info("LatentSpace: this run has no validation, where the latents are drawn; none are drawn.")
+
+    @override
     def on_validation_epoch_start(self, trainer: Trainer, *_: Any) -> None:
-        self._rows = []
-        self._draws = self._draw_schedule.start_pass(trainer) and bool(MediaLogger(trainer))
+        self._rows, self._draws = [], False
+        is_due = self._draw_schedule.start_pass(trainer) and not self._attempt.has_failed
+        with self._attempt("the loggers"):
+            self._draws = is_due and bool(MediaLogger(trainer))
 
     @override
     def on_validation_batch_start(self, _trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._wants_more:
-            self._reader.listen(pl_module)
+            with self._attempt("the posterior"):
+                self._reader.listen(pl_module)
 
     @override
     def on_validation_batch_end(
-        self, _trainer: Trainer, pl_module: LightningModule, _outputs: Any, batch: Any, *_: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        _outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if self._wants_more and not (self.posterior is None and getattr(pl_module, "posterior", self) is None):
+        if self._wants_more:
             with self._attempt("the posterior"):
+                if self.posterior is None and getattr(pl_module, "posterior", self) is None:
+                    return  # this process's share of the batch was empty
                 posterior = self._reader.read(pl_module, batch)[0]  # the posterior of the first view, if several
-                self._rows.append(_Rows.of(PosteriorSummary.of(posterior, read_prior(pl_module)), batch, self.label))
+                rows = _Rows.of(PosteriorSummary.of(posterior, read_prior(pl_module)), batch, self.label)
+                batches = trainer.num_val_batches
+                place, total = sum(batches[:dataloader_idx]) + batch_idx, sum(batches)
+                if math.isfinite(total):
+                    rows = rows.chosen(evenly_spaced_rows(self.observations, len(rows.codes.mean), place, total))
+                self._rows.append(rows)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._reader.forget()
         if self._draws and self._count > 1:
             with self._attempt("the latent space"):
-                self._latest = _Rows.joined(self._rows, self.observations)
-                self._draw(MediaLogger(trainer), self._latest, read_prior(pl_module), self.step(trainer))
+                rows, prior = _Rows.joined(self._rows, self.observations), read_prior(pl_module)
+                pictures = _pictures(rows.codes, rows.labels, prior)
+                if not trainer.sanity_checking:
+                    self._latest = rows
+                    self._show(MediaLogger(trainer), pictures, rows.codes, self.step(trainer))
         self._rows, self._draws = [], False
 
     @override
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
-        if self._latest is not None:
+        if self._latest is not None and not self._attempt.has_failed:
             rows, self._latest = self._latest, None
             with self._attempt("the projector"):
                 images = None if rows.x is None else thumbnails(rows.x)
@@ -162,18 +191,9 @@ class LatentSpace(Callback):
         self._rows, self._latest, self._draws = [], None, False
 
     @staticmethod
-    def _draw(logger: MediaLogger, rows: _Rows, prior: Distribution, step: int) -> None:
-        codes = rows.codes
-        mean, scale = _in_units_of_prior(codes, prior)
-        dimensions = (codes.active or codes.order[:1])[:_MAX_DENSITIES]
-        titles = [codes.title(dimension) for dimension in dimensions]
-        unit = "prior" if isinstance(prior, Normal) else "N(0, 1)"
-        scales = None if scale is None else scale[:, dimensions]
-        logger.image("latent/against_prior", density_panels(mean[:, dimensions], scales, titles, unit), step)
-        planes = _planes(dimensions[:_MAX_SCATTERED], mean.shape[1])
-        names = [(f"z{across}", f"z{up}") for across, up in planes]
-        points = torch.stack([mean[:, plane] for plane in planes])
-        logger.image("latent/by_label", scatter_panels(points, names, rows.labels), step)
+    def _show(logger: MediaLogger, pictures: dict[str, Tensor], codes: PosteriorSummary, step: int) -> None:
+        for tag, picture in pictures.items():
+            logger.image(tag, picture, step)
         logger.histogram("latent/posterior_mean", codes.mean, step)
         if codes.scale is not None:
             logger.histogram("latent/posterior_scale", codes.scale, step)
@@ -193,10 +213,16 @@ class _Rows(NamedTuple):
         x = batch_part(batch, None, OBSERVATIONS, 0)
         return cls(codes, labels, x if isinstance(x, Tensor) and len(x) == count else None)
 
+    def chosen(self, numbers: Sequence[int]) -> _Rows:
+        """Return some rows only."""
+        labels = None if self.labels is None else [self.labels[number] for number in numbers]
+        return _Rows(self.codes.rows(numbers), labels, None if self.x is None else self.x[list(numbers)])
+
     @classmethod
     def joined(cls, parts: Sequence[_Rows], count: int) -> _Rows:
         """Concatenate several, and return the first ``count`` rows."""
-        codes = PosteriorSummary.joined([part.codes for part in parts]).first(count)
+        codes = PosteriorSummary.joined([part.codes for part in parts])
+        codes = codes.rows(range(min(count, len(codes.mean))))
         labels, x = [part.labels for part in parts], [part.x for part in parts]
         shapes = {None if each is None else each.shape[1:] for each in x}  # the shapes may differ between loaders
         return cls(
@@ -206,11 +232,27 @@ class _Rows(NamedTuple):
         )
 
 
+def _pictures(codes: PosteriorSummary, labels: list[str] | None, prior: Distribution) -> dict[str, Tensor]:
+    """Return the pictures by tag, each of shape ``(3, H, W)``, uint8."""
+    mean, scale = _in_units_of_prior(codes, prior)
+    dimensions = (codes.active or codes.order[:1])[:_MAX_DENSITIES]
+    titles = [codes.title(dimension) for dimension in dimensions]
+    unit = "prior" if isinstance(prior, Normal) else "N(0, 1)"
+    scales = None if scale is None else scale[:, dimensions]
+    planes = _planes(dimensions[:_MAX_SCATTERED], mean.shape[1])
+    names = [(f"z{across}", f"z{up}") for across, up in planes]
+    points = torch.stack([mean[:, plane] for plane in planes])
+    return {
+        "latent/against_prior": density_panels(mean[:, dimensions], scales, titles, unit),
+        "latent/by_label": scatter_panels(points, names, labels),
+    }
+
+
 def _names(labels: Any, count: int) -> list[str] | None:
     """Return labels as words; ``None`` unless there is one for each of ``count`` observations."""
     if isinstance(labels, Tensor):
         labels = labels.flatten().tolist() if labels.numel() == count else None
-    if not isinstance(labels, list | tuple) or len(labels) != count:
+    if not is_sequence(labels) or len(labels) != count:
         return None
     return [f"{label:g}" if isinstance(label, float) else str(label) for label in labels]
 

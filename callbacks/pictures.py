@@ -12,16 +12,17 @@ from torch import Tensor
 from torch.distributions import Distribution
 from typing_extensions import override
 
-from .base import Callback
+from .base import Callback, validates
 from .drawing.best_effort import BestEffort
 from .drawing.draw_schedule import DrawSchedule
 from .drawing.gallery import Gallery
 from .drawing.images import as_images
 from .drawing.media_logger import MediaLogger
-from .drawing.traversals import expanded, interpolations, traversals
+from .drawing.traversals import interpolations, prior_samples, traversals
+from .metrics.observation_subset import evenly_spaced_rows
 from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import OBSERVATIONS, batch_part
-from .reading.distributions import as_distribution, read_prior
+from .reading.distributions import as_distribution, is_sequence, read_prior
 from .reading.isolated_eval import isolated_eval
 from .reading.module_call import ModuleCall
 
@@ -52,9 +53,10 @@ class Pictures(Callback):
     the checkpoint. Observations that are not images are drawn as curves. All pictures show means: of the posterior, and
     of p(x|z) where ``decode`` returns a distribution.
 
-    Training is not affected: the global random state and the modules' modes are restored. Only the first process draws.
-    Nothing is drawn under a strategy that shards the parameters, because one process can't run the model. Anything that
-    can't be drawn during a run gives one warning, and training continues.
+    Training is not affected: the global random state, the modules' modes and buffers are restored. Only the first
+    process draws. Nothing is drawn in a run without validation, nor under a strategy that shards the parameters,
+    because one process can't run the model. The sanity check tries all of it. The first error, there or later, gives a
+    warning; then nothing more is drawn, and training continues.
 
     Args:
         encode: Returns q(z|x) or its mean. ``None`` is the module's own ``encode``. Otherwise the path of another
@@ -123,17 +125,20 @@ class Pictures(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        if _is_sharded(trainer):
-            rank_zero_info("Pictures: one process can't run a model whose parameters are sharded; none are drawn.")
-        elif trainer.is_global_zero and not MediaLogger(trainer):
-            rank_zero_info("Pictures: no logger of this run takes pictures; none are drawn.")
+        with self._attempt("the loggers"):
+            if _is_sharded(trainer):
+                rank_zero_info("Pictures: one process can't run a model whose parameters are sharded; none are drawn.")
+            elif not validates(trainer):
+                rank_zero_info("Pictures: this run has no validation, where they are drawn; none are drawn.")
+            elif trainer.is_global_zero and not MediaLogger(trainer):
+                rank_zero_info("Pictures: no logger of this run takes pictures; none are drawn.")
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, *_: Any) -> None:
         self._end_pass()
-        self._draws = (
-            self._draw_schedule.start_pass(trainer) and bool(MediaLogger(trainer)) and not _is_sharded(trainer)
-        )
+        is_due = self._draw_schedule.start_pass(trainer) and not _is_sharded(trainer) and not self._attempt.has_failed
+        with self._attempt("the loggers"):
+            self._draws = is_due and bool(MediaLogger(trainer))
 
     @override
     def on_validation_batch_end(
@@ -152,11 +157,13 @@ class Pictures(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with self._attempt("the model's output"):
-            if self._draws and self._inputs is None and self._chosen:
-                self._inputs = torch.stack(self._chosen)
-            if self._draws and self._inputs is not None and self._ranking:
-                for tag, picture in self._pictures(trainer, pl_module, self._inputs).items():
-                    MediaLogger(trainer).image(tag, picture, self.step(trainer))
+            inputs = torch.stack(self._chosen) if self._inputs is None and self._chosen else self._inputs
+            if self._draws and inputs is not None and self._ranking:
+                pictures = self._pictures(pl_module, inputs)
+                if not trainer.sanity_checking:  # which has not seen all the data
+                    self._inputs = inputs
+                    for tag, picture in pictures.items():
+                        MediaLogger(trainer).image(tag, picture, self.step(trainer))
         self._end_pass()
 
     @override
@@ -190,12 +197,12 @@ class Pictures(Callback):
         if missing > 0 and len(x):
             self._ranking.append(x[:missing])
 
-    def _pictures(self, trainer: Trainer, pl_module: LightningModule, inputs: Tensor) -> dict[str, Tensor]:
+    def _pictures(self, pl_module: LightningModule, inputs: Tensor) -> dict[str, Tensor]:
         """Return the pictures by tag, each of shape ``(3, H, W)``, uint8."""
         inputs = inputs.to(pl_module.device)
         shown = _shown(inputs, pl_module)
         prior = read_prior(pl_module)
-        with isolated_eval(trainer, pl_module):
+        with isolated_eval(pl_module):
             codes = PosteriorSummary.joined(
                 [PosteriorSummary.of(self._posterior(pl_module, x), prior) for x in self._ranking]
             )
@@ -203,7 +210,7 @@ class Pictures(Callback):
             mean = posterior if isinstance(posterior, Tensor) else posterior.mean
             dimensions = (codes.active or codes.order[:1])[:_MAX_TRAVERSALS]
             latents = {
-                "samples": expanded(prior, (_SAMPLES, *mean.shape[1:])).sample().to(mean)[:, None],
+                "samples": prior_samples(prior, (_SAMPLES, *mean.shape[1:])).to(mean)[:, None],
                 "interpolations": interpolations(mean, _INTERPOLATIONS, _COLUMNS - 2),
                 "traversals": traversals(mean[0], dimensions, prior, _COLUMNS),
                 "reconstructions": mean[:, None],
@@ -229,7 +236,7 @@ class Pictures(Callback):
         if isinstance(value, Tensor) and self.chunk is None:
             return value
         try:
-            return as_distribution(value, self.second, self.chunk)
+            return as_distribution(value, self.second, self.chunk, check=True)
         except ValueError as error:
             raise ValueError(f"the output of `encode`: {error}".replace("`posterior=", "`encode=")) from None
 
@@ -244,30 +251,13 @@ class Pictures(Callback):
         return {name: part.unflatten(0, size) for name, part, size in zip(latents, parts, sizes, strict=True)}
 
 
-def evenly_spaced_rows(count: int, rows: int, batch_idx: int, batches: float) -> list[int]:
-    """Return the rows of a batch to take, so that all batches together give ``count`` evenly spaced observations.
-
-    Args:
-        count: Number of observations to take from all batches.
-        rows: Observations in this batch.
-        batch_idx: Number of this batch, from 0.
-        batches: Number of batches. If it is infinite, all observations come from the first batch.
-
-    Returns:
-        Distinct row numbers in ascending order, fewer if the batch is too small.
-    """
-    batches = batches if math.isfinite(batches) else 1
-    places = (number * batches / count for number in range(count))
-    return sorted({int((place - batch_idx) * rows) for place in places if batch_idx <= place < batch_idx + 1 and rows})
-
-
 def _is_sharded(trainer: Trainer) -> bool:
     return any(cls.__name__ in _SHARDING for cls in type(trainer.strategy).__mro__)
 
 
 def _means(option: str, output: Any, shape: Sequence[int]) -> Tensor:
     """Return a decoder's output as observations ``(n, *shape)``: a distribution's mean, or the first of several."""
-    first = output[0] if isinstance(output, tuple | list) and output else output
+    first = output[0] if is_sequence(output) and output else output
     values = first.mean if isinstance(first, Distribution) else first
     if not isinstance(values, Tensor) or values.ndim == 0 or values.shape[1:].numel() != math.prod(shape):
         what = f"shape {tuple(values.shape[1:])}" if isinstance(values, Tensor) else f"a {type(values).__name__}"

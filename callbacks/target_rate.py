@@ -42,8 +42,8 @@ class TargetRate(AttributeWriter):
 
     The weight starts at the module's configured value. Validation, checkpoints and the finished module have the weight
     that the controller has found. The controller's state is saved, so a resumed run continues from it. Logged on
-    logging steps: ``knobs/beta`` (or the path's last part), ``knobs/target_rate`` and ``latent/rate``, the controlled
-    average, both in nats. A target that no weight within the bounds reaches is reported once.
+    logging steps: ``knobs/beta`` (or the path's last part), ``knobs/target_rate`` and ``latent/controlled_rate``, the
+    moving average, both in nats. A target that no weight within the bounds reaches is reported once.
 
     The ``val/loss`` and ``test/loss`` of ``lightning_vae.VAE`` then refer to the target at the schedule's end: they are
     the distortion, plus ``price`` for each nat of rate above the target and its tolerance. The validation loss of any
@@ -145,7 +145,7 @@ class TargetRate(AttributeWriter):
         self.price = price
         self.patience = patience
         self._log_key = "knobs/target_rate" if name is None else f"knobs/target_rate_{name}"
-        self._rate_key = "latent/rate" if name is None else f"latent/rate_{name}"
+        self._rate_key = "latent/controlled_rate" if name is None else f"latent/controlled_rate_{name}"
         self._reader = DistributionReader(posterior, second, chunk)
         self._schedule = RunSchedule(self.schedule)
         self._first: float | None = None  # the weight that the run began with
@@ -240,6 +240,9 @@ class TargetRate(AttributeWriter):
         """Yield each problem with the options, and its remedy. Synchronises with the device."""
         assert self._state is not None
         rate, _, log_weight, steps = (float(value) for value in self._state)
+        if math.isnan(rate):
+            yield "nan", "the measured rate is not a number. Check the posterior: scales and variances are positive."
+            return
         weight = f"`{self.name}` has been at its {{}}, {math.exp(log_weight):.4g}, for {abs(steps):.0f} steps"
         missed = f", and the rate is {rate:.4g} nats instead of {target:.4g}."
         if steps >= self.patience:

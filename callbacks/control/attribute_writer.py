@@ -185,10 +185,13 @@ class AttributeWriter(Callback):
         if not self._has_settled:
             self._current = self._value(self.step(trainer))
         self._write_step()
-        if self._reader.paths:
-            self._reader.listen(pl_module)
+        self._reader.listen(pl_module, batch)
         if batch_idx == 0 and self.step(trainer) == 0:
             self._probe(trainer, pl_module, batch)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._reader.capture(pl_module)
 
     @override
     def on_train_batch_end(
@@ -199,8 +202,7 @@ class AttributeWriter(Callback):
             self._check_conflict(trainer, pl_module)
         if logs_now:
             self._log(trainer, pl_module, batch)
-        if self._reader.paths:
-            self._reader.forget()
+        self._reader.forget()
         if self._current is not self._target:
             self._write_target()
 

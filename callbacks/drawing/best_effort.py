@@ -27,6 +27,11 @@ class BestEffort:
         self._title = title
         self._failed: set[str] = set()
 
+    @property
+    def has_failed(self) -> bool:
+        """Return whether anything could not be shown."""
+        return bool(self._failed)
+
     @contextmanager
     def __call__(self, what: str) -> Iterator[None]:
         """Try to show something; ``what`` names it in the warning."""

@@ -33,10 +33,10 @@ class DrawSchedule:
     def start_pass(self, trainer: Trainer) -> bool:
         """Count a validation pass that starts, and return whether to draw it.
 
-        The sanity check and passes outside a fit are neither counted nor drawn.
+        The sanity check is not counted, and always drawn, to try it. Passes outside a fit are neither.
         """
         if trainer.state.fn != "fit" or trainer.sanity_checking:
-            return False
+            return trainer.sanity_checking
         self.passes += 1
         return is_drawn(self.passes, expected_passes(trainer), self.times)
 

@@ -29,10 +29,20 @@ def interpolations(latents: Tensor, paths: int, steps: int) -> Tensor:
     return first.unsqueeze(1) * (1 - ratio) + last.unsqueeze(1) * ratio
 
 
-def expanded(prior: Distribution, shape: Sequence[int]) -> Distribution:
-    """Expand a prior to latents of a shape, whose last axes are the prior's event, if it has one (a mixture does)."""
-    expansion: Distribution = prior.expand(torch.Size(shape[: len(shape) - len(prior.event_shape)]))
-    return expansion
+def prior_samples(prior: Distribution, shape: Sequence[int]) -> Tensor:
+    """Draw latents of a shape, whose last axes are those of the prior. Only axes of size 1 need a prior that expands.
+
+    Raises:
+        ValueError: If the prior does not fit the shape.
+    """
+    own = prior.batch_shape + prior.event_shape
+    drawn = torch.Size(shape[: len(shape) - len(own)])
+    samples = prior.sample(drawn) if drawn + own == torch.Size(shape) else None
+    if samples is None:
+        samples = prior.expand(torch.Size(shape[: len(shape) - len(prior.event_shape)])).sample()
+    if samples.shape != torch.Size(shape):
+        raise ValueError(f"A sample of the prior has shape {tuple(samples.shape)}, and the latents {tuple(shape)}.")
+    return samples
 
 
 def traversals(latent: Tensor, dimensions: Sequence[int], prior: Distribution, steps: int) -> Tensor:
@@ -41,15 +51,14 @@ def traversals(latent: Tensor, dimensions: Sequence[int], prior: Distribution, s
     Args:
         latent: The latent of one observation, shape ``(...)``.
         dimensions: The dimensions to move, one a row, as indices into the flattened latent.
-        prior: The prior, which broadcasts to the latent's shape. If it has no moments, N(0, 1) is used instead.
+        prior: The prior, whose moments broadcast to the latent's shape. If it has none, N(0, 1) is used instead.
         steps: Number of values of each dimension.
 
     Returns:
         Shape ``(dimensions, steps, ...)``.
     """
-    prior = expanded(prior, latent.shape)
     try:
-        centre, unit = prior.mean.flatten(), prior.stddev.flatten()
+        centre, unit = (each.expand(latent.shape).flatten() for each in (prior.mean, prior.stddev))
     except NotImplementedError:
         centre, unit = torch.zeros(latent.numel()), torch.ones(latent.numel())
     points = latent.flatten().repeat(len(dimensions), steps, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from .running_moments import merge_moments, moments
+from .running_moments import check_rows, merge_moments, moments
 
 ACTIVE = 0.01
 """Variance of the posterior mean that an active dimension exceeds (Burda et al. 2015, section 5.2)."""
@@ -42,7 +42,13 @@ def variance_of_means(means: Tensor) -> Tensor:
 
     Returns:
         The variances, of shape ``(k,)``.
+
+    Raises:
+        ValueError: If the means have another shape, or there are none.
     """
+    check_rows(means=means)
+    if not len(means):
+        raise ValueError(f"A variance over the data needs observations, got `means` of shape {tuple(means.shape)}.")
     return means.double().var(dim=0, correction=0)
 
 
@@ -58,6 +64,9 @@ def active_units(means: Tensor, threshold: float = ACTIVE) -> Tensor:
     Returns:
         The number of active dimensions.
 
+    Raises:
+        ValueError: If the means have another shape, there are none, or some are not finite.
+
     References:
         Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", 2015, section 5.2.
 
@@ -66,7 +75,10 @@ def active_units(means: Tensor, threshold: float = ACTIVE) -> Tensor:
         >>> active_units(torch.tensor([[-1.0, 5.0], [1.0, 5.0]]))
         tensor(1)
     """
-    return is_active(variance_of_means(means), threshold).sum()
+    variance = variance_of_means(means)
+    if not variance.isfinite().all():
+        raise ValueError("`means` must be finite, but some are not. A NaN would count as an inactive unit.")
+    return is_active(variance, threshold).sum()
 
 
 class ActiveUnits(Metric):
@@ -108,7 +120,7 @@ class ActiveUnits(Metric):
         super().__init__(**kwargs)
         if dim < 1:
             raise ValueError(f"`dim` must be at least 1, got {dim}.")
-        if threshold < 0:
+        if not threshold >= 0:
             raise ValueError(f"`threshold` must be at least 0, got {threshold}.")
         self.dim = dim
         self.threshold = threshold
@@ -127,8 +139,7 @@ class ActiveUnits(Metric):
 
     def update(self, means: Tensor) -> None:
         """Add the posterior means of a batch."""
-        if means.ndim != 2 or means.shape[1] != self.dim:
-            raise ValueError(f"`means` must have shape (N, {self.dim}), got {tuple(means.shape)}.")
+        check_rows(self.dim, means=means)
         self.moments = merge_moments(torch.stack([self.moments, moments(means.detach())]))
 
     def compute(self) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .active_units import ACTIVE, is_active
-from .running_moments import pooled_mean
+from .running_moments import check_rows, pooled_mean
 
 
 class AggregateMoments:
@@ -49,7 +49,11 @@ def aggregate_moments(mean: Tensor, variance: Tensor) -> AggregateMoments:
     Args:
         mean: Means of the posteriors, of shape ``(N, k)``.
         variance: Their variances, of shape ``(N, k)``.
+
+    Raises:
+        ValueError: If the shapes are not these.
     """
+    check_rows(mean=mean, variance=variance)
     return _unpacked(_moments(mean, variance))
 
 
@@ -64,7 +68,7 @@ class AggregatePosterior(Metric):
         kwargs: Options of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``dim`` is not positive.
+        ValueError: If ``dim`` is not positive, or posteriors of another shape arrive.
     """
 
     is_differentiable = False
@@ -77,11 +81,13 @@ class AggregatePosterior(Metric):
         super().__init__(**kwargs)
         if dim < 1:
             raise ValueError(f"`dim` must be at least 1, got {dim}.")
+        self.dim = dim
         empty = torch.zeros(dim + 3, dim, dtype=torch.float64)
         self.add_state("state", empty, dist_reduce_fx=merge_aggregates)
 
     def update(self, mean: Tensor, variance: Tensor) -> None:
         """Add the posteriors of a batch."""
+        check_rows(self.dim, mean=mean, variance=variance)
         self.state = merge_aggregates(torch.stack([self.state, _moments(mean.detach(), variance.detach())]))
 
     def compute(self) -> AggregateMoments:

@@ -93,12 +93,22 @@ def collapse_state(
     Returns:
         The state, with the reason and a remedy.
 
+    Raises:
+        ValueError: If the variances are not finite or have another shape, or the rates do not match them.
+
     Example::
 
         >>> import torch
         >>> collapse_state(torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.0]), 1.9, observations=2048).name
         'pruned'
     """
+    if variance_of_means.ndim != 1 or not variance_of_means.numel() or not variance_of_means.isfinite().all():
+        raise ValueError(f"`variance_of_means` must be k finite numbers, of shape (k,), got {variance_of_means}.")
+    if rate_per_dimension is not None and rate_per_dimension.shape != variance_of_means.shape:
+        raise ValueError(
+            "`rate_per_dimension` must have a rate for each variance, shape "
+            f"{tuple(variance_of_means.shape)}, got {tuple(rate_per_dimension.shape)}."
+        )
     active = is_active(variance_of_means, threshold)
     number, total = int(active.sum()), active.numel()
     units = (

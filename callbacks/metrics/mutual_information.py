@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ..reading.kl_rates import kl_per_dimension
+from .running_moments import check_rows
 
 # Unlikely to be a seed of the data: the same noise in data and samples would look like information.
 SEED = 0x5EED
@@ -40,6 +41,9 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tens
     Returns:
         The estimate in nats, float64; NaN if M is 0.
 
+    Raises:
+        ValueError: If the shapes are not these, or a variance is not positive.
+
     References:
         Hoffman, Johnson, "ELBO surgery: yet another way to carve up the variational evidence lower bound", 2016.
         Poole et al., "On Variational Bounds of Mutual Information", 2019, section 2.
@@ -49,6 +53,8 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tens
         >>> mutual_information(torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1))  # log 2
         tensor(0.6931, dtype=torch.float64)
     """
+    if not (variance > 0).all():
+        raise ValueError(f"`variance` must be positive, got values down to {float(variance.min()):.4g}.")
     sample = PosteriorSample.draw(mean, variance, seed)
     return sample.information(sample.log_mixture())
 
@@ -74,7 +80,12 @@ class PosteriorSample(NamedTuple):
 
     @classmethod
     def draw(cls, mean: Tensor, variance: Tensor, seed: int = SEED) -> PosteriorSample:
-        """Draw the samples from a separate generator, on the CPU."""
+        """Draw the samples from a separate generator, on the CPU.
+
+        Raises:
+            ValueError: If ``mean`` and ``variance`` do not have the same shape ``(M, k)``.
+        """
+        check_rows(mean=mean, variance=variance)
         mean, variance = mean.double(), variance.double()
         noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         noise = noise.to(mean.device)
@@ -110,6 +121,7 @@ class PosteriorSample(NamedTuple):
 
     def information(self, log_mixture: Tensor) -> Tensor:
         r"""Average :math:`\log q(z_n|x_n) - \log q(z_n)`, with the log-density of the mixture, of shape ``(M,)``."""
+        self._check(log_mixture)
         return self.average(self.log_own - log_mixture)
 
     def average(self, terms: Tensor) -> Tensor:
@@ -124,8 +136,18 @@ class PosteriorSample(NamedTuple):
 
         Returns:
             A scalar.
+
+        Raises:
+            ValueError: If the terms have another shape.
         """
+        self._check(terms)
         control = self.log_own + 0.5 * self.z.square().sum(dim=1) - self.rates
         power = control.square().sum()
         slope = ((terms - terms.mean()) @ control) / power if power > 0 else power
         return (terms - slope * control).mean()
+
+    def _check(self, terms: Tensor) -> None:
+        if terms.shape != self.log_own.shape:
+            raise ValueError(
+                f"There must be a term for each of the {len(self.log_own)} samples, got shape {tuple(terms.shape)}."
+            )

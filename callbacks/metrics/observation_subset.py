@@ -1,4 +1,4 @@
-"""A fixed random subset of a stream of observations."""
+"""A fixed subset of a stream of observations, random or evenly spaced."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+
+from .running_moments import check_rows
 
 _SEED = 0xF1376E7B  # of the order; any number would do
 _GOLDEN = 0x9E3779B9
@@ -30,7 +32,7 @@ class ObservationSubset(Metric):
         kwargs: Options of :class:`torchmetrics.Metric`.
 
     Raises:
-        ValueError: If ``columns`` or ``size`` is not positive.
+        ValueError: If ``columns`` or ``size`` is not positive, or rows or indices of another shape or kind arrive.
     """
 
     is_differentiable = False
@@ -44,6 +46,7 @@ class ObservationSubset(Metric):
         for name, value in (("columns", columns), ("size", size)):
             if value < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {value}.")
+        self.columns = columns
         self.size = size
         empty = torch.full((size, 1 + columns), math.inf, dtype=torch.float64)
         self.add_state("state", empty, dist_reduce_fx=partial(smallest_keys, number=size))
@@ -55,12 +58,32 @@ class ObservationSubset(Metric):
 
     def update(self, rows: Tensor, index: Tensor) -> None:
         """Add the rows of a batch, without waiting for their device."""
+        check_rows(self.columns, rows=rows)
+        if index.shape != rows.shape[:1]:
+            raise ValueError(f"`index` must have shape ({len(rows)},), one for each row, got {tuple(index.shape)}.")
         added = torch.cat([random_keys(index).unsqueeze(1), rows.detach().double()], dim=1)
         self.state = smallest_keys(torch.cat([self.state, added]), self.size)
 
     def compute(self) -> Tensor:
         """Return the rows kept."""
         return self.rows
+
+
+def evenly_spaced_rows(count: int, rows: int, batch_idx: float, batches: float) -> list[int]:
+    """Return the rows of a batch to take, so that all batches together give ``count`` evenly spaced observations.
+
+    Args:
+        count: Number of observations to take from all batches.
+        rows: Observations in this batch.
+        batch_idx: Number of this batch, from 0.
+        batches: Number of batches. If it is infinite, all observations come from the first batch.
+
+    Returns:
+        Distinct row numbers in ascending order, fewer if the batch is too small.
+    """
+    batches = batches if math.isfinite(batches) else 1
+    places = (number * batches / count for number in range(count))
+    return sorted({int((place - batch_idx) * rows) for place in places if batch_idx <= place < batch_idx + 1 and rows})
 
 
 def random_keys(index: Tensor) -> Tensor:
@@ -71,7 +94,12 @@ def random_keys(index: Tensor) -> Tensor:
 
     Returns:
         Keys to sort by, float64, of shape ``(N,)``: 23 random bits and, for equal ones, 30 bits of the index.
+
+    Raises:
+        ValueError: If the indices are not integers.
     """
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise ValueError(f"`index` must be integers, got {index.dtype}.")
     index = index.long()
     bits = _scrambled(_scrambled((index & 0xFFFFFFFF) * _GOLDEN + (index >> 32) + _SEED) + _GOLDEN) >> 9
     return ((bits << 30) + index.remainder(2**30)).double()

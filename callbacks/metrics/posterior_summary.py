@@ -41,10 +41,10 @@ class PosteriorSummary:
         columns = ([part.mean for part in parts], [part.scale for part in parts], [part.rates for part in parts])
         return cls(*(torch.cat(column) if column[0] is not None else None for column in columns))  # type: ignore[arg-type]
 
-    def first(self, count: int) -> PosteriorSummary:
-        """Return the first rows only."""
+    def rows(self, numbers: Sequence[int]) -> PosteriorSummary:
+        """Return some rows only."""
         columns = (self.mean, self.scale, self.rates)
-        return PosteriorSummary(*(None if column is None else column[:count] for column in columns))  # type: ignore[arg-type]
+        return PosteriorSummary(*(None if column is None else column[list(numbers)] for column in columns))  # type: ignore[arg-type]
 
     @property
     def order(self) -> list[int]:

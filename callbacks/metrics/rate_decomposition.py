@@ -11,6 +11,7 @@ from torch import Tensor
 from .active_units import variance_of_means
 from .aggregate_posterior import aggregate_moments
 from .mutual_information import PosteriorSample
+from .running_moments import check_rows
 
 _SATURATED = 0.9  # of log M
 _FOLDS = 10
@@ -49,9 +50,16 @@ def decompose_rate(sample: PosteriorSample, log_mixture: Tensor, rates: Tensor |
         rates: KL divergence of each posterior from the model's prior, in nats, of shape ``(M,)``; NaN if it has no
             closed form. ``None`` means the prior N(0, I), which is also recognised by its rates.
 
+    Raises:
+        ValueError: If there is not one number for each sample.
+
     References:
         Hoffman, Johnson, "ELBO surgery: yet another way to carve up the variational evidence lower bound", 2016.
     """
+    if rates is not None and rates.shape != sample.rates.shape:
+        raise ValueError(
+            f"`rates` must have a rate for each of the {len(sample.z)} samples, got shape {tuple(rates.shape)}."
+        )
     information = sample.information(log_mixture)
     saturated = is_saturated(float(information), len(sample.z))
     if rates is None or torch.allclose(rates, sample.rates, rtol=_TOLERANCE, atol=_TOLERANCE):
@@ -84,7 +92,11 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
 
     Returns:
         Nats, at least 0, a scalar, float64.
+
+    Raises:
+        ValueError: If the shapes are not these.
     """
+    check_rows(mean=mean, variance=variance)
     mean, variance = mean.double(), variance.double()
     place = torch.arange(len(mean), device=mean.device)
     cross_entropy = _diagonal_cross_entropy if mean.shape[1] > len(mean) else _cross_entropy

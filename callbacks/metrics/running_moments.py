@@ -9,8 +9,31 @@ from torch import Tensor
 from torchmetrics import Metric
 
 
+def check_rows(columns: int | None = None, **rows: Tensor) -> None:
+    """Check that tensors have a row for each observation, all of the same shape ``(N, columns)``.
+
+    Args:
+        columns: Number of columns; any if ``None``.
+        rows: The tensors by name.
+
+    Raises:
+        ValueError: If a tensor has another shape.
+    """
+    (first, *_), shapes = rows, {name: tuple(each.shape) for name, each in rows.items()}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or (columns is not None and shape[1] != columns):
+            raise ValueError(f"`{name}` must have shape (N, {'k' if columns is None else columns}), got {shape}.")
+        if shape != shapes[first]:
+            raise ValueError(f"`{first}` and `{name}` must have the same shape, got {shapes[first]} and {shape}.")
+
+
 def moments(values: Tensor) -> Tensor:
-    """Summarise values of shape ``(N, k)`` as count, mean and sum of squared deviations, of shape ``(3, k)``."""
+    """Summarise values of shape ``(N, k)`` as count, mean and sum of squared deviations, of shape ``(3, k)``.
+
+    Raises:
+        ValueError: If the values have another shape.
+    """
+    check_rows(values=values)
     values = values.double()
     mean = values.sum(dim=0) / max(len(values), 1)
     return torch.stack([torch.full_like(mean, len(values)), mean, (values - mean).square().sum(dim=0)])
@@ -25,7 +48,11 @@ def pooled_mean(counts: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         Count and mean of the union, each of shape ``(k,)``.
+
+    Raises:
+        ValueError: If the shapes are not these.
     """
+    check_rows(counts=counts, means=means)
     count = counts.sum(dim=0)
     return count, (counts * means).sum(dim=0) / count.clamp(min=1)
 
@@ -103,8 +130,7 @@ class RunningMoments(Metric):
 
     def update(self, values: Tensor) -> None:
         """Add the rows of a batch."""
-        if values.ndim != 2 or values.shape[1] != self.columns:
-            raise ValueError(f"`values` must have shape (N, {self.columns}), got {tuple(values.shape)}.")
+        check_rows(self.columns, values=values)
         self.state = merge_moments(torch.stack([self.state, moments(values.detach())]))
 
     def compute(self) -> Averages:

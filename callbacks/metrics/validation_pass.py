@@ -89,8 +89,16 @@ class ValidationPass:
                 DistributedSampler assigns them.
 
         Raises:
-            ValueError: If the shape of an observation's latents changes from batch to batch.
+            ValueError: If the shape of an observation's latents changes from batch to batch, or the variances, rates or
+                indices do not match the means.
         """
+        for name, values in (("variance", variance), ("rate", rate)):
+            if values is not None and values.shape != mean.shape:
+                raise ValueError(
+                    f"`{name}` must have the shape of the means, {tuple(mean.shape)}, got {tuple(values.shape)}."
+                )
+        if index is not None and index.shape != mean.shape[:1]:
+            raise ValueError(f"`index` must have shape ({len(mean)},), got {tuple(index.shape)}.")
         self._shape = self._shape or mean.shape[1:]
         if mean.shape[1:] != self._shape:
             raise ValueError(
@@ -103,7 +111,7 @@ class ValidationPass:
         if index is None:
             place = torch.arange(self._rows, self._rows + len(mean), device=mean.device)
             index = self.rank + self.world_size * place
-        unknown = torch.full_like(mean, math.nan)
+        unknown = torch.full_like(mean, -math.inf)  # NaN would hide a scale that is negative
         variance, rate = (unknown if values is None else by_row(values) for values in (variance, rate))
         self._batches.append((index.to(mean.device), mean, variance, rate))
         blocks = self._rows // self.observations
@@ -132,12 +140,13 @@ class ValidationPass:
         rate = reduce(self._rate_sum, reduce_op="sum") / self._units.count
         if not self._units.count:
             return None
-        mean, variance, rates = self._posteriors.rows.split([dim, dim, 1], dim=1)
+        rows = self._posteriors.rows
+        mean, variance, rates = rows.masked_fill(rows.isneginf(), math.nan).split([dim, dim, 1], dim=1)
         sample = PosteriorSample.draw(mean, variance)
         information, marginal_kl, _ = decompose_rate(sample, sample.log_mixture(), rates[:, 0])
         return Measurements(
             variance=self._units.variance,
-            rate=None if rate.isnan().all() else rate,
+            rate=None if rate.isneginf().all() else rate,
             mutual_information=_known(float(information)),
             marginal_kl=_known(float(marginal_kl)),
             observations=len(mean),

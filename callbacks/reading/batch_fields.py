@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .distributions import is_sequence
+
 OBSERVATIONS = ("x", "X", "image", "images", "input", "inputs", "data")
 LABELS = ("label", "labels", "y", "target", "targets", "class")
 
@@ -33,7 +35,7 @@ def batch_part(batch: Any, where: str | int | Callable[[Any], Any] | None, names
             raise ValueError(f"A batch has no {where!r}; it is or has {has}.") from None
     if isinstance(batch, Mapping):
         return next((batch[name] for name in names if name in batch), None)
-    if isinstance(batch, tuple | list):
+    if is_sequence(batch):
         return batch[place] if len(batch) > place else None
     return batch if place == 0 else None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ import torch
 from torch.distributions import Distribution
 
 from .distributions import TO_SCALE, as_distribution, describe, is_pair, is_sequence, is_several, pair_error, widened
+from .isolated_eval import isolated
 from .module_call import part_of_output
 
 if TYPE_CHECKING:
@@ -33,8 +34,9 @@ class DistributionReader:
             - A path: the output of that submodule (``"encoder"``, ``"model.encoder"``), or a part of it after a colon:
               indices, keys and fields with dots between them (``"encoder:0"``, ``"vae:latent_dist.mean"``).
             - A pair of paths: the mean and the second parameter (``("fc_mu", "fc_var")``, ``("model:2", "model:3")``).
-            - A callable ``(pl_module, batch) -> q(z|x)``. The module keeps its mode: in training, layers that count
-              batches, such as batch normalisation, count these too.
+            - A callable ``(pl_module, batch) -> q(z|x)``. It is called without gradients, in the module's mode, and
+              before the optimizer's step: see :meth:`capture`. It moves neither buffers, such as the statistics of a
+              batch normalisation, nor the random state.
 
             A path gives one posterior per call. The attribute and the callable may also give several, as a list or
             tuple of distributions or of pairs of tensors.
@@ -49,7 +51,7 @@ class DistributionReader:
 
     def __init__(
         self,
-        posterior: str | tuple[str, str] | Callable[[LightningModule, Any], Any] | None = None,
+        posterior: str | Sequence[str] | Callable[[LightningModule, Any], Any] | None = None,
         second: str = "log_variance",
         chunk: int | None = None,
     ) -> None:
@@ -69,22 +71,38 @@ class DistributionReader:
             )
         if chunk is not None and len(paths) == 2:
             raise ValueError(f"`chunk` splits one tensor; with the pair `posterior={posterior!r}` leave it out.")
-        self.posterior = posterior
+        self.posterior = list(paths) if is_sequence(posterior) and not isinstance(posterior, tuple) else posterior
         self.second = second
         self.chunk = chunk
         self.paths = list(paths)
         self._outputs: dict[str, list[Any]] | None = None  # of this step's calls, by path; None between steps
+        self._batch: Any = None  # of this step, for a callable
+        self._captured: list[Any] | None = None  # a callable's values of this step
+        self._has_checked = False
         self._handles: list[RemovableHandle] = []
         self._has_heard = False
 
-    def listen(self, pl_module: LightningModule) -> None:
+    @property
+    def key(self) -> Any:
+        """The posterior's place for a callback's ``state_key``, the same in each process."""
+        if callable(self.posterior):
+            function = getattr(self.posterior, "func", self.posterior)  # of a `functools.partial`
+            return getattr(function, "__qualname__", type(function).__qualname__)
+        return self.posterior
+
+    def listen(self, pl_module: LightningModule, batch: Any = None) -> None:
         """Keep the outputs of the named submodules from now on, at the start of a step.
 
         The first call registers hooks on them, which stay until :meth:`detach`.
 
+        Args:
+            pl_module: The module.
+            batch: The step's batch, for :meth:`capture`.
+
         Raises:
             ValueError: If a path leads nowhere.
         """
+        self._batch = batch if callable(self.posterior) else None
         if not self.paths:
             return
         if not self._handles:
@@ -96,7 +114,16 @@ class DistributionReader:
 
     def forget(self) -> None:
         """Keep nothing until the next :meth:`listen`, at the end of a step."""
-        self._outputs = None
+        self._outputs = self._batch = self._captured = None
+
+    def capture(self, pl_module: LightningModule) -> None:
+        """Call a callable now, with the batch that the step began with, so that :meth:`read` returns its values.
+
+        Meant for ``on_before_optimizer_step``, the last moment at which the module has the weights of the step. Only
+        the first of several calls in a step counts.
+        """
+        if callable(self.posterior) and self._captured is None and self._batch is not None:
+            self._captured = self._called(pl_module, self._batch)
 
     def read(self, pl_module: LightningModule, batch: Any) -> list[Distribution]:
         """Return the posteriors of the batch just processed, in the order of the calls, and forget them.
@@ -105,14 +132,21 @@ class DistributionReader:
         its batch.
 
         Raises:
-            ValueError: If the module did not produce one, or produced something else.
+            ValueError: If the module did not produce one, or produced something else; in the first step, also if a
+                scale or a variance is not positive.
         """
         if self.paths:
             values = self._watched(pl_module)
+        elif callable(self.posterior):
+            values = self._called(pl_module, batch) if self._captured is None else self._captured
+            self._batch = self._captured = None
         else:
-            value = self._call(pl_module, batch) if callable(self.posterior) else _own_posterior(pl_module)
-            values = list(value) if is_several(value) else [value]
-        return [as_distribution(widened(value), self.second, self.chunk) for value in values]
+            values = _separate(_own_posterior(pl_module))
+        check, self._has_checked = not self._has_checked, self._has_checked or bool(values)
+        try:
+            return [as_distribution(widened(value), self.second, self.chunk, check) for value in values]
+        except ValueError as error:
+            raise ValueError(f"`posterior={self.key!r}`: {error}") from None
 
     def unhook(self) -> None:
         """Remove every hook until the next :meth:`listen`; a module saved as an object would otherwise contain them.
@@ -129,12 +163,12 @@ class DistributionReader:
         """Remove every hook and forget the outputs."""
         self.forget()
         self.unhook()
+        self._has_checked = False
 
-    def _call(self, pl_module: LightningModule, batch: Any) -> Any:
+    def _called(self, pl_module: LightningModule, batch: Any) -> list[Any]:
         assert callable(self.posterior)
-        # Leave the random state of training unchanged.
-        with torch.random.fork_rng([pl_module.device] if pl_module.device.type == "cuda" else []):
-            return self.posterior(pl_module, batch)
+        with isolated(pl_module):
+            return _separate(self.posterior(pl_module, batch))
 
     def _keep(self, path: str, _module: torch.nn.Module, _inputs: Any, output: Any) -> None:
         if self._outputs is not None and (torch.compiler.is_compiling() or not _in_backward()):
@@ -161,6 +195,10 @@ class DistributionReader:
             if is_pair(value) and value[0].shape != value[1].shape:  # `(z, kl)`, or a recurrent network's state
                 raise pair_error(value, self.second)
         return parts[0]
+
+
+def _separate(value: Any) -> list[Any]:
+    return list(value) if is_several(value) else [value]
 
 
 def _own_posterior(pl_module: LightningModule) -> Any:

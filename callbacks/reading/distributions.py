@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -14,26 +15,30 @@ if TYPE_CHECKING:
 
 TO_SCALE: dict[str, Callable[[Tensor], Tensor]] = {
     "log_variance": lambda second: (0.5 * second).exp(),
-    "variance": torch.sqrt,
-    "scale": lambda second: second,
+    "variance": lambda second: _positive(second).sqrt(),
+    "scale": lambda second: _positive(second),
     "log_scale": torch.exp,
 }
 
 
-def as_distribution(value: Any, second: str = "log_variance", chunk: int | None = None) -> Distribution:
+def as_distribution(
+    value: Any, second: str = "log_variance", chunk: int | None = None, check: bool = False
+) -> Distribution:
     """Convert the value that a module uses as its posterior to a distribution over ``(N, ...)`` latents.
 
     Args:
-        value: A ``Distribution`` (``Independent`` is unwrapped), a tuple or list that holds exactly one, or a pair of
+        value: A ``Distribution`` (``Independent`` is unwrapped), a sequence that holds exactly one, or a pair of
             tensors ``(mean, second)``; with ``chunk``, one tensor.
         second: Meaning of the second tensor: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
         chunk: Axis along which one tensor is split into halves, the mean and the second parameter.
+        check: Refuse a scale or a variance that is not positive, which waits for the device. Without it such a number
+            becomes NaN, and so does every rate computed from it.
 
     Returns:
         The distribution; a ``Normal`` for a pair and for a tensor that was split.
 
     Raises:
-        ValueError: If the value is none of these.
+        ValueError: If the value is none of these; with ``check``, if a scale or a variance is not positive.
 
     Example::
 
@@ -48,10 +53,16 @@ def as_distribution(value: Any, second: str = "log_variance", chunk: int | None 
     if len(distributions) == 1:
         [value] = distributions
     if isinstance(value, Distribution):
-        return as_distribution(value.base_dist) if isinstance(value, Independent) else value
+        if isinstance(value, Independent):
+            return as_distribution(value.base_dist, check=check)
+        if check and isinstance(value, Normal):  # it may have been made without torch's own check
+            _check_positive(value.scale, "scale", "")
+        return value
     if is_pair(value):
         if not _fits(value[1], value[0]):
             raise pair_error(value, second)
+        if check and second in ("scale", "variance"):
+            _check_positive(value[1], second, ' If it is the log-variance, set `second="log_variance"`.')
         return Normal(value[0], TO_SCALE[second](value[1]), validate_args=False)
     if isinstance(value, Tensor):
         hint = f"If it holds the mean and then the {second} along an axis, split it along that axis: `chunk=1`."
@@ -78,7 +89,7 @@ def read_prior(pl_module: LightningModule) -> Distribution:
     return as_distribution(prior) if isinstance(prior, Distribution) else Normal(0.0, 1.0)
 
 
-def is_pair(value: Any) -> TypeGuard[tuple[Tensor, Tensor] | list[Tensor]]:
+def is_pair(value: Any) -> TypeGuard[Sequence[Tensor]]:
     """Return whether a value is a pair of tensors."""
     return is_sequence(value) and len(value) == 2 and all(isinstance(item, Tensor) for item in value)
 
@@ -91,15 +102,17 @@ def pair_error(value: Any, second: str) -> ValueError:
     )
 
 
-def is_sequence(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
-    """Return whether a value is a tuple or a list."""
-    return isinstance(value, tuple | list)
+def is_sequence(value: Any) -> TypeGuard[Sequence[Any]]:
+    """Return whether a value is a tuple, a list or another sequence of things, such as Hydra's; a text is not."""
+    return isinstance(value, tuple | list) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
-def is_several(value: Any) -> TypeGuard[tuple[Any, ...] | list[Any]]:
+def is_several(value: Any) -> TypeGuard[Sequence[Any]]:
     """Return whether a value holds several posteriors. A pair of tensors, or a distribution and a tensor, is one."""
     return (
-        is_sequence(value) and len(value) > 0 and all(isinstance(item, Distribution | tuple | list) for item in value)
+        is_sequence(value)
+        and len(value) > 0
+        and all(isinstance(item, Distribution) or is_sequence(item) for item in value)
     )
 
 
@@ -109,12 +122,26 @@ def describe(value: Any) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with the keys {', '.join(map(repr, value))}"
-    if isinstance(value, tuple | list):
+    if is_sequence(value):
         return f"a {type(value).__name__} of {len(value)} ({', '.join(map(describe, value))})"
     fields = [name for name in getattr(value, "__dict__", ()) if not name.startswith("_")]
     if fields and not isinstance(value, Distribution | torch.nn.Module):
         return f"a {type(value).__name__} with the fields {', '.join(map(repr, fields))}"
     return f"a {type(value).__name__}"
+
+
+def _positive(values: Tensor) -> Tensor:
+    """Return values with NaN in the place of each that is not positive."""
+    return torch.where(values > 0, values, math.nan)
+
+
+def _check_positive(values: Tensor, second: str, hint: str) -> None:
+    low = float(values.detach().min()) if values.numel() else 1.0
+    if low <= 0:
+        raise ValueError(
+            f"The posterior's {second} must be positive, got values down to {low:.4g}."
+            + (hint or " Make it so, for example with `softplus`.")
+        )
 
 
 def _fits(second: Tensor, mean: Tensor) -> bool:

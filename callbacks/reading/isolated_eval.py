@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import LightningModule
 
 
 @contextmanager
-def isolated_eval(trainer: Trainer, pl_module: LightningModule) -> Iterator[None]:
-    """Run a module in eval mode, without gradients, in the Trainer's precision, with separate random numbers.
+def isolated(pl_module: LightningModule) -> Iterator[None]:
+    """Run a module in its own mode, without gradients, in its Trainer's precision.
 
-    The random numbers are the same each time. Afterwards the random state and every submodule's mode are restored.
+    The module works on copies of its buffers, so that the statistics of a batch normalisation do not move. Afterwards
+    the random state is restored.
     """
-    device = pl_module.device
-    devices = [device] if device.type == "cuda" else []
+    devices = [pl_module.device] if pl_module.device.type == "cuda" else []
+    own = [(module._buffers, dict(module._buffers)) for module in pl_module.modules()]
+    copies = {buffer: buffer.clone() for _, buffers in own for buffer in buffers.values() if buffer is not None}
+    with torch.random.fork_rng(devices), torch.no_grad(), _precision(pl_module):
+        for buffers, before in own:
+            buffers.update({name: None if each is None else copies[each] for name, each in before.items()})
+        try:
+            yield
+        finally:
+            for buffers, before in own:
+                buffers.update(before)
+
+
+@contextmanager
+def isolated_eval(pl_module: LightningModule) -> Iterator[None]:
+    """Run a module like :func:`isolated`, but in eval mode, and with the same random numbers each time."""
     modes = {module: module.training for module in pl_module.modules()}
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), trainer.precision_plugin.val_step_context():
+    with isolated(pl_module):
         torch.default_generator.manual_seed(0)
-        if devices:
-            with torch.cuda.device(device):
+        if pl_module.device.type == "cuda":
+            with torch.cuda.device(pl_module.device):
                 torch.cuda.manual_seed(0)
         pl_module.eval()
         try:
@@ -32,3 +47,11 @@ def isolated_eval(trainer: Trainer, pl_module: LightningModule) -> Iterator[None
         finally:
             for module, mode in modes.items():
                 module.training = mode
+
+
+def _precision(pl_module: LightningModule) -> AbstractContextManager[None]:
+    try:
+        trainer = pl_module.trainer
+    except RuntimeError:  # a plain loop has none
+        return nullcontext()
+    return trainer.precision_plugin.forward_context()

@@ -15,25 +15,36 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
     Args:
         posterior: q(z|x), batch shape ``(B, ...)``.
         prior: p(z), which broadcasts to the posterior's batch shape, axis by axis from the last.
-        z: A sample of the posterior. It is used if this pair of distributions has no closed form: the rate is then the
-            estimate ``log q(z|x) - log p(z)`` at that sample, which may be negative.
+        z: A sample of the posterior, of its shape. It is used if this pair of distributions has no closed form: the
+            rate is then the estimate ``log q(z|x) - log p(z)`` at that sample, which may be negative.
 
     Returns:
         Nats, in the batch shape of the posterior.
 
     Raises:
         NotImplementedError: If there is neither a closed form nor a sample.
-        ValueError: If the prior does not broadcast to the posterior.
+        ValueError: If the prior does not broadcast to the posterior, or ``z`` has another shape.
     """
     _check_shapes(posterior, prior)
     if type(posterior) is Normal and type(prior) is Normal:
         return _normal_rate(posterior, prior)
     try:
-        return kl_divergence(posterior, prior)
+        rate = kl_divergence(posterior, prior)
     except NotImplementedError:
         if z is None:
             raise
-        return posterior.log_prob(z) - prior.log_prob(z)
+        shape = posterior.batch_shape + posterior.event_shape
+        if z.shape != shape:
+            raise ValueError(
+                f"`z` must be one sample of the posterior, of shape {tuple(shape)}, got {tuple(z.shape)}."
+            ) from None
+        rate = posterior.log_prob(z) - prior.log_prob(z)
+    if rate.shape != posterior.batch_shape:
+        raise ValueError(
+            f"A rate must have the posterior's batch shape, {tuple(posterior.batch_shape)}, but the prior, a "
+            f"{type(prior).__name__}, gives one of shape {tuple(rate.shape)}."
+        )
+    return rate
 
 
 @torch.no_grad()
@@ -71,7 +82,14 @@ def rates_under_floors(rates: Tensor, per: Literal["dimension", "whole"] | int, 
 
     Returns:
         Nats, shape ``(1, G)`` or ``(B, G)`` for ``G`` floors.
+
+    Raises:
+        ValueError: If the rates have another shape, or ``per`` does not divide k.
     """
+    if rates.ndim != 2:
+        raise ValueError(f"`rates` must have shape (B, k), got {tuple(rates.shape)}.")
+    if isinstance(per, int) and (per < 1 or rates.shape[1] % per):
+        raise ValueError(f"`per` must divide the {rates.shape[1]} dimensions, got {per}.")
     size = rates.shape[1] if per == "whole" else 1 if per == "dimension" else per
     grouped: Tensor = rates.unflatten(1, (-1, size)).sum(-1)
     return grouped.mean(0, keepdim=True) if average == "batch" else grouped

@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vae.callbacks.collapse_detector import CollapseDetector
 from lightning_vae.callbacks.control.attribute_writer import MisconfigurationException
+from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.callbacks.metrics.mutual_information import mutual_information
 from lightning_vae.callbacks.metrics.observation_subset import random_keys
 
@@ -160,9 +161,12 @@ def test_what_is_logged_equals_the_formulas(tmp_path):
     [row] = rows_of(trainer)
     assert row["latent/mutual_information"] == pytest.approx(expected, rel=1e-6)
     assert row["latent/marginal_kl"] == pytest.approx(float(rate) - expected, abs=1e-5)
+    everything = 0.5 * (mean**2 + variance - 1 - variance.log()).sum(dim=1).mean()
+    assert row["latent/rate"] == pytest.approx(float(everything), rel=1e-6)
     assert set(row) - {"epoch"} == {
         "latent/active_units",
         "latent/active_fraction",
+        "latent/rate",
         "latent/mutual_information",
         "latent/marginal_kl",
         "collapse/alarm",
@@ -608,3 +612,107 @@ def test_two_processes_equal_one_and_stop_together(tmp_path):
 def test_invalid_options(options, message):
     with pytest.raises(ValueError, match=message):
         CollapseDetector(**options)
+
+
+class Normalised(LightningModule):
+    """A VAE of another project with a batch normalisation and a dropout, which records the rate of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        self.rates = []
+        self.evaluated = []
+
+    def encode(self, x):
+        self.evaluated.append(not self.training or torch.is_grad_enabled())
+        mean, log_variance = self.net[:2](x[0]).chunk(2, 1)
+        return mean, log_variance
+
+    def training_step(self, batch, _):
+        self.net(batch[0])  # draws random numbers
+        mean, log_variance = self.net[:2](batch[0]).chunk(2, 1)
+        rates = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+        self.rates.append(rates.detach().double())
+        return rates.sum(1).mean() + self.net(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.5)
+
+
+def normalised(tmp_path, callbacks, **options):
+    torch.manual_seed(0)
+    model, data = Normalised(), [(row,) for row in torch.randn(48, 4)]
+    trainer = Trainer(
+        default_root_dir=tmp_path,
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        callbacks=callbacks,
+        **options,
+    )
+    trainer.fit(model, DataLoader(data, 8, generator=torch.Generator()))
+    return model, trainer, torch.random.get_rng_state()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_a_callable_measures_the_weights_of_the_step_and_changes_nothing(tmp_path, accumulated):
+    plain, _, before = normalised(tmp_path, [], accumulate_grad_batches=accumulated)
+    detector = CollapseDetector(posterior=lambda module, batch: module.encode(batch))
+    model, trainer, after = normalised(tmp_path, [detector], accumulate_grad_batches=accumulated)
+    assert len(model.evaluated) == 6  # once for each step,
+    assert not any(model.evaluated)  # in its own mode and without gradients
+    assert before.equal(after)
+    for (name, one), other in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        assert one.equal(other), name  # the statistics of the batch normalisation among them
+    expected = torch.cat(model.rates).mean(0).sum()
+    assert float(trainer.callback_metrics["latent/rate"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_negative_scale_is_refused_by_name(tmp_path):
+    class Head(Normalised):
+        def validation_step(self, batch, _):
+            self.net[:1](batch[0])
+            self.net[0](batch[0])
+
+    detector = CollapseDetector(posterior="net.0", second="scale", chunk=1)
+    with pytest.raises(ValueError, match=r"net\.0.*scale must be positive, got values down to -.*log_variance"):
+        normalised_with_validation(tmp_path, detector, Head())
+
+
+def normalised_with_validation(tmp_path, detector, model):
+    data = DataLoader([(row,) for row in torch.randn(16, 4)], 8)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = Trainer(
+        default_root_dir=tmp_path, max_epochs=1, enable_model_summary=False, callbacks=[detector], **options
+    )
+    trainer.fit(model, data, data)
+    return trainer
+
+
+def test_a_scale_that_turns_negative_gives_no_rate(tmp_path):
+    class Turns(Normalised):
+        def validation_step(self, batch, batch_idx):
+            sign = 1.0 if self.trainer.sanity_checking or batch_idx == 0 else -1.0
+            self.read = torch.zeros(8, 2), torch.full((8, 2), sign)
+
+    model = Turns()
+    detector = CollapseDetector(posterior=lambda module, _: module.read, second="scale")
+    with pytest.warns(UserWarning, match="the rate is not a number.*log_variance"):
+        trainer = normalised_with_validation(tmp_path, detector, model)
+    assert "latent/rate" not in trainer.callback_metrics
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    for method in ("image", "text"):
+        monkeypatch.setattr(MediaLogger, method, fail)
+    with pytest.warns(UserWarning, match="No space left") as said:
+        trainer = fit(tmp_path, detect(on_alarm=lambda *_: None), Known(["collapsed"]), epochs=4)
+    assert trainer.current_epoch == 4
+    texts = [str(each.message) for each in said if "can't be shown" in str(each.message)]
+    assert len(texts) == len(set(texts)) == 3  # two pictures and the message, each once

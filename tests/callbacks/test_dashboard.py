@@ -310,3 +310,12 @@ def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
         )
     assert len([each for each in said if str(each.message).startswith("Dashboard:")]) == 1
     assert trainer.current_epoch == 3
+
+
+def test_no_text_holds_an_address():
+    class Options:
+        def __init__(self, transform):
+            self.transform = transform
+
+    for transform in (lambda x: x, partial(len), object()):
+        assert "0x" not in str(options_of(Options(transform)))

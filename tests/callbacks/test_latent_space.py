@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -114,3 +116,33 @@ def test_options_out_of_range(make, message):
 )
 def test_labels_of_any_kind(labels, expected):
     assert _names(labels, 2) == expected
+
+
+def test_data_sorted_by_class_show_all_classes():
+    class Keep(LatentSpace):
+        def _show(self, logger, pictures, codes, step):
+            self.shown = self._latest
+
+    callback = Keep("enc", chunk=1, observations=10)
+    data = DataLoader([(torch.randn(4), n // 10) for n in range(50)], 8)
+    quiet_trainer(".", callbacks=callback, max_epochs=1, logger=Draws(), num_sanity_val_steps=0).fit(
+        Foreign(), data, data
+    )
+    assert sorted(callback.shown.labels) == sorted("0011223344")
+    assert len(callback.shown.codes.mean) == 10
+
+
+class Draws(TensorBoardLogger):
+    """A logger that takes pictures, and writes nothing."""
+
+    def __init__(self):
+        super().__init__(".")
+
+    @property
+    def experiment(self):
+        return SimpleNamespace(add_image=lambda *_: None)
+
+    def log_metrics(self, *_, **__):
+        pass
+
+    log_hyperparams = log_graph = finalize = save = log_metrics

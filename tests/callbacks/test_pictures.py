@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from lightning_vae import VAE
 from lightning_vae.callbacks import Dashboard, LatentSpace, Pictures
-from lightning_vae.callbacks.pictures import evenly_spaced_rows
+from lightning_vae.callbacks.drawing.media_logger import MediaLogger
+from lightning_vae.callbacks.metrics.observation_subset import evenly_spaced_rows
 from tests.doubles import quiet_trainer
 
 TAGS = {"images/reconstructions", "images/samples", "images/interpolations", "images/traversals"}
@@ -527,3 +528,75 @@ def test_observations_come_from_everywhere(rows, batches):
 def test_few_observations_are_taken_once():
     assert evenly_spaced_rows(10, 3, 0, 1) == [0, 1, 2]
     assert evenly_spaced_rows(10, 0, 0, 1) == []
+
+
+class Conditional(LightningModule):
+    """A VAE of another project, whose decoder needs the class too."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(64, 8), nn.Linear(4 + 3, 64)
+        self.decodings = 0
+
+    def encode(self, x):
+        return self.encoder(x.flatten(1)).chunk(2, 1)
+
+    def decode(self, z, y):
+        return self.decoder(torch.cat([z, y], 1)).view(-1, 1, 8, 8)
+
+    def training_step(self, batch, _):
+        return self.decode(self.encode(batch[0])[0], batch[1]).square().mean()
+
+    def validation_step(self, batch, _):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_decoder_that_wants_a_class_is_named_once_and_drawing_stops(tmp_path, sanity):
+    class First(Callback):
+        def on_train_start(self, *_):
+            warned.extend(str(each.message) for each in said)
+
+    warned, tried = [], []
+
+    def decode(module, z):
+        tried.append(1)
+        return module.decode(z)
+
+    data = [(torch.rand(1, 8, 8), torch.eye(3)[n % 3]) for n in range(16)]
+    with pytest.warns(UserWarning, match=r"Pictures: .* can't be shown \(TypeError: .*decode\(\)") as said:
+        trainer, logger = run(
+            tmp_path, [Pictures(decode=decode), First()], Conditional(), data, epochs=3, num_sanity_val_steps=sanity
+        )
+    assert trainer.current_epoch == 3
+    assert logger.images == {}
+    assert len(tried) == 1
+    assert any(each.startswith("Pictures:") for each in warned) == (sanity > 0)
+
+
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(MediaLogger, "__init__", fail)
+    callbacks = [Pictures(), LatentSpace(), Dashboard()]
+    with pytest.warns(UserWarning, match="can't be shown") as said:
+        trainer, _ = run(tmp_path, callbacks, small_vae(), images((1, 8, 8)))
+    assert trainer.current_epoch == 2
+    texts = [str(each.message) for each in said]
+    assert {name for name in ("Pictures", "LatentSpace", "Dashboard") if any(f"{name}: the" in t for t in texts)} == {
+        "Pictures",
+        "LatentSpace",
+        "Dashboard",
+    }
+
+
+def test_a_run_without_validation_is_told_that_nothing_is_drawn(tmp_path, caplog):
+    callbacks = [Pictures(), LatentSpace(), Dashboard()]
+    with caplog.at_level("INFO"):
+        run(tmp_path, callbacks, small_vae(), images((1, 8, 8)), epochs=1, limit_val_batches=0)
+    for name in ("Pictures", "LatentSpace", "Dashboard"):
+        assert f"{name}: this run has no validation" in caplog.text

@@ -286,7 +286,7 @@ def test_a_foreign_module_is_steered_and_resumes_bit_by_bit(package: str, tensor
     average = whole.rates[0]
     for rate in whole.rates[1:]:
         average += 0.05 * (rate - average)
-    assert float(trainer.callback_metrics["latent/rate"]) == pytest.approx(average, rel=1e-4)
+    assert float(trainer.callback_metrics["latent/controlled_rate"]) == pytest.approx(average, rel=1e-4)
 
     for saved in (5, 10):
         path = tmp_path / "whole" / f"step={saved}.ckpt"
@@ -375,7 +375,7 @@ def test_a_setter_gets_floats(tmp_path: Path) -> None:
     assert written[0] == pytest.approx(2.0)
     assert all(isinstance(value, float) for value in written)
     assert len(set(written)) == 7, "the weight of each step, and the one that is left"
-    assert {"knobs/w", "knobs/target_rate_w", "latent/rate_w"} <= trainer.callback_metrics.keys()
+    assert {"knobs/w", "knobs/target_rate_w", "latent/controlled_rate_w"} <= trainer.callback_metrics.keys()
 
 
 def test_batches_of_one_step_are_measured_together(tmp_path: Path) -> None:
@@ -469,7 +469,8 @@ def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
     callback = Counted(1.0)
     quiet_trainer(tmp_path, callbacks=[callback], max_epochs=1, log_every_n_steps=5).fit(RecordingVAE(), loader())
     assert callback.counts[9] > 0, "the logging step does, so the count works"
-    assert callback.counts[:9] + callback.counts[10:] == [0] * 11
+    assert callback.counts[1] == 1, "the first step checks that the scale is positive"
+    assert [callback.counts[0], *callback.counts[2:9], *callback.counts[10:]] == [0] * 10
 
 
 def test_a_broken_batch_is_passed_over(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from lightning_vae.callbacks.drawing.traversals import expanded, interpolations, traversals
+from lightning_vae.callbacks.drawing.traversals import interpolations, prior_samples, traversals
 
 
 def test_interpolations_are_straight():
@@ -16,9 +16,24 @@ def test_interpolations_are_straight():
 
 def test_a_prior_with_axes_of_its_own():
     mixture = MixtureSameFamily(Categorical(torch.ones(2)), Independent(Normal(torch.zeros(2, 3), 2.0), 1))
-    assert expanded(mixture, (7, 3)).sample().shape == (7, 3)
-    assert expanded(Normal(0.0, 1.0), (7, 2, 3)).sample().shape == (7, 2, 3)
+    assert prior_samples(mixture, (7, 3)).shape == (7, 3)
+    assert prior_samples(Normal(0.0, 1.0), (7, 2, 3)).shape == (7, 2, 3)
+    assert prior_samples(Normal(torch.zeros(2, 1), 1.0), (7, 2, 3)).unique().numel() == 42
     assert traversals(torch.ones(3), [1], mixture, 3)[0].tolist() == [[1, -5, 1], [1, 0, 1], [1, 5, 1]]
+
+
+class Unexpandable(Normal):
+    def expand(self, *_):
+        raise NotImplementedError
+
+
+def test_a_prior_that_cannot_be_expanded_is_sampled_by_shape():
+    prior = Unexpandable(torch.tensor([100.0, -100.0]), torch.ones(2))
+    samples = prior_samples(prior, (50, 2))
+    assert samples.shape == (50, 2)
+    assert samples[:, 0].min() > 90
+    assert samples[:, 1].max() < -90
+    assert traversals(torch.zeros(2), [1], prior, 3)[0].tolist() == [[0, -102.5], [0, -100], [0, -97.5]]
 
 
 def test_traversals_move_one_dimension_in_units_of_the_prior():

@@ -1,4 +1,5 @@
 import pickle
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def test_state_has_a_constant_size_and_pickles():
 
 
 def share(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(seconds=30)  # to fail and not to stand still
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=patience)
     means = hard_means()
     uneven, lopsided = ActiveUnits(dim=3), ActiveUnits(dim=3)
     uneven.update(means[:300] if rank == 0 else means[300:])

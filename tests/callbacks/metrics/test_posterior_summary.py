@@ -14,7 +14,7 @@ def test_dimensions_come_in_order_of_rate():
     assert codes.title(1) == f"z1  {float(rate):.2f} nats"
     alone = PosteriorSummary.of(mean, Normal(0.0, 1.0))
     assert (alone.order, alone.active, alone.title(1)) == ([1, 3, 0, 2], [1, 3, 0], "z1")
-    joined = PosteriorSummary.joined([codes.first(2), codes])
+    joined = PosteriorSummary.joined([codes.rows([0, 1]), codes])
     assert joined.mean.shape == joined.scale.shape == joined.rates.shape == (502, 4)
     assert PosteriorSummary.joined([alone, alone]).rates is None
 

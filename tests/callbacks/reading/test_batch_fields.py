@@ -1,4 +1,7 @@
+from collections import UserDict, UserList
+
 import pytest
+import torch
 
 from lightning_vae.callbacks.reading.batch_fields import LABELS, OBSERVATIONS, batch_part
 
@@ -24,3 +27,11 @@ def test_parts_of_a_batch(batch, where, expected):
 def test_a_part_that_is_not_there():
     with pytest.raises(ValueError, match="A batch has no 'y'; it is or has 'x', 'z'"):
         batch_part({"x": 1, "z": 2}, "y", LABELS, 1)
+
+
+def test_any_sequence_and_mapping():
+    x, y = torch.zeros(2, 3), torch.ones(2)
+    assert batch_part(UserList([x, y]), None, LABELS, 1) is y
+    assert batch_part(UserDict({"image": x, "label": y}), None, LABELS, 1) is y
+    assert batch_part(UserDict({"image": x, "label": y}), None, OBSERVATIONS, 0) is x
+    assert batch_part(UserList([x, y]), None, OBSERVATIONS, 0) is x

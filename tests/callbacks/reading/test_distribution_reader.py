@@ -3,6 +3,8 @@ import importlib
 import signal
 import weakref
 import zipfile
+from collections import UserList
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,6 +196,7 @@ class Views(LightningModule):
 
 def test_each_call_of_a_submodule_gives_a_posterior():
     model, batch = Views(), torch.randn(2, 5, 2)
+    nn.init.constant_(model.second.bias, 9.0)  # a scale is positive
     reader = DistributionReader(("mean", "second"), "scale")
     reader.listen(model)
     model.step(batch)
@@ -634,3 +637,43 @@ def test_a_small_rate_of_half_precision_is_not_rounded_again(dtype: torch.dtype)
     [posterior] = DistributionReader().read(SimpleNamespace(posterior=(mean, log_variance)), None)
     rate = kl_divergence(posterior, Normal(0.0, 1.0))
     torch.testing.assert_close(rate.double(), exact, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("paths", [UserList(["mean", "second"]), ["mean", "second"]])
+def test_any_sequence_of_paths(paths):
+    model, batch = Views(), torch.randn(2, 5, 2)
+    reader = DistributionReader(paths)
+    assert reader.key == ["mean", "second"]
+    reader.listen(model)
+    model.step(batch)
+    assert [each.mean.shape for each in reader.read(model, batch)] == [(5, 3)] * 2
+
+
+@pytest.mark.parametrize("wrap", [UserList, tuple])
+def test_any_sequence_of_parameters(wrap):
+    pair = wrap([torch.zeros(5, 3), torch.zeros(5, 3)])
+    assert read(lambda *_: pair)[0].stddev.equal(torch.ones(5, 3))
+    assert len(read(lambda *_: wrap([pair, pair]))) == 2
+
+
+def test_a_text_is_no_pair_of_paths():
+    with pytest.raises(ValueError, match="`posterior` must be"):
+        DistributionReader(["mean", "second", "third"])
+
+
+@pytest.mark.parametrize(("second", "value"), [("scale", -1.3), ("scale", 0.0), ("variance", -1.3)])
+def test_a_second_parameter_that_is_not_positive(second, value):
+    pair = torch.zeros(5, 3), torch.full((5, 3), value)
+    with pytest.raises(ValueError, match=rf"{second} must be positive, got values down to {value:.4g}.*log_variance"):
+        read(lambda *_: pair, second)
+    assert as_distribution(pair, second).scale.isnan().all()  # unchecked it gives no rate, not a wrong one
+
+
+def test_a_distribution_with_a_negative_scale():
+    with pytest.raises(ValueError, match="scale must be positive, got values down to -2"):
+        read(lambda *_: Normal(torch.zeros(5, 3), -2 * torch.ones(5, 3), validate_args=False))
+
+
+@pytest.mark.parametrize("function", [partial(lambda module, batch: None), type("Read", (), {"__call__": None})()])
+def test_a_key_holds_no_address(function):
+    assert "0x" not in str(DistributionReader(function).key)

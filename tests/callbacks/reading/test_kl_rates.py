@@ -1,8 +1,17 @@
 import pytest
 import torch
-from torch.distributions import Distribution, MultivariateNormal, Normal, StudentT, kl_divergence
+from torch.distributions import (
+    Categorical,
+    Distribution,
+    Independent,
+    MixtureSameFamily,
+    MultivariateNormal,
+    Normal,
+    StudentT,
+    kl_divergence,
+)
 
-from lightning_vae.callbacks.reading.kl_rates import kl_per_dimension, measured_rates
+from lightning_vae.callbacks.reading.kl_rates import kl_per_dimension, measured_rates, rates_under_floors
 
 
 def test_gaussians_have_the_closed_form() -> None:
@@ -56,3 +65,23 @@ def test_a_distribution_over_whole_vectors_has_one_rate() -> None:
     posterior = MultivariateNormal(torch.ones(4, 3), torch.eye(3))
     rates = measured_rates(posterior, MultivariateNormal(torch.zeros(3), torch.eye(3)))
     torch.testing.assert_close(rates, torch.full((4, 1), 1.5))
+
+
+def test_a_joint_prior_over_vectors_is_refused_for_factorised_posteriors():
+    mixture = MixtureSameFamily(Categorical(torch.ones(2)), Independent(Normal(torch.zeros(2, 3), 1.0), 1))
+    posterior = Normal(torch.zeros(3, 3), 1.0)
+    with pytest.raises(ValueError, match="does not fit its posterior"):
+        kl_per_dimension(posterior, mixture, posterior.sample())
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (2, 3, 3)])
+def test_a_sample_of_another_shape_is_refused(shape):
+    mixture = MixtureSameFamily(Categorical(torch.ones(2)), Normal(torch.zeros(2), 1.0))
+    with pytest.raises(ValueError, match=r"`z` must be one sample of the posterior, of shape \(3, 3\)"):
+        kl_per_dimension(Normal(torch.zeros(3, 3), 1.0), mixture, torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("rates", "per"), [(torch.ones(4), 1), (torch.ones(4, 3), 2), (torch.ones(4, 3), 0)])
+def test_floors_of_other_shapes_are_refused(rates, per):
+    with pytest.raises(ValueError, match=r"`rates`|`per`"):
+        rates_under_floors(rates, per, "batch")

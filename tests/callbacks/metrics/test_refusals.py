@@ -1,0 +1,46 @@
+"""What a metric has no meaning for is refused, and never broadcast to another number."""
+
+import pytest
+import torch
+
+from lightning_vae.callbacks.metrics.active_units import active_units, variance_of_means
+from lightning_vae.callbacks.metrics.aggregate_posterior import AggregatePosterior, aggregate_moments
+from lightning_vae.callbacks.metrics.collapse_state import collapse_state
+from lightning_vae.callbacks.metrics.mutual_information import PosteriorSample, mutual_information
+from lightning_vae.callbacks.metrics.observation_subset import ObservationSubset, random_keys
+from lightning_vae.callbacks.metrics.rate_decomposition import cross_fitted_marginal_kl, decompose_rate
+from lightning_vae.callbacks.metrics.running_moments import moments, pooled_mean
+from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
+
+MEAN, ROW = torch.zeros(4, 3), torch.ones(1, 3)
+SAMPLE = PosteriorSample.draw(MEAN, torch.ones(4, 3))
+CALLS = {
+    "active units of one axis": lambda: active_units(torch.zeros(4)),
+    "active units of none": lambda: active_units(torch.zeros(0, 3)),
+    "active units of NaN": lambda: active_units(torch.full((4, 3), torch.nan)),
+    "variances of three axes": lambda: variance_of_means(torch.zeros(4, 3, 2)),
+    "one variance for all": lambda: aggregate_moments(MEAN, ROW),
+    "a column for all dimensions": lambda: AggregatePosterior(3).update(torch.zeros(4, 1), torch.ones(4, 1)),
+    "one variance for all posteriors": lambda: mutual_information(MEAN, ROW),
+    "a negative variance": lambda: mutual_information(MEAN, -torch.ones(4, 3)),
+    "a variance of NaN": lambda: mutual_information(MEAN, torch.full((4, 3), torch.nan)),
+    "one term for all": lambda: SAMPLE.average(torch.ones(1)),
+    "one rate for all": lambda: decompose_rate(SAMPLE, torch.zeros(4), torch.ones(1)),
+    "one log-density for all": lambda: decompose_rate(SAMPLE, torch.zeros(1)),
+    "one variance in ten folds": lambda: cross_fitted_marginal_kl(MEAN, ROW),
+    "moments of one axis": lambda: moments(torch.zeros(4)),
+    "a count for all": lambda: pooled_mean(torch.ones(4, 1), MEAN),
+    "one rate for all dimensions": lambda: collapse_state(torch.ones(1), torch.ones(3), None, 10),
+    "a variance that is NaN": lambda: collapse_state(None, torch.full((3,), torch.nan), None, 10),
+    "rows of another length": lambda: ObservationSubset(2, 5).update(MEAN, torch.arange(4)),
+    "one index for all": lambda: ObservationSubset(3, 5).update(MEAN, torch.zeros(1, dtype=torch.long)),
+    "fractions for indices": lambda: random_keys(torch.tensor([0.5])),
+    "one rate for a pass": lambda: ValidationPass(5).append(MEAN, rate=ROW),
+    "one variance for a pass": lambda: ValidationPass(5).append(MEAN, ROW),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_refused(call):
+    with pytest.raises(ValueError, match=r"must|needs"):
+        call()
