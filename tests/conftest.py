@@ -12,7 +12,7 @@ os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 # What is saved must load without its code being trusted. (Lightning's own `weights_only=` begins with 2.6.)
 os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
 
-# Processes find each other over the loopback. Gloo would look the host's name up, which waits where there is no network.
+# Processes find each other over the loopback. Gloo would look up the host's name, which waits without a network.
 os.environ.setdefault("GLOO_SOCKET_IFNAME", next(name for _, name in socket.if_nameindex() if name.startswith("lo")))
 
 # The models of the tests are small: threads cost them more than they give.

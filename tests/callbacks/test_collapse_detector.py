@@ -2,6 +2,7 @@ import csv
 import json
 import pickle
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.distributions import (
 from torch.distributions.transforms import TanhTransform
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_vae.callbacks import FreeBits, TargetRate
 from lightning_vae.callbacks.collapse_detector import CollapseDetector
 from lightning_vae.callbacks.control.attribute_writer import MisconfigurationException
 from lightning_vae.callbacks.drawing.media_logger import MediaLogger
@@ -620,6 +622,7 @@ class Normalised(LightningModule):
     def __init__(self):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5))
+        self.weight = 1.0
         self.rates = []
         self.evaluated = []
 
@@ -669,6 +672,24 @@ def test_a_callable_measures_the_weights_of_the_step_and_changes_nothing(tmp_pat
         assert one.equal(other), name  # the statistics of the batch normalisation among them
     expected = torch.cat(model.rates).mean(0).sum()
     assert float(trainer.callback_metrics["latent/rate"]) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:FreeBits")  # the loss does not read its floor
+@pytest.mark.parametrize("make", [partial(TargetRate, 1.0, smoothing=0.0), partial(FreeBits, 0.5)])
+def test_a_callable_of_a_callback_that_moves_a_number(tmp_path, make):
+    plain, _, before = normalised(tmp_path, [])
+    callback = make(attribute="weight", posterior=lambda module, batch: module.encode(batch))
+    model, trainer, after = normalised(tmp_path, [callback], log_every_n_steps=3)
+    assert before.equal(after)
+    for (name, one), other in zip(plain.state_dict().items(), model.state_dict().values(), strict=True):
+        assert one.equal(other), name
+    expected = model.rates[-1].sum(1).mean()
+    if isinstance(callback, FreeBits):
+        assert len(model.evaluated) == 2  # only the steps that log
+        assert callback._latest.rate == pytest.approx(float(expected), rel=1e-3)
+    else:
+        assert len(model.evaluated) == 6
+        assert float(trainer.callback_metrics["latent/controlled_rate"]) == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_a_negative_scale_is_refused_by_name(tmp_path):
