@@ -81,9 +81,12 @@ def merge_moments(states: Tensor) -> Tensor:
 
 
 def standard_error(state: Tensor) -> Tensor:
-    """Compute the standard error of each mean from count, mean and sum of squared deviations, of shape ``(3, k)``."""
+    """Compute the standard error of each mean from count, mean and sum of squared deviations, of shape ``(3, k)``.
+
+    It is NaN for fewer than two values.
+    """
     count, _, deviations = state.unbind()
-    return (deviations / (count - 1).clamp(min=1) / count.clamp(min=1)).sqrt()
+    return (deviations / (count - 1) / count).sqrt()
 
 
 class Averages(NamedTuple):

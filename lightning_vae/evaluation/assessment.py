@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .record import Assessment, Generation, Latents, Terms, Verdict
+from .record import LEAST_COMPARED, Assessment, Generation, Latents, Terms, Verdict
 
 _SIDES: dict[int, Verdict] = {1: "over-regularised", 0: "balanced", -1: "under-regularised"}
 
@@ -56,6 +56,15 @@ def assess(beta: float, terms: Terms, latents: Latents, generation: Generation) 
         return Assessment("balanced", _all_well(measured), "Nothing to change.")
     side, symptoms, advice = found
     return Assessment(_SIDES[side], (*symptoms, *mismatched), advice)
+
+
+def unassessed(observations: int) -> Assessment:
+    """Return the reason why so few observations get no verdict."""
+    reason = (
+        f"too few observations with distinct indices to compare them with one another, {observations}: mutual "
+        "information, marginal KL, total correlation, label probes and distances of samples are not measured"
+    )
+    return Assessment(None, (reason,), f"Evaluate at least {LEAST_COMPARED} observations.")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch import distributions as td
 
 from ..callbacks.metrics.running_moments import RunningMoments
+from ..distributed import sum_over_processes
 from ..estimators.importance import ImportanceWeightedLikelihood
 from ..noise import sample_by_index
 from ..vae import VAE
@@ -57,13 +58,18 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
         pruned.update(torch.cat(log_pruned or log_weights))
         columns = [distortion / number, *_slopes(vae, observed, posterior, index)]
         averages.update(torch.stack(columns, dim=1))
+    if (again := int(sum_over_processes(averages.state[0, 0].clone()))) != encoded.count:
+        raise ValueError(
+            f"`loader` gave {encoded.count} observations at the first reading and {again} at the second: it must start "
+            "over each time it is iterated."
+        )
     whole, without_inactive = likelihood.compute(), pruned.compute()
     return _terms(averages, sum(encoded.latents.rate_per_dimension)), LikelihoodEstimate(
         nll=-float(whole.value),
         nll_error=float(whole.standard_error),
         importance_samples=number,
         effective_sample_size=float(whole.effective_sample_size),
-        nll_active_only=-float(without_inactive.value),
+        nll_active_only=-float(without_inactive.value) if encoded.count > 1 else math.nan,
     )
 
 

@@ -14,6 +14,7 @@ from torch import distributions as td
 from ..callbacks.metrics.aggregate_posterior import AggregateMoments, AggregatePosterior
 from ..callbacks.metrics.observation_subset import ObservationSubset
 from ..callbacks.metrics.running_moments import RunningMoments
+from ..distributed import sum_over_processes
 from ..estimators.mixture import mixture_estimates
 from ..estimators.probes import knn_accuracy, linear_probe_accuracy
 from ..noise import sample_by_index
@@ -21,7 +22,7 @@ from ..objective import kl_per_dimension
 from ..observations import Observations
 from ..vae import VAE
 from .chunks import batches
-from .record import Labels, Latents
+from .record import LEAST_COMPARED, Labels, Latents
 
 
 @dataclass(frozen=True)
@@ -86,30 +87,35 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
         posteriors.update(torch.cat([mean, variance, labels[:, None].double()], dim=1), index)
         data.update(torch.cat([index[:, None].double(), mean, z, x.flatten(1)], dim=1), index)
 
-    share, moments = float(aggregate.state[0, 0]), aggregate.compute()
+    share = aggregate.state[0, 0]
+    count = int(sum_over_processes(share.clone()))
+    if not count:
+        raise ValueError("`loader` is empty: there are no observations to evaluate.")
+    moments, averages = aggregate.compute(), rates_and_widths.compute().mean
     if not (moments.mean.isfinite().all() and moments.posterior_variance.isfinite().all()):
         raise ValueError("The posteriors are not finite: are there NaNs in the data, or did training diverge?")
-    count, averages, _ = rates_and_widths.compute()
     mean, variance, labels = posteriors.compute().split([k, k, 1], dim=1)
-    if len(mean) < 10:
-        raise ValueError(f"`loader` must hold at least 10 observations, got {len(mean)} with distinct indices.")
     rates, widths = averages.split(k)
-    latents = _latents(moments, rates, widths, (mean, variance) if is_gaussian else None)
+    latents = _latents(moments, rates, widths, (mean, variance) if is_gaussian else None, count)
     index, means, z, x = data.compute().split([1, k, k, size], dim=1)
     dtype = vae.prior.loc.dtype
     kept = Kept(index[:, 0].long(), means.to(dtype), z.to(dtype), x.to(dtype))
-    return Encoded(int(count), share, moments, latents, _labels(mean, labels[:, 0].long()), kept)
+    return Encoded(count, float(share), moments, latents, _labels(mean, labels[:, 0].long()), kept)
 
 
 def _classes(observations: Observations) -> Tensor:
     """Return each observation's class, -1 if the labels are not classes."""
-    label, index = observations.label, observations.index
-    is_class = isinstance(label, Tensor) and label.ndim == 1 and not label.is_floating_point()
-    return label if is_class else torch.full_like(index, -1)
+    index = observations.index
+    try:
+        label = torch.as_tensor(observations.label, device=index.device)
+    except (TypeError, ValueError, RuntimeError):  # none, or names
+        return torch.full_like(index, -1)
+    is_class = label.numel() == len(index) and not (label.is_floating_point() or label.is_complex())
+    return label.flatten() if is_class else torch.full_like(index, -1)
 
 
 def _latents(
-    moments: AggregateMoments, rates: Tensor, widths: Tensor, posteriors: tuple[Tensor, Tensor] | None
+    moments: AggregateMoments, rates: Tensor, widths: Tensor, posteriors: tuple[Tensor, Tensor] | None, count: int
 ) -> Latents:
     """Describe the latent space.
 
@@ -118,13 +124,14 @@ def _latents(
         rates: Mean rate of each dimension.
         widths: Mean standard deviation of each dimension's posterior.
         posteriors: Means and variances of some diagonal Gaussian posteriors; ``None`` for other kinds of posteriors.
+        count: Number of observations.
     """
     active = moments.active()
     units = int(active.sum())
-    mixture = mixture_estimates(*posteriors) if posteriors else None
+    mixture = mixture_estimates(*posteriors) if posteriors and len(posteriors[0]) >= LEAST_COMPARED else None
     nan = math.nan
     return Latents(
-        active_units=units,
+        active_units=units if count > 1 else None,
         mutual_information=float(mixture.lower) if mixture else nan,
         mutual_information_upper=float(mixture.upper) if mixture else nan,
         mutual_information_saturated=mixture is not None and mixture.saturated,
@@ -136,12 +143,12 @@ def _latents(
         aggregate_mean_square=float(moments.mean.square().mean()),
         aggregate_variance_mean=float(moments.covariance.diagonal().mean()),
         rate_per_dimension=tuple(rates.tolist()),
-        variance_per_dimension=tuple(moments.variance_of_means.tolist()),
+        variance_per_dimension=tuple(moments.variance_of_means.tolist()) if count > 1 else (nan,) * len(rates),
     )
 
 
 def _labels(means: Tensor, labels: Tensor) -> Labels:
-    """Predict the labels, unless some are missing (-1) or all are the same."""
-    if bool((labels < 0).any()) or bool((labels == labels[0]).all()):
+    """Predict the labels, unless some are missing (-1), all are the same, or there are too few."""
+    if len(labels) < LEAST_COMPARED or bool((labels < 0).any()) or bool((labels == labels[0]).all()):
         return Labels(math.nan, math.nan)
     return Labels(knn_accuracy(means, labels), linear_probe_accuracy(means, labels))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -10,26 +12,28 @@ from ..noise import uniform_by_index
 from ..vae import VAE
 from .chunks import decoded_means, log_likelihood
 from .encoding_pass import Kept
-from .record import Generation
+from .record import LEAST_COMPARED, Generation
 
 _PRIOR_SEED = 0x9A10
 _SHIFTS = 5  # number of other observations from whose latents each one is decoded
 
 
 def generate(vae: VAE, kept: Kept) -> Generation:
-    """Decode shuffled latents, prior samples and midpoints between posterior means."""
+    """Decode shuffled latents, prior samples and midpoints between posterior means; NaN for too few observations."""
     number = len(kept.x)
+    if number < 2:
+        return Generation(math.nan, math.nan, math.nan)
     observed = vae.likelihood.observe(kept.x.view(number, *vae.shape), kept.index)
     distortion = -log_likelihood(vae, observed, kept.z[None]).mean()
     # The subset is in random order, so neighbours in it have nothing in common.
-    others = torch.stack([kept.z.roll(shift, dims=0) for shift in range(1, _SHIFTS + 1)])
+    others = torch.stack([kept.z.roll(shift, dims=0) for shift in range(1, min(_SHIFTS, number - 1) + 1)])
     shuffled = -log_likelihood(vae, observed, others).mean()
 
     # Equal observations count once: an observation's own reconstruction would lie too close to its duplicate.
     first = _first_of_each(kept.x)
     data, z_own, mean = kept.x[first], kept.z[first], kept.mean[first]
-    if len(data) < 3:
-        return Generation(float(shuffled - distortion), float("nan"), float("nan"))
+    if number < LEAST_COMPARED or len(data) < 3:
+        return Generation(float(shuffled - distortion), math.nan, math.nan)
     place = torch.arange(len(data), device=data.device)
     beside = (place + 1) % len(data)
     prior = vae.prior.icdf(uniform_by_index(place, vae.latent_dim, seed=_PRIOR_SEED))

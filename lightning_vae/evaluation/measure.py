@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
 
 from ..distributed import several_processes, sum_over_processes
 from ..vae import VAE
-from .assessment import assess
+from .assessment import assess, unassessed
 from .decoding_pass import decode_all
 from .encoding_pass import encode_all
 from .generation import generate
-from .record import Evaluation
+from .record import LEAST_COMPARED, Evaluation
 
-_LEAST = {"importance_samples": 1, "observations": 10, "samples": 10}
+_LEAST = {"importance_samples": 1, "observations": LEAST_COMPARED, "samples": LEAST_COMPARED}
 OwnMetric = Callable[[VAE, Iterable[Any]], float]
 
 
@@ -36,8 +37,10 @@ def evaluate(
 
     Args:
         vae: The model, on the device to compute on. It is left unchanged.
-        loader: Batches as the VAE accepts them, in a fixed order if they have no ``"index"``. A mapping's ``"label"``,
-            integers of shape ``(B,)``, is used for the probes.
+        loader: Batches as the VAE accepts them, in a fixed order if they have no ``"index"``; it needs no length. The
+            labels, integers of shape ``(B,)`` under ``"label"`` in a mapping or second in a sequence, are used for the
+            probes. Of fewer than 10 observations only those numbers are measured that do not compare them with one
+            another.
         importance_samples: Number K of samples for each observation.
         observations: Number M of observations, a fixed random subset, for mutual information, marginal KL, total
             correlation and the probes.
@@ -46,33 +49,29 @@ def evaluate(
             the loader is each process's share of the data, and the values are averaged over the observations.
 
     Raises:
-        ValueError: If an option is out of range, the loader can be read only once or has fewer than 10 observations,
-            the name of an own metric is taken, or the numbers of the model are not finite.
+        ValueError: If an option is out of range, the loader is empty or can be read only once, the name of an own
+            metric is taken, or the numbers of the model are not finite.
         TypeError: If the model is not a VAE of this package, or an own metric does not return a number.
     """
     check_sizes(importance_samples=importance_samples, observations=observations, samples=samples)
-    if taken := Evaluation.names() & set(own_metrics or {}):
-        raise ValueError(f"`own_metrics` must not use names that are already taken, got {sorted(taken)}.")
-    if isinstance(loader, Iterator):
-        raise ValueError("`loader` is read twice and must start over each time, got an iterator: pass a list.")
-    if not isinstance(vae, VAE):
-        raise TypeError(
-            f"`vae` must be a lightning_vae.VAE, got {type(vae).__name__}. For another model, lightning_vae.estimators "
-            "has the individual estimators."
-        )
+    check_own_metrics(own_metrics)
+    check_rereadable(loader)
+    check_model(vae)
     training = vae.training
     vae.eval()
     try:
         encoded = encode_all(vae, loader, observations, samples)
-        terms, likelihood = decode_all(vae, loader, importance_samples, encoded)
-        generation = generate(vae, encoded.kept)
+        # They come before the longest pass, as they may fail.
         own = {
             name: _over_processes(_as_float(name, metric(vae, loader)), encoded.share, vae.device)
             for name, metric in (own_metrics or {}).items()
         }
+        terms, likelihood = decode_all(vae, loader, importance_samples, encoded)
+        generation = generate(vae, encoded.kept)
     finally:
         vae.train(training)
     beta = float(f"{float(vae.beta):.7g}")  # the significant digits of a float32
+    distinct = len(encoded.kept.x)
     return Evaluation(
         observations=encoded.count,
         latent_dim=vae.latent_dim,
@@ -82,16 +81,39 @@ def evaluate(
         latents=encoded.latents,
         generation=generation,
         labels=encoded.labels,
-        assessment=assess(beta, terms, encoded.latents, generation),
+        assessment=unassessed(distinct)
+        if distinct < LEAST_COMPARED
+        else assess(beta, terms, encoded.latents, generation),
         own=own,
     )
 
 
 def check_sizes(**sizes: int) -> None:
-    """Refuse options of :func:`evaluate`, given by name, that are too small."""
+    """Refuse options of :func:`evaluate`, given by name, that are too small or no whole numbers."""
     for name, value in sizes.items():
-        if value < _LEAST[name]:
-            raise ValueError(f"`{name}` must be at least {_LEAST[name]}, got {value}.")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < _LEAST[name]:
+            raise ValueError(f"`{name}` must be at least {_LEAST[name]}, a whole number, got {value!r}.")
+
+
+def check_own_metrics(metrics: Mapping[str, OwnMetric] | None) -> None:
+    """Refuse own metrics under names that the evaluation uses itself."""
+    if taken := Evaluation.names() & set(metrics or {}):
+        raise ValueError(f"`own_metrics` must not use names that are already taken, got {sorted(taken)}.")
+
+
+def check_model(model: object) -> None:
+    """Refuse a model that is not a VAE of this package."""
+    if not isinstance(model, VAE):
+        raise TypeError(
+            f"`vae` must be a lightning_vae.VAE, got {type(model).__name__}. For another model, "
+            "lightning_vae.estimators has the individual estimators."
+        )
+
+
+def check_rereadable(loader: Iterable[Any]) -> None:
+    """Refuse a loader that can be read only once."""
+    if isinstance(loader, Iterator):
+        raise ValueError("`loader` is read twice and must start over each time, got an iterator: pass a list.")
 
 
 def _as_float(name: str, value: object) -> float:

@@ -15,6 +15,8 @@ from ..callbacks.metrics.active_units import is_active
 
 Verdict = Literal["over-regularised", "balanced", "under-regularised"]
 _FEW = 10  # effective samples below which the NLL still depends on their number
+LEAST_COMPARED = 10
+"""Number of observations below which the estimates that compare observations with one another are not made."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ class Latents:
     """The latent space as seen in the posteriors.
 
     Attributes:
-        active_units: Number of dimensions whose posterior mean has a variance over the data above 0.01.
+        active_units: Number of dimensions whose posterior mean has a variance over the data above 0.01; ``None`` for a
+            single observation.
         mutual_information: Mutual information of data and latents: a lower bound on average, at most log M. If it is
             saturated, read it as "at least".
         mutual_information_upper: The smaller of two upper bounds.
@@ -84,7 +87,7 @@ class Latents:
         variance_per_dimension: Variance over the data of each posterior mean, of length k.
     """
 
-    active_units: int
+    active_units: int | None
     mutual_information: float
     mutual_information_upper: float
     mutual_information_saturated: bool
@@ -142,13 +145,13 @@ class Assessment:
     training see :class:`~lightning_vae.callbacks.CollapseState`.
 
     Attributes:
-        verdict: ``"over-regularised"``, ``"balanced"`` or ``"under-regularised"``.
+        verdict: ``"over-regularised"``, ``"balanced"`` or ``"under-regularised"``; ``None`` for too few observations.
         symptoms: Symptoms in words and numbers, each beginning with its place: posterior width, latent space,
             generation or reconstruction. Never empty.
         advice: The suggested change.
     """
 
-    verdict: Verdict
+    verdict: Verdict | None
     symptoms: tuple[str, ...]
     advice: str
 
@@ -157,7 +160,8 @@ class Assessment:
 class Evaluation:
     """All estimates for a model on a data set, in nats per observation unless stated otherwise.
 
-    NaN marks values that could not be measured.
+    NaN marks values that could not be measured. The values of the parts are also attributes by their own names:
+    ``result.nll`` is ``result.likelihood.nll``.
 
     Attributes:
         observations: Number of observations.
@@ -182,6 +186,13 @@ class Evaluation:
     labels: Labels
     assessment: Assessment
     own: Mapping[str, float] = field(default_factory=dict)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a value of one of the parts, by its name in :meth:`to_dict`."""
+        for part in vars(self).values():
+            if is_dataclass(part) and name in vars(part):
+                return getattr(part, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @classmethod
     def names(cls) -> set[str]:
@@ -213,7 +224,7 @@ class Evaluation:
             shown = [row for row in rows if row[1] != "-"]
             if shown:
                 lines += ["", title, *(f"  {name:<26}{value:<20}{remark}".rstrip() for name, value, remark in shown)]
-        lines += ["", f"Verdict: {self.assessment.verdict}"]
+        lines += ["", f"Verdict: {self.assessment.verdict or 'none'}"]
         for text in (*self.assessment.symptoms, f"-> {self.assessment.advice}"):
             lines += textwrap.wrap(text, 100, initial_indent="  ", subsequent_indent="    ")
         return "\n".join(lines)
@@ -225,6 +236,7 @@ class Evaluation:
         few = ": more would lower it" if effective < min(_FEW, samples / 2) else ""
         saturated = latents.mutual_information_saturated
         bounds = f"bounds {_number(latents.mutual_information)}, {_number(latents.mutual_information_upper)}"
+        units = latents.active_units
         cap = f">= log M = {math.log(max(latents.mutual_information_observations, 1)):.2f}"
         return {
             "likelihood, nats per observation": [
@@ -233,17 +245,17 @@ class Evaluation:
                 ("distortion", _number(terms.distortion), ""),
                 (
                     "NLL",
-                    f"{_number(likelihood.nll)} +- {_number(likelihood.nll_error)}",
+                    _with_error(likelihood.nll, f"{likelihood.nll_error:.4g}"),
                     f"{samples} importance samples, {effective:.1f} effective{few}",
                 ),
                 (
                     "NLL, active units only",
                     _number(likelihood.nll_active_only),
-                    f"{self.latent_dim - latents.active_units} inactive ones removed",
+                    "" if units is None else f"{self.latent_dim - units} inactive ones removed",
                 ),
             ],
             "latent space": [
-                ("active units", f"{latents.active_units} of {self.latent_dim}", ""),
+                ("active units", "-" if units is None else f"{units} of {self.latent_dim}", ""),
                 (
                     "mutual information",
                     cap if saturated else _number(latents.mutual_information),
@@ -260,14 +272,12 @@ class Evaluation:
                 ("posterior width", _number(latents.posterior_width), "of active units; prior 1"),
                 (
                     "implied beta",
-                    _number(terms.implied_beta)
-                    if math.isnan(terms.implied_beta)
-                    else f"{_number(terms.implied_beta)} +- {terms.implied_beta_error:.1g}",
+                    _with_error(terms.implied_beta, f"{terms.implied_beta_error:.1g}"),
                     "nats of distortion that a nat of rate buys; the ELBO's is 1",
                 ),
             ],
             "decoder": [
-                ("z shuffled", f"{generation.shuffled_gap:+.4g}", "nats of distortion; 0: z is not read"),
+                ("z shuffled", _number(generation.shuffled_gap, "+"), "nats of distortion; 0: z is not read"),
                 ("error / claimed variance", _number(terms.calibration), "1: calibrated"),
                 ("prior samples", _number(generation.sample_distance), "distance to the data; reconstructions 1"),
                 (
@@ -288,8 +298,12 @@ def _names(part: str, kind: type) -> list[str]:
     return [each.name for each in fields(kind)] if is_dataclass(kind) else [part]
 
 
-def _number(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.4g}"
+def _number(value: float, sign: str = "") -> str:
+    return "-" if math.isnan(value) else f"{value:{sign}.4g}"
+
+
+def _with_error(value: float, error: str) -> str:
+    return _number(value) + ("" if math.isnan(value) or error == "nan" else f" +- {error}")
 
 
 def _plain(value: Any) -> Any:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -17,7 +19,7 @@ from typing_extensions import override
 
 from ..noise import uniform_by_index
 from ..vae import VAE
-from .measure import OwnMetric, check_sizes, evaluate
+from .measure import OwnMetric, check_model, check_own_metrics, check_rereadable, check_sizes, evaluate
 
 _COLUMNS = 8
 _PICTURE_SIZE = 64  # pixels that a small image is enlarged to, about
@@ -39,7 +41,8 @@ class EvaluationReport(Callback):
         metrics: The user's own metrics by name: import paths of functions ``(vae, loader) -> float``.
 
     Raises:
-        ValueError: If a number is too small.
+        ValueError: If a number is too small, or the name of an own metric is taken.
+        TypeError: If the model of a run is not a VAE of this package.
     """
 
     def __init__(
@@ -50,21 +53,31 @@ class EvaluationReport(Callback):
         metrics: Mapping[str, OwnMetric] | None = None,
     ) -> None:
         check_sizes(importance_samples=importance_samples, observations=observations, samples=samples)
+        check_own_metrics(metrics)
         self.importance_samples = importance_samples
         self.observations = observations
         self.samples = samples
         self.metrics = metrics
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_model(pl_module)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loaders = all_loaders(trainer.test_dataloaders)
+        if len(loaders) > 1:
+            rank_zero_warn(f"Only the first of {len(loaders)} test loaders is evaluated.")
+        check_rereadable(loaders[0])
+        if not trainer.loggers or trainer.log_dir is None:
+            rank_zero_warn("Without a logger the evaluation is only printed: there is no run folder to write it to.")
+
+    @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, VAE)
-        loader: Any = trainer.test_dataloaders
-        if isinstance(loader, list | tuple):
-            if len(loader) > 1:
-                rank_zero_warn(f"Only the first of {len(loader)} test loaders is evaluated.")
-            loader = loader[0]
+        loader = all_loaders(trainer.test_dataloaders)[0]
         number = trainer.num_test_batches[0]
-        if number < len(loader):  # `limit_test_batches`
+        if number < (sized_len(loader) or math.inf):  # `limit_test_batches`
             loader = _First(loader, int(number))
         result = evaluate(
             pl_module, loader, self.importance_samples, self.observations, self.samples, own_metrics=self.metrics
@@ -83,7 +96,6 @@ class EvaluationReport(Callback):
                 for name, picture in pictures.items():
                     logger.experiment.add_image(f"test/{name}", picture, trainer.global_step)
         if not trainer.loggers or folder is None:
-            rank_zero_warn("Without a logger the evaluation is only printed: there is no run folder to write it to.")
             return
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -93,6 +105,13 @@ class EvaluationReport(Callback):
         whole.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
         whole.replace(target / "evaluation.json")
         print("Written:  " + ", ".join([f"{target}/evaluation.json", *(f"{name}.png" for name in pictures)]))
+
+
+def all_loaders(loaders: Any) -> list[Iterable[Any]]:
+    """List the loaders of a Trainer or a data module, which may be one, or several in a sequence or a mapping."""
+    if isinstance(loaders, Mapping):
+        return list(loaders.values())
+    return list(loaders) if isinstance(loaders, Sequence) else [loaders]
 
 
 class _First:

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch import distributions as td
 from torch import nn
 from torch.multiprocessing import start_processes
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vae import VAE, DiscretisedLogistic, Gaussian, LinearDecoder, LinearEncoder
 from lightning_vae.callbacks import CollapseDetector
@@ -19,6 +20,7 @@ from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
 from lightning_vae.evaluation.measure import evaluate
 from lightning_vae.evaluation.record import Evaluation
+from lightning_vae.noise import sample_by_index
 from tests.doubles import digits, optimal_linear_vae, quiet_trainer, small_vae
 
 SPECTRUM = (5.0, 3.0, 1.5, 0.8, 0.3, 0.1)
@@ -267,6 +269,10 @@ def test_other_likelihoods_on_batches_without_an_index(likelihood):
     assert math.isfinite(result.likelihood.nll)
     assert math.isnan(result.terms.calibration) == (likelihood is DiscretisedLogistic)  # which claims no variance
     assert result.labels == evaluate(vae, data, importance_samples=2).labels
+    assert result.linear_probe_accuracy == result.labels.linear_probe_accuracy > 0.15
+    for convert in (torch.Tensor.tolist, torch.Tensor.numpy, lambda label: label[:, None]):
+        batches = [{"x": batch["x"], "label": convert(batch["label"])} for batch in data]
+        assert evaluate(vae, batches, importance_samples=2).labels == result.labels
     assert math.isnan(evaluate(vae, [batch["x"] for batch in data], importance_samples=2).labels.knn_accuracy)
 
 
@@ -322,9 +328,11 @@ def test_the_dictionary_is_flat_and_has_what_a_sweep_reads():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"importance_samples": 0}, "`importance_samples` must be at least 1, got 0"),
-        ({"observations": 9}, "`observations` must be at least 10, got 9"),
-        ({"samples": 2}, "`samples` must be at least 10, got 2"),
+        ({"importance_samples": 0}, "`importance_samples` must be at least 1, a whole number, got 0"),
+        ({"importance_samples": 2.5}, "`importance_samples` must be at least 1, a whole number, got 2.5"),
+        ({"importance_samples": True}, "`importance_samples` must be at least 1, a whole number, got True"),
+        ({"observations": 9}, "`observations` must be at least 10, a whole number, got 9"),
+        ({"samples": 2}, "`samples` must be at least 10, a whole number, got 2"),
         ({"own_metrics": {"nll": lambda vae, batches: 0.0}}, r"already taken, got \['nll'\]"),
     ],
 )
@@ -340,9 +348,68 @@ def test_another_model_and_a_metric_that_gives_no_number():
         evaluate(small_vae(), digits(64), importance_samples=1, own_metrics={"mine": lambda vae, batches: {}})
 
 
-def test_too_few_observations():
-    with pytest.raises(ValueError, match="at least 10 observations, got 9"):
-        evaluate(small_vae(), digits(9))
+COMPARED = {"mutual_information", "mutual_information_upper", "marginal_kl", "marginal_kl_lower",
+            "total_correlation", "sample_distance",
+            "interpolation_distance", "knn_accuracy", "linear_probe_accuracy", "verdict"}  # fmt: skip
+
+
+def test_few_observations_get_the_numbers_that_do_not_compare_them(x):
+    vae, few = optimal_linear_vae(x, 4, VARIANCE), x[:6]
+    result = evaluate(vae, [(few, torch.arange(6) % 2)], importance_samples=3)
+    assert {name for name, value in result.to_dict().items() if value is None} == COMPARED
+    covariance = vae.decoder.map.weight @ vae.decoder.map.weight.T + VARIANCE * torch.eye(6)
+    exact = td.MultivariateNormal(torch.zeros(6).double(), covariance.detach()).log_prob(few.double())
+    assert result.nll == pytest.approx(-float(exact.mean()), abs=1e-6)
+    means = vae.encode(few).mean.double()
+    assert result.variance_per_dimension == pytest.approx(means.var(dim=0, correction=0).tolist(), rel=1e-5)
+    table = result.table()
+    assert table.count("too few") == 1
+    assert "another, 6:" in " ".join(table.split())
+    assert "Verdict: none" in table
+    assert "nan" not in table
+
+
+def test_shuffled_latents_are_never_an_observations_own():
+    vae = small_vae()
+    (batch,) = digits(2, 2)
+    with torch.no_grad():
+        observations = vae.observe(batch)
+        z = sample_by_index(vae.encode(observations), observations.index)
+        own, swapped = (-vae.decode(each).log_prob(observations.observed).mean() for each in (z, z.flip(0)))
+    result = evaluate(vae, digits(2, 2), importance_samples=1)
+    assert result.shuffled_gap == pytest.approx(float(swapped - own), rel=1e-5)
+
+
+def test_one_observation_has_no_spread():
+    result = evaluate(small_vae(), digits(1), importance_samples=3)
+    nothing = {name for name, value in result.to_dict().items() if value is None}
+    assert nothing >= COMPARED | {"nll_error", "active_units", "nll_active_only", "shuffled_gap"}
+    assert math.isfinite(result.nll)
+    assert "nan" not in result.table()
+
+
+def test_no_observations():
+    with pytest.raises(ValueError, match="`loader` is empty"):
+        evaluate(small_vae(), [])
+
+
+class Stream(IterableDataset):
+    """Vectors without a length: those of a tensor, from the start at each reading, or only once."""
+
+    def __init__(self, x, once=False):
+        self.x, self.once, self.rest = x, once, iter(x)
+
+    def __iter__(self):
+        return self.rest if self.once else iter(self.x)
+
+
+def test_a_stream_without_a_length_is_read_to_its_end(x):
+    vae = optimal_linear_vae(x[:300], 4, VARIANCE)
+    options = {"importance_samples": 2, "observations": 64, "samples": 64}
+    result = evaluate(vae, DataLoader(Stream(x[:300]), 64), **options)
+    same(result, evaluate(vae, loader(x[:300]), **options), rel=1e-9, abs=1e-12)
+    with pytest.raises(ValueError, match="gave 300 observations at the first reading and 0 at the second"):
+        evaluate(vae, DataLoader(Stream(x[:300], once=True), 64), **options)
 
 
 def test_an_iterator_is_refused(x):

@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,6 +53,13 @@ def test_the_dictionary_is_flat_with_null_for_what_is_unknown():
     assert written["rate_per_dimension"] == [3.0, 1.9, 0.1]
     assert (written["verdict"], written["symptoms"]) == ("balanced", ["latent space: fine"])
     assert (written["nll"], written["mine"], written["calibration"]) == (29.0, 0.125, None)
+
+
+def test_the_values_of_the_parts_are_attributes():
+    assert (RECORD.nll, RECORD.knn_accuracy is RECORD.labels.knn_accuracy) == (29.0, True)
+    assert copy.deepcopy(RECORD).shuffled_gap == pickle.loads(pickle.dumps(RECORD)).shuffled_gap == 12.0
+    with pytest.raises(AttributeError, match="has no attribute 'sharpness'"):
+        _ = RECORD.sharpness
 
 
 def test_a_part_that_is_added_is_named():

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vae.evaluation.report import EvaluationReport, draw
-from tests.doubles import digits, optimal_linear_vae, small_vae
+from tests.doubles import ForeignModule, digits, optimal_linear_vae, quiet_trainer, small_vae
 
 
 @pytest.mark.parametrize("option", ["importance_samples", "observations", "samples"])
@@ -25,3 +26,51 @@ def test_pictures_show_images_above_their_reconstructions():
     with torch.no_grad():
         assert torch.equal(below, (vae.reconstruct(batch["x"][:1])[0, 0] / 16 * 255).round().to(torch.uint8))
     assert draw(optimal_linear_vae(torch.randn(10, 3), 2, 0.1), [torch.randn(4, 3)]) == {}
+
+
+def run_test(tmp_path, vae, loaders, **options):
+    trainer = quiet_trainer(tmp_path, callbacks=[EvaluationReport(importance_samples=2)], **options)
+    trainer.test(vae, loaders, verbose=False)
+    return trainer
+
+
+def test_a_loader_without_a_length_is_evaluated(tmp_path, capsys):
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    vae = optimal_linear_vae(x, 2, 0.1)
+    with pytest.warns(UserWarning, match="Without a logger"):
+        run_test(tmp_path, vae, DataLoader(Endless(x), 10))
+    assert "40 observations" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="Without a logger"):
+        run_test(tmp_path, vae, DataLoader(Endless(x), 10), limit_test_batches=2)
+    assert "20 observations" in capsys.readouterr().out
+
+
+class Endless(IterableDataset):
+    """Rows of a tensor, without a length."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return iter(self.x)
+
+
+@pytest.mark.filterwarnings("ignore:Without a logger")
+def test_of_several_loaders_the_first_is_evaluated(tmp_path, capsys):
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    vae, loaders = optimal_linear_vae(x, 2, 0.1), {"one": DataLoader(x, 10), "two": DataLoader(x[:20], 10)}
+    with pytest.warns(UserWarning, match="Only the first of 2 test loaders"):
+        run_test(tmp_path, vae, loaders)
+    assert "40 observations" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore:Without a logger")
+def test_what_can_not_be_evaluated_is_refused_before_a_step(tmp_path):
+    x = torch.randn(40, 2)
+    module = ForeignModule()
+    with pytest.raises(TypeError, match="got ForeignModule"):
+        quiet_trainer(tmp_path, callbacks=[EvaluationReport()], max_epochs=1).fit(module, DataLoader(x, 10))
+    with pytest.raises(ValueError, match="`loader` is read twice"):
+        run_test(tmp_path, optimal_linear_vae(x, 1, 0.1), iter([x]))
+    with pytest.raises(ValueError, match=r"already taken, got \['nll'\]"):
+        EvaluationReport(metrics={"nll": len})
