@@ -16,7 +16,8 @@ from .encoding_pass import encode_all
 from .generation import generate
 from .record import LEAST_COMPARED, Evaluation
 
-_LEAST = {"importance_samples": 1, "observations": LEAST_COMPARED, "samples": LEAST_COMPARED}
+LEAST = {"importance_samples": 1, "observations": LEAST_COMPARED, "samples": LEAST_COMPARED}
+"""The least value of each number that :func:`evaluate` takes."""
 OwnMetric = Callable[[VAE, Iterable[Any]], float]
 
 
@@ -91,8 +92,8 @@ def evaluate(
 def check_sizes(**sizes: int) -> None:
     """Refuse options of :func:`evaluate`, given by name, that are too small or no whole numbers."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < _LEAST[name]:
-            raise ValueError(f"`{name}` must be at least {_LEAST[name]}, a whole number, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < LEAST[name]:
+            raise ValueError(f"`{name}` must be at least {LEAST[name]}, a whole number, got {value!r}.")
 
 
 def check_own_metrics(metrics: Mapping[str, OwnMetric] | None) -> None:

@@ -6,16 +6,19 @@ import re
 import shlex
 import signal
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import yaml
 from jsonargparse import Namespace, get_loader
 
-from ..cli.errors import exit_with
-from ..cli.vae_cli import Parser
+from ..cli.errors import exit_with, readable_errors
+from ..cli.vae_cli import Parser, Unrun
+from ..evaluation.measure import LEAST
 from ..likelihoods import Gaussian
 from ..vae import VAE
 from . import plan, runner
@@ -23,7 +26,6 @@ from .plan import BETA, Point
 from .report import report
 
 _TERMS = ("ELBO", "rate", "distortion")
-_EVALUATION = ("importance_samples", "observations", "samples")
 _DESCRIPTION = (
     "Train and evaluate every combination of the given lists, one process per point, and compare them: a table, means "
     "over seeds, the rate-distortion curve, and the latent spaces side by side. Finished points are not run again: "
@@ -86,10 +88,12 @@ def _sweep(options: Namespace, rest: Sequence[str]) -> None:
 
 
 def _make(base: Path) -> None:
+    """Make the sweep's folder, and make sure that files can be written there."""
     try:
         base.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=base).close()
     except OSError as error:
-        exit_with(f"`--folder`, `--name`: {base} can't be made: {error.strerror}.")
+        exit_with(f"`--folder`, `--name`: {base} can't be made or written to: {error.strerror}.")
 
 
 def _result(point: Point) -> str:
@@ -130,7 +134,7 @@ def _parser() -> Parser:
     add("--folder", type=str, default="sweeps", help="Folder that the sweep's folder is made in.")
     add("--projection", type=Literal["pca", "tsne"], default="pca",
         help="How latents of more than 2 dimensions are shown.")  # fmt: skip
-    for name in _EVALUATION:
+    for name in LEAST:
         add(f"--evaluation.{name}", type=Any, metavar="N", help="As of `test`, for every point.")
     add("--print_commands", action="store_true",
         help="Print the `fit` commands of the untrained points, for a cluster's scheduler, and run nothing. When they "
@@ -145,7 +149,7 @@ def _program() -> str:
 def _evaluation(options: Namespace) -> tuple[str, ...]:
     """Return the arguments passed to every point's ``test``."""
     given = options.evaluation.as_dict()
-    return tuple(f"--evaluation.{name}={given[name]}" for name in _EVALUATION if given[name] is not None)
+    return tuple(f"--evaluation.{name}={given[name]}" for name in LEAST if given[name] is not None)
 
 
 def _check(options: Namespace) -> None:
@@ -164,8 +168,12 @@ def _check(options: Namespace) -> None:
             _refuse("--seeds", f"a list of whole numbers from 0 to {largest} such as [0, 1, 2]", options.seeds)
     counts = {f"evaluation.{name}": value for name, value in options.evaluation.as_dict().items() if value is not None}
     for name, count in {"jobs": options.jobs, **counts}.items():
-        if type(count) is not int or count < 1:
-            _refuse(f"--{name}", "a whole number of at least 1", count)
+        least = LEAST.get(name.rpartition(".")[2], 1)
+        if type(count) is not int or count < least:
+            _refuse(f"--{name}", f"a whole number of at least {least}", count)
+    for package in ("matplotlib", *(["sklearn"] if options.projection == "tsne" else [])):
+        if find_spec(package) is None:
+            raise ValueError(f"the figures need {package}, which is not installed: pip install 'lightning-vae[train]'.")
 
 
 def _refuse(option: str, allowed: str, given: Any) -> NoReturn:
@@ -223,15 +231,23 @@ def _bases(options: Namespace, rest: Sequence[str], base: Path) -> tuple[list[_B
     for files in options.config:
         for choice in plan.grid(varied):
             reference = None
-            if len(betas) > 1:
-                configuration, model = _configure(files, {**choice, BETA: 1}, rest)
-                if isinstance(model.likelihood, Gaussian) and model.likelihood.learns_scale:
-                    reference = plan.points(configuration, options.seeds, base)[0]
-                elif model.likelihood.learns_scale:
-                    print(
-                        f"Note: {configuration.name}: the scale of {type(model.likelihood).__name__} can't be fixed. "
-                        "It differs between betas, and so do the units of the distortions."
-                    )
+            several = len(betas) > 1
+            configuration, built = _configure(
+                files, {**choice, **({BETA: 1 if several else betas[0]} if betas else {})}, rest
+            )
+            likelihood = built.model.likelihood
+            if not options.print_commands:  # the data may be only where the commands will run
+                with readable_errors():
+                    plan.rehearse(built)
+            if several and isinstance(likelihood, Gaussian) and likelihood.learns_scale:
+                reference = plan.points(configuration, options.seeds, base)[0]
+                for beta in betas:  # refuse a wrong one before the reference is trained
+                    _configure(files, {**choice, BETA: beta}, rest)
+            elif several and likelihood.learns_scale:
+                print(
+                    f"Note: {configuration.name}: the scale of {type(likelihood).__name__} can't be fixed. "
+                    "It differs between betas, and so do the units of the distortions."
+                )
             bases.append(_Base(files, choice, reference))
     return bases, betas
 
@@ -251,7 +267,7 @@ def _points(
     return list({point.folder: point for point in points}.values())  # a config given twice counts once
 
 
-def _configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[plan.Configuration, VAE]:
+def _configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[plan.Configuration, Unrun]:
     """Resolve a config. If ``fit`` refuses an option, it may have been meant for the sweep."""
     try:
         return plan.configure(files, options, rest)

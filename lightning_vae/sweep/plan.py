@@ -10,18 +10,19 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 
 from ..checkpoints import run_folder
 from ..cli.vae_cli import Unrun
+from ..evaluation.measure import evaluate
+from ..evaluation.report import all_loaders
 from ..likelihoods import Gaussian
-from ..vae import VAE
 
 BETA = "model.beta"
 
@@ -137,8 +138,8 @@ class Point:
         return found
 
 
-def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[Configuration, VAE]:
-    """Resolve a config and its options, and build its model once; a parser error ends the process here.
+def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tuple[Configuration, Unrun]:
+    """Resolve a config and its options, and build its parts once; a parser error ends the process here.
 
     Args:
         files: Config files, joined by ``+``.
@@ -172,7 +173,38 @@ def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tu
         arguments=arguments,
         seed=int(seed),
         digest=hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:8],
-    ), built.model
+    ), built
+
+
+def rehearse(built: Unrun) -> None:
+    """Evaluate an untrained model on its first test batch, to find before any training why ``test`` would fail.
+
+    Args:
+        built: The parts that :func:`configure` has built.
+
+    Raises:
+        ValueError: If the config keeps no checkpoint, or there are no test data.
+        Exception: Whatever the data or the evaluation raise.
+    """
+    if not built.trainer.checkpoint_callbacks:
+        raise ValueError("`trainer.callbacks` must hold a ModelCheckpoint: without a checkpoint nothing is evaluated.")
+    with _silence():
+        evaluate(built.model, list(itertools.islice(test_loader(built.datamodule), 1)), importance_samples=1)
+
+
+def test_loader(data: LightningDataModule) -> Iterable[Any]:
+    """Return the loader that ``test`` evaluates: the first, if there are several.
+
+    Args:
+        data: The data module. Hooks of its own may ask for a Trainer, so it gets one on the CPU.
+    """
+    with _silence():
+        data.trainer = Trainer(
+            accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False
+        )
+        data.prepare_data()
+        data.setup("test")
+        return all_loaders(data.test_dataloader())[0]
 
 
 def data_of(config: Path) -> tuple[str, LightningDataModule]:

@@ -61,7 +61,10 @@ def report(points: Sequence[Point], base: Path, projection: figures.Projection) 
     drawn = {"rate_distortion": figures.rate_distortion(_curves(points, means), bound)}
     for number, each in enumerate(spaces.values()):
         name = "latents" if len(spaces) == 1 else f"latents_{number}"
-        drawn[name] = _draw_latents(each, projection)
+        try:
+            drawn[name] = _draw_latents(each, projection)
+        except Exception as error:  # the tables are worth more than a picture
+            print(f"{name}.png can't be drawn: {type(error).__name__}: {error}")
     for name, figure in drawn.items():
         figure.savefig(base / f"{name}.png", dpi=150)
     _to_tensorboard(rows, drawn, base)
@@ -82,12 +85,10 @@ class _Spaces(NamedTuple):
 
 
 def _draw_latents(spaces: _Spaces, projection: figures.Projection) -> Figure:
-    spaces.data.prepare_data()
-    spaces.data.setup("test")
     some = dict(_evenly_spaced(list(spaces.models.items()), _SHOWN))
     if len(some) < len(spaces.models):
         print(f"Of {len(spaces.models)} latent spaces {len(some)} are shown.")
-    return figures.compare_latents(some, spaces.data.test_dataloader(), projection=projection)
+    return figures.compare_latents(some, plan.test_loader(spaces.data), projection=projection)
 
 
 def _caption(point: Point, row: Row, several: bool) -> str:

@@ -14,7 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
 
 from lightning_vae import VAE
 from lightning_vae.cli import vae_cli
@@ -250,6 +252,47 @@ def test_all_scalars_of_the_evaluation_are_columns(calls, monkeypatch):
     assert "knn_accuracy_mean" not in mean
 
 
+class FewForTheTest(LightningDataModule):
+    """Vectors, ``size`` of them for the test, in loaders that may ask for a Trainer."""
+
+    shape, levels = (3,), None
+
+    def __init__(self, size: int = 6) -> None:
+        super().__init__()
+        self.x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+        self.size = size
+
+    def train_dataloader(self):
+        return DataLoader(self.x, 20)
+
+    def val_dataloader(self):
+        return DataLoader(self.x, 20)
+
+    def test_dataloader(self):
+        return {"only": DataLoader(self.x[: self.size], 2 * self.trainer.world_size)}
+
+
+class NoneForTheTest(FewForTheTest):
+    test_dataloader = LightningDataModule.test_dataloader
+
+
+FEW = ["sweep", "--config", LINEAR, f"--data={FewForTheTest.__module__}.FewForTheTest", "--trainer.max_epochs=1",
+       "--trainer.log_every_n_steps=1", "--lr_scheduler=null", "--model.latent_dim=2"]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers", "ignore:.*does not have many")
+@pytest.mark.parametrize("size", [pytest.param(6, marks=pytest.mark.exhaustive), 1])
+def test_a_point_with_few_test_observations_is_measured(size, calls, capsys):
+    main([*FEW, f"--data.size={size}"])
+    assert kinds(calls) == ["fit", "test"]
+    (row,) = table("results")
+    assert (row["observations"], row["verdict"]) == (str(size), "")
+    assert float(row["nll"]) > 0
+    assert ("latents.png can't be drawn: ValueError: `loader` must hold at least 2" in capsys.readouterr().out) == (
+        size == 1
+    )
+
+
 BETAS = "a list of numbers such as [0.1, 1, 10]"
 SEEDS = "a list of whole numbers from 0 to 4294967295 such as [0, 1, 2]"
 VARIED = 'OPTION=LIST such as model.latent_dim="[2, 8]"'
@@ -270,6 +313,20 @@ BROKEN = {
     "no jobs": (["--config", LINEAR, "--jobs", "0"], "`--jobs` must be a whole number of at least 1, got 0."),
     "jobs in words": (["--config", LINEAR, "--jobs", "many"], "at least 1, got 'many'."),
     "no samples": (["--config", LINEAR, "--evaluation.samples", "0"], "`--evaluation.samples` must be a whole number"),
+    "few to compare": (["--config", LINEAR, "--evaluation.samples", "9"], "a whole number of at least 10, got 9."),
+    "no checkpoint": (
+        ["--config", LINEAR, "--trainer.callbacks=CollapseDetector", "--trainer.enable_checkpointing=false"],
+        "`trainer.callbacks` must hold a ModelCheckpoint",
+    ),
+    "no test data": (
+        [*FEW[1:], f"--data={FewForTheTest.__module__}.NoneForTheTest"],
+        "`test_dataloader` must be implemented",
+    ),
+    "an empty test set": ([*FEW[1:], "--data.size=0"], "`loader` is empty"),
+    "a beta that is wrong once the variance is known": (
+        ["--config", LINEAR, "--model.likelihood.variance=learned", "--betas=[1, -1]"],
+        "`beta` must be a finite number",
+    ),
     "an option that fit does not know": (["--config", LINEAR, "--betaz", "[1]"], "betaz"),
     "an option that is nearly the sweep's": (["--config", LINEAR, "--beta", "[1]"], "train.py sweep --help"),
     "a value that the model refuses": (["--config", LINEAR, "--betas", "[1, -1]"], "`beta` must be a finite number"),
@@ -291,3 +348,16 @@ def test_wrong_input_ends_in_one_message_before_anything_is_run(case, calls, cap
     assert len(error) < 500
     assert calls == []
     assert list(Path().iterdir()) == []
+
+
+def test_a_folder_that_can_not_be_written_to_is_said_before_anything_is_run(calls, capsys, monkeypatch):
+    def refuse(**options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("lightning_vae.sweep.command.tempfile.TemporaryFile", refuse)
+    with pytest.raises(SystemExit):
+        main(SWEEP)
+    assert (
+        "`--folder`, `--name`: sweeps/linear can't be made or written to: Permission denied." in capsys.readouterr().err
+    )
+    assert calls == []
