@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,18 +14,33 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
+_OLDEST = {"torch": "2.6", "lightning.pytorch": "2.5", "pytorch_lightning": "2.5"}
+
+
+def _is_supported(package: ModuleType) -> bool:
+    """Return whether a package is new enough: an older one would fail in the middle of a run."""
+    installed, oldest = (re.findall(r"\d+", text)[:2] for text in (package.__version__, _OLDEST[package.__name__]))
+    return list(map(int, installed)) >= list(map(int, oldest))
+
+
 if TYPE_CHECKING:
     from lightning.pytorch import Callback as _Callback
     from lightning.pytorch import LightningModule, Trainer
 else:
     # `lightning.pytorch` and `pytorch_lightning` have distinct class trees, and the Trainer and LightningCLI of each
     # refuse the other's callbacks. Deriving from both satisfies both; every hook has the same signature in each.
-    _bases = []
+    _packages = [torch]
     for _name in ("lightning.pytorch", "pytorch_lightning"):
-        try:
-            _bases.append(importlib.import_module(_name).Callback)
-        except ImportError:
-            continue
+        with suppress(ImportError):
+            _packages.append(importlib.import_module(_name))
+    _found = [f"{_package.__name__} {_package.__version__}" for _package in _packages]
+    _supported = [_package for _package in _packages if _is_supported(_package)]
+    _bases = [_package.Callback for _package in _supported if _package is not torch]
+    if torch not in _supported or not _bases:
+        raise ImportError(
+            f"These callbacks need torch {_OLDEST['torch']} and lightning or pytorch_lightning "
+            f"{_OLDEST['lightning.pytorch']}, or newer ones, but found {' and '.join(_found)}."
+        )
     _Callback = type("_Callback", tuple(dict.fromkeys(_bases)), {})
 
 

@@ -3,6 +3,9 @@
 from typing import TYPE_CHECKING
 
 from .version import __version__ as __version__
+from .version import check_versions
+
+check_versions()
 
 if TYPE_CHECKING:
     from .checkpoints.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO

@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from importlib import import_module
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 import lightning_vae
+from lightning_vae.callbacks import base
+from lightning_vae.version import OLDEST
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = {
@@ -187,6 +190,54 @@ def test_a_copied_callbacks_folder_trains_under_another_name(package, missing, t
     keys = ["collapse/alarm", "knobs/beta", "knobs/free_bits", "latent/active_fraction", "latent/active_units",
             "latent/at_floor", "latent/marginal_kl", "latent/mutual_information"]  # fmt: skip
     assert python("-c", PROJECT, package, "lightning_vae", *missing, cwd=tmp_path).strip() == f"{used} {keys}"
+
+
+def test_the_oldest_versions_are_those_that_the_package_declares():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    declared = {re.split("[><=]", each)[0]: re.search(r">=([\d.]+)", each)[1] for each in dependencies}
+    assert {name: declared[name] for name in OLDEST} == OLDEST
+    oldest = {"torch": declared["torch"]} | dict.fromkeys(
+        ("lightning.pytorch", "pytorch_lightning"), declared["lightning"]
+    )
+    assert oldest == base._OLDEST
+
+
+@pytest.mark.parametrize(("package", "installed"), [("lightning", "1.9.5"), ("torch", "2.5.1+cu121")])
+def test_importing_the_package_names_what_is_too_old(package, installed):
+    script = (
+        "import importlib.metadata as metadata; version = metadata.version;"
+        f"metadata.version = lambda name: {installed!r} if name == {package!r} else version(name);"
+        "import lightning_vae"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    needed = f"lightning_vae needs {package} {OLDEST[package]} or newer, but {installed} is installed"
+    assert result.stderr.splitlines()[-1].startswith(f"ImportError: {needed}")
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning", "torch"])
+def test_a_copied_callbacks_folder_names_what_is_too_old(package, tmp_path):
+    """Set a version back; the Lightnings have nothing else, so a name that is read before the version is compared fails."""
+    shutil.copytree(ROOT / "callbacks", tmp_path / "mine", ignore=shutil.ignore_patterns("__pycache__"))
+    script = f"""
+import sys, types, torch
+for name in ("lightning", "lightning.pytorch", "pytorch_lightning"):
+    sys.modules[name] = None
+if {package!r} == "torch":
+    torch.__version__ = "2.5.1"
+else:
+    for name in ({package!r}.partition(".")[0], {package!r}):
+        sys.modules[name] = types.ModuleType(name)
+        sys.modules[name].__version__ = "1.9.5"
+import mine
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    said = result.stderr.splitlines()[-1]
+    found = "torch 2.5.1" if package == "torch" else f"{package} 1.9.5"
+    assert said.startswith(
+        "ImportError: These callbacks need torch 2.6 and lightning or pytorch_lightning 2.5, or newer"
+    )
+    assert found in said
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "callbacks").rglob("*.py")), ids=lambda path: path.stem)
