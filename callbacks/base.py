@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -29,17 +29,20 @@ if TYPE_CHECKING:
 else:
     # `lightning.pytorch` and `pytorch_lightning` have distinct class trees, and the Trainer and LightningCLI of each
     # refuse the other's callbacks. Deriving from both satisfies both; every hook has the same signature in each.
-    _packages = [torch]
+    _bases, _found = [], [f"torch {torch.__version__}"]
     for _name in ("lightning.pytorch", "pytorch_lightning"):
-        with suppress(ImportError):
-            _packages.append(importlib.import_module(_name))
-    _found = [f"{_package.__name__} {_package.__version__}" for _package in _packages]
-    _supported = [_package for _package in _packages if _is_supported(_package)]
-    _bases = [_package.Callback for _package in _supported if _package is not torch]
-    if torch not in _supported or not _bases:
+        try:
+            _package = importlib.import_module(_name)
+        except ImportError as _error:
+            _found.append(f"no {_name} ({_error})")
+            continue
+        _found.append(f"{_name} {_package.__version__}")
+        if _is_supported(_package):
+            _bases.append(_package.Callback)
+    if not (_bases and _is_supported(torch)):
         raise ImportError(
             f"These callbacks need torch {_OLDEST['torch']} and lightning or pytorch_lightning "
-            f"{_OLDEST['lightning.pytorch']}, or newer ones, but found {' and '.join(_found)}."
+            f"{_OLDEST['lightning.pytorch']}, or newer ones, but found {', '.join(_found)}."
         )
     _Callback = type("_Callback", tuple(dict.fromkeys(_bases)), {})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 
 import torch
 from lightning.pytorch.cli import ArgsType
@@ -24,7 +25,7 @@ def main(args: ArgsType = None) -> None:
     os.environ.setdefault("TQDM_MINITERS", "20")
     sys.path.insert(0, os.getcwd())  # a config may name classes in the current directory
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, list) and given[:1] == ["sweep"]:
+    if isinstance(given, Sequence) and list(given[:1]) == ["sweep"]:
         from .sweep.command import sweep  # imported here because only a sweep needs it
 
         sweep(given[1:])

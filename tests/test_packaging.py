@@ -77,16 +77,18 @@ def modules(inside):
     }
 
 
-def test_the_wheel_holds_the_three_folders_and_nothing_else(wheel):
+CONFIGS = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
+
+
+def test_the_wheel_holds_the_three_folders_and_the_configs_and_nothing_else(wheel):
     names = {name for name in contents(wheel[0]) if ".dist-info/" not in name}
-    assert names == modules("wheel") | {"lightning_vae/py.typed"}
+    assert names == modules("wheel") | {"lightning_vae/py.typed"} | {f"lightning_vae/{config}" for config in CONFIGS}
 
 
 def test_the_sdist_has_what_a_wheel_is_built_from(wheel):
     with tarfile.open(wheel[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    configs = {str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml")}
-    assert modules("sdist") | configs | {"pyproject.toml", "README.md", "LICENSE", "train.py"} <= names
+    assert modules("sdist") | CONFIGS | {"pyproject.toml", "README.md", "LICENSE", "train.py"} <= names
 
 
 def test_the_sdist_builds_the_same_wheel(wheel, tmp_path):
@@ -111,6 +113,16 @@ def test_the_wheel_works_beside_folders_of_the_same_names(wheel, tmp_path):
         "from lightning_vae.datamodules import Digits; assert callbacks.OWN and datamodules.OWN; print(ours.__file__)"
     )
     assert str(tmp_path / "site") in python("-c", script, str(tmp_path / "site"), cwd=project)
+
+
+@pytest.mark.exhaustive
+def test_the_configs_of_a_wheel_are_found_by_name_from_any_folder(wheel, tmp_path):
+    zipfile.ZipFile(wheel[0]).extractall(tmp_path / "site")
+    script = "import sys; sys.path.insert(1, sys.argv.pop(1)); from lightning_vae.main import main; main()"
+    arguments = ["fit", "--config", "digits", "--config=configs/overlays/annealed.yaml", "--print_config"]
+    printed = python("-c", script, str(tmp_path / "site"), *arguments, cwd=tmp_path)
+    assert "Digits" in printed
+    assert "KLAnnealing" in printed
 
 
 def test_importing_the_callbacks_is_light():
@@ -217,7 +229,7 @@ def test_importing_the_package_names_what_is_too_old(package, installed):
 @pytest.mark.sampled(1)
 @pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning", "torch"])
 def test_a_copied_callbacks_folder_names_what_is_too_old(package, tmp_path):
-    """Set a version back; the Lightnings have nothing else, so a name that is read before the version is compared fails."""
+    """Set a version back; of a Lightning there is nothing else, as its names must not be read before that."""
     shutil.copytree(ROOT / "callbacks", tmp_path / "mine", ignore=shutil.ignore_patterns("__pycache__"))
     script = f"""
 import sys, types, torch

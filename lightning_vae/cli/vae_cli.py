@@ -5,8 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import re
+import sys
 import threading
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,11 +48,44 @@ _NOT_FOR_USERS = (
 )
 
 
+_CONFIGS = Path(__file__).parents[1] / "configs"
+
+
 class Parser(LightningArgumentParser):
-    """A parser that rejects abbreviations and reports an error as one message instead of listing all options."""
+    """A parser that rejects abbreviations and reports an error as one message instead of listing all options.
+
+    A ``--config`` that is not a file may name one that comes with the package, such as ``digits``.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    @override
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+        return super().parse_args(list(self._with_found(sys.argv[1:] if args is None else args)), *rest, **options)
+
+    def _with_found(self, arguments: Sequence[str]) -> Iterator[str]:
+        """Yield the arguments, with the path of each config that comes with the package in place of its name."""
+        follows = False
+        for argument in arguments:
+            option, joined, name = argument.partition("=")
+            if follows:
+                yield self._found(argument)
+            else:
+                yield f"{option}={self._found(name)}" if option == "--config" and joined else argument
+            follows = argument in ("-c", "--config") and not follows
+
+    def _found(self, config: str) -> str:
+        """Return the path of a config that is given by its path or, if the package brings it, by its name."""
+        if os.path.exists(config) or not re.fullmatch(r"[\w.+/-]+", config) or config == "-":
+            return config  # a file, or a config that is given as text
+        if "+" in config:  # a sweep lays one over another
+            return "+".join(map(self._found, config.split("+")))
+        name = config.removeprefix("configs/").removesuffix(".yaml")
+        shipped = {path.relative_to(_CONFIGS).with_suffix("").as_posix(): path for path in _CONFIGS.rglob("*.yaml")}
+        if name not in shipped:
+            self.error(f"`--config`: there is no file {config!r}. The package brings {', '.join(sorted(shipped))}.")
+        return str(shipped[name])
 
     @override
     def validate(self, namespace: Namespace, _skip_unset: bool = True, **kwargs: Any) -> None:

@@ -443,3 +443,29 @@ def test_no_other_file_names_them():
         for path in (ROOT / folder).rglob("*.py"):
             if path.name != "vae_cli.py":
                 assert not re.search("|".join(OVERRIDDEN), path.read_text()), path
+
+
+@pytest.mark.parametrize("config", [["--config=linear"], ["-c", "configs/linear.yaml"], ["--config", "linear.yaml"]])
+def test_a_config_of_the_package_is_found_by_its_name(config, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", *config, "--config", "overlays/annealed", "--print_config"])
+    printed = capsys.readouterr().out
+    assert exit_.value.code == 0
+    assert "Gaussian" in printed
+    assert "KLAnnealing" in printed
+
+
+def test_a_file_comes_before_a_config_of_the_package(capsys):
+    Path("linear.yaml").write_text("data: {class_path: Digits}")
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "linear.yaml", "--print_config"])
+    assert "Digits" in capsys.readouterr().out
+
+
+def test_a_config_that_is_nowhere_lists_those_of_the_package(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["fit", "--config", "digts.yaml"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert "`--config`: there is no file 'digts.yaml'. The package brings collapse, " in error
+    assert " digits, " in error

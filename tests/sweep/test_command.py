@@ -330,7 +330,8 @@ BROKEN = {
     "an option that fit does not know": (["--config", LINEAR, "--betaz", "[1]"], "betaz"),
     "an option that is nearly the sweep's": (["--config", LINEAR, "--beta", "[1]"], "train.py sweep --help"),
     "a value that the model refuses": (["--config", LINEAR, "--betas", "[1, -1]"], "`beta` must be a finite number"),
-    "a missing config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    "a missing config": (["--config", "nowhere.yaml"], "there is no file 'nowhere.yaml'"),
+    "a missing overlay": (["--config", "digits+overlays/anneald"], "overlays/annealed"),
     "a missing checkpoint": (["--checkpoints", "nowhere.ckpt"], "there is no file 'nowhere.ckpt'"),
 }
 
