@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
@@ -77,8 +78,9 @@ class EvaluationReport(Callback):
         assert isinstance(pl_module, VAE)
         loader = all_loaders(trainer.test_dataloaders)[0]
         number = trainer.num_test_batches[0]
-        if number < (sized_len(loader) or math.inf):  # `limit_test_batches`
-            loader = _First(loader, int(number))
+        limit = int(number) if number < (sized_len(loader) or math.inf) else None  # `limit_test_batches`
+        if limit is not None or _has_transfer_hooks(trainer):
+            loader = _AsTested(trainer, loader, limit)
         result = evaluate(
             pl_module, loader, self.importance_samples, self.observations, self.samples, own_metrics=self.metrics
         )
@@ -114,14 +116,21 @@ def all_loaders(loaders: Any) -> list[Iterable[Any]]:
     return list(loaders) if isinstance(loaders, Sequence) else [loaders]
 
 
-class _First:
-    """The first batches of a loader, on every iteration."""
+class _AsTested:
+    """The batches of a loader as a test step sees them, on every iteration: not all, and after the transfer's hooks."""
 
-    def __init__(self, loader: Iterable[Any], number: int) -> None:
-        self.loader, self.number = loader, number
+    def __init__(self, trainer: Trainer, loader: Iterable[Any], limit: int | None) -> None:
+        self.trainer, self.loader, self.limit = trainer, loader, limit
 
     def __iter__(self) -> Iterator[Any]:
-        return islice(self.loader, self.number)
+        return map(self.trainer.strategy.batch_to_device, islice(self.loader, self.limit))
+
+
+def _has_transfer_hooks(trainer: Trainer) -> bool:
+    """Return whether the data module or the model changes batches on their way to the device."""
+    data: Any = getattr(trainer, "datamodule", None)
+    hooks = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    return any(is_overridden(hook, owner) for owner in (data, trainer.lightning_module) if owner for hook in hooks)
 
 
 @torch.no_grad()

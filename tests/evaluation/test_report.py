@@ -1,7 +1,9 @@
 import pytest
 import torch
+from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_vae.evaluation import evaluate
 from lightning_vae.evaluation.report import EvaluationReport, draw
 from tests.doubles import ForeignModule, digits, optimal_linear_vae, quiet_trainer, small_vae
 
@@ -74,3 +76,27 @@ def test_what_can_not_be_evaluated_is_refused_before_a_step(tmp_path):
         run_test(tmp_path, optimal_linear_vae(x, 1, 0.1), iter([x]))
     with pytest.raises(ValueError, match=r"already taken, got \['nll'\]"):
         EvaluationReport(metrics={"nll": len})
+
+
+class Rescaled(LightningDataModule):
+    """Vectors that a hook brings to their scale on the way to the device."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.x = x
+
+    def test_dataloader(self):
+        return DataLoader(255 * self.x, 10)
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch / 255
+
+
+@pytest.mark.filterwarnings("ignore:Without a logger")
+def test_batches_are_evaluated_as_a_test_step_sees_them(tmp_path, capsys):
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    vae = optimal_linear_vae(x, 2, 0.1)
+    trainer = quiet_trainer(tmp_path, callbacks=[EvaluationReport(importance_samples=2)])
+    trainer.test(vae, datamodule=Rescaled(x), verbose=False)
+    expected = evaluate(vae, DataLoader(x, 10), importance_samples=2)
+    assert f"NLL                       {expected.nll:.4g} " in capsys.readouterr().out
