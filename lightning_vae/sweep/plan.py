@@ -10,7 +10,7 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,11 +189,11 @@ def rehearse(built: Unrun) -> None:
     if not built.trainer.checkpoint_callbacks:
         raise ValueError("`trainer.callbacks` must hold a ModelCheckpoint: without a checkpoint nothing is evaluated.")
     with _silence():
-        evaluate(built.model, list(itertools.islice(test_loader(built.datamodule), 1)), importance_samples=1)
+        evaluate(built.model, list(itertools.islice(test_batches(built.datamodule), 1)), importance_samples=1)
 
 
-def test_loader(data: LightningDataModule) -> Iterable[Any]:
-    """Return the loader that ``test`` evaluates: the first, if there are several.
+def test_batches(data: LightningDataModule) -> Iterator[Any]:
+    """Yield the batches that ``test`` evaluates, after the data module's hooks: those of the first of several loaders.
 
     Args:
         data: The data module. Hooks of its own may ask for a Trainer, so it gets one on the CPU.
@@ -204,7 +204,9 @@ def test_loader(data: LightningDataModule) -> Iterable[Any]:
         )
         data.prepare_data()
         data.setup("test")
-        return all_loaders(data.test_dataloader())[0]
+        loader = all_loaders(data.test_dataloader())[0]
+    for batch in loader:
+        yield data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
 
 
 def data_of(config: Path) -> tuple[str, LightningDataModule]:

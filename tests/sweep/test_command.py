@@ -263,13 +263,16 @@ class FewForTheTest(LightningDataModule):
         self.size = size
 
     def train_dataloader(self):
-        return DataLoader(self.x, 20)
+        return DataLoader(1e30 * self.x, 20)
 
     def val_dataloader(self):
-        return DataLoader(self.x, 20)
+        return DataLoader(1e30 * self.x, 20)
 
     def test_dataloader(self):
-        return {"only": DataLoader(self.x[: self.size], 2 * self.trainer.world_size)}
+        return {"only": DataLoader(1e30 * self.x[: self.size], 2 * self.trainer.world_size)}
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        return batch / 1e30
 
 
 class NoneForTheTest(FewForTheTest):
