@@ -180,7 +180,7 @@ def test_a_wrong_option_of_the_evaluation_ends_in_one_message(run, capsys):
         main(["test", *DIGITS, *SHORT, "--model.beta=0.5", f"--ckpt_path={run / 'checkpoints' / 'best.ckpt'}",
               "--evaluation.importance_samples=0"])  # fmt: skip
     assert exit_.value.code == 2
-    assert "`importance_samples` must be at least 1, got 0" in capsys.readouterr().err
+    assert "`importance_samples` must be at least 1, a whole number, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict"])
