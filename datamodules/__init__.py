@@ -6,7 +6,7 @@ from .digits import Digits
 from .gaussian import Gaussian
 from .images import Images
 from .linear_vae_optimum import LinearVAEOptimum, linear_vae_optimum
-from .loaders.batch_loader import BatchLoader
+from .loaders.batch_loader import BatchLoader, DataError
 from .loaders.stream_loader import StreamLoader
 from .loaders.tensor_loader import TensorLoader
 from .mnist import KMNIST, MNIST, FashionMNIST
@@ -19,6 +19,7 @@ __all__ = [
     "MNIST",
     "SVHN",
     "BatchLoader",
+    "DataError",
     "DataModule",
     "Digits",
     "FashionMNIST",

@@ -1,10 +1,14 @@
 """Base class of the data modules, and functions to split a data set."""
 
+import hashlib
+import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,6 +29,8 @@ class DataModule(pl.LightningDataModule, ABC):
     Training and validation are parts of the training data. Only `test` and `predict` use the test split; `predict` goes
     through all of it in order.
 
+    A checkpoint holds a fingerprint of the splits. A run that continues or uses it over other data warns.
+
     On a GPU, a split that takes at most a quarter of the free memory is copied there once, when its loader is made. Its
     batches are then cut on the GPU: the same batches in the same order, without a copy per batch.
 
@@ -35,6 +41,7 @@ class DataModule(pl.LightningDataModule, ABC):
     Attributes:
         shape: Shape of one observation, known before the data are read.
         levels: Number of integer levels of the raw data; None for real-valued data.
+        class_names: Name of each class, by label; empty if the classes have no names.
 
     Raises:
         ValueError: If `batch_size` is below 1.
@@ -42,6 +49,7 @@ class DataModule(pl.LightningDataModule, ABC):
 
     shape: tuple[int, ...]
     levels: int | None
+    class_names: Sequence[str] = ()
 
     def __init__(self, batch_size: int = 128, seed: int = 0) -> None:
         check_batch_size(batch_size)
@@ -49,17 +57,49 @@ class DataModule(pl.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.seed = seed
         self._splits: dict[str, Tensors] = {}
+        self._checksums: dict[str, str] = {}
 
     @override
     def setup(self, stage: str) -> None:
-        """Read the splits that a stage needs, once.
+        """Read the splits that a stage needs, once, and print what they hold.
 
         Args:
             stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
         """
         test = stage in ("test", "predict")
         if ("test" if test else "train") not in self._splits:
-            self._splits.update(self._read_test() if test else self._read_train())
+            found = self._read_test() if test else self._read_train()
+            self._splits.update(found)
+            self._report(found)
+
+    def file_names(self, stage: str) -> Sequence[str]:  # noqa: ARG002  # for data sets of files
+        """Return the file of each observation of a stage, by index; empty if the observations have no files.
+
+        Args:
+            stage: `"test"` or `"predict"`.
+        """
+        return ()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        fingerprint = self._fingerprint()
+        return {"fingerprint": fingerprint} if fingerprint else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Warn if the data are not those of the checkpoint.
+
+        Args:
+            state_dict: `state_dict()` of the run that saved the checkpoint.
+        """
+        before, now = state_dict.get("fingerprint", {}), self._fingerprint()
+        changes = [_change(name, before[name], now[name]) for name in before if name in now]
+        if changes := list(filter(None, changes)):
+            rank_zero_warn(
+                f"{type(self).__name__}: the checkpoint was trained on other data: {'; '.join(changes)}. Results"
+                " can't be compared with earlier ones, and after another split a test may contain observations that"
+                " were trained on. If you did not mean that, use the data, the seed and the fractions of that run."
+            )
 
     @override
     def train_dataloader(self) -> BatchLoader:
@@ -89,6 +129,22 @@ class DataModule(pl.LightningDataModule, ABC):
     @abstractmethod
     def _read_test(self) -> dict[str, Tensors]:
         """Return the split `"test"`."""
+
+    def _report(self, found: Mapping[str, Tensors]) -> None:
+        """Print how many observations each split has, and how many each class."""
+        labels = [tensors["label"] for tensors in found.values() if "label" in tensors]
+        text = f"{type(self).__name__}: {sizes({name: len(tensors['x']) for name, tensors in found.items()})}."
+        rank_zero_info(text + (f" {class_counts(torch.cat(labels), self.class_names)}" if labels else ""))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """Return what identifies the data: of each known split, the number of observations and a checksum."""
+        for name, tensors in self._splits.items():
+            if name not in self._checksums:
+                self._checksums[name] = _checksum(tensors)
+        return {
+            name: {"observations": len(tensors["x"]), "checksum": self._checksums[name]}
+            for name, tensors in self._splits.items()
+        }
 
     def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
         return TensorLoader(self._tensors(split), self.batch_size, shuffle=shuffle, seed=self.seed)
@@ -123,6 +179,25 @@ def split_indices(size: int, fraction: float, seed: int, name: str) -> tuple[Ten
     return order[count:].sort().values, order[:count].sort().values
 
 
+def split_of_name(name: str, fractions: Mapping[str, float], seed: int) -> str:
+    """Return the split of an observation, which depends on nothing but its name, the fractions and the seed.
+
+    So an observation that is added or removed moves no other, and the sizes of the splits are approximate.
+
+    Args:
+        name: What identifies the observation, such as the path of its file.
+        fractions: By split, its share of what the splits before it have left. The rest is `"train"`.
+        seed: Seed of the split.
+    """
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    position = int.from_bytes(digest[:8], "big") / 2**64  # uniform in [0, 1)
+    for split, fraction in fractions.items():
+        if position < fraction:
+            return split
+        position = (position - fraction) / (1 - fraction)
+    return "train"
+
+
 def split_tensors(tensors: Tensors, fraction: float, seed: int) -> dict[str, Tensors]:
     """Split a training set into `"train"` and `"val"`.
 
@@ -136,6 +211,51 @@ def split_tensors(tensors: Tensors, fraction: float, seed: int) -> dict[str, Ten
         name: {key: tensor.index_select(0, index) for key, tensor in tensors.items()}
         for name, index in (("train", train), ("val", val))
     }
+
+
+def sizes(observations: Mapping[str, int]) -> str:
+    """Return the number of observations in each split, as text."""
+    return f"{sum(observations.values())} observations, " + ", ".join(
+        f"{count} in {name}" for name, count in observations.items()
+    )
+
+
+def class_counts(labels: Tensor, names: Sequence[str]) -> str:
+    """Return the number of observations in each class, as text.
+
+    Args:
+        labels: The class of each observation, `(N,)`.
+        names: Name of each class, by label; empty for classes without names.
+    """
+    values, counts = labels.unique(return_counts=True)
+    pairs = zip(values.tolist(), counts.tolist(), strict=True)
+    return f"Classes: {shortened(f'{names[value] if names else value} ({count})' for value, count in pairs)}."
+
+
+def shortened(items: Iterable[str]) -> str:
+    """Join the first ten items, and say how many follow."""
+    known = list(items)
+    return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
+
+
+def _checksum(tensors: Tensors) -> str:
+    value = 0
+    for name in sorted(tensors):
+        value = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), value)
+    return f"{value:08x}"
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """Describe a difference between two entries of a fingerprint; empty if there is none."""
+    if before == now:
+        return ""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        counts = before.get("observations"), now.get("observations")
+        same = counts[0] == counts[1]
+        return f"{name} has other observations" if same else f"{name} has {counts[1]} observations, had {counts[0]}"
+    if isinstance(before, list) and isinstance(now, list):
+        before, now = shortened(map(str, before)), shortened(map(str, now))
+    return f"{name}: {before} -> {now}"
 
 
 def check_fraction(name: str, value: float) -> None:

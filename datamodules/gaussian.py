@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,11 @@ class Gaussian(DataModule):
     @override
     def _read_test(self) -> dict[str, Tensors]:
         return {"test": self._draw("test")}
+
+    @override
+    def _fingerprint(self) -> dict[str, Any]:
+        # The options say all, also of splits that are not drawn.
+        return {"eigenvalues": list(self.eigenvalues), "size": self.size, "seed": self.seed}
 
     def _draw(self, split: str) -> dict[str, Tensor]:
         scales = torch.tensor(self.eigenvalues, dtype=torch.float64).sqrt()

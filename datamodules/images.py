@@ -1,27 +1,63 @@
 """A folder of your own images."""
 
+import hashlib
 import math
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
-from .base import DataModule, Tensors, check_fraction, split_indices
+from .base import DataModule, Tensors, check_fraction, class_counts, shortened, sizes, split_of_name
 from .loaders.batch_loader import BatchLoader
-from .loaders.image_files import ImageFiles, find_images
+from .loaders.image_files import ImageFiles, counted, find_images, inspect_images, refuse
 from .loaders.stream_loader import StreamLoader
 from .loaders.tensor_loader import TensorLoader
+
+_SPLIT_FOLDERS = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A file, its name below the root, its class folder, and the folder that fixes its split; both may be empty."""
+
+    path: Path
+    name: str
+    class_name: str
+    split: str
 
 
 class Images(DataModule):
     """A folder of images of any size, flat or with one sub-folder for each class.
 
     Images are resized until they just cover `size`, then cropped in the centre. Files come in the order of their paths.
-    With class folders, the label of an image is the number of its class folder in alphabetical order. Without
-    `test_root`, a part of the images is kept for the test and then a part of the rest for validation.
+    With class folders, the label of an image is the number of its class folder in alphabetical order. Links to files
+    and folders are followed.
+
+    The split of an image depends only on its path below `root`, the seed and the fractions. So images that are added or
+    removed move no other, and the sizes of the splits are approximate. Folders called `train`, `val` (`valid`,
+    `validation`) and `test` are splits, not classes: their images, flat or in class folders, are used as such, and a
+    split without a folder is taken from `train`.
+
+    Before the first step the header of each file is read, and all files that can't be used are named. `fit` prints what
+    was found, what was passed over and how it was split.
 
     Images within `memory_budget` are read once and kept in memory as uint8. More images than that are read from their
-    files during training, in the same order and with the same flips.
+    files during training, in the same order and with the same flips; a file whose pixels turn out to be damaged then
+    ends the run with one message.
 
     Args:
         root: Folder of images, or of class folders of images.
@@ -29,8 +65,12 @@ class Images(DataModule):
         channels: 1 for grey, 3 for colour.
         flip: Whether to mirror each training image left to right with probability one half.
         test_root: Folder of the test images, laid out like `root`. Without it they are a part of `root`.
-        val_fraction: Share kept for validation, of the images that are not for the test.
-        test_fraction: Share kept for the test, if there is no `test_root`.
+        val_fraction: Approximate share kept for validation, of the images that are not for the test, if there is no
+            folder `val`.
+        test_fraction: Approximate share kept for the test, if there is no `test_root` and no folder `test`.
+        background: Colour behind transparent pixels: a name, such as `"white"`, or `"#rrggbb"`.
+        skip_broken: Whether to leave out files that can't be read, and name them, instead of ending. All images are
+            then decoded once before the first step.
         memory_budget: Memory in GiB that the images of all splits may take as tensors.
         num_workers: Processes that read ahead for each loader, if the images exceed the memory budget; 0 for none.
         batch_size: Observations in a batch of one process.
@@ -51,6 +91,8 @@ class Images(DataModule):
         test_root: str | Path | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
+        background: str = "white",
+        skip_broken: bool = False,
         memory_budget: float = 2.0,
         num_workers: int = 2,
         batch_size: int = 128,
@@ -75,24 +117,45 @@ class Images(DataModule):
         self.test_fraction = test_fraction
         self.memory_budget = memory_budget
         self.num_workers = num_workers
+        self.background = background
+        self.skip_broken = skip_broken
         self.shape: tuple[int, int, int] = (channels, *sides)
+        self._colour = _rgb(background)
         self._files: dict[str, ImageFiles] = {}
 
     @override
     def setup(self, stage: str) -> None:
-        """Find the images; read those of a stage if all splits fit in memory.
+        """Find the images and print what was found; read those of a stage if all splits fit in memory.
 
         Args:
             stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
 
         Raises:
             FileNotFoundError: If a folder is missing or holds no images.
-            ValueError: If a folder has another layout, or an image can't be read.
+            DataError: If images can't be read.
+            ValueError: If a folder has another layout, or a split is empty.
         """
         if not self._files:
             self._files = self._find()
         if self._fits_in_memory():
             super().setup(stage)
+
+    @override
+    def file_names(self, stage: str) -> Sequence[str]:
+        return self._files["test" if stage == "predict" else stage].names
+
+    @override
+    def _report(self, found: Any) -> None:
+        """Leave it to `_find`, which knows the files."""
+
+    @override
+    def _fingerprint(self) -> dict[str, Any]:
+        if not self._files:
+            return {}
+        splits: dict[str, Any] = {
+            name: {"observations": len(files), "checksum": self._checksums[name]} for name, files in self._files.items()
+        }
+        return {**splits, "classes": list(self.class_names)}
 
     @override
     def _read_train(self) -> dict[str, Tensors]:
@@ -121,39 +184,139 @@ class Images(DataModule):
         return size <= self.memory_budget * 2**30
 
     def _find(self) -> dict[str, ImageFiles]:
-        paths = find_images(self.root)
-        classes = sorted(_classes(self.root, paths))
-        if self.test_root is None:
-            rest, test = split_indices(len(paths), self.test_fraction, self.seed, name="test_fraction")
-            test_files = self._image_files(self.root, [paths[index] for index in test], classes)
-            paths = [paths[index] for index in rest]
-        else:
-            test_files = self._test_files(self.test_root, classes)
-        train, val = split_indices(len(paths), self.val_fraction, self.seed, name="val_fraction")
-        return {
-            "train": self._image_files(self.root, [paths[index] for index in train], classes),
-            "val": self._image_files(self.root, [paths[index] for index in val], classes),
-            "test": test_files,
-        }
+        """Find the files, check them, split them, and print what was found."""
+        images, passed_over = _scan(self.root)
+        if self.test_root is not None:
+            if any(image.split == "test" for image in images):
+                raise ValueError(
+                    f"`test_root` is {self.test_root}, but `root` ({self.root}) has a folder of test images too."
+                    " Leave out `test_root`, or move that folder."
+                )
+            test_images, passed_over_too = _scan(self.test_root, split="test")
+            images, passed_over = images + test_images, passed_over + passed_over_too
+        headers = inspect_images([image.path for image in images], decode=self.skip_broken)
+        faults = {image.name: header.fault for image, header in zip(images, headers, strict=True) if header.fault}
+        if not self.skip_broken or len(faults) == len(images):
+            refuse(faults, len(images))
+        images = [image for image, header in zip(images, headers, strict=True) if not header.fault]
+        self.class_names = self._classes(images)
+        splits = self._split(images)
+        self._checksums = {name: _checksum(split) for name, split in splits.items()}
+        files = {name: self._image_files(split) for name, split in splits.items()}
 
-    def _test_files(self, root: Path, classes: list[str]) -> ImageFiles:
-        paths = find_images(root)
-        found = _classes(root, paths)
-        if not found.issubset(classes) or bool(found) != bool(classes):
+        lines = [
+            f"{type(self).__name__}: {self.root} has {sizes({name: len(split) for name, split in splits.items()})}."
+        ]
+        if derived := sorted({"val", "test"} - {image.split for image in images}):
+            lines.append(f"A hash of each path has chosen {' and '.join(derived)}, so the shares are approximate.")
+        if self.class_names:
+            labels = torch.tensor([self.class_names.index(image.class_name) for image in images])
+            lines.append(class_counts(labels, self.class_names))
+        if pages := sum(header.has_pages for header in headers):
+            passed_over["files, from their second page or frame on"] = pages
+        if passed_over:
+            lines.append(f"Passed over: {counted(passed_over)}.")
+        if faults:
+            lines.append(f"Left out: {shortened(f'{name} {fault}' for name, fault in faults.items())}.")
+        if transparent := sum(header.is_transparent for header in headers):
+            lines.append(f"Images with transparency: {transparent}, put on a background of {self.background}.")
+        rank_zero_info("\n  ".join(lines))
+        return files
+
+    def _split(self, images: Sequence[_Image]) -> dict[str, list[_Image]]:
+        given = {image.split for image in images}
+        fractions = {"test": self.test_fraction, "val": self.val_fraction}
+        fractions = {name: fraction for name, fraction in fractions.items() if name not in given}
+        splits: dict[str, list[_Image]] = {"train": [], "val": [], "test": []}
+        for image in images:
+            is_given = image.split in ("val", "test")
+            name = image.split if is_given else split_of_name(image.name, fractions, self.seed)
+            splits[name].append(image)
+        if empty := [name for name, split in splits.items() if not split]:
+            options = ", ".join(f"`{name}_fraction` {fraction}" for name, fraction in fractions.items())
             raise ValueError(
-                f"`test_root` must be laid out like `root`, with the class folders {classes or 'none'}, got"
-                f" {sorted(found) or 'none'} in {root}. Move or rename the images."
+                f"{' and '.join(empty)} would have none of the {len(images)} images of {self.root}, with {options}. A"
+                " hash of each path decides, so a small set may miss a split: choose other fractions or another `seed`,"
+                " add images, or put them in folders called train, val and test."
             )
-        return self._image_files(root, paths, classes)
+        return splits
 
-    def _image_files(self, root: Path, paths: list[Path], classes: list[str]) -> ImageFiles:
-        labels = torch.tensor([classes.index(_class(root, path)) for path in paths]) if classes else None
-        return ImageFiles(paths, labels, self.shape)
+    def _classes(self, images: Sequence[_Image]) -> list[str]:
+        """Return the class folders of the training images, which the other splits must share."""
+        found: dict[str, set[str]] = {}
+        for image in images:
+            found.setdefault(image.split or "train", set()).add(image.class_name)
+        classes = found["train"] - {""}
+        for split, names in found.items():
+            if not (names <= classes if classes else names == {""}):
+                outer = "`test_root`" if split == "test" and self.test_root else f"The folder {split} of `root`"
+                inner = "`root`" if outer == "`test_root`" else "train"
+                raise ValueError(
+                    f"{outer} must be laid out like {inner}, with the class folders {sorted(classes) or 'none'}, got"
+                    f" {sorted(names - {''}) or 'none'}. Move or rename the images."
+                )
+        return sorted(classes)
+
+    def _image_files(self, images: Sequence[_Image]) -> ImageFiles:
+        numbers = {name: number for number, name in enumerate(self.class_names)}
+        labels = torch.tensor([numbers[image.class_name] for image in images]) if numbers else None
+        names = [image.name for image in images]
+        return ImageFiles([image.path for image in images], names, labels, self.shape, self._colour)
 
 
-def _class(root: Path, path: Path) -> str:
-    return path.relative_to(root).parts[0]
+def _scan(root: Path, split: str = "") -> tuple[list[_Image], Counter[str]]:
+    """Find the images of a folder, their class folders and their splits.
+
+    Args:
+        root: The folder.
+        split: The split of all images. Without it, folders called train, val and test are splits.
+
+    Returns:
+        The images, and how many entries were passed over, by the reason.
+
+    Raises:
+        ValueError: If folders of splits are mixed with others, or images with folders of images.
+    """
+    paths, passed_over = find_images(root)
+    places = [path.relative_to(root) for path in paths]
+    folders = sorted({place.parts[0] for place in places if len(place.parts) > 1})
+    splits = {} if split else {name: _SPLIT_FOLDERS[name.lower()] for name in folders if name.lower() in _SPLIT_FOLDERS}
+    if splits and not (sorted(splits) == folders and sorted({*splits.values(), "train"}) == sorted(splits.values())):
+        raise ValueError(
+            f"{root} has the folders {shortened(folders)}. Folders called train, val and test are splits: then there"
+            " must be one for train, at most one for each other split, and no other folder. Rename a class of such a"
+            " name, or move the other folders away."
+        )
+    images = []
+    for path, place in zip(paths, places, strict=True):
+        folder = place.parts[:-1]
+        below = folder[1:] if splits else folder
+        name = os.fsencode(place.as_posix()).decode("utf-8", "backslashreplace")
+        its_split = splits[folder[0]] if splits else split
+        images.append(_Image(path, name, below[0] if below else "", its_split))
+    for its_split in {image.split for image in images}:
+        names = {image.class_name for image in images if image.split == its_split}
+        if "" in names and len(names) > 1:
+            raise ValueError(
+                f"{root / its_split if splits else root} has images beside folders of images. Put all of them in class"
+                " folders, or all in one folder without others."
+            )
+    return images, passed_over
 
 
-def _classes(root: Path, paths: list[Path]) -> set[str]:
-    return {_class(root, path) for path in paths if path.parent != root}
+def _checksum(images: Sequence[_Image]) -> str:
+    """Return a checksum of the names and sizes of files."""
+    entries = (f"{image.name}\0{image.path.stat().st_size}\n".encode() for image in images)
+    return hashlib.sha256(b"".join(entries)).hexdigest()[:16]
+
+
+def _rgb(background: str) -> tuple[int, int, int]:
+    from PIL import ImageColor
+
+    try:
+        red, green, blue = ImageColor.getcolor(background, "RGB")  # type: ignore[misc]  # three numbers in this mode
+    except ValueError:
+        raise ValueError(
+            f'`background` must be a colour without transparency, such as "white" or "#ffcc00", got {background!r}.'
+        ) from None
+    return red, green, blue

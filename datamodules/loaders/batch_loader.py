@@ -11,6 +11,13 @@ from .seeding import seeded_generator
 Batch = dict[str, Tensor]
 
 
+class DataError(ValueError):
+    """A fault in the data, with the name of the observation in its message.
+
+    The command line reports it as one message at any time of a run.
+    """
+
+
 class BatchLoader(ABC):
     """Base of the loaders: the order of the batches, the place in it, and each process's share.
 

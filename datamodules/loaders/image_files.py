@@ -1,14 +1,26 @@
 """Find and read image files."""
 
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .batch_loader import DataError
+
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+_TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
 class ImageFiles(Dataset[dict[str, Tensor]]):
@@ -16,97 +28,294 @@ class ImageFiles(Dataset[dict[str, Tensor]]):
 
     Args:
         paths: The files.
+        names: Their names in messages and tables.
         labels: Their classes, shape `(N,)`; None without classes.
         shape: Shape `(C, H, W)` of each image as a tensor.
+        background: Colour `(red, green, blue)` behind transparent pixels.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor | None, shape: tuple[int, int, int]) -> None:
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        names: Sequence[str],
+        labels: Tensor | None,
+        shape: tuple[int, int, int],
+        background: tuple[int, int, int],
+    ) -> None:
         self.paths = paths
+        self.names = names
         self.labels = labels
         self.shape = shape
+        self.background = background
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        item = {"x": read_image(self.paths[index], self.shape), "index": torch.tensor(index)}
+        item = {"x": read_image(self.paths[index], self.shape, self.background), "index": torch.tensor(index)}
         return item if self.labels is None else item | {"label": self.labels[index]}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Read all images into memory."""
+        """Read all images into memory.
+
+        Raises:
+            DataError: If files can't be read; all of them are named.
+        """
         x = torch.empty(len(self), *self.shape, dtype=torch.uint8)
+        faults = {}
         for index, path in enumerate(self.paths):
-            x[index] = read_image(path, self.shape)
+            try:
+                x[index] = read_image(path, self.shape, self.background)
+            except DataError as error:
+                faults[self.names[index]] = str(error.__cause__)
+        refuse(faults, len(self))
         return {"x": x} if self.labels is None else {"x": x, "label": self.labels}
 
 
-def find_images(root: Path) -> list[Path]:
-    """Return the image files of a folder, or of its class folders, in the order of their paths.
+@dataclass(frozen=True)
+class ImageHeader:
+    """What is known of an image file before its pixels are used.
 
-    Files and folders whose names start with a dot are skipped.
+    Attributes:
+        fault: Why it can't be read; empty if it can.
+        is_transparent: Whether it has an alpha channel or a transparent colour.
+        has_pages: Whether further pages or frames follow the first.
+    """
+
+    fault: str = ""
+    is_transparent: bool = False
+    has_pages: bool = False
+
+
+def find_images(root: Path) -> tuple[list[Path], Counter[str]]:
+    """Find the image files of a folder and of the folders below it, and count the rest.
+
+    Links to files and folders are followed. What starts with a dot is passed over.
 
     Args:
         root: The folder.
 
+    Returns:
+        The images, in the order of their paths; and how many entries were passed over, by the reason.
+
     Raises:
         FileNotFoundError: If the folder is missing or has no images.
         PermissionError: If a folder can't be read.
-        ValueError: If the folder has images beside folders of images.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}. Name the folder that holds the images.")
-    paths: list[Path] = []
-    for folder, subfolders, names in os.walk(root, onerror=_raise_unreadable):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        found = (Path(folder, name) for name in (*names, *subfolders) if not name.startswith("."))
-        paths += [path for path in found if path.suffix.lower() in SUFFIXES]
-    paths.sort()
+    passed_over: Counter[str] = Counter()
+    paths = sorted(_walk(root, (), passed_over))
     if not paths:
-        raise FileNotFoundError(f"{root} has no images. Put some there that end in one of {sorted(SUFFIXES)}.")
-    if len({path.parent == root for path in paths}) == 2:
-        raise ValueError(
-            f"{root} has images beside folders of images. Put all of them in class folders, or all in {root} itself."
+        rest = f" Passed over: {counted(passed_over)}." if passed_over else ""
+        raise FileNotFoundError(f"{root} has no images. Put some there that end in one of {sorted(SUFFIXES)}.{rest}")
+    return paths, passed_over
+
+
+def counted(passed_over: Counter[str]) -> str:
+    """Return counts as text, the most frequent first."""
+    return ", ".join(f"{count} {reason}" for reason, count in passed_over.most_common())
+
+
+def _walk(folder: Path, parents: tuple[str, ...], passed_over: Counter[str]) -> Iterator[Path]:
+    real = os.path.realpath(folder)
+    if real in parents:
+        passed_over["links in a circle"] += 1
+        return
+    found = False
+    try:
+        entries = list(os.scandir(folder))
+    except OSError as error:
+        raise PermissionError(
+            f"{folder} can't be read ({error.strerror}). Change its permissions, or move it away."
+        ) from error
+    for entry in entries:
+        path = folder / entry.name
+        suffix = path.suffix.lower()
+        if entry.name.startswith("."):
+            passed_over["hidden"] += 1
+        elif path.is_dir():
+            found = True
+            yield from _walk(path, (*parents, real), passed_over)
+        elif entry.is_symlink() and not path.exists():
+            passed_over["links that lead nowhere"] += 1
+        elif suffix in SUFFIXES:
+            found = True
+            yield path
+        else:
+            passed_over[f"ending in {suffix}" if suffix else "without a suffix"] += 1
+    if not found:
+        passed_over["folders without images"] += 1
+
+
+def inspect_images(paths: Sequence[Path], decode: bool = False) -> list[ImageHeader]:
+    """Look at the headers of image files, several at a time.
+
+    Args:
+        paths: The files.
+        decode: Whether to decode the pixels too, which finds more faults and takes as long as reading all images.
+    """
+    from PIL import Image
+
+    Image.init()  # registers the formats, which threads must not do at the same time
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(partial(_inspect, decode=decode), paths))
+
+
+def _inspect(path: Path, decode: bool) -> ImageHeader:
+    try:
+        with _opened(path, decode) as file:
+            pages = False
+            with suppress(Exception):  # a fault in a page that is not used
+                pages = bool(getattr(file, "is_animated", False))
+            return ImageHeader(is_transparent=_is_transparent(file), has_pages=pages)
+    except _UnreadableImageError as error:
+        return ImageHeader(fault=str(error))
+
+
+def refuse(faults: dict[str, str], total: int) -> None:
+    """Raise a DataError that names files that can't be read, at most ten.
+
+    Args:
+        faults: What is wrong, by file name.
+        total: Number of files that were looked at.
+    """
+    if faults:
+        named = "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:10])
+        rest = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise DataError(
+            f"{len(faults)} of {total} images can't be used. Repair or remove them, or set `skip_broken` to leave them"
+            f" out: {named}{rest}."
         )
-    return paths
 
 
-def _raise_unreadable(error: OSError) -> None:
-    raise PermissionError(
-        f"{error.filename} can't be read ({error.strerror}). Change its permissions, or move it away."
-    )
-
-
-def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
+def read_image(path: Path, shape: tuple[int, int, int], background: tuple[int, int, int] = (255, 255, 255)) -> Tensor:
     """Read an image as a uint8 tensor.
 
-    The image is rotated to its EXIF orientation and converted to grey (one channel) or colour (three). It is then
-    resized with an antialiasing filter until it just covers the height and the width, and cropped in the centre.
+    The image is rotated to its EXIF orientation, put on the background where it is transparent, and converted to grey
+    (one channel) or colour (three). It is then resized with an antialiasing filter until it just covers the height and
+    the width, and cropped in the centre. Of several pages the first is read.
 
     Args:
         path: The file.
         shape: Channels (1 or 3), height and width.
+        background: Colour `(red, green, blue)` behind transparent pixels.
 
     Returns:
         A tensor of shape `shape`.
 
     Raises:
-        ValueError: If the file can't be read as an image, or has more than 8 bits per channel.
+        DataError: If the file can't be read as an image, or has more than 8 bits per channel.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
     channels, height, width = shape
-    if not path.is_file():  # opening a pipe would block forever
-        raise ValueError(f"{path} is not a regular file. Repair or remove it.")
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} can't be read as an image ({error}). Repair or remove it.") from error
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"{path} has more than 8 bits per channel (mode {image.mode}). Convert it to 8 bits.")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")  # a palette's transparency can't be dropped in one step
+        with _opened(path) as file:
+            image: Any = _upright(file)
+    except _UnreadableImageError as error:
+        raise DataError(f"{path} {error}. Repair or remove it.") from error
+    if _is_transparent(image):
+        canvas = Image.new("RGBA", image.size, (*background, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA"))
     image = image.convert("L" if channels == 1 else "RGB")
     image = ImageOps.fit(image, (width, height), method=Image.Resampling.BICUBIC)
     return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
+
+
+class _UnreadableImageError(Exception):
+    """Says what is wrong with a file; the file's name goes before it."""
+
+
+@contextmanager
+def _opened(path: Path, decode: bool = True) -> Iterator[Any]:
+    """Open an image with at most 8 bits per channel, without its metadata if they can't be parsed."""
+    from PIL import UnidentifiedImageError
+
+    if not path.is_file():  # opening a pipe would block forever
+        raise _UnreadableImageError("is not a regular file" if path.exists() else "is not there")
+    try:
+        try:
+            image = _open(path, decode)
+        except Exception as error:
+            try:
+                image = _open(BytesIO(_without_metadata(path.read_bytes())), decode)
+            except Exception:  # the metadata were not the reason
+                raise error from None
+    except UnidentifiedImageError as error:  # its message is the path
+        raise _UnreadableImageError("can't be read as an image (no known format)") from error
+    except Exception as error:  # Pillow's readers raise errors of any type on damaged files
+        reason = str(error) or type(error).__name__
+        raise _UnreadableImageError(f"can't be read as an image ({reason})") from error
+    with image:
+        if image.mode.startswith(("I", "F")):
+            raise _UnreadableImageError(f"has more than 8 bits per channel (mode {image.mode})")
+        yield image
+
+
+def _open(source: Path | BytesIO, decode: bool) -> Any:
+    from PIL import Image
+
+    image = Image.open(source)
+    try:
+        if decode:
+            image.load()
+    except BaseException:
+        image.close()
+        raise
+    return image
+
+
+def _without_metadata(data: bytes) -> bytes:
+    """Return a PNG or JPEG file with only the parts that determine its pixels; other data as they are."""
+    if data.startswith(_PNG):
+        kept, place = [_PNG], len(_PNG)
+        while place < len(data):
+            stop = place + 12 + int.from_bytes(data[place : place + 4], "big")
+            name = data[place + 4 : place + 8]
+            if name[:1].isupper() or name == b"tRNS":  # a capital marks what a reader must understand
+                kept.append(data[place:stop])
+            place = stop
+        return b"".join(kept)
+    if data.startswith(b"\xff\xd8"):
+        kept, place = [data[:2]], 2
+        while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":  # the pixels start
+            stop = place + 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+            segment = data[place:stop]
+            # Of applications' segments only Adobe's matters: it tells how the colours are coded.
+            if not (0xE0 <= segment[1] <= 0xEF or segment[1] == 0xFE) or (
+                segment[4:9] == b"Adobe" and len(segment) >= 16
+            ):
+                kept.append(segment)
+            place = stop
+        return b"".join([*kept, data[place:]])
+    return data
+
+
+def _upright(image: Any) -> Any:
+    """Return a copy in the orientation that the metadata say; as it is if they can't be parsed."""
+    from PIL import ExifTags, Image
+
+    turns = Image.Transpose
+    methods = {
+        2: turns.FLIP_LEFT_RIGHT,
+        3: turns.ROTATE_180,
+        4: turns.FLIP_TOP_BOTTOM,
+        5: turns.TRANSPOSE,
+        6: turns.ROTATE_270,
+        7: turns.TRANSVERSE,
+        8: turns.ROTATE_90,
+    }
+    method = None
+    with suppress(Exception):
+        method = methods.get(image.getexif().get(ExifTags.Base.Orientation))
+    return image.copy() if method is None else image.transpose(method)
+
+
+def _is_transparent(image: Any) -> bool:
+    """Return whether an image has an alpha channel or a transparent colour."""
+    # Pillow's own `has_transparency_data` decodes the pixels of an image with a palette.
+    palette = getattr(image, "palette", None)
+    has_colours = palette is not None and palette.mode.endswith("A")
+    return has_colours or image.mode in _TRANSPARENT or "transparency" in image.info

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
-from .batch_loader import Batch, BatchLoader
+from .batch_loader import Batch, BatchLoader, DataError
 from .seeding import seeded_generator
 
 
@@ -23,6 +23,9 @@ class StreamLoader(BatchLoader):
         flip: Whether to mirror each image in `"x"` with probability one half, decided by seed, epoch and index.
         seed: Seed of the order and of the flips.
         num_workers: Number of processes that read ahead; with 0 the training process reads.
+
+    Raises:
+        DataError: If the data set raises it for an item.
     """
 
     def __init__(
@@ -41,9 +44,13 @@ class StreamLoader(BatchLoader):
 
     @override
     def _fetch(self, shares: Sequence[Tensor]) -> Iterator[Batch]:
-        yield from DataLoader(
+        loader = DataLoader(
             self.dataset,
             batch_sampler=[share.tolist() for share in shares],
             num_workers=self.num_workers,
             generator=seeded_generator(self.seed, "workers"),  # otherwise the global one seeds the workers
         )
+        try:
+            yield from loader
+        except DataError as error:  # a worker puts its traceback before the message
+            raise DataError(str(error).rpartition(f"{DataError.__name__}: ")[2].strip()) from None

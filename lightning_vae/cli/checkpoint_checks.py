@@ -124,6 +124,19 @@ def warn_of_replaced_options(given: dict[str, Any], used: dict[str, Any]) -> Non
         )
 
 
+def warn_of_other_data_set(checkpoint: dict[str, Any], data: str) -> None:
+    """Warn if a checkpoint was trained on another data set: Lightning gives a data module only its own class's state.
+
+    Args:
+        checkpoint: The checkpoint.
+        data: Class path of the data module in the config.
+    """
+    name = data.rpartition(".")[2]
+    trained = [key for key, state in checkpoint.items() if isinstance(state, dict) and "fingerprint" in state]
+    if trained and name not in trained:
+        rank_zero_warn(f"`--ckpt_path`: the checkpoint was trained on {trained[0]}, but the data are {name}.")
+
+
 def _check_counts(name: str, state: dict[str, Any]) -> None:
     """Refuse impossible counts of steps, batches and epochs: Lightning would continue counting from them."""
     for key, item in state.items():

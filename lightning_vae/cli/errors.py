@@ -75,7 +75,7 @@ def exit_if_expected(error: Exception, trainer: Trainer, steps: int) -> None:
         Only if the caller should raise the error.
     """
     said = _describe(error)
-    known = isinstance(error, MisconfigurationException | SaveError | FloatingPointError)
+    known = isinstance(error, MisconfigurationException | SaveError | FloatingPointError | datamodules.DataError)
     if isinstance(error, OSError) and error.errno in _NO_PLACE:
         known = True
         place = error.filename or getattr(trainer.logger, "log_dir", None) or os.getcwd()

@@ -36,7 +36,14 @@ from ..evaluation.latents_writer import LatentsWriter
 from ..evaluation.report import EvaluationReport
 from ..vae import VAE
 from . import yaml_checks
-from .checkpoint_checks import FROM_DATA, find_checkpoint, read_checkpoint, run_limits, warn_of_replaced_options
+from .checkpoint_checks import (
+    FROM_DATA,
+    find_checkpoint,
+    read_checkpoint,
+    run_limits,
+    warn_of_other_data_set,
+    warn_of_replaced_options,
+)
 from .errors import exit_if_expected, exit_with, readable_errors
 from .save_config import SaveConfig
 
@@ -190,6 +197,7 @@ class VAECLI(LightningCLI):
         with readable_errors():
             super()._parse_ckpt_path()
         config = self.config[subcommand]
+        warn_of_other_data_set(checkpoint, config["data"]["class_path"])
         warn_of_replaced_options(before, config["model"].as_dict().get("init_args", {}))
         if config.get("same_run"):
             run = run_folder.of_checkpoint(Path(path), checkpoint)

@@ -20,6 +20,9 @@ from typing_extensions import override
 class LatentsWriter(Callback):
     """Write the posterior means of ``predict`` as CSV, with columns ``index``, ``label`` (if any), ``z0``, ``z1``, ...
 
+    A data module with ``file_names(stage)`` or ``class_names`` also gives the columns ``file`` and ``class``: the
+    entries at ``index`` and at ``label``.
+
     Each batch is written immediately, so memory does not grow with the data. Each process writes its own part. At the
     end the first process merges the parts in the order of ``index`` and drops observations that a sampler has
     duplicated. The file appears under its name when it is complete.
@@ -63,6 +66,7 @@ class LatentsWriter(Callback):
             )
         assert self._file is not None
         columns = {name: outputs[name] for name in ("index", "label") if name in outputs}
+        columns |= _names(trainer, columns)
         columns["z"] = outputs["mean"].flatten(start_dim=1)
         writer = csv.writer(self._file)
         if not self._has_header:
@@ -102,6 +106,18 @@ class LatentsWriter(Callback):
     def _part(self, rank: int) -> Path:
         # Keep the suffix last: it determines the compression.
         return self._target.with_name(f".part{rank}-{self._target.name}")
+
+
+def _names(trainer: Trainer, columns: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return the file and the class of each row, if the data module names them."""
+    data = getattr(trainer, "datamodule", None)
+    files, classes = getattr(data, "file_names", None), getattr(data, "class_names", None)
+    sources = {"file": ("index", files("predict") if callable(files) else None), "class": ("label", classes)}
+    return {
+        name: [table[number] for number in columns[key].tolist()]
+        for name, (key, table) in sources.items()
+        if table and isinstance(columns.get(key), Tensor)
+    }
 
 
 def _header(columns: Mapping[str, Any]) -> list[str]:

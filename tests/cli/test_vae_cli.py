@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_vae import VAE
+from lightning_vae.cli.checkpoint_checks import read_checkpoint, warn_of_other_data_set
 from lightning_vae.cli.vae_cli import VAECLI, Unrun
 from lightning_vae.main import main
 
@@ -469,3 +470,24 @@ def test_a_config_that_is_nowhere_lists_those_of_the_package(capsys):
     error = capsys.readouterr().err
     assert "`--config`: there is no file 'digts.yaml'. The package brings collapse, " in error
     assert " digits, " in error
+
+
+def test_a_damaged_image_amid_a_streamed_epoch_is_one_message(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(40):
+        Image.new("RGB", (6, 6), (number, 0, 0)).save(tmp_path / "images" / f"{number:02}.png")
+    whole = (tmp_path / "images" / "07.png").read_bytes()
+    (tmp_path / "images" / "07.png").write_bytes(whole[:-25])  # its header is sound
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", "--data=Images", "--data.root=images", "--data.size=6", "--data.memory_budget=0",
+              "--data.num_workers=0", "--data.batch_size=1", "--trainer.limit_val_batches=0",
+              "--trainer.accelerator=cpu", "--trainer.logger=false", *SHORT])  # fmt: skip
+    assert ended.value.code in (1, 2)
+    error = capsys.readouterr().err
+    assert "07.png can't be read as an image" in error
+    assert "Traceback" not in error
+
+
+def test_a_checkpoint_of_another_data_set_is_said(run):
+    with pytest.warns(UserWarning, match="the checkpoint was trained on Digits, but the data are MNIST"):
+        warn_of_other_data_set(read_checkpoint(str(run / "checkpoints" / "last.ckpt"), False), "some.path.MNIST")

@@ -1,10 +1,13 @@
+import logging
+import re
 from unittest.mock import Mock
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lightning_vae.datamodules import DataModule, Digits
+from lightning_vae.datamodules import DataModule, Digits, Gaussian
+from lightning_vae.datamodules.base import split_of_name
 from tests.datamodules.doubles import Watcher, ready, trainer, whole
 
 
@@ -80,3 +83,45 @@ def test_short_names_on_the_command_line(arguments, shape):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(DataModule, "data")
     assert parser.instantiate_classes(parser.parse_args(arguments)).data.shape == shape
+
+
+def test_what_was_read_is_printed_once(caplog):
+    caplog.set_level(logging.INFO)
+    digits = Digits()
+    for stage in ("fit", "validate", "fit"):
+        digits.setup(stage)
+    [text] = [record.getMessage() for record in caplog.records if "Digits" in record.getMessage()]
+    assert text.startswith("Digits: 1500 observations, 1350 in train, 150 in val. Classes: 0 (151), 1 (15")
+    assert sum(int(count) for count in re.findall(r"\((\d+)\)", text)) == 1500
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "change"),
+    [
+        (Digits(), Digits(seed=1), "train has other observations; val has other observations"),
+        (
+            Digits(),
+            Digits(val_fraction=0.2),
+            "train has 1200 observations, had 1350; val has 300 ",
+        ),
+        (
+            Gaussian((2.0, 1.0), size=9),
+            Gaussian((3.0, 1.0), size=9, seed=1),
+            r"eigenvalues: 2.0, 1.0 -> 3.0, 1.0; seed: 0",
+        ),
+    ],
+)
+def test_a_checkpoint_of_other_data_is_said(before, now, change):
+    state = ready(before, "fit").state_dict()
+    ready(before, "fit").load_state_dict(state)  # warnings are errors
+    with pytest.warns(UserWarning, match=f"trained on other data: {change}"):
+        ready(now, "fit").load_state_dict(state)
+
+
+def test_a_split_by_name_keeps_to_the_shares():
+    names = [f"folder/{number}.png" for number in range(20_000)]
+    fractions = {"test": 0.1, "val": 0.2}
+    split = [split_of_name(name, fractions, seed=0) for name in names]
+    shares = {name: split.count(name) / len(split) for name in ("test", "val", "train")}
+    assert shares == pytest.approx({"test": 0.1, "val": 0.18, "train": 0.72}, abs=0.01)
+    assert [split_of_name(name, fractions, seed=1) for name in names] != split

@@ -1,3 +1,5 @@
+import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -5,13 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_vae.datamodules import Images, StreamLoader, TensorLoader
+from lightning_vae.datamodules import DataError, Images, StreamLoader, TensorLoader
 from tests.datamodules.doubles import Watcher, ready, splits, trainer, whole
 
 
 def save(path: Path, size: tuple[int, int] = (6, 6), colour=(200, 100, 50), mode: str = "RGB") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).convert(mode).save(path)
+
+
+FRACTIONS = {"val_fraction": 0.3, "test_fraction": 0.3}  # of a few images, so that no split is empty
 
 
 def folder_of(root: Path, count: int = 20) -> Path:
@@ -25,7 +30,7 @@ def test_a_flat_folder_is_split_and_sorted(tmp_path):
     assert datamodule.shape == (3, 6, 6)
     assert datamodule.levels == 256
     train, val, test = splits(datamodule)
-    assert [len(split["x"]) for split in (train, val, test)] == [16, 2, 2]
+    assert [len(split["x"]) for split in (train, val, test)] == [18, 1, 1]
     assert "label" not in train
     reds = [split["x"][split["index"].argsort(), 0, 0, 0].tolist() for split in (train, val, test)]
     assert sorted(red for split in reds for red in split) == list(range(20))
@@ -87,9 +92,9 @@ def test_height_comes_before_width(tmp_path):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_mode_becomes_grey_or_colour(tmp_path, mode, channels):
     suffix = "tif" if mode == "CMYK" else "png"
-    for number in range(8):
+    for number in range(20):
         save(tmp_path / f"{number}.{suffix}", colour=(255, 255, 255), mode=mode)
-    train = whole(ready(Images(tmp_path, size=6, channels=channels), "fit").train_dataloader())
+    train = whole(ready(Images(tmp_path, size=6, channels=channels, **FRACTIONS), "fit").train_dataloader())
     assert train["x"].shape[1:] == (channels, 6, 6)
     assert (train["x"] == 255).all()
 
@@ -100,7 +105,7 @@ def test_a_palette_with_transparency_reads_without_a_warning(tmp_path):
         image.putpalette([0, 0, 0, 10, 20, 30])
         image.save(tmp_path / f"{number}.png", transparency=bytes([0, 128]))
     train = whole(ready(Images(tmp_path, size=6), "fit").train_dataloader())
-    assert train["x"][0, :, 0, 0].tolist() == [10, 20, 30]
+    assert train["x"][0, :, 0, 0].tolist() == [132, 137, 142]  # half of it is the white background
 
 
 def test_photographs_are_turned_as_their_exif_says(tmp_path):
@@ -134,7 +139,7 @@ def test_only_training_images_are_flipped(tmp_path, flip):
 def test_streaming_equals_in_memory(tmp_path, num_workers):
     for number in range(12):
         save(tmp_path / ("cat" if number % 2 else "dog") / f"{number}.png", (6 + number, 9), (number, 9, 99))
-    options = {"size": 5, "flip": True, "batch_size": 4, "num_workers": num_workers}
+    options = {"size": 5, "flip": True, "batch_size": 4, "num_workers": num_workers, **FRACTIONS}
     in_memory = ready(Images(tmp_path, **options))
     streamed = ready(Images(tmp_path, memory_budget=0, **options))
     assert isinstance(in_memory.train_dataloader(), TensorLoader)
@@ -156,7 +161,7 @@ def test_streaming_trains_without_a_warning(tmp_path):
     watcher = Watcher()
     datamodule = Images(folder_of(tmp_path), size=6, memory_budget=0, num_workers=0, batch_size=4)
     trainer(max_epochs=2).fit(watcher, datamodule=datamodule)
-    assert [sorted(epoch) for epoch in watcher.epochs] == [list(range(16))] * 2
+    assert [sorted(epoch) for epoch in watcher.epochs] == [list(range(18))] * 2
 
 
 @pytest.mark.parametrize("budget", [0, 1])
@@ -164,7 +169,10 @@ def test_an_unreadable_image_is_named(tmp_path, budget):
     folder_of(tmp_path)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"\d\d\.png can't be read as an image.*Repair or remove it"):
+    with pytest.raises(
+        ValueError,
+        match=r"20 of 20 .*Repair or remove them.*`skip_broken`.*\d\d\.png can't be read as an image.* and 10 more",
+    ):
         list(ready(Images(tmp_path, size=6, memory_budget=budget, num_workers=0), "fit").train_dataloader())
 
 
@@ -195,9 +203,186 @@ def test_images_layout_errors(tmp_path):
         ({"memory_budget": -1}, "`memory_budget` must be at least 0 GiB, got -1"),
         ({"num_workers": -1}, "`num_workers` must be at least 0, got -1"),
         ({"val_fraction": 2}, "`val_fraction` must be between"),
+        ({"background": "nocolour"}, "`background` must be a colour"),
         ({"test_fraction": 0}, "`test_fraction` must be between"),
     ],
 )
 def test_images_errors(options, message):
     with pytest.raises(ValueError, match=message):
         Images("folder", **{"size": 4, **options})
+
+
+@pytest.fixture
+def said(caplog):
+    """The text that `setup` prints."""
+    caplog.set_level(logging.INFO)
+    return lambda: caplog.text
+
+
+def reds(datamodule: Images) -> list[set[int]]:
+    return [set(split["x"][:, 0, 0, 0].tolist()) for split in splits(datamodule)]
+
+
+def test_links_are_followed_and_circles_are_not(tmp_path, said):
+    folder_of(tmp_path / "set" / "cat")
+    folder_of(tmp_path / "elsewhere")
+    save(tmp_path / "alone.png")
+    (tmp_path / "set" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "set" / "cat" / "link.png").symlink_to(tmp_path / "alone.png")
+    (tmp_path / "set" / "cat" / "circle").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "bird").symlink_to(tmp_path / "nowhere")
+    datamodule = ready(Images(tmp_path / "set", size=6))
+    assert sum(len(split["x"]) for split in splits(datamodule)) == 41
+    assert datamodule.class_names == ["cat", "dog"]
+    assert "1 links in a circle" in said()
+    assert "1 links that lead nowhere" in said()
+    assert "Classes: cat (21), dog (20)." in said()
+
+
+def test_what_is_passed_over_is_said_once(tmp_path, said):
+    folder_of(tmp_path / "cat", 30)
+    for name in ("a.txt", "b.TXT", "cat/.hidden.png", "README"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "empty").mkdir()
+    frames = [Image.new("L", (6, 6), grey) for grey in (0, 255)]
+    frames[0].save(tmp_path / "cat" / "moving.gif", save_all=True, append_images=frames[1:])
+    datamodule = ready(Images(tmp_path, size=6))
+    [record] = [line for line in said().split("Images: ") if "observations" in line]
+    for part in ("2 ending in .txt", "1 hidden", "1 without a suffix", "1 folders without images"):
+        assert part in record
+    assert "1 files, from their second page or frame on" in record
+    assert "31 observations, " in record
+    assert sum(map(len, datamodule._files.values())) == 31
+
+
+def test_one_more_image_moves_no_other(tmp_path):
+    folder_of(tmp_path, 60)
+    before = reds(ready(Images(tmp_path, size=6)))
+    save(tmp_path / "005.png", colour=(255, 0, 0))
+    after = reds(ready(Images(tmp_path, size=6)))
+    assert [one - {255} for one in after] == before
+    assert before != reds(ready(Images(tmp_path, size=6, seed=1)))
+
+
+def test_the_split_depends_on_the_path_below_the_root_alone(tmp_path):
+    folder_of(tmp_path / "here", 40)
+    here = ready(Images(tmp_path / "here", size=6))
+    os.rename(tmp_path / "here", tmp_path / "there")
+    assert reds(ready(Images(tmp_path / "there", size=6))) == reds(here)
+    other_val = ready(Images(tmp_path / "there", size=6, val_fraction=0.4))
+    assert reds(other_val)[2] == reds(here)[2]
+
+
+def test_an_empty_split_says_what_to_do(tmp_path):
+    with pytest.raises(ValueError, match=r"val and test would have none of the 2 .*`test_fraction` 0\.01.*folders"):
+        ready(Images(folder_of(tmp_path, 2), size=6, val_fraction=0.01, test_fraction=0.01), "fit")
+
+
+@pytest.mark.parametrize("classes", [("",), ("cat", "dog")])
+@pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "validation", "Test")])
+def test_folders_of_splits_are_used_as_splits(tmp_path, classes, names):
+    for red, name in enumerate(names):
+        for label, folder in enumerate(classes):
+            for number in range(3):
+                save(tmp_path / name / folder / f"{number}.png", colour=(red, label, 0))
+    datamodule = ready(Images(tmp_path, size=6))
+    assert reds(datamodule) == [{0}, {1}, {2}]
+    assert list(datamodule.class_names) == [name for name in classes if name]
+    for split in splits(datamodule):
+        assert len(split["x"]) == 3 * len(classes)
+        assert "label" not in split or torch.equal(split["label"], split["x"][:, 1, 0, 0].long())
+
+
+def test_a_split_without_a_folder_is_taken_from_train(tmp_path):
+    folder_of(tmp_path / "train", 40)
+    for number in range(3):
+        save(tmp_path / "test" / f"{number}.png", colour=(200, 0, 0))
+    train, val, test = reds(ready(Images(tmp_path, size=6)))
+    assert train | val == set(range(40))
+    assert val
+    assert test == {200}
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("train", "test", "cat"), "has the folders cat, test, train.*are splits.*no other folder"),
+        (("test", "val"), "must be one for train"),
+        (("train", "val", "valid"), "at most one for each other split"),
+        (("train/cat", "val/dog"), r"The folder val of `root` must be laid out like train.*'cat'.*'dog'"),
+        (("train/cat", "train"), "images beside folders of images"),
+    ],
+)
+def test_folders_of_splits_are_refused_if_mixed(tmp_path, folders, message):
+    for folder in folders:
+        folder_of(tmp_path / folder, 3)
+    with pytest.raises(ValueError, match=message):
+        ready(Images(tmp_path, size=6), "fit")
+
+
+def test_two_sources_of_test_images_are_refused(tmp_path):
+    for folder in ("train", "test", "other"):
+        folder_of(tmp_path / "set" / folder if folder != "other" else tmp_path / folder, 3)
+    with pytest.raises(ValueError, match=r"`test_root` is .*other, but `root` .*folder of test images too"):
+        ready(Images(tmp_path / "set", size=6, test_root=tmp_path / "other"), "fit")
+
+
+@pytest.mark.parametrize(("background", "colour"), [("white", [255, 255, 255]), ("#ff0010", [255, 0, 16])])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_put_on_the_background(tmp_path, said, background, colour, mode):
+    for number in range(8):
+        image = Image.new(mode, (6, 6), {"RGBA": (0, 0, 0, 0), "LA": (0, 0), "P": 0}[mode])
+        image.save(tmp_path / f"{number}.png", **({"transparency": 0} if mode == "P" else {}))
+    data = ready(Images(tmp_path, size=6, background=background, **FRACTIONS), "fit")
+    assert whole(data.train_dataloader())["x"][0, :, 0, 0].tolist() == colour
+    assert f"Images with transparency: 8, put on a background of {background}." in said()
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_all_broken_files_are_named_and_left_out_on_request(tmp_path, said, budget):
+    folder_of(tmp_path, 40)
+    (tmp_path / "07.png").write_bytes(b"no image")
+    (tmp_path / "08.png").write_bytes((tmp_path / "08.png").read_bytes()[:-25])  # its header is sound
+    options = {"size": 6, "memory_budget": budget, "num_workers": 0}
+    with pytest.raises(DataError, match=r"1 of 40 images can't be used.*07\.png"):
+        ready(Images(tmp_path, **options), "fit")
+    datamodule = ready(Images(tmp_path, skip_broken=True, **options))
+    assert set.union(*reds(datamodule)) == set(range(40)) - {7, 8}
+    assert "Left out: 07.png can't be read as an image (no known format), 08.png can't be read as an image" in said()
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's, about any fork
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_fault_while_streaming_is_one_message(tmp_path, num_workers):
+    folder_of(tmp_path)
+    datamodule = ready(Images(tmp_path, size=6, memory_budget=0, num_workers=num_workers), "fit")
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-25])
+    with pytest.raises(
+        DataError, match=r"^/\S*\d\d\.png can't be read as an image \(.*\)\. Repair or remove it\.$"
+    ) as error:
+        list(datamodule.train_dataloader())
+    assert "Traceback" not in str(error.value)
+
+
+def test_each_row_has_the_name_of_its_file(tmp_path):
+    for name in ("cat", "dog"):
+        folder_of(tmp_path / name)
+    datamodule = ready(Images(tmp_path, size=6), "predict")
+    rows = whole(datamodule.predict_dataloader())
+    names = datamodule.file_names("predict")
+    for index, label, red in zip(rows["index"], rows["label"], rows["x"][:, 0, 0, 0], strict=True):
+        assert names[index] == f"{datamodule.class_names[label]}/{red:02}.png"
+
+
+def test_other_data_than_the_checkpoints_are_said(tmp_path):
+    folder_of(tmp_path / "cat", 40)
+    state = ready(Images(tmp_path, size=6), "fit").state_dict()
+    ready(Images(tmp_path, size=6), "test").load_state_dict(state)  # warnings are errors
+    with pytest.warns(UserWarning, match=r"other data: train has \d+ observations, had \d+"):
+        ready(Images(tmp_path, size=6, test_fraction=0.4), "test").load_state_dict(state)
+    with pytest.warns(UserWarning, match="other data: .* has other observations|has .* had"):
+        ready(Images(tmp_path, size=6, seed=1), "test").load_state_dict(state)
+    folder_of(tmp_path / "dog", 1)
+    with pytest.warns(UserWarning, match="classes: cat -> cat, dog"):
+        ready(Images(tmp_path, size=6), "test").load_state_dict(state)

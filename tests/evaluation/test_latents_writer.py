@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from lightning_vae import VAE
 from lightning_vae.datamodules import Digits, TensorLoader
@@ -170,3 +170,23 @@ def test_a_file_that_was_not_finished_does_not_appear(tmp_path):
 def test_what_can_not_be_written_is_an_error(output, loaders, message):
     with pytest.raises(MisconfigurationException, match=message):
         trainer(LatentsWriter("out.csv")).predict(Predicts(output), [loader(4)] * loaders)
+
+
+def test_rows_are_named_by_the_data_module(tmp_path):
+    class Data(LightningDataModule):
+        class_names = ("cat", "dog")
+
+        def file_names(self, stage):
+            return [f"{stage}-{number}.png" for number in range(6)]
+
+        def predict_dataloader(self):
+            return loader(6)
+
+    def output(batch):
+        return {"mean": batch[:, None], "index": 5 - batch.long(), "label": batch.long() % 2}
+
+    trainer(LatentsWriter("out.csv")).predict(Predicts(output), datamodule=Data(), return_predictions=False)
+    rows = read(Path("out.csv"))
+    assert list(rows[0]) == ["index", "label", "file", "class", "z0"]
+    assert [row["file"] for row in rows] == [f"predict-{row['index']}.png" for row in rows]
+    assert [row["class"] for row in rows] == [("cat", "dog")[int(row["label"])] for row in rows]
