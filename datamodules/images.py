@@ -195,7 +195,7 @@ class Images(DataModule):
             test_images, passed_over_too = _scan(self.test_root, split="test")
             images, passed_over = images + test_images, passed_over + passed_over_too
         headers = inspect_images([image.path for image in images], decode=self.skip_broken)
-        faults = {image.name: header.fault for image, header in zip(images, headers, strict=True) if header.fault}
+        faults = {str(image.path): header.fault for image, header in zip(images, headers, strict=True) if header.fault}
         if not self.skip_broken or len(faults) == len(images):
             refuse(faults, len(images))
         images = [image for image, header in zip(images, headers, strict=True) if not header.fault]
@@ -204,14 +204,12 @@ class Images(DataModule):
         self._checksums = {name: _checksum(split) for name, split in splits.items()}
         files = {name: self._image_files(split) for name, split in splits.items()}
 
-        lines = [
-            f"{type(self).__name__}: {self.root} has {sizes({name: len(split) for name, split in splits.items()})}."
-        ]
+        observations = {name: len(split) for name, split in splits.items()}
+        lines = [f"{type(self).__name__}: {self.root} has {sizes(observations)}."]
         if derived := sorted({"val", "test"} - {image.split for image in images}):
             lines.append(f"A hash of each path has chosen {' and '.join(derived)}, so the shares are approximate.")
-        if self.class_names:
-            labels = torch.tensor([self.class_names.index(image.class_name) for image in images])
-            lines.append(class_counts(labels, self.class_names))
+        if labels := [split.labels for split in files.values() if split.labels is not None]:
+            lines.append(class_counts(torch.cat(labels), self.class_names))
         if pages := sum(header.has_pages for header in headers):
             passed_over["files, from their second page or frame on"] = pages
         if passed_over:
@@ -243,7 +241,7 @@ class Images(DataModule):
 
     def _classes(self, images: Sequence[_Image]) -> list[str]:
         """Return the class folders of the training images, which the other splits must share."""
-        found: dict[str, set[str]] = {}
+        found: dict[str, set[str]] = {"train": set()}
         for image in images:
             found.setdefault(image.split or "train", set()).add(image.class_name)
         classes = found["train"] - {""}

@@ -1,5 +1,6 @@
 import logging
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -348,7 +349,7 @@ def test_all_broken_files_are_named_and_left_out_on_request(tmp_path, said, budg
         ready(Images(tmp_path, **options), "fit")
     datamodule = ready(Images(tmp_path, skip_broken=True, **options))
     assert set.union(*reds(datamodule)) == set(range(40)) - {7, 8}
-    assert "Left out: 07.png can't be read as an image (no known format), 08.png can't be read as an image" in said()
+    assert re.search(r"Left out: \S*07\.png can't be read as an image \(.*\), \S*08\.png can't be read", said())
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's, about any fork

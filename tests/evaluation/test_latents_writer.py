@@ -180,7 +180,7 @@ def test_rows_are_named_by_the_data_module(tmp_path):
             return [f"{stage}-{number}.png" for number in range(6)]
 
         def predict_dataloader(self):
-            return loader(6)
+            return torch.utils.data.DataLoader(torch.arange(6.0), batch_size=4)  # type: ignore[arg-type]
 
     def output(batch):
         return {"mean": batch[:, None], "index": 5 - batch.long(), "label": batch.long() % 2}
