@@ -9,12 +9,13 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule, callbacks
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from .checkpoints.checkpoint_io import MODULE_KEY
 from .checkpoints.class_paths import check_checkpoint
 from .checkpoints.exact_resume import is_fitting, trainer_of
+from .objective import checked_number
 
 _WEIGHT_AVERAGING = getattr(callbacks, "WeightAveraging", ())  # new in Lightning 2.6
 
@@ -46,7 +47,7 @@ class KnobModule(LightningModule):
     def _register_knobs(self, **knobs: tuple[float | None, float]) -> None:
         """Register knobs by name, each with its configured number, if any, and its default."""
         self.rate_limit, self.steered_knobs = None, ()
-        self.knobs = {name: None if own is None else checked_knob(name, own) for name, (own, _) in knobs.items()}
+        self.knobs = {name: None if own is None else checked_number(name, own) for name, (own, _) in knobs.items()}
         self.constructed_knobs = dict(self.knobs)
         for name, (own, default) in knobs.items():
             knob = torch.tensor(default if own is None else own, dtype=torch.float32)
@@ -60,8 +61,11 @@ class KnobModule(LightningModule):
         if knobs is None or name not in knobs or name not in self._buffers:
             super().__setattr__(name, value)
             return
-        if not self._is_fitting:
-            self._configure(name, checked_knob(name, float(value)))
+        is_fitting = self._is_fitting
+        if not (is_fitting and isinstance(value, Tensor)):  # reading a tensor in each step would synchronise
+            value = checked_number(name, value)
+        if not is_fitting:
+            self._configure(name, value)
         self._fill(name, value)
 
     def _configure(self, name: str, value: float) -> None:
@@ -123,7 +127,7 @@ class KnobModule(LightningModule):
             configured: The number that the saved module was configured with.
             constructed: The number that its constructor set.
         """
-        own = self.knobs[name]
+        own, value = self.knobs[name], checked_number(name, value)
         if self._is_fitting:
             keeps = own is not None and name not in self.steered_knobs  # keep the weight that a controller has found
             if keeps and float(getattr(self, name)) != value:
@@ -192,6 +196,7 @@ class KnobModule(LightningModule):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give a copy its own knobs: spawned processes share the memory of anything that Lightning does not copy."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _make_trainable(self)
         for name in self.knobs:
             self._buffers[name] = getattr(self, name).clone()
 
@@ -205,12 +210,17 @@ class KnobModule(LightningModule):
         return self
 
 
-def checked_knob(name: str, value: float) -> float:
-    """Return a knob's value.
-
-    Raises:
-        ValueError: If it is negative or not finite.
-    """
-    if not 0 <= value <= torch.finfo(torch.float32).max:
-        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value}.")
-    return float(value)
+@torch.inference_mode(False)
+def _make_trainable(module: nn.Module) -> None:
+    """Replace tensors that can't be trained: those of a copy made in inference mode, as during a validation."""
+    replaced: dict[int, Tensor] = {}  # modules may share a tensor
+    for each in module.modules():
+        for tensors in (each._parameters, each._buffers):
+            for name, tensor in tensors.items():
+                if tensor is None or not tensor.is_inference():
+                    continue
+                if id(tensor) not in replaced:
+                    own = tensor.clone()
+                    is_parameter = tensors is each._parameters
+                    replaced[id(tensor)] = nn.Parameter(own, tensor.requires_grad) if is_parameter else own
+                tensors[name] = replaced[id(tensor)]  # type: ignore[assignment]

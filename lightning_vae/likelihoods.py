@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, Self
+from typing import Any, Literal, Self, TypeGuard
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch import distributions as td
 from torch.distributions.utils import broadcast_all
 from torch.nn import functional as F  # noqa: N812
+from typing_extensions import override
 
 from .distributed import sum_over_processes
 from .networks import Shape
 from .noise import uniform_by_index
+from .objective import broadcasts_to
 
 
 class Likelihood(nn.Module):
@@ -35,7 +37,7 @@ class Likelihood(nn.Module):
     unit_interval = False
     """True if data in the networks' scale must lie in [0, 1]."""
     starts = False
-    """True if a parameter still waits for the first training batch, which sets its initial value."""
+    """True if a parameter waits for the first training batch, which sets its initial value: until then it is zero."""
 
     def __init__(self, shape: Shape, levels: int | None = None) -> None:
         super().__init__()
@@ -67,7 +69,37 @@ class Likelihood(nn.Module):
         return self
 
     def _independent(self, distribution: td.Distribution) -> td.Distribution:
-        return td.Independent(distribution, len(self.shape), validate_args=False)
+        return _IndependentNumbers(distribution, len(self.shape), validate_args=False)
+
+    def _start_with_data(self, name: str) -> None:
+        """Let the first training batch set a parameter or buffer that is zero until then."""
+        self.starts, self._started = True, name
+        self.register_load_state_dict_post_hook(_note_start)  # type: ignore[no-untyped-call]
+
+    def _is_first(self, x: Tensor | None) -> TypeGuard[Tensor]:
+        """Return whether these are the first training batch, which sets the initial value."""
+        if x is None or not self.starts:
+            return False
+        _note_start(self)  # the value may have been set without loading a checkpoint
+        is_first, self.starts = self.starts, False
+        return is_first
+
+
+class _IndependentNumbers(td.Independent):  # type: ignore[type-arg]
+    """Independent numbers of one observation, whose density refuses observations of another shape."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        event = self.event_shape
+        last = value.shape[-len(event) :]
+        if last.numel() != event.numel() or not broadcasts_to(last, event):  # only axes of size 1 may be missing
+            raise ValueError(
+                f"`value` must end with the shape {tuple(event)} of one observation, got shape {tuple(value.shape)}."
+            )
+        return self._log_prob(value)
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        log_prob: Tensor = super().log_prob(value)  # type: ignore[no-untyped-call]
+        return log_prob
 
 
 class Bernoulli(Likelihood):
@@ -94,10 +126,9 @@ class Bernoulli(Likelihood):
         super().__init__(shape, levels)
         self.seed = seed
         self.start_at_mean = start_at_mean
-        self.starts = start_at_mean
         if start_at_mean:
             self.register_buffer("offset", torch.zeros(self.shape))
-            self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
+            self._start_with_data("offset")
 
     def observe(self, x: Tensor, index: Tensor | None) -> Tensor:
         """Return ``x`` binarised, with each observation's own noise if ``index`` is given."""
@@ -106,18 +137,18 @@ class Bernoulli(Likelihood):
 
     def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Bernoulli distribution with these logits."""
-        if self.starts and x is not None:
-            self.starts = False
+        if self._is_first(x):
             self.offset.copy_(_mean_logits(x))
         logits = output + self.offset if self.start_at_mean else output
         bernoulli = td.Bernoulli(logits=logits, validate_args=False)
         return _IndependentBernoulli(bernoulli, len(self.shape), validate_args=False)
 
 
-class _IndependentBernoulli(td.Independent):  # type: ignore[type-arg]
+class _IndependentBernoulli(_IndependentNumbers):
     """Independent Bernoullis that negate the sum and not each term, which saves two passes in the gradient."""
 
-    def log_prob(self, value: Tensor) -> Tensor:
+    @override
+    def _log_prob(self, value: Tensor) -> Tensor:
         logits, value = broadcast_all(self.base_dist.logits, value)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
         batch = cross_entropy.shape[: cross_entropy.ndim - self.reinterpreted_batch_ndims]
@@ -178,10 +209,9 @@ class Gaussian(Likelihood):
             raise ValueError(f"`variance` must be a positive number, 'learned' or 'optimal', got {variance!r}.")
         self.variance = variance
         self.learns_scale = not number
-        self.starts = variance == "learned"
         if variance == "learned":
             self.log_variance = nn.Parameter(torch.tensor(0.0))
-            self.register_load_state_dict_post_hook(_has_started)  # type: ignore[no-untyped-call]
+            self._start_with_data("log_variance")
         elif variance == "optimal":
             self.register_buffer("log_variance", torch.tensor(0.0))
             # Weight of the initial value in the running mean, which is divided by one minus it to correct the bias.
@@ -191,8 +221,7 @@ class Gaussian(Likelihood):
 
     def forward(self, output: Tensor, x: Tensor | None = None) -> td.Distribution:
         """Return the Gaussian with this mean."""
-        if self.starts and x is not None:
-            self.starts = False
+        if self._is_first(x):
             with torch.no_grad():
                 self.log_variance.copy_(self._optimal(output, x) + math.log(self.start_share))
         if self.variance == "optimal" and x is not None:
@@ -223,9 +252,9 @@ class Gaussian(Likelihood):
         return optimal
 
 
-def _has_started(module: nn.Module, _keys: object) -> None:
-    """Keep the loaded parameters, which were initialised from another run's first batch."""
-    module.starts = False  # type: ignore[assignment]
+def _note_start(module: Any, _keys: object = None) -> None:
+    """Note if the value is still the one before the first batch: a checkpoint may lack another."""
+    module.starts = not getattr(module, module._started).any()
 
 
 def _mean_logits(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class LinearDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
-        output: Tensor = self.map(z).view(-1, *self.shape)
+        output: Tensor = self.map(z).unflatten(1, self.shape)
         return output
 
 
@@ -108,7 +108,7 @@ class MLPDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
-        output: Tensor = self.layers(z).view(-1, *self.shape)
+        output: Tensor = self.layers(z).unflatten(1, self.shape)
         return output
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.distributions import Distribution, kl, kl_divergence
 
 FreeBitsPer = Literal["dimension", "whole"] | int
 FreeBitsAverage = Literal["batch", "sample"]
+_LARGEST = torch.finfo(torch.float32).max
 
 
 class ELBOTerms(NamedTuple):
@@ -41,9 +43,13 @@ def elbo(distortion: Tensor, rate: Tensor) -> Tensor:
         distortion: ``-E_q log p(x|z)`` in nats, any shape.
         rate: ``KL(q(z|x) || p(z))`` in nats, same shape.
 
+    Raises:
+        ValueError: If the shapes differ.
+
     References:
         Kingma and Welling, "Auto-Encoding Variational Bayes", ICLR 2014, equation 3.
     """
+    _check_same_shape(distortion=distortion, rate=rate)
     return -(distortion + rate)
 
 
@@ -52,7 +58,7 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
 
     Args:
         posterior: ``q(z|x)``, factorised: batch shape ``(B, k)`` and no event dimension.
-        prior: ``p(z)``, broadcastable to it: batch shape ``(k,)`` or ``(B, k)``.
+        prior: ``p(z)``, factorised and broadcastable to it: batch shape ``(k,)`` or ``(B, k)``.
         z: A sample of the posterior, shape ``(B, k)``. It is used if this pair of distributions has no closed form: the
             rate is then the estimate ``log q(z_j|x) - log p(z_j)`` at that sample, which may be negative.
 
@@ -60,12 +66,24 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
         Nats, shape ``(B, k)``.
 
     Raises:
-        ValueError: If the posterior has event dimensions, or if a sample is needed and none was given.
+        ValueError: If the posterior or the prior has event dimensions, the prior does not broadcast to the posterior's
+            shape, the sample has another shape, or a sample is needed and none was given.
     """
-    if posterior.event_shape:
+    for name, each in (("posterior", posterior), ("prior", prior)):
+        if each.event_shape:
+            raise ValueError(
+                f"`{name}` must have one batch entry per latent dimension and no event dimension, got event shape "
+                f"{tuple(each.event_shape)}; unwrap `Independent` with `.base_dist`. A joint distribution has no rate "
+                "per dimension."
+            )
+    if not broadcasts_to(prior.batch_shape, posterior.batch_shape):
         raise ValueError(
-            f"`posterior` must have one batch entry per latent dimension and no event dimension, got event shape "
-            f"{tuple(posterior.event_shape)}; unwrap `Independent` with `.base_dist`."
+            f"`prior` must broadcast to the posterior's batch shape {tuple(posterior.batch_shape)}, got "
+            f"{tuple(prior.batch_shape)}."
+        )
+    if z is not None and z.shape != posterior.batch_shape:
+        raise ValueError(
+            f"`z` must have the posterior's batch shape {tuple(posterior.batch_shape)}, got {tuple(z.shape)}."
         )
     if torch.compiler.is_compiling():
         _look_up(type(posterior), type(prior))
@@ -103,7 +121,8 @@ def free_bits(
 
     Args:
         kl_per_dimension: Raw rates in nats, shape ``(B, k)``.
-        threshold: The floor in nats, per dimension, per group or in total, depending on ``per``. 0 switches it off.
+        threshold: The floor in nats, per dimension, per group or in total, depending on ``per``: one number, or a
+            tensor of one or ``G``. 0 switches it off. The values of a tensor are not checked.
         per: ``"dimension"``; ``"whole"``, one floor under the total rate; or an int, the number of consecutive
             dimensions that share one floor.
         average: ``"batch"`` floors the mean over the batch (Kingma et al. 2016); ``"sample"`` floors each observation's
@@ -113,7 +132,8 @@ def free_bits(
         The floored rate, averaged over the batch, in nats; a scalar.
 
     Raises:
-        ValueError: On an unknown ``per`` or ``average``, or a group size that does not divide ``k``.
+        ValueError: On rates or a floor of another shape, a floor that is negative or not finite, an unknown ``per`` or
+            ``average``, or a group size that does not divide ``k``.
 
     References:
         Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016,
@@ -130,8 +150,14 @@ def free_bits(
     rates = group_rates(kl_per_dimension, per)
     if average == "batch":
         rates = rates.mean(0)
-    # Fill the number in on the device: copying it there would synchronise.
-    threshold = threshold.to(rates) if isinstance(threshold, Tensor) else rates.new_full((), threshold)
+    if isinstance(threshold, Tensor):
+        if not broadcasts_to(threshold.shape, rates.shape[-1:]):
+            raise ValueError(
+                f"`threshold` must be one number, or a tensor of {rates.shape[-1]}, got shape {tuple(threshold.shape)}."
+            )
+        threshold = threshold.to(rates)
+    else:  # fill the number in on the device: copying it there would synchronise
+        threshold = rates.new_full((), checked_number("threshold", threshold))
     # At 0 the floor is off, and not max(0, rate): a Monte Carlo estimate of the rate may be negative.
     floor = torch.where(threshold > 0, threshold, -torch.inf)
     floored = rates.clamp(min=floor).sum(-1)
@@ -149,8 +175,14 @@ def group_rates(kl_per_dimension: Tensor, per: FreeBitsPer = "dimension") -> Ten
         Nats, shape ``(B, G)``.
 
     Raises:
-        ValueError: On an unknown ``per``, or a group size that does not divide ``k``.
+        ValueError: On rates of another shape, an unknown ``per``, or a group size that does not divide ``k``.
     """
+    if kl_per_dimension.ndim != 2 or not kl_per_dimension.is_floating_point():
+        raise ValueError(
+            "`kl_per_dimension` must hold a rate for each observation and latent dimension, floating-point numbers of "
+            f"shape (B, k), got {kl_per_dimension.dtype} of shape {tuple(kl_per_dimension.shape)}. Do not sum or "
+            "average before; `flatten(1)` spatial latents, and give a mean over the batch as one row, `mean[None]`."
+        )
     if per == "dimension":
         return kl_per_dimension
     if per == "whole":
@@ -172,12 +204,20 @@ def weighted_loss(distortion: Tensor, floored_rate: Tensor, beta: Tensor | float
     Args:
         distortion: Mean over the batch of ``-log p(x|z)``, a scalar.
         floored_rate: Mean floored rate, from :func:`free_bits`; without free bits, the mean rate. A scalar.
-        beta: Weight of the rate; 1 gives the negative ELBO.
+        beta: Weight of the rate; 1 gives the negative ELBO. A tensor holds one number, which is not checked.
+
+    Raises:
+        ValueError: If the shapes differ, or the weight is negative or not finite.
 
     References:
         Higgins et al., "beta-VAE", ICLR 2017, equation 4; Alemi et al., "Fixing a Broken ELBO", ICML 2018, for the
         rate and distortion.
     """
+    _check_same_shape(distortion=distortion, floored_rate=floored_rate)
+    if not isinstance(beta, Tensor):
+        beta = checked_number("beta", beta)
+    elif beta.ndim:
+        raise ValueError(f"`beta` must be one number, got a tensor of shape {tuple(beta.shape)}.")
     return distortion + beta * floored_rate
 
 
@@ -197,7 +237,45 @@ def limited_rate_loss(distortion: Tensor, rate: Tensor, limit: float, price: flo
         limit: Nats.
         price: Nats of loss per nat of rate.
 
+    Raises:
+        ValueError: If the shapes differ, or the limit or the price is negative or not finite.
+
     References:
         Alemi et al., "Fixing a Broken ELBO", ICML 2018, for the slope.
     """
+    _check_same_shape(distortion=distortion, rate=rate)
+    limit, price = checked_number("limit", limit), checked_number("price", price)
     return distortion + price * (rate - limit).clamp(min=0.0)
+
+
+def checked_number(name: str, value: Any) -> float:
+    """Return a weight, a floor or a limit of the loss as a float.
+
+    Args:
+        name: Its name, for the error.
+        value: The number.
+
+    Raises:
+        ValueError: If it is no number, negative or not finite.
+    """
+    try:
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number <= _LARGEST:
+        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
+    return number
+
+
+def _check_same_shape(**operands: Tensor) -> None:
+    (first, one), (second, other) = operands.items()
+    if one.shape != other.shape:
+        raise ValueError(
+            f"`{first}` and `{second}` must have the same shape, got {tuple(one.shape)} and {tuple(other.shape)}."
+        )
+
+
+def broadcasts_to(shape: Size, target: Size) -> bool:
+    """Return whether a shape broadcasts to the target and no further."""
+    sizes = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and all(size in (1, wanted) for size, wanted in sizes)

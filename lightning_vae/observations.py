@@ -7,10 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from .likelihoods import Likelihood
 from .networks import Shape
+
+LABELS = ("label", "labels", "y", "target", "targets", "class")
+"""Keys of the labels in a mapping; the same as in ``callbacks/reading/batch_fields.py``, which can't be imported."""
+
+_FORMS = "A batch must be a tensor, a sequence that starts with one, or a mapping with the key 'x'."
+_NUMBERS = {torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64}
+_NUMBERS |= {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
+_NUMBERS |= {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,38 +67,109 @@ def data_of(batch: Any, shape: Shape) -> Tensor:
     Raises:
         ValueError: If the batch holds no tensor of such observations.
     """
-    is_mapping = type(batch) is dict or isinstance(batch, Mapping)  # the check for a `Mapping` is slower
-    x = batch["x"] if is_mapping else batch[0] if isinstance(batch, tuple | list) else batch
-    if not isinstance(x, Tensor) or x.shape[1:] != shape:
-        raise ValueError(
-            f"`shape` is {shape}, but a batch holds "
-            f"{tuple(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__} per observation. A batch must be "
-            "a tensor, a sequence that starts with one, or a mapping with the key 'x'."
-        )
+    if type(batch) is dict or isinstance(batch, Mapping):  # the check for a `Mapping` is slower
+        if "x" not in batch:
+            keys = ", ".join(map(repr, batch)) or "no keys"
+            raise ValueError(f"`shape` is {shape}, but a batch is a mapping with {keys}. {_FORMS}")
+        batch = batch["x"]
+    elif _is_sequence(batch):
+        batch = batch[0] if len(batch) else batch
+    check_data(batch, shape)
+    x: Tensor = batch
     return x
+
+
+def check_data(x: Any, shape: Shape) -> None:
+    """Check that data are a tensor of observations and hold numbers. This reads no value.
+
+    Args:
+        x: The data in their own scale.
+        shape: Shape of one observation.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if isinstance(x, Tensor):
+        check_type("The data", x)
+    if not isinstance(x, Tensor) or x.shape[1:] != shape:
+        held = tuple(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"`shape` is {shape}, but a batch holds {held} per observation. {_FORMS}")
+
+
+def check_type(what: str, tensor: Tensor) -> None:
+    """Check that a tensor holds integers or floating-point numbers in the usual layout.
+
+    Args:
+        what: What the tensor is, for the error.
+        tensor: The tensor.
+
+    Raises:
+        ValueError: If it is complex, quantized, sparse or nested.
+    """
+    usual = tensor.layout is torch.strided and not tensor.is_nested
+    if not usual or tensor.dtype not in _NUMBERS:
+        kind = str(tensor.dtype) if usual else f"{tensor.dtype} in the layout {tensor.layout}"
+        raise ValueError(
+            f"{what} must be integers or floating-point numbers in a dense tensor, got {kind}. Convert the tensor."
+        )
 
 
 def index_and_label_of(batch: Any, size: int) -> tuple[Tensor | None, Any]:
     """Return the indices and the labels in a batch, ``None`` for either that it lacks.
 
-    A mapping has them under ``"index"`` and ``"label"``; the label must be a tensor or a sequence with one item per
-    observation. The second item of a sequence is the label if it is a tensor with one number per observation.
+    A mapping has the index under ``"index"`` and the label under the first of :data:`LABELS` that it holds: a tensor or
+    a sequence with one item per observation. The second item of a sequence is the label if it has one number or word
+    per observation. Indices and labels of shape ``(B, 1)`` are returned as ``(B,)``.
+
+    Raises:
+        ValueError: If the index is not one integer per observation.
     """
     if isinstance(batch, Mapping):
-        label = batch.get("label")
-        return batch.get("index"), label if _has_items(label, size) else None
-    second = batch[1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
-    return None, second if isinstance(second, Tensor) and second.shape == (size,) else None
+        label = _column(next((batch[name] for name in LABELS if name in batch), None))
+        return _checked_index(batch.get("index"), size), label if _has_items(label, size) else None
+    second = _column(batch[1]) if _is_sequence(batch) and len(batch) > 1 else None
+    return None, second if _has_items(second, size) and len(getattr(second, "shape", (size,))) == 1 else None
+
+
+def check_index(index: Tensor, size: int) -> None:
+    """Check that there is one index per observation.
+
+    Raises:
+        ValueError: If the indices are not integers of shape ``(size,)``.
+    """
+    is_integer = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex())
+    if not is_integer or index.shape != (size,):
+        held = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
+        raise ValueError(f"`index` must be an integer for each observation, of shape {(size,)}, got {held}.")
+
+
+def _checked_index(index: Any, size: int) -> Tensor | None:
+    if index is None:
+        return None
+    found: Tensor = _column(index)
+    check_index(found, size)
+    return found
+
+
+def _column(values: Any) -> Any:
+    """Return a tensor or array of shape ``(B, 1)`` as ``(B,)``, anything else unchanged."""
+    return values[:, 0] if getattr(values, "shape", ())[1:] == (1,) else values
 
 
 def _has_items(label: Any, size: int) -> bool:
     if hasattr(label, "shape"):  # a tensor or an array
         return tuple(label.shape[:1]) == (size,)
-    return isinstance(label, Sequence) and not isinstance(label, str | bytes) and len(label) == size
+    return _is_sequence(label) and len(label) == size
+
+
+def _is_sequence(value: Any) -> bool:
+    return isinstance(value, tuple | list) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
 def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
-    """Check that data are in the scale that a model expects. This synchronises with the device.
+    """Check that data are in the scale that a model expects.
+
+    This synchronises with the device. While torch traces a graph there are no values to check.
 
     Args:
         x: The data in their own scale.
@@ -99,12 +179,10 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
     Raises:
         ValueError: If they are not finite, already scaled, or outside the likelihood's range.
     """
-    if not len(x):
+    if not has_values(x):
         return
-    low, high = x.min().item(), x.max().item()
-    if not math.isfinite(low + high):
-        raise ValueError(f"The data must be finite, but a batch holds values from {low:g} to {high:g}. Fix the data.")
-    if levels is not None and x.is_floating_point() and high <= 1 < levels - 1:
+    low, high = check_finite("The data", x)
+    if levels is not None and x.is_floating_point() and high <= 1 < levels - 1 and (low, high) != (0, 0):
         raise ValueError(
             f"`levels` is {levels}, so the data should be integers from 0 to {levels - 1}, but a batch holds fractions "
             f"from {low:g} to {high:g}, as if already scaled. Pass levels=None for data in [0, 1]."
@@ -115,3 +193,29 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
             f"`likelihood` {type(likelihood).__name__} needs data from 0 to {top}, but a batch holds values from "
             f"{low:g} to {high:g}. Rescale the data, set `levels`, or use the Gaussian likelihood."
         )
+
+
+def check_finite(what: str, tensor: Tensor) -> tuple[float, float]:
+    """Check that a tensor that is not empty is finite, and return its smallest and its largest value.
+
+    This synchronises with the device.
+
+    Args:
+        what: What the tensor is, for the error.
+        tensor: The tensor.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    values = tensor.detach()
+    values = values if values.dtype == torch.float64 else values.float()  # some types have no minimum
+    low, high = torch.stack(values.aminmax()).tolist()
+    if not math.isfinite(low + high):
+        raise ValueError(f"{what} must be finite, but a batch holds values from {low:g} to {high:g}. Fix the data.")
+    return low, high
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Return whether a tensor has values that can be read: it is not empty, and torch is not tracing a graph."""
+    is_traced: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return not (torch.compiler.is_compiling() or is_traced or tensor.is_meta or tensor.numel() == 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,18 +25,22 @@ def posterior_of(output: Any, size: int, latent_dim: int) -> td.Distribution:
     Raises:
         ValueError: If the output has another shape.
     """
+    shape = (size, latent_dim)
     if isinstance(output, td.Distribution):
-        posterior = _widened(output)
+        if output.batch_shape == shape and not output.event_shape:
+            return _widened(output)
+        got = f"{tuple(output.batch_shape)} and event shape {tuple(output.event_shape)}"
     else:
-        mean, log_variance = output if isinstance(output, tuple | list) else output.chunk(2, dim=-1)
-        posterior = td.Normal(widen(mean), (0.5 * widen(log_variance)).exp(), validate_args=False)
-    if posterior.batch_shape != (size, latent_dim) or posterior.event_shape:
-        raise ValueError(
-            f"`encoder` must give a mean and a log-variance of shape {(size, latent_dim)} each, or a distribution of "
-            f"that batch shape and no event shape, got {tuple(posterior.batch_shape)} and event shape "
-            f"{tuple(posterior.event_shape)}."
-        )
-    return posterior
+        parts = output.chunk(2, dim=-1) if isinstance(output, Tensor) and output.ndim else output
+        tensors = isinstance(parts, Sequence) and all(isinstance(part, Tensor) for part in parts)
+        if tensors and len(parts) == 2 and parts[0].shape == parts[1].shape == shape:
+            mean, log_variance = parts
+            return td.Normal(widen(mean), (0.5 * widen(log_variance)).exp(), validate_args=False)
+        got = " and ".join(str(tuple(part.shape)) for part in parts) if tensors else type(output).__name__
+    raise ValueError(
+        f"`encoder` must give a mean and a log-variance of shape {shape} each, or a distribution of that batch shape "
+        f"and no event shape, got {got}."
+    )
 
 
 def widen(tensor: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -28,7 +29,17 @@ from .objective import (
     limited_rate_loss,
     weighted_loss,
 )
-from .observations import Observations, check_scale, data_of, index_and_label_of
+from .observations import (
+    Observations,
+    check_data,
+    check_finite,
+    check_index,
+    check_scale,
+    check_type,
+    data_of,
+    has_values,
+    index_and_label_of,
+)
 from .posteriors import posterior_of, widen
 from .running_sums import RunningSums, mean, named_terms
 
@@ -114,7 +125,7 @@ class VAE(RunModule):
         compile: CompileMode = False,  # noqa: A002
     ) -> None:
         super().__init__()
-        given, shape = shape, tuple(shape) if isinstance(shape, list | tuple) else ()
+        given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
         if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
             raise ValueError(f"`shape` must be the shape of one observation, such as (1, 28, 28) or (6,), got {given}.")
         if levels is not None and levels < 2:
@@ -128,7 +139,8 @@ class VAE(RunModule):
         parts = {"encoder": encoder, "decoder": decoder, "likelihood": likelihood}
         self.save_hyperparameters(ignore=[name for name, part in parts.items() if isinstance(part, nn.Module)])
         described = {name: describe(self.hparams.get(name, part)) for name, part in parts.items()}
-        self._update_hparams(described)  # these load with `weights_only=True`
+        # These load with `weights_only=True`, as do lists and tuples.
+        self._update_hparams(described if isinstance(given, list | tuple) else {**described, "shape": shape})
 
         self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
         self.encoder = build("encoder", MLPEncoder if encoder is None else encoder, shape, latent_dim)
@@ -146,6 +158,7 @@ class VAE(RunModule):
         self.posterior: td.Distribution | None = None
         self._evaluation_sums: dict[int, RunningSums] = {}
         self._count = 0  # observations so far in the pass
+        self._checks_next, self._is_checked = True, False  # the training data; those that `elbo_terms` is given
         self._note_dtype()
 
     # ---- the loss
@@ -153,18 +166,36 @@ class VAE(RunModule):
     @override
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x = data_of(batch, self.shape)
-        if batch_idx == 0 == self.global_step:
+        if self._checks_next or (batch_idx == 0 and trainer_of(self) is None):
             check_scale(x, self.levels, self.likelihood)
-        loss, terms, count = self._graph_loss(x) if self._compiled_loss.mode else self._loss(x)
+            self._checks_next = False
+        self._is_checked = True  # later batches are not: reading their values would synchronise in each step
+        try:
+            loss, terms, count = self._graph_loss(x) if self._compiled_loss.mode else self._loss(x)
+        finally:
+            self._is_checked = False
         self._record(terms, count)
         return loss
 
     def _loss(self, x: Tensor) -> tuple[Tensor, Tensor, int | Tensor]:
         """Compute the loss, the terms to log, and the number of observations that they average."""
-        means = batch_means(self.elbo_terms(x), self.free_bits, self.free_bits_per, self.free_bits_average)
+        terms = self._checked_terms(x, len(x))
+        means = batch_means(terms, self.free_bits, self.free_bits_per, self.free_bits_average)
         loss = weighted_loss(means.distortion, means.floored_rate, self.beta)
         with torch.no_grad():
             return loss, torch.stack([means.distortion, means.rate, means.floored_rate, loss]), means.size
+
+    def _checked_terms(self, x: Tensor | Observations, size: int) -> ELBOTerms:
+        """Return :meth:`elbo_terms`, which a subclass may override, after checking the shapes of its result."""
+        terms = self.elbo_terms(x)
+        distortion, rates = terms
+        if distortion.shape != (size,) or rates.shape[:-1] != (size,):
+            raise ValueError(
+                f"`elbo_terms` must return a distortion of shape {(size,)} and rates of shape "
+                f"{(size, self.latent_dim)}, one row per observation, got {tuple(distortion.shape)} and "
+                f"{tuple(rates.shape)}."
+            )
+        return terms
 
     def elbo_terms(self, x: Tensor | Observations, index: Tensor | None = None) -> ELBOTerms:
         """Compute the ELBO's terms with one posterior sample per observation.
@@ -177,23 +208,30 @@ class VAE(RunModule):
 
         Returns:
             The terms in nats, one row per observation, float32 (float64 where the networks are).
+
+        Raises:
+            ValueError: If the data or the index have another shape or type, or the data are in another scale. Checking
+                the scale waits for the device, except in ``training_step``, which checks the first batch of a fit.
         """
         if isinstance(x, Observations):
             observed, index = x.observed, x.index
         else:
-            observed = self.likelihood.observe(self._scaled(x), index)
+            scaled = self._checked(x)
+            if index is not None:
+                check_index(index, len(x))
+            observed = self.likelihood.observe(scaled, index)
         self.posterior = posterior = self._encode(observed)
         z = posterior.rsample() if index is None else sample_by_index(posterior, index)
         likelihood = self._decode(z, observed if self.training and index is None else None)
         return ELBOTerms(-likelihood.log_prob(observed), kl_per_dimension(posterior, self.prior, z))
 
     def _encode(self, observed: Tensor) -> td.Distribution:
-        return posterior_of(self.encoder(observed.to(self._network_dtype)), len(observed), self.latent_dim)
+        return posterior_of(self.encoder(observed.to(self._network_dtype)), observed.shape[0], self.latent_dim)
 
     def _decode(self, z: Tensor, observed: Tensor | None = None) -> td.Distribution:
         output = widen(self.decoder(z.to(self._network_dtype)))
-        if output.shape != (len(z), *self.shape):
-            raise ValueError(f"`decoder` must give shape {(len(z), *self.shape)}, got {tuple(output.shape)}.")
+        if output.shape != (z.shape[0], *self.shape):  # `len(z)` would fix the batch size of an export
+            raise ValueError(f"`decoder` must give shape {(z.shape[0], *self.shape)}, got {tuple(output.shape)}.")
         # During training a likelihood may compute its scale from the data that it will be evaluated on.
         likelihood: td.Distribution = self.likelihood(output, observed)
         return likelihood
@@ -261,9 +299,9 @@ class VAE(RunModule):
                 binarised: the encoder then sees the mean of their binarisations.
 
         Raises:
-            ValueError: If the encoder's output has the wrong shape.
+            ValueError: If the data have another shape, type or scale, or the encoder's output has the wrong shape.
         """
-        return self._encode(x.observed if isinstance(x, Observations) else self._scaled(x))
+        return self._encode(x.observed if isinstance(x, Observations) else self._checked(x))
 
     def decode(self, z: Tensor) -> td.Distribution:
         """Return the likelihood p(x|z), with batch shape ``(B,)`` and event shape ``shape``, in the networks' scale.
@@ -272,9 +310,21 @@ class VAE(RunModule):
             z: Latents, shape ``(B, k)``.
 
         Raises:
-            ValueError: If the decoder's output has the wrong shape.
+            ValueError: If the latents have another shape or type or are not finite, or the decoder's output has the
+                wrong shape.
         """
+        if not isinstance(z, Tensor) or z.shape[1:] != (self.latent_dim,):
+            given = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"`z` must have shape (B, {self.latent_dim}), got {given}.")
+        check_type("The latents `z`", z)
+        if has_values(z):
+            check_finite("The latents `z`", z)
         return self._decode(z)
+
+    @override
+    def forward(self, x: Tensor) -> Tensor:
+        """Return :meth:`reconstruct`, so that ``vae(x)`` and ``torch.export`` work."""
+        return self.reconstruct(x)
 
     def reconstruct(self, x: Tensor | Observations) -> Tensor:
         """Return the mean of p(x|z) at the posterior's mean, in the data's own scale, shape ``(B, *shape)``.
@@ -296,7 +346,12 @@ class VAE(RunModule):
 
         Returns:
             Images or vectors in the data's own scale, shape ``(n, *shape)``.
+
+        Raises:
+            ValueError: If ``n`` is not an integer of at least 0.
         """
+        if isinstance(n, bool) or not hasattr(n, "__index__") or operator.index(n) < 0:
+            raise ValueError(f"`n` must be an integer of at least 0, got {n!r}.")
         return self.to_data_scale(self.decode(self.prior.sample(torch.Size((n,)))).mean)
 
     def to_data_scale(self, x: Tensor) -> Tensor:
@@ -313,7 +368,7 @@ class VAE(RunModule):
         if not len(observations):  # this process's share of a last batch may be empty
             self.posterior = None
             return
-        distortion, rates = self.elbo_terms(observations)
+        distortion, rates = self._checked_terms(observations, len(observations))
         # A floor on each sample is a sum over observations; a floor on the mean needs the whole pass.
         floored = self._floored_rate(rates) * len(observations)
         sums = torch.cat([rates.sum(0), distortion.sum()[None], floored[None]])
@@ -372,7 +427,16 @@ class VAE(RunModule):
     def _floored_rate(self, rates: Tensor) -> Tensor:
         return free_bits(rates, self.free_bits, self.free_bits_per, self.free_bits_average)
 
-    # ---- scales and types
+    # ---- copies, scales and types
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self._checks_next = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The posterior of a training step has a graph, which can't be copied.
+        return {**super().__getstate__(), "posterior": None, "_is_checked": False}
 
     @override
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -386,6 +450,13 @@ class VAE(RunModule):
         # Looking it up in each step would take as long as a small layer.
         self._network_dtype = next((each.dtype for each in self.encoder.parameters()), torch.float32)
         self._working_dtype = torch.float64 if self._network_dtype == torch.float64 else torch.float32
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """Convert data to the networks' scale, after the checks of :meth:`training_step`."""
+        if not self._is_checked:
+            check_data(x, self.shape)
+            check_scale(x, self.levels, self.likelihood)
+        return self._scaled(x)
 
     def _scaled(self, x: Tensor) -> Tensor:
         """Convert data to the networks' scale."""

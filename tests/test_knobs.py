@@ -230,3 +230,29 @@ def test_a_knob_that_an_earlier_version_has_steered_comes_back(tmp_path):
     torch.save(checkpoint, path)
     loaded = VAE.load_from_checkpoint(path, weights_only=True)
     assert (loaded.beta.item(), loaded.knobs["beta"], loaded.rate_limit) == (0.25, 1.0, (1.0, 10.0))
+
+
+def test_an_assignment_within_a_fit_refuses_numbers_out_of_range(tmp_path):
+    refused = []
+
+    class Assigns(pl.Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            for value in (-1.0, math.nan, math.inf, "4", None):
+                with pytest.raises(ValueError, match="`beta` must be a finite number of at least 0, got"):
+                    pl_module.beta = value
+                refused.append(value)
+            pl_module.beta = torch.tensor(3.0)
+
+    vae = small(beta=2.0)
+    trainer(tmp_path, max_epochs=1, callbacks=[Assigns()]).fit(vae, loader())
+    assert len(refused) == 25
+    assert (vae.beta.item(), vae.knobs["beta"]) == (3.0, 2.0)
+
+
+def test_a_checkpoint_with_a_knob_out_of_range_is_refused(tmp_path):
+    path = fitted(tmp_path, small())
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["lightning_vae"]["knob_values"]["beta"] = math.nan
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match="`beta` must be a finite number of at least 0, got nan"):
+        VAE.load_from_checkpoint(path, weights_only=True)

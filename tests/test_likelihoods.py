@@ -1,4 +1,5 @@
 import ast
+import functools
 import math
 import pickle
 
@@ -221,3 +222,49 @@ def test_every_likelihood_is_a_distribution_over_observations(likelihood):
 def test_scales_stay_in_float32_under_half_precision(make):
     likelihood = make().to(torch.bfloat16)
     assert {tensor.dtype for tensor in likelihood.state_dict().values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("make", [Bernoulli, ContinuousBernoulli, Gaussian, DiscretisedLogistic])
+@pytest.mark.parametrize("shape", [(5, 4, 4), (5, 3, 4, 4), (4, 4, 1), (4,), ()])
+def test_values_of_another_shape_have_no_density(make, shape):
+    likelihood = make((1, 4, 4))(torch.zeros(5, 1, 4, 4))
+    assert likelihood.log_prob(torch.zeros(5, 1, 4, 4)).shape == (5,)
+    with pytest.raises(ValueError, match=r"`value` must end with the shape \(1, 4, 4\) of one observation, got shape"):
+        likelihood.log_prob(torch.zeros(shape))
+
+
+STARTERS = [
+    (functools.partial(Gaussian, (3,), variance="learned"), "log_variance"),
+    (functools.partial(Bernoulli, (3,), start_at_mean=True), "offset"),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), STARTERS)
+def test_loading_is_no_start(make, name):
+    """A part of a checkpoint, or one saved before the first batch, leaves the start to the data."""
+    x, output = torch.full((10, 3), 0.3), torch.zeros(10, 3)
+    right = make()
+    right(output, x)
+    fresh = make().state_dict()
+    for state in ({}, fresh):
+        part = make()
+        part.load_state_dict(state, strict=False)
+        part(output, x)
+        assert torch.equal(getattr(part, name), getattr(right, name))
+    again = make()
+    again.load_state_dict(right.state_dict())
+    again.load_state_dict({}, strict=False)
+    again(output, 1 - 0.1 * x)
+    assert torch.equal(getattr(again, name), getattr(right, name))
+    again.load_state_dict(fresh)
+    again(output, x)
+    assert torch.equal(getattr(again, name), getattr(right, name))
+
+
+@pytest.mark.parametrize(("make", "name"), STARTERS)
+def test_a_value_that_is_set_by_hand_is_kept(make, name):
+    likelihood = make()
+    with torch.no_grad():
+        getattr(likelihood, name).fill_(-3.0)
+    likelihood(torch.zeros(10, 3), torch.ones(10, 3))
+    assert (getattr(likelihood, name) == -3.0).all()

@@ -4,7 +4,7 @@ import torch
 from torch import distributions as td
 
 from lightning_vae import elbo, free_bits, group_rates, kl_per_dimension, weighted_loss
-from lightning_vae.objective import ELBOTerms
+from lightning_vae.objective import ELBOTerms, limited_rate_loss
 
 KL = torch.tensor([[0.1, 2.0, 0.0, 0.4], [0.3, 4.0, 0.2, 0.8], [0.2, 0.0, 0.1, 0.0]])
 
@@ -95,3 +95,77 @@ def test_terms_and_loss_in_their_signs():
     torch.testing.assert_close(terms.elbo, -(terms.distortion + KL.sum(1)))
     assert elbo(torch.tensor(3.0), torch.tensor(2.0)) == -5
     assert weighted_loss(torch.tensor(3.0), torch.tensor(2.0), beta=4.0) == 11
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (3, 4, 2, 2)])
+def test_rates_that_are_not_one_for_each_observation_and_dimension_are_refused(shape):
+    for function in (lambda rates: free_bits(rates, 0.25), group_rates):
+        with pytest.raises(ValueError, match=r"`kl_per_dimension` must .* of shape \(B, k\), got .*`flatten\(1\)`"):
+            function(torch.rand(shape))
+    with pytest.raises(ValueError, match=r"floating-point numbers of shape \(B, k\), got torch.int64"):
+        free_bits(torch.ones(3, 4).long(), 0.25, average="sample")
+
+
+@pytest.mark.parametrize("threshold", [-1.0, float("nan"), float("inf"), "0.5", None])
+def test_a_floor_that_is_no_number_of_nats_is_refused(threshold):
+    with pytest.raises(ValueError, match="`threshold` must be a finite number of at least 0, got"):
+        free_bits(KL, threshold)
+
+
+def test_a_floor_may_differ_between_dimensions_and_not_between_observations():
+    assert free_bits(KL, torch.tensor([1.0, 0.0, 0.0, 1.0])) == pytest.approx(1 + 2 + 0.1 + 1)
+    for shape in ((3, 4), (3,), (3, 1), (2, 4)):
+        with pytest.raises(ValueError, match=r"`threshold` must be one number, or a tensor of 4, got shape"):
+            free_bits(KL, torch.ones(shape))
+
+
+def test_terms_of_different_shapes_are_refused():
+    batch, column, number = torch.ones(3), torch.ones(3, 1), torch.tensor(1.0)
+    for function in (
+        elbo,
+        lambda *terms: weighted_loss(*terms, 1.0),
+        lambda *terms: limited_rate_loss(*terms, 1.0, 1.0),
+    ):
+        assert function(batch, batch).shape == (3,)
+        for one, other in ((batch, column), (column, batch), (batch, number), (number, batch)):
+            with pytest.raises(ValueError, match="must have the same shape, got"):
+                function(one, other)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        ELBOTerms(batch, batch).elbo  # noqa: B018
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_weights_out_of_range_are_refused(value):
+    one = torch.tensor(1.0)
+    with pytest.raises(ValueError, match="`beta` must be a finite number of at least 0"):
+        weighted_loss(one, one, value)
+    with pytest.raises(ValueError, match="`limit` must be a finite number of at least 0"):
+        limited_rate_loss(one, one, value, 1.0)
+    with pytest.raises(ValueError, match="`price` must be a finite number of at least 0"):
+        limited_rate_loss(one, one, 1.0, value)
+    with pytest.raises(ValueError, match=r"`beta` must be one number, got a tensor of shape \(3,\)"):
+        weighted_loss(one, one, torch.ones(3))
+
+
+def test_kl_refuses_a_joint_prior():
+    """A mixture over vectors of 3 dimensions and a batch of 3 would broadcast to a number of nats for each pair."""
+    posterior = td.Normal(torch.zeros(3, 3), torch.ones(3, 3))
+    parts = td.Independent(td.Normal(torch.zeros(2, 3), torch.ones(2, 3)), 1)
+    prior = td.MixtureSameFamily(td.Categorical(torch.ones(2)), parts)
+    with pytest.raises(ValueError, match=r"`prior` must have one batch entry per latent dimension.*event shape \(3,\)"):
+        kl_per_dimension(posterior, prior, posterior.sample())
+
+
+@pytest.mark.parametrize("shape", [(4,), (3,), (5, 4, 2), (3, 2), (5, 4, 1)])
+def test_kl_refuses_a_prior_and_a_sample_that_do_not_fit_the_posterior(shape):
+    posterior = td.Normal(torch.zeros(4, 2), torch.ones(4, 2))
+    with pytest.raises(ValueError, match=r"`prior` must broadcast to the posterior's batch shape \(4, 2\), got"):
+        kl_per_dimension(posterior, td.Normal(torch.zeros(shape), 1.0))
+    with pytest.raises(ValueError, match=r"`z` must have the posterior's batch shape \(4, 2\), got"):
+        kl_per_dimension(posterior, td.Normal(torch.zeros(2), 1.0), torch.zeros(shape))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (1, 2), (4, 1), (4, 2)])
+def test_kl_takes_a_prior_that_fits(shape):
+    posterior = td.Normal(torch.zeros(4, 2), torch.ones(4, 2))
+    assert torch.equal(kl_per_dimension(posterior, td.Normal(torch.zeros(shape), 1.0)), torch.zeros(4, 2))

@@ -1,9 +1,15 @@
 """What a model observes of a batch."""
 
+from collections import UserDict, UserList
+
 import pytest
 import torch
 
-from tests.image_vae import SHAPE, images, small, small_like, trainer
+from lightning_vae import Gaussian
+from lightning_vae.callbacks.reading import batch_fields
+from lightning_vae.observations import _NUMBERS, LABELS
+from lightning_vae.datamodules import TensorLoader
+from tests.image_vae import SHAPE, fitted, images, small, small_like, trainer
 
 
 @pytest.mark.parametrize(
@@ -69,3 +75,126 @@ def test_the_first_batch_is_checked_for_its_scale():
     with pytest.raises(ValueError, match="as if already scaled"):
         vae.observe(images(3) / 16)
     vae.observe(images(3) / 16, first=3)
+
+
+@pytest.mark.parametrize("key", ["label", "labels", "y", "target", "targets", "class"])
+def test_labels_have_the_usual_keys(key):
+    assert small().observe({"x": images(3), key: torch.arange(3)}).label.tolist() == [0, 1, 2]
+
+
+def test_labels_and_indices_in_one_column_are_labels_and_indices():
+    column = torch.arange(3)[:, None]
+    observations = small().observe({"x": images(3), "y": column, "index": column + 5})
+    assert (observations.label.tolist(), observations.index.tolist()) == ([0, 1, 2], [5, 6, 7])
+    assert small().observe((images(3), column)).label.tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("labels", [["a", "b", "c"], ("a", "b", "c"), UserList("abc")])
+def test_words_beside_the_observations_are_labels(labels):
+    assert list(small().observe((images(3), labels)).label) == ["a", "b", "c"]
+
+
+def test_both_sides_of_the_seam_know_the_same_labels():
+    """The model can't import the callbacks, so the names exist twice."""
+    assert LABELS == batch_fields.LABELS
+    x, y = images(3), torch.arange(3)
+    batches = [
+        (x, y),
+        [x, y],
+        UserList([x, y]),
+        *({"x": x, name: y} for name in LABELS),
+        {"y": y, "label": y + 1, "x": x},
+    ]
+    for batch in batches:
+        found = batch_fields.batch_part(dict(batch) if isinstance(batch, dict) else list(batch), None, LABELS, 1)
+        assert torch.equal(small().observe(batch).label, found)
+
+
+@pytest.mark.parametrize(
+    "batch", [UserList([images(3)]), UserDict(x=images(3)), UserList([images(3), torch.arange(3)])]
+)
+def test_any_sequence_and_any_mapping_is_a_batch(batch):
+    assert torch.equal(small().observe(batch).x, images(3))
+
+
+@pytest.mark.parametrize("batch", [{"image": images(3), "labels": torch.arange(3)}, UserDict(image=1, labels=2)])
+def test_a_mapping_without_the_data_is_explained_by_its_keys(batch):
+    with pytest.raises(ValueError, match=r"`shape` is .* a mapping with 'image', 'labels'.*with the key 'x'"):
+        small().training_step(batch, 0)
+
+
+@pytest.mark.parametrize("index", [torch.arange(4), torch.arange(3.0), torch.arange(6).view(3, 2), ["a", "b", "c"]])
+def test_indices_of_another_kind_are_refused(index):
+    with pytest.raises(ValueError, match=r"`index` must be an integer for each observation, of shape \(3,\), got"):
+        small().observe({"x": images(3), "index": index})
+
+
+DOORS = {
+    "training_step": lambda vae, x: vae.training_step(x, 0),
+    "observe": lambda vae, x: vae.observe(x),
+    "encode": lambda vae, x: vae.encode(x),
+    "reconstruct": lambda vae, x: vae.reconstruct(x),
+    "forward": lambda vae, x: vae(x),
+    "elbo_terms": lambda vae, x: vae.elbo_terms(x),
+    "elbo_terms at an index": lambda vae, x: vae.elbo_terms(x, torch.arange(len(x))),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (images(3) / 16, "as if already scaled"),
+        (images(3) + 17, "needs data from 0 to 16"),
+        (images(3) * torch.nan, "The data must be finite"),
+        (images(3)[:, 0], r"`shape` is \(1, 4, 4\), but a batch holds \(4, 4\)"),
+        (images(1)[0], r"a batch holds \(4, 4\)"),
+        (images(3)[None], r"a batch holds \(3, 1, 4, 4\)"),
+        (images(3).numpy(), "a batch holds ndarray"),
+        (images(3).to(torch.complex64), "got torch.complex64"),
+        (images(3).to_sparse(), "in the layout torch.sparse_coo"),
+    ],
+)
+def test_every_door_refuses_the_same_data_in_the_same_words(door, x, message):
+    vae = small()
+    for mode in (True, False):
+        with pytest.raises(ValueError, match=message):
+            DOORS[door](vae.train(mode), x)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+def test_quantized_data_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"got torch\.quint8"):
+        small().encode(torch.quantize_per_tensor(images(3).float(), 1.0, 0, torch.quint8))
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_every_door_takes_black_images_of_any_type(door):
+    DOORS[door](small(), torch.zeros(3, *SHAPE))
+    DOORS[door](small(), images(3).new_zeros(3, *SHAPE))
+
+
+NO_ZERO = {getattr(torch, "float8_e8m0fnu", None)}  # holds powers of two only
+
+
+@pytest.mark.parametrize("dtype", sorted(_NUMBERS - NO_ZERO, key=str), ids=str)
+def test_all_types_that_hold_the_numbers_give_the_same(dtype):
+    vae, x = small(levels=2), (images(3) > 8).float()
+    index = torch.arange(3)
+    assert torch.equal(vae.observe(x.to(dtype)).scaled, x)
+    assert torch.equal(vae.encode(x.to(dtype)).mean, vae.encode(x).mean)
+    assert torch.equal(vae.elbo_terms(x.to(dtype), index).elbo, vae.elbo_terms(x, index).elbo)
+    vae.training_step(x.to(dtype), 0)
+
+
+@pytest.mark.parametrize("index", [torch.arange(1), torch.zeros(3), torch.zeros(3, 1).long()])
+def test_the_terms_refuse_an_index_that_would_be_shared(index):
+    with pytest.raises(ValueError, match=r"`index` must be an integer for each observation, of shape \(3,\)"):
+        small(likelihood=Gaussian).elbo_terms(images(3), index)
+
+
+def test_a_resumed_fit_checks_its_first_batch(tmp_path):
+    path = fitted(tmp_path, small())
+    wrong = TensorLoader({"x": images(70) / 16}, batch_size=16)
+    with pytest.raises(ValueError, match="as if already scaled"):
+        trainer(tmp_path, max_epochs=2).fit(small(), wrong, ckpt_path=path)

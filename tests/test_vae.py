@@ -1,14 +1,18 @@
 import copy
 import functools
 import math
+import pickle
+from collections import UserList
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import distributions as td
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_vae import (
     VAE,
@@ -17,10 +21,14 @@ from lightning_vae import (
     ConvDecoder,
     ConvEncoder,
     DiscretisedLogistic,
+    ELBOTerms,
     Gaussian,
+    LinearDecoder,
+    LinearEncoder,
+    MLPDecoder,
     MLPEncoder,
 )
-from lightning_vae.callbacks import CollapseDetector
+from lightning_vae.callbacks import CollapseDetector, KLAnnealing, Linear
 from lightning_vae.datamodules import Digits, TensorLoader
 from lightning_vae.noise import _POSTERIOR_SEED, uniform_by_index
 from tests.image_vae import LEVELS, SHAPE, LaplaceEncoder, images, loader, rows, small, small_like, trainer
@@ -443,3 +451,163 @@ def test_a_checkpoint_of_an_earlier_version_loads():
     with torch.no_grad():
         error = (vae.eval().reconstruct(x) - x).square().mean() / x.float().var()
     assert error < 0.25, "of the variance"
+
+
+# ---- the same check at every door
+
+
+@pytest.mark.parametrize("z", [torch.zeros(3), torch.zeros(5, 2), torch.zeros(5, 2, 3), torch.zeros(5, 4), [[0.0] * 3]])
+def test_latents_of_another_shape_are_refused(z):
+    with pytest.raises(ValueError, match=r"`z` must have shape \(B, 3\), got"):
+        small().decode(z)
+
+
+def test_latents_of_another_kind_are_refused():
+    with pytest.raises(ValueError, match="The latents `z` must be finite"):
+        small().decode(torch.full((2, 3), torch.nan))
+    with pytest.raises(ValueError, match="The latents `z` must be integers or floating-point numbers"):
+        small().decode(torch.zeros(2, 3, dtype=torch.complex64))
+
+
+@pytest.mark.parametrize("n", [-1, 2.0, "3", None, True])
+def test_a_number_of_samples_that_is_none_is_refused(n):
+    with pytest.raises(ValueError, match="`n` must be an integer of at least 0, got"):
+        small().sample(n)
+
+
+@pytest.mark.parametrize("shape", [(6,), (1, 5, 5)])
+@pytest.mark.parametrize("networks", ["linear", "mlp", "conv"])
+def test_no_observations_are_encoded_and_decoded_to_none(shape, networks):
+    if networks == "conv" and len(shape) == 1:
+        pytest.skip("convolutions need images")
+    encoder, decoder = {
+        "linear": (LinearEncoder, LinearDecoder), "mlp": (MLPEncoder, MLPDecoder), "conv": (ConvEncoder, ConvDecoder)
+    }[networks]  # fmt: skip
+    vae = VAE(shape, latent_dim=2, encoder=encoder, decoder=decoder)
+    assert vae.sample(0).shape == vae.reconstruct(torch.zeros(0, *shape)).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("wrong", ["a mean", "a column", "summed rates"])
+def test_terms_of_a_subclass_are_one_row_for_each_observation(wrong):
+    class Own(VAE):
+        def elbo_terms(self, x, index=None):
+            distortion, rates = super().elbo_terms(x, index)
+            if wrong == "summed rates":
+                return ELBOTerms(distortion, rates.sum(1))
+            return ELBOTerms(distortion.mean() if wrong == "a mean" else distortion[:, None], rates)
+
+    for step in ("training_step", "validation_step"):
+        with pytest.raises(
+            ValueError, match=r"`elbo_terms` must return a distortion of shape \(5,\) and rates of shape"
+        ):
+            getattr(Own(SHAPE, LEVELS, latent_dim=3), step)(images(5), 0)
+
+
+def test_any_sequence_is_a_shape(tmp_path):
+    vae = VAE(UserList([1, 4, 4]), LEVELS, latent_dim=3)
+    assert vae.shape == vae.hparams["shape"] == SHAPE
+    run = trainer(tmp_path, max_epochs=1)
+    run.fit(vae, loader())
+    run.save_checkpoint(tmp_path / "vae.ckpt")
+    assert VAE.load_from_checkpoint(tmp_path / "vae.ckpt", weights_only=True).shape == SHAPE
+
+
+def test_an_encoder_loaded_alone_trains_as_loaded_into_the_encoder(tmp_path):
+    data = DataLoader(0.02 * torch.randn(100, 12, generator=torch.Generator().manual_seed(0)) + 0.5, 50)
+    donor = VAE((12,), latent_dim=4)
+    state = {name: value for name, value in donor.state_dict().items() if name.startswith("encoder")}
+    whole, part = copy.deepcopy(donor), copy.deepcopy(donor)
+    whole.load_state_dict(state, strict=False)
+    part.encoder.load_state_dict(donor.encoder.state_dict())
+    for vae in (whole, part):
+        torch.manual_seed(0)
+        trainer(tmp_path, max_epochs=1).fit(vae, data)
+    assert torch.equal(whole.likelihood.log_variance, part.likelihood.log_variance)
+    assert whole.likelihood.log_variance < -1
+
+
+# ---- copies
+
+
+def copies(vae, folder):
+    torch.save(vae, folder / "vae.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # a whole module is more than weights
+        whole = torch.load(folder / "vae.pt", weights_only=False)
+    return [copy.deepcopy(vae), pickle.loads(pickle.dumps(vae)), whole]
+
+
+def check_independent(vae, twin):
+    """A copy computes the same, and training it leaves the original alone."""
+    posterior, x, index = vae.posterior, images(5), torch.arange(5)
+    mode = vae.training
+    with torch.no_grad():
+        expected = copy.deepcopy(vae).eval().elbo_terms(x, index).elbo
+        torch.testing.assert_close(twin.eval().elbo_terms(x, index).elbo, expected)
+    before = [each.clone() for each in (*vae.parameters(), vae.beta)]
+    with torch.inference_mode(False), torch.enable_grad():  # a validation's hooks run without
+        optimizer = twin.configure_optimizers()
+        twin.train().training_step(x, 0).backward()
+        optimizer.step()
+    twin.beta = 7.0
+    assert all(map(torch.equal, before, (*vae.parameters(), vae.beta)))
+    assert vae.posterior is posterior
+    assert vae.training == mode
+
+
+@pytest.mark.parametrize("options", [{}, {"beta": 4.0, "likelihood": OPTIMAL}, {"free_bits": 0.5}])
+@pytest.mark.filterwarnings("ignore:`beta` is 4 with a likelihood")
+def test_a_module_can_be_copied_after_a_step_of_a_plain_loop(tmp_path, options):
+    vae = small(**options)
+    vae.training_step(images(5), 0).backward()
+    assert vae.posterior is not None
+    for twin in copies(vae, tmp_path):
+        assert twin.posterior is None
+        check_independent(vae, twin)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_module_can_be_copied_in_any_hook(tmp_path, averaged):
+    seen = set()
+
+    def copied(hook):
+        def run(self, trainer, pl_module, *args, **kwargs):
+            if hook not in seen:
+                seen.add(hook)
+                for twin in copies(pl_module, tmp_path):
+                    check_independent(pl_module, twin)
+
+        return run
+
+    hooks = [
+        "on_fit_start", "on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_before_backward",
+        "on_after_backward", "on_before_optimizer_step", "on_train_batch_end", "on_validation_start",
+        "on_validation_batch_end", "on_validation_epoch_end", "on_validation_end", "on_train_epoch_end", "on_train_end",
+    ]  # fmt: skip
+    copier = type("Copier", (pl.Callback,), {hook: copied(hook) for hook in hooks})()
+    callbacks = [copier, KLAnnealing(Linear(steps=5)), CollapseDetector()]
+    callbacks += [EMAWeightAveraging(decay=0.9)] if averaged else []
+    trainer(tmp_path, callbacks=callbacks, num_sanity_val_steps=0).fit(small(), loader(), loader())
+    assert seen == set(hooks)
+
+
+# ---- export
+
+
+@pytest.mark.parametrize("make", [small, lambda: VAE((6,), latent_dim=2), lambda: VAE((3, 8, 8), 256, latent_dim=2,
+    encoder=ConvEncoder, decoder=ConvDecoder)], ids=["mlp", "vectors", "conv"])  # fmt: skip
+def test_the_model_and_its_networks_are_exported_for_any_batch(make):
+    vae = make().eval()
+    x = torch.randint(0, vae.levels or 2, (4, *vae.shape))
+    x = x if vae.levels else x.float()
+    batch = ({0: torch.export.Dim("batch")},)
+    exported = torch.export.export(vae, (x,), dynamic_shapes=batch).module()
+    more = torch.cat([x, x, x])[:7]
+    with torch.no_grad():
+        torch.testing.assert_close(exported(more), vae.reconstruct(more))
+        torch.testing.assert_close(vae(more), vae.reconstruct(more))
+        scaled, z = vae.observe(x).scaled, torch.randn(4, 2 if vae.latent_dim == 2 else 3)
+        for network, given in ((vae.encoder, scaled), (vae.decoder, z)):
+            module = torch.export.export(network, (given,), dynamic_shapes=batch).module()
+            other = torch.cat([given, given])[:7]
+            torch.testing.assert_close(module(other), network(other))
