@@ -7,8 +7,8 @@ import torch
 
 from lightning_vae import Gaussian
 from lightning_vae.callbacks.reading import batch_fields
-from lightning_vae.observations import _NUMBERS, LABELS
 from lightning_vae.datamodules import TensorLoader
+from lightning_vae.observations import _NUMBERS, LABELS
 from tests.image_vae import SHAPE, fitted, images, small, small_like, trainer
 
 
