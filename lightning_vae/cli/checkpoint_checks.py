@@ -19,6 +19,9 @@ from ..checkpoints.class_paths import check_descriptions
 FROM_DATA = ("shape", "levels")
 """Options of the model that are set from the data."""
 
+KNOBS = ("beta", "free_bits")
+"""Options of the model that win over a checkpoint's if they are given."""
+
 _PARTS = {"global_step": int, "epoch": int, "state_dict": dict, "hyper_parameters": dict}
 
 

@@ -38,6 +38,7 @@ from ..vae import VAE
 from . import yaml_checks
 from .checkpoint_checks import (
     FROM_DATA,
+    KNOBS,
     find_checkpoint,
     read_checkpoint,
     run_limits,
@@ -197,6 +198,10 @@ class VAECLI(LightningCLI):
         with readable_errors():
             super()._parse_ckpt_path()
         config = self.config[subcommand]
+        if subcommand == "fit":  # where a knob that is given wins over the checkpoint's; the module says so
+            for name in KNOBS:
+                if before.get(name) is not None:
+                    config["model"]["init_args"][name] = before[name]
         warn_of_other_data_set(checkpoint, config["data"]["class_path"])
         warn_of_replaced_options(before, config["model"].as_dict().get("init_args", {}))
         if config.get("same_run"):

@@ -257,6 +257,17 @@ def test_a_checkpoints_model_replaces_the_configs_and_says_so(run):
         main(["validate", *DIGITS, *SHORT, path, "--model.beta=3", "--model.latent_dim=4"])
 
 
+@pytest.mark.filterwarnings("ignore:.*steps long when it began")
+def test_a_fit_that_goes_on_trains_at_the_beta_that_the_command_gives(run, tmp_path):
+    options = ["fit", *DIGITS, *SHORT, "--model.beta=3", "--trainer.max_epochs=3"]
+    options += [f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"--trainer.logger.save_dir={tmp_path}"]
+    with pytest.warns(UserWarning, match=r"saved with `beta=0\.5`; the run continues with `beta=3`"):
+        main(options)
+    (last,) = tmp_path.rglob("last.ckpt")
+    saved = torch.load(last, weights_only=True)
+    assert (saved["lightning_vae"]["knob_values"]["beta"], saved["hyper_parameters"]["beta"]) == (3.0, 3.0)
+
+
 def test_a_run_with_another_folder_goes_on_in_it(tmp_path):
     options = ["fit", *DIGITS, *SHORT, f"--trainer.logger.save_dir={tmp_path / 'elsewhere'}"]
     main(options)
