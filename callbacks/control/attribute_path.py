@@ -86,18 +86,27 @@ class AttributePath:
             raise ValueError(f"`attribute={self.path!r}` can't be set to {float(value):g}: {reason}") from error
         self._written = value
 
-    def overwritten(self) -> AttributePath | None:
-        """Return this place if it no longer holds the written value. While it does, this never waits for the device."""
+    def overwritten(self, wait: bool = True) -> AttributePath | None:
+        """Return this place if it no longer holds the written value.
+
+        Args:
+            wait: Whether reading may wait for a tensor's device. If not, a tensor with an unchanged version counts as
+                unchanged, although writes to ``tensor.data``, as by weight averaging, leave no version.
+        """
         current = self._find()[1]
-        # Nothing has written to it; or it is a parameter, which its optimizer moves, but only after the loss.
         if isinstance(current, Tensor) and (
-            current.requires_grad or (current.data_ptr(), current._version) == self._filled
+            current.requires_grad  # its optimizer moves it, but only after the loss
+            or (not wait and (current.data_ptr(), current._version) == self._filled)
         ):
             return None
         value = _number(current)
         # Half precision keeps 8 bits, and a setter may round.
         holds = value is not None and math.isclose(value, float(self._written), rel_tol=1e-2, abs_tol=1e-7)
         return None if holds else self
+
+    def is_tensor(self) -> bool:
+        """Return whether a tensor holds the number, which loading a checkpoint may overwrite."""
+        return isinstance(self._find()[1], Tensor)
 
     def _find(self) -> tuple[Any, Any]:
         """Return the number's owner and its value."""

@@ -72,14 +72,25 @@ class AttributeScheduler(AttributeWriter):
         title = f"{type(self).__name__}({self.name})"
         knobs = knobs_of(pl_module)
         configured = {path: value for path in self._paths if (value := knobs.get(path)) is not None}
-        base = next(iter(configured.values()), restored.get("base"))
-        self._base = current if base is None else float(base)
+        base = next(iter(configured.values()), restored.get("base") if current is None else current)
+        self._base = None if base is None else float(base)
         self._schedule.begin(trainer, title, self._base, restored)
         end = self._base if self._schedule.final is None else self._schedule.final
         self._refuse_another_end(configured, end)
         if not set(self._paths) & set(knobs):  # a module with knobs reports a changed number itself
-            _warn_of_another_number(title, current, restored.get("base"), end)
+            self._warn_of_another_number(title, current, restored.get("base"), end)
         self._target = end
+
+    def _warn_of_another_number(self, title: str, current: float | None, base: float | None, end: float | None) -> None:
+        """Warn if a resumed run's module is configured with another number than the run began with."""
+        # After a fit a module holds the schedule's own end.
+        expected = [base] if self._schedule.is_open else [base, end]
+        if base is None or current is None or end is None or any(_is_close(current, each) for each in expected):
+            return
+        rank_zero_warn(
+            f"{title}: the run began with {base:g}, and the module is configured with {current:g} now; the run "
+            f"continues to {end:g}."
+        )
 
     def _refuse_another_end(self, configured: dict[str, float], end: float | None) -> None:
         for path, value in configured.items():
@@ -91,17 +102,10 @@ class AttributeScheduler(AttributeWriter):
                 )
 
 
+def _is_close(first: float, second: float | None) -> bool:
+    return second is not None and math.isclose(first, second, rel_tol=1e-2)  # half precision keeps 8 bits
+
+
 def _is_one_number(first: float, second: float) -> bool:
     """Return whether two numbers are equal in float32, the type of a knob."""
     return torch.equal(*(torch.tensor(each, dtype=torch.float32) for each in (first, second)))
-
-
-def _warn_of_another_number(title: str, current: float | None, base: float | None, end: float | None) -> None:
-    """Warn that a resumed run continues to the number that it began with, and not to the module's."""
-    others = [value for value in (base, end) if value is not None]
-    if base is None or current is None or any(math.isclose(current, other, rel_tol=1e-2) for other in others):
-        return
-    rank_zero_warn(
-        f"{title}: the resumed run began with {base:g}; the module has {current:g} now, which is not used: the run "
-        f"continues to {end:g}. For another end, give the schedule a `stop`, or start a new run."
-    )

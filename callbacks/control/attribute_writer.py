@@ -112,6 +112,7 @@ class AttributeWriter(Callback):
         self._holds_step = False  # whether the module has this step's number, and not the target
         self._has_settled = False  # for a subclass whose number no longer changes
         self._restored: dict[str, Any] = {}
+        self._configured: float | None = None  # in a tensor, before a checkpoint is loaded into it
         self._checks_left: float = 0
         self._conflicts = 0
 
@@ -135,7 +136,7 @@ class AttributeWriter(Callback):
         Args:
             trainer: The Trainer.
             pl_module: The module to be fitted.
-            current: The module's current number, if it can be read.
+            current: The module's number, if it can be read: the configured one, not that of a checkpoint.
             restored: The state of the resumed run; empty for a new run.
         """
 
@@ -161,6 +162,11 @@ class AttributeWriter(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restored = {}  # drop the state of a checkpoint that was only evaluated
+        self._configured = None
+        if stage == "fit":
+            with suppress(Exception):  # some modules build themselves later
+                place = self._find(pl_module)
+                self._configured = place.read() if place.is_tensor() else None
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,7 +205,8 @@ class AttributeWriter(Callback):
     ) -> None:
         logs_now = self.logs_now(trainer)
         if logs_now or self._checks_left:  # reading an element of a tensor back may wait for the device
-            self._check_conflict(trainer, pl_module)
+            # Step 0 and the steps that log wait for the device anyway.
+            self._check_conflict(trainer, pl_module, wait=logs_now or self.step(trainer) == 0)
         if logs_now:
             self._log(trainer, pl_module, batch)
         self._reader.forget()
@@ -258,9 +265,11 @@ class AttributeWriter(Callback):
     def _begin(self, trainer: Trainer, pl_module: LightningModule) -> None:
         place = self._find(pl_module)
         goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
-        self._prepare(trainer, pl_module, place.read(), self._restored or (self.state_dict() if goes_on else {}))
+        resumes = getattr(trainer, "ckpt_path", None) is not None
+        current = self._configured if resumes and self._configured is not None else place.read()
+        self._prepare(trainer, pl_module, current, self._restored or (self.state_dict() if goes_on else {}))
         self._refuse_moving_monitor(trainer)
-        if getattr(trainer, "ckpt_path", None) and not self._restored and self._moves:
+        if resumes and not self._restored and self._moves:
             rank_zero_warn(
                 f"{type(self).__name__}({self.name}): the checkpoint holds no state of this callback, so it was saved "
                 "without it, or is damaged. The schedule starts at the run's current step, over the run's current "
@@ -306,11 +315,11 @@ class AttributeWriter(Callback):
             if held_step and not self._holds_step:
                 self._write_step()
 
-    def _check_conflict(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _check_conflict(self, trainer: Trainer, pl_module: LightningModule, wait: bool) -> None:
         """Warn once if something else also sets the number; a module may set it a single time, to build itself."""
         assert self._place is not None
         self._checks_left = max(0, self._checks_left - (not self.accumulates(trainer)))
-        place = self._place.overwritten() if self._conflicts < 2 else None
+        place = self._place.overwritten(wait) if self._conflicts < 2 else None
         if place is None:
             return
         self._conflicts += 1

@@ -105,6 +105,17 @@ class RunSchedule:
         return self._run.get("total_steps")
 
     @property
+    def is_open(self) -> bool:
+        """Return whether the module, and not the schedule, gives the value at the end."""
+        if not isinstance(self.schedule, Schedule):
+            return True
+        try:
+            self.schedule.resolve(None, steps_per_epoch=1, total_steps=1)
+        except ValueError:
+            return True
+        return False
+
+    @property
     def moves(self) -> bool:
         """Return whether its value ever changes."""
         return self.length > 0

@@ -22,8 +22,15 @@ class NumberPlace(Protocol):
     def write(self, value: float | Tensor) -> None:
         """Set the number."""
 
-    def overwritten(self) -> AttributePath | None:
-        """Return the attribute that no longer holds the written value, if there is one."""
+    def overwritten(self, wait: bool = True) -> AttributePath | None:
+        """Return the attribute that no longer holds the written value, if there is one.
+
+        Args:
+            wait: Whether reading may wait for a tensor's device, see :class:`~.attribute_path.AttributePath`.
+        """
+
+    def is_tensor(self) -> bool:
+        """Return whether a tensor holds the number."""
 
 
 def number_place(
@@ -95,9 +102,17 @@ class TiedAttributes:
                 raise refused[0][1]
             waiting = [each for each, _ in refused]
 
-    def overwritten(self) -> AttributePath | None:
-        """Return the place that no longer holds the written value, if there is one."""
-        return next((each for each in self._attributes if each.overwritten()), None)
+    def overwritten(self, wait: bool = True) -> AttributePath | None:
+        """Return the place that no longer holds the written value, if there is one.
+
+        Args:
+            wait: Whether reading may wait for a tensor's device, see :class:`~.attribute_path.AttributePath`.
+        """
+        return next((each for each in self._attributes if each.overwritten(wait)), None)
+
+    def is_tensor(self) -> bool:
+        """Return whether a tensor holds the number in any place."""
+        return any(each.is_tensor() for each in self._attributes)
 
 
 class _Setter:
@@ -113,5 +128,8 @@ class _Setter:
     def write(self, value: float | Tensor) -> None:
         self._setter(self._pl_module, float(value))
 
-    def overwritten(self) -> None:
+    def overwritten(self, wait: bool = True) -> None:  # noqa: ARG002
         return None
+
+    def is_tensor(self) -> bool:
+        return False

@@ -10,6 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vae.callbacks import Constant, Cyclical, Join, KLAnnealing, Linear, Schedule, Sigmoid, Staged
@@ -363,19 +364,44 @@ def test_a_changed_target_is_said_once(tmp_path: Path) -> None:
     assert model.beta == 4.0
 
 
-def test_the_base_is_saved_and_comes_back(tmp_path: Path) -> None:
-    path = checkpoint_of(tmp_path, Linear(steps=6), ForeignModule(beta=4.0))
+@pytest.mark.parametrize("kind", ["number", "buffer", "parameter"])
+def test_a_foreign_module_configured_with_another_weight_at_resume_trains_on_at_that_weight(
+    tmp_path: Path, kind: str
+) -> None:
+    def module(beta: float) -> ForeignModule:
+        model = ForeignModule(beta=beta)
+        if kind != "number":  # which loading a checkpoint overwrites
+            del model.beta
+            tensor = torch.tensor(beta)
+            model.register_buffer("beta", tensor) if kind == "buffer" else model.register_parameter(
+                "beta", nn.Parameter(tensor, requires_grad=False)
+            )
+        return model
+
+    path = checkpoint_of(tmp_path, Linear(steps=6), module(beta=4.0))
     state = torch.load(path, weights_only=True)["callbacks"]["KLAnnealing{'attribute': 'beta', 'name': 'beta'}"]
     assert state["base"] == 4.0
     assert (state["steps_per_epoch"], state["total_steps"]) == (6, 6)
 
-    left_behind = ForeignModule(beta=2.0)  # as a script might that read the value in the middle of the run
+    other = module(beta=2.0)
     trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=6))], max_epochs=1)
-    # Case "other weight at resume is ignored": it is not used, and that is said.
-    with pytest.warns(UserWarning, match="began with 4; the module has 2 now, .* the run continues to 4"):
-        trainer.fit(left_behind, loader(), ckpt_path=path)
-    assert left_behind.used == pytest.approx([4.0 * step / 6 for step in (3, 4, 5)])
-    assert left_behind.beta == 4.0
+    with pytest.warns(UserWarning, match="began with 4, and the module is configured with 2 now; .* continues to 2"):
+        trainer.fit(other, loader(), ckpt_path=path)
+    assert other.used == pytest.approx([2.0 * step / 6 for step in (3, 4, 5)])
+    assert other.beta == 2.0
+
+    same = module(beta=4.0)
+    trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=6))], max_epochs=1)
+    trainer.fit(same, loader(), ckpt_path=path)  # a warning would be an error
+    assert same.used == pytest.approx([4.0 * step / 6 for step in (3, 4, 5)])
+
+
+def test_a_schedule_with_its_own_end_finds_that_end_again_without_a_warning(tmp_path: Path) -> None:
+    path = checkpoint_of(tmp_path, Linear(stop=2.0, steps=6), ForeignModule(beta=1.0))
+    model = ForeignModule(beta=2.0)  # a module that was fitted holds it
+    trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(stop=2.0, steps=6))], max_epochs=1)
+    trainer.fit(model, loader(), ckpt_path=path)
+    assert model.used == pytest.approx([2.0 * step / 6 for step in (3, 4, 5)])
 
 
 def test_a_checkpoint_that_was_only_validated_is_not_resumed(tmp_path: Path) -> None:

@@ -282,6 +282,7 @@ def test_what_lies_on_the_way_may_be_replaced() -> None:
         ("beta", lambda model: model.beta.fill_(0.75)),
         ("beta", lambda model: setattr(model, "beta", torch.tensor(0.0).fill_(0.75))),  # which was filled as often
         ("beta", lambda model: setattr(model.beta, "data", torch.tensor(0.75))),
+        ("beta", lambda model: model.beta.data.fill_(0.75)),  # as weight averaging does: it leaves no version
         ("several.1", lambda model: model.several[1].fill_(0.75)),
         ("cfg.beta", lambda model: setattr(model, "cfg", Config())),
         ("method", lambda model: vars(model).pop("method")),

@@ -46,6 +46,9 @@ class Warmed(ForeignModule):
     def set_buffer(self) -> None:
         self.buffer.fill_(0.75)
 
+    def set_data(self) -> None:
+        self.buffer.data.fill_(0.75)
+
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         if self.how == "hook":
             self.beta = 0.75
@@ -92,6 +95,11 @@ def test_that_something_else_sets_the_number_is_said_once_with_both_values(
 def test_another_callback_is_noticed(tmp_path: Path) -> None:
     (message,) = fit(tmp_path, ForeignModule(), "beta", Other())
     assert "after it is 0.75" in message
+
+
+def test_a_write_that_leaves_no_version_is_noticed_where_the_run_logs(tmp_path: Path) -> None:
+    (message,) = fit(tmp_path, Warmed("set_data"), "buffer", log_every_n_steps=3)
+    assert "`buffer` was set to 0.4 for step 2, and after it is 0.75" in message or "step 5" in message
 
 
 def test_no_profiler_is_used(tmp_path: Path) -> None:
