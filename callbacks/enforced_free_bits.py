@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import Independent, Normal
 from typing_extensions import override
 
 from .base import callbacks_of, mean_over_processes, several_processes
@@ -20,6 +23,7 @@ from .probing.loss_probe import LossProbe
 from .reading.distribution_reader import DistributionReader, is_compiled
 from .reading.distributions import read_prior, widened
 from .reading.kl_rates import kl_per_dimension, rates_under_floors
+from .reading.module_call import part_of_output
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -49,9 +53,11 @@ class EnforcedFreeBits(AttributeScheduler):
 
     The KL in the loss has to be that of the output that ``posterior`` names, not clamped or changed in between, against
     N(0, I) or a ``Normal`` that the module offers as ``prior``. It has to enter linearly, with the weight and the
-    reduction given here. At the first batch this is checked on copies of the module if possible (see
-    :class:`KLAnnealing`): the loss has to rise by that KL for a weight of 1. Otherwise the declaration is taken on
-    trust, and so is the absence of a clamp that acts only later. The weight is read when the loss is complete.
+    reduction given here. At the first batch this is tried on copies of the module if possible (see
+    :class:`KLAnnealing`): the loss has to rise as declared if the posterior becomes narrower, from a standard deviation
+    that no longer changes the reconstruction, or else by that KL for a weight of 1. Otherwise the declaration is taken
+    on trust, and the reason is given; so is the absence of a clamp that acts only later. The weight is read when the
+    loss is complete.
 
     Logged on logging steps: ``knobs/free_bits`` and ``latent/at_floor``, as by :class:`FreeBits`.
 
@@ -59,8 +65,8 @@ class EnforcedFreeBits(AttributeScheduler):
         threshold: The floor in nats: a number, or a schedule of the training step with an explicit ``stop``.
         posterior: The path of the submodule that outputs the posterior, or a pair of paths for its two parameters, as
             in :class:`~.reading.distribution_reader.DistributionReader`.
-        weight: Where the module keeps the weight of the KL term, a dotted path as in :class:`KLAnnealing`; or a number,
-            if the loss uses a literal.
+        weight: Where the module keeps the weight of the KL term, a dotted path as in :class:`KLAnnealing`, or a method
+            without arguments that returns it; or a number, if the loss uses a literal.
         reduction: Reduction of the KL that the weight multiplies. ``"sum"``: summed over the latent dimensions, mean
             over the batch; ``"mean"``: mean over both; ``"batch_sum"``: summed over both; or a number, the factor
             between it and ``"sum"``.
@@ -76,7 +82,7 @@ class EnforcedFreeBits(AttributeScheduler):
             fitting starts: under manual optimization, a precision other than 32-true, 64-true and bf16-mixed (within
             its rounding), a strategy other than a single device or DDP, ``torch.compile``, and for a module
             with ``free_bits`` of its own. In the first step: if the posterior is not a diagonal ``Normal``, has no
-            gradient, or is not the only one of the step, or if the loss does not rise with the weight as declared.
+            gradient, or is not the only one of the step, or if the loss does not rise with the KL as declared.
 
     Example::
 
@@ -129,8 +135,7 @@ class EnforcedFreeBits(AttributeScheduler):
 
     @override
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        if isinstance(self.weight, str):
-            self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx=0, autocast=False), self.weight)
+        self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx=0, autocast=False))
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -188,6 +193,12 @@ class EnforcedFreeBits(AttributeScheduler):
         try:
             for name in self.weight.split("."):
                 value = look_up(value, name, self.weight)[1]
+            value = value() if inspect.isroutine(value) else value
+        except TypeError as error:
+            raise ValueError(
+                f"EnforcedFreeBits: `weight={self.weight!r}` is a method that can't be called without arguments "
+                f"({error}). Name a number, or a method without arguments."
+            ) from error
         except ValueError as error:
             raise ValueError(f"EnforcedFreeBits: the weight's path leads nowhere. {error}") from error
         if not is_number(value):
@@ -230,39 +241,110 @@ class EnforcedFreeBits(AttributeScheduler):
             )
         return rates
 
-    def _try_declaration(self, probe: LossProbe, weight: str) -> None:
-        """Refuse a loss that does not rise with the weight as declared, if that can be tried."""
-        seen: list[tuple[DistributionReader, LightningModule]] = []
+    def _try_declaration(self, probe: LossProbe) -> None:
+        """Refuse a loss in which the KL has another weight than declared, if that can be tried."""
+        trials = [self._narrow_posterior] + [self._raise_weight] * isinstance(self.weight, str)
+        reasons = []
+        for trial in trials:
+            try:
+                what, rise, declared, noise = trial(probe)
+            except Exception as reason:  # a trial must not end the training
+                reasons.append(str(reason))
+                continue
+            if noise > 0.3 * abs(declared):
+                reasons.append(f"a KL term of {declared:.6g} can't be told from rounding and noise")
+                continue
+            if not abs(rise - declared) <= 2e-3 * abs(declared) + noise:
+                raise _refusal(
+                    f"The loss of the first batch rises by {rise:.6g} {what}, and by `posterior={self.posterior!r}`, "
+                    f"`weight={self.weight!r}` and `reduction={self.reduction!r}` it is {declared:.6g}. Correct "
+                    "`weight`, `reduction`, `second` or `posterior`."
+                )
+            return
+        rank_zero_info(
+            "EnforcedFreeBits takes `weight` and `reduction` on trust: they can't be tried "
+            f"({'; '.join(dict.fromkeys(reasons))})."
+        )
+
+    def _narrow_posterior(self, probe: LossProbe) -> tuple[str, float, float, float]:
+        """Measure how the loss rises with the KL of a posterior that is too narrow to change the reconstruction.
+
+        At a log-variance of -20 or below, a sample is the mean up to rounding, and the KL of each dimension grows by
+        exactly 2 nats if the log-variance falls by 4. So the loss grows by the weight of the KL alone.
+        """
+
+        def at(log_variance: float) -> float:
+            def look_on(copy: LightningModule) -> None:
+                path = self._reader.paths[-1]
+                copy.get_submodule(path.partition(":")[0]).register_forward_hook(
+                    partial(self._fill_second, path, log_variance)
+                )
+
+            return probe(held, look_on)
+
+        held: dict[tuple[str, ...], float] = {}
+        reader, copy = self._posterior_of_copy(probe, held)
+        weight = float(self._read_weight(copy))
+        if weight == 0 and isinstance(self.weight, str):  # as at the start of a warm-up
+            held, weight = {(self.weight,): 1.0}, 1.0
+        rates = self._rates_of(reader, copy)
+        wide, narrow, narrowest = at(-20.0), at(-24.0), at(-28.0)
+        rise, before = narrowest - narrow, narrow - wide
+        noise = 4 * probe.epsilon * max(abs(wide), abs(narrowest)) + 2 * abs(at(-28.0) - narrowest)
+        if not abs(rise - before) <= 0.05 * abs(rise) + noise or abs(rise) <= noise:
+            raise LossProbe.NotPossible("the loss does not follow a narrow posterior, which the module may clamp")
+        declared = weight * self.factor(rates) * 2.0 * rates.shape[1]
+        return "if each log-variance falls from -24 to -28", rise, declared, noise + abs(rise - before)
+
+    def _raise_weight(self, probe: LossProbe) -> tuple[str, float, float, float]:
+        """Measure how the loss rises from a weight of 0 to a weight of 1."""
+        assert isinstance(self.weight, str)
+        path = (self.weight,)
+        zero, again = probe({path: 0.0}), probe({path: 0.0})
+        seen: list[float] = []
+        reader, copy = self._posterior_of_copy(probe, {path: 1.0}, seen)
+        rates = self._rates_of(reader, copy)
+        [one] = seen
+        declared = self.factor(rates) * float(rates.sum(1).mean())
+        noise = 4 * probe.epsilon * max(abs(zero), abs(one)) + 4 * abs(again - zero)
+        return "for a weight of 1", one - zero, declared, noise
+
+    def _posterior_of_copy(
+        self, probe: LossProbe, held: dict[tuple[str, ...], float], losses: list[float] | None = None
+    ) -> tuple[DistributionReader, LightningModule]:
+        """Run the training step of a copy, and return the reader that has listened to it."""
+        reader = DistributionReader(self.posterior, self._reader.second, self._reader.chunk)
+        copies: list[LightningModule] = []
 
         def look_on(copy: LightningModule) -> None:
-            reader = DistributionReader(self.posterior, self._reader.second, self._reader.chunk)
             reader.listen(copy)
-            seen[:] = [(reader, copy)]
+            copies.append(copy)
 
-        try:
-            zero, again, one = (probe({(weight,): value}, look_on) for value in (0.0, 0.0, 1.0))
-            [(reader, copy)] = seen
-            posteriors, prior = [each for each in reader.read(copy, None) if each.mean.requires_grad], read_prior(copy)
-            if len(posteriors) != 1 or not isinstance(posteriors[0], Normal) or not isinstance(prior, Normal):
-                return  # the step itself raises the error
-            rates = kl_per_dimension(posteriors[0], prior).detach().flatten(1)
-            declared = self.factor(rates) * float(rates.sum(1).mean())
-        except Exception as reason:  # a trial must not end the training
-            rank_zero_info(f"EnforcedFreeBits takes `weight` and `reduction` on trust: they can't be tried ({reason}).")
-            return
-        noise = 4 * probe.epsilon * max(abs(zero), abs(one)) + 4 * abs(again - zero)
-        if noise > 1e-2 * abs(declared):
-            rank_zero_info(
-                "EnforcedFreeBits takes `weight` and `reduction` on trust: in the loss of the first batch, "
-                f"{zero:.6g}, a KL of {declared:.6g} can't be told from rounding and noise."
-            )
-            return
-        if not abs(one - zero - declared) <= 1e-3 * abs(declared) + noise:
-            raise _refusal(
-                f"The loss of the first batch rises by {one - zero:.6g} for a weight of 1, and the KL of "
-                f"`posterior={self.posterior!r}` with `reduction={self.reduction!r}` is {declared:.6g}. Correct "
-                "`weight`, `reduction`, `second` or `posterior`."
-            )
+        loss = probe(held, look_on)
+        if losses is not None:
+            losses.append(loss)
+        return reader, copies[0]
+
+    def _rates_of(self, reader: DistributionReader, copy: LightningModule) -> Tensor:
+        """Return the rates of a copy's posterior, shape ``(B, k)``."""
+        posteriors, prior = [each for each in reader.read(copy, None) if each.mean.requires_grad], read_prior(copy)
+        if len(posteriors) != 1 or not isinstance(posteriors[0], Normal) or not isinstance(prior, Normal):
+            raise LossProbe.NotPossible("the posterior or the prior of the step is not one diagonal Normal")
+        return kl_per_dimension(posteriors[0], prior).detach().flatten(1)
+
+    def _fill_second(self, path: str, log_variance: float, _module: Any, _inputs: Any, output: Any) -> None:
+        """Give the posterior in a module's output one log-variance."""
+        value = part_of_output(output, path)
+        value = value.base_dist if isinstance(value, Independent) else value
+        kind = self._reader.second
+        if isinstance(value, Normal):
+            kind, second = "scale", value.scale
+        elif isinstance(value, Tensor):
+            second = value if self._reader.chunk is None else value.chunk(2, self._reader.chunk)[1]
+        else:
+            second = value[1]
+        log = log_variance / 2 if kind.endswith("scale") else log_variance
+        second.data.fill_(log if kind.startswith("log") else math.exp(log))
 
     def _refuse_what_is_not_exact(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__

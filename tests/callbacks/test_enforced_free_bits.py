@@ -601,7 +601,7 @@ def test_two_floors_under_one_posterior_are_refused(tmp_path: Path) -> None:
 def test_what_shows_when_fitting_starts(tmp_path: Path, options: dict[str, Any], message: str) -> None:
     model = Foreign()
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, model, EnforcedFreeBits(**{"threshold": 0.5, "posterior": "encoder", "weight": 1.0, **options}))
+        fit(tmp_path, model, EnforcedFreeBits(**{"threshold": 0.5, "posterior": "encoder", "weight": 0.7, **options}))
     assert not model.encoder._forward_hooks
 
 
@@ -640,7 +640,64 @@ def test_a_wrong_declaration_is_refused_at_the_first_batch(
     model.unused = 1.0  # type: ignore[assignment]
     before = copy.deepcopy(model.state_dict())
     right: dict[str, Any] = {"posterior": "encoder", "weight": "weight", "reduction": 1.5}
-    message = r"'encoder'.*scale must be positive" if "second" in wrong else r"rises by .* for a weight of 1"
+    message = r"'encoder'.*scale must be positive" if "second" in wrong else r"rises by .* and by `posterior"
     with pytest.raises((MisconfigurationException, ValueError), match=message):
         fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, **{**right, **wrong}), precision=precision)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", PLACES)
+@pytest.mark.parametrize("second", ["log_variance", "scale"])
+@pytest.mark.parametrize(("right", "wrong"), [(0.7, 0.7 * 16), (0.7, 0.7 * 1.02), (1e-3, 1e-3 / 4)])
+def test_a_wrong_number_as_the_weight_is_refused_and_a_right_one_is_silent(
+    tmp_path: Path, caplog: Any, form: str, second: str, right: float, wrong: float
+) -> None:
+    if form in ("heads",) and second == "scale":
+        pytest.skip("the heads are linear, and would give negative scales")
+    torch.manual_seed(0)
+    model = Foreign(form, second, weight=right)
+    kind = {} if form == "normal" else {"second": second}
+    with caplog.at_level("INFO"):
+        fit(tmp_path, copy.deepcopy(model), EnforcedFreeBits(THRESHOLD, weight=right, **PLACES[form], **kind))
+    assert "on trust" not in caplog.text
+    with pytest.raises(MisconfigurationException, match=r"rises by .* if each log-variance falls"):
+        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, weight=wrong, **PLACES[form], **kind))
+
+
+def test_a_factor_that_the_first_kl_is_too_small_to_show_is_refused(tmp_path: Path) -> None:
+    model = Foreign(weight=0.0, reduction=16.0)
+    with torch.no_grad():  # a posterior that is the prior but for rounding
+        model.encoder.map.weight.mul_(1e-5)
+        model.encoder.map.bias.zero_()
+    floor = EnforcedFreeBits(THRESHOLD, posterior="encoder", weight="weight", reduction="sum")
+    with pytest.raises(MisconfigurationException, match=r"rises by 128 if each log-variance falls .* it is 8"):
+        fit(tmp_path, model, floor)
+
+
+def test_a_weight_is_read_from_a_method_and_may_feed_a_second_kl(tmp_path: Path, caplog: Any) -> None:
+    class TwoKls(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            self.other = nn.Linear(2, 3)
+
+        def kl_weight(self) -> float:
+            return float(self.weight)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + self.weight * self.other(batch).square().sum(1).mean() / 2  # type: ignore[no-any-return]
+
+    for weight in ("weight", "kl_weight"):
+        with caplog.at_level("INFO"):
+            fit(tmp_path, TwoKls(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=weight))
+        assert "on trust" not in caplog.text
+
+
+def test_a_log_variance_that_the_module_clamps_is_taken_on_trust_in_so_many_words(tmp_path: Path, caplog: Any) -> None:
+    class Clamps(Foreign):
+        def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            mean, second = self.encoder(x)
+            return mean, (second.clamp(min=-8) / 2).exp()
+
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Clamps(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.7))
+    assert "`weight` and `reduction` on trust: they can't be tried (the loss does not follow a narrow" in caplog.text
