@@ -91,7 +91,8 @@ class KLAnnealing(AttributeScheduler):
         except Exception as reason:  # a failed report must not end a training run
             rank_zero_info(f"{type(self).__name__}({self.name}): the effect on the loss can't be measured ({reason}).")
             return
-        say = rank_zero_warn if effect.is_ignored or effect.is_squared or effect.is_counted_twice else rank_zero_info
+        is_wrong = effect.is_ignored or not effect.is_linear or effect.is_counted_twice
+        say = rank_zero_warn if is_wrong else rank_zero_info
         text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, target)}"
         if effect.is_ignored:
             text += " " + remedy(pl_module)

@@ -519,7 +519,7 @@ def _in_steps(name: str, length: float, steps_per_epoch: int | None, total_steps
         whole = "an epoch" if name.endswith("epochs") else "the run"
         raise ValueError(
             f"`{name}` must be given in steps here, got {name}={length}: the number of steps in {whole} is not known. "
-            "Give the length in steps, or limit the run."
+            "Give the length in steps."
         )
     return max(1, math.floor(round(length * unit, 6)))  # 0.29 * 100 is 28.999999999999996 and should give 29
 

@@ -173,7 +173,7 @@ class TargetRate(AttributeWriter):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        self._report(self.target(self.step(trainer)))  # for runs that rarely log
+        self._report(self.target(max(0, self.step(trainer) - 1)))  # for runs that rarely log
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -295,7 +295,11 @@ class TargetRate(AttributeWriter):
         """Pass the rate limit for model selection, and the price of exceeding it, to a module with knobs."""
         end = self._schedule.final
         if end is None:  # a plain callable, which ends with the run
-            end = self.schedule(self._schedule.total_steps or 10**9)
+            last = self._schedule.total_steps or 10**9
+            try:
+                end = self.schedule(last)
+            except LookupError:  # a table with a target for each step
+                end = self._schedule(last - 1)
         limit = self._in_nats(end)
         if not 0 <= limit < math.inf:
             raise ValueError(

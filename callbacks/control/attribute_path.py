@@ -7,7 +7,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -103,6 +103,10 @@ class AttributePath:
         # Half precision keeps 8 bits, and a setter may round.
         holds = value is not None and math.isclose(value, float(self._written), rel_tol=1e-2, abs_tol=1e-7)
         return None if holds else self
+
+    def is_count(self) -> bool:
+        """Return whether the number looks like a count, such as of epochs."""
+        return is_count(self._find()[1])
 
     def is_tensor(self) -> bool:
         """Return whether a tensor holds the number, which loading a checkpoint may overwrite."""
@@ -271,9 +275,22 @@ def _names(owner: Any) -> list[str]:
     return [name for name in names if not name.startswith("_") and name not in _OF_LIGHTNING]
 
 
+def _may_hold_a_weight(owner: Any, name: str) -> bool:
+    """Return whether a name may lead to one weight: not if it holds a text, a flag, or a count such as of epochs."""
+    values = owner if isinstance(owner, Mapping) else getattr(owner, "__dict__", {})
+    value = values.get(name, math.nan)
+    return value is not None and not isinstance(value, bool | str) and not is_count(value)
+
+
+def is_count(value: Any) -> bool:
+    """Return whether a number is more likely a count than a weight: an integer above 1."""
+    return isinstance(value, Integral) and int(value) > 1
+
+
 def _near(owner: Any, name: str) -> list[str]:
     """Return likely alternatives: deeper places where the name exists, and similar names."""
-    return [*_elsewhere(owner, name), *difflib.get_close_matches(name, _names(owner), n=3)]
+    names = [each for each in _names(owner) if _may_hold_a_weight(owner, each)]
+    return [*_elsewhere(owner, name), *difflib.get_close_matches(name, names, n=3)]
 
 
 def _elsewhere(owner: Any, name: str) -> list[str]:
@@ -290,5 +307,5 @@ def _elsewhere(owner: Any, name: str) -> list[str]:
 
 
 def _known(owner: Any, prefix: str) -> str:
-    names = [prefix + name for name in _names(owner)]
+    names = [prefix + name for name in _names(owner) if _may_hold_a_weight(owner, name)]
     return ", ".join(map(repr, names[:15])) + (", ..." if len(names) > 15 else "") if names else "nothing to name"

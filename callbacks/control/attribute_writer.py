@@ -29,13 +29,13 @@ if TYPE_CHECKING:
 _FIRST_CHECKS = 10  # first steps at which the number is read back even if they do not log
 _MOVING_LOSS = re.compile(r"train(ing)?[/_]loss(_step|_epoch)?")
 _OWN_SCHEDULE = re.compile("warm_?up|anneal|schedule")
+_KL_WEIGHT = re.compile("kl|beta")  # a warm-up may also belong to another term, such as an adversarial one
 _LEARNING_RATE = re.compile("lr|learning_rate|scheduler")
 # Remedies for projects that have a schedule of their own, recognised by attributes of their modules.
 _REMEDIES = {
     ("min_kl_weight", "max_kl_weight", "n_epochs_kl_warmup", "n_steps_kl_warmup"): (
-        "scvi-tools computes its weight again in each step: write both bounds with "
-        '`attribute=["min_kl_weight", "max_kl_weight"]`, or switch its own warm-up off with '
-        '`plan_kwargs={"n_epochs_kl_warmup": None, "n_steps_kl_warmup": None}` and write `attribute="max_kl_weight"`.'
+        "scvi-tools computes its weight again in each step, and validation uses a copy of it. Write all three places: "
+        '`attribute=["loss_kwargs.kl_weight", "min_kl_weight", "max_kl_weight"], name="kl_weight"`.'
     ),
     ("register_schedule", "remove_schedule"): (
         "Remove disent's own schedule, `framework.remove_schedule(...)` with the field's name, or this callback."
@@ -205,8 +205,7 @@ class AttributeWriter(Callback):
     ) -> None:
         logs_now = self.logs_now(trainer)
         if logs_now or self._checks_left:  # reading an element of a tensor back may wait for the device
-            # Step 0 and the steps that log wait for the device anyway.
-            self._check_conflict(trainer, pl_module, wait=logs_now or self.step(trainer) == 0)
+            self._check_conflict(trainer, pl_module, wait=logs_now)  # logging waits anyway
         if logs_now:
             self._log(trainer, pl_module, batch)
         self._reader.forget()
@@ -379,6 +378,7 @@ def _remedy(pl_module: LightningModule) -> str:
 def _is_schedule(name: str, value: Any) -> bool:
     return (
         bool(_OWN_SCHEDULE.search(name))
+        and bool(_KL_WEIGHT.search(name))
         and not _LEARNING_RATE.search(name)
         and isinstance(value, int | float | str)
         and bool(value)

@@ -88,9 +88,15 @@ class RunSchedule:
         """Return the value at a step.
 
         Raises:
-            ValueError: If it is not finite.
+            ValueError: If it is not finite, or the schedule has no value there.
         """
-        value = self._resolved(step)
+        try:
+            value = self._resolved(step)
+        except LookupError as error:
+            raise ValueError(
+                f"The schedule must give a number for every step of the run, counted in batches that step, got "
+                f"{error!r} at step {step}. Return the last value from its end on."
+            ) from error
         if not math.isfinite(value):
             raise ValueError(f"The schedule must give finite numbers, got {value} at step {step}.")
         return value
@@ -127,8 +133,9 @@ def _run_length(trainer: Trainer) -> dict[str, int | None]:
         return {"steps_per_epoch": None, "total_steps": None}  # accumulation that changes between epochs
     trainer.fit_loop.setup_data()
     total = trainer.estimated_stepping_batches
-    if trainer.max_steps != -1 and len(trainer.optimizers) > 1:
-        total = math.inf  # `max_steps` counts every optimizer's steps, and the number per batch is not known
+    manual = not trainer.lightning_module.automatic_optimization
+    if trainer.max_steps != -1 and (manual or len(trainer.optimizers) > 1):
+        total = math.inf  # `max_steps` counts optimizer steps, and the number per batch is not known
     batches = trainer.num_training_batches / trainer.accumulate_grad_batches
     return {
         "steps_per_epoch": math.ceil(batches) if math.isfinite(batches) else None,

@@ -61,11 +61,18 @@ class TiedAttributes:
         paths: Where, see :class:`~.attribute_path.AttributePath`.
 
     Raises:
-        ValueError: As :class:`~.attribute_path.AttributePath`.
+        ValueError: As :class:`~.attribute_path.AttributePath`, or if the places do not hold one quantity.
     """
 
     def __init__(self, pl_module: LightningModule, paths: Sequence[str]) -> None:
         self._attributes = [AttributePath(pl_module, path) for path in paths]
+        values = {each.path: each.read() for each in self._attributes}
+        if any(each.is_count() for each in self._attributes) and len({*values.values()}) > 1:
+            found = ", ".join(f"`{path}` = {value}" for path, value in values.items())
+            raise ValueError(
+                f"`attribute={list(paths)}` must name the places of one quantity, got {found}, of which a whole number "
+                "may be a count. Leave out the places that do not hold the weight; make an integer weight a float."
+            )
 
     def read(self) -> float | None:
         """Return the current number; if places differ, the largest, which is the end of a range.

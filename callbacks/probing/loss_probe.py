@@ -115,7 +115,7 @@ class LossProbe:
         twin.on_train_batch_start(batch, self._batch_idx)
         with nullcontext() if self._in_full else self._trainer.precision_plugin.train_step_context():
             output = twin.training_step(*_accepted(twin.training_step, batch, self._batch_idx))
-        loss = output["loss"] if isinstance(output, dict) else output
+        loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise TypeError(f"it returned {type(loss).__name__}")
         return float(loss.detach())

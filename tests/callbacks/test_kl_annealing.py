@@ -632,6 +632,36 @@ def test_a_length_that_can_be_known_is_used(tmp_path: Path, schedule: Schedule, 
     assert model.used == pytest.approx([min(1.0, step / 4) for step in range(8)])
 
 
+class StepsTwice(ForeignModule):
+    """Optimizes manually, in two optimizer steps a batch, so ``max_steps`` batches are never reached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.used.append(float(self.beta))
+        loss: torch.Tensor = self.layer(batch).square().mean()
+        self.manual_backward(loss)
+        for _ in range(2):
+            self.optimizers().step()  # type: ignore[union-attr]
+        return loss
+
+
+def test_a_fraction_of_a_run_whose_batches_step_twice_is_refused_or_right(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the number of steps in the run is not known. Give the length in steps\."):
+        quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(fraction=0.5))], max_steps=8).fit(StepsTwice(), loader())
+    model = StepsTwice()
+    quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(fraction=0.5))], max_epochs=2).fit(model, loader())
+    assert model.used == pytest.approx([min(1.0, step / 6) for step in range(12)])
+
+
+def test_a_table_that_is_too_short_says_at_which_step(tmp_path: Path) -> None:
+    annealing = KLAnnealing([0.0, 0.5, 1.0].__getitem__, probe=False)
+    with pytest.raises(ValueError, match=r"must give a number for every step of the run, .* at step 3"):
+        quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(ForeignModule(), loader())
+
+
 # ---- logging
 
 

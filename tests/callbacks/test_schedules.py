@@ -286,7 +286,7 @@ def test_an_explicit_end_wins_over_the_configured_value() -> None:
     ],
 )
 def test_a_length_that_cannot_be_resolved_asks_for_steps(schedule: Schedule, message: str) -> None:
-    with pytest.raises(ValueError, match=message + " is not known. Give the length in steps, or limit the run."):
+    with pytest.raises(ValueError, match=message + " is not known. Give the length in steps."):
         schedule.resolve(target=1.0)
     with pytest.raises(ValueError, match=r"`(\w+_)?steps` must be a number to compute with, got None"):
         _ = schedule.length

@@ -686,3 +686,8 @@ def test_a_checkpoint_names_the_knobs_that_are_steered(tmp_path: Path) -> None:
     assert (loaded.steered_knobs, loaded.rate_limit) == (("beta",), model.rate_limit)
     quiet_trainer(tmp_path, max_epochs=1).fit(model, loader())
     assert model.steered_knobs == ()
+
+
+def test_a_table_with_a_target_for_each_step_of_the_run_is_enough(tmp_path: Path) -> None:
+    table = [1.0] * 6
+    quiet_trainer(tmp_path, callbacks=[TargetRate(table.__getitem__)], max_epochs=1).fit(RecordingVAE(), loader())

@@ -140,12 +140,12 @@ def test_a_run_that_ends_without_its_hooks_leaves_the_target(tmp_path: Path) -> 
     [
         (
             {"min_kl_weight": 0.0, "max_kl_weight": 1.0, "n_epochs_kl_warmup": 400, "n_steps_kl_warmup": None},
-            'plan_kwargs={"n_epochs_kl_warmup": None, "n_steps_kl_warmup": None}',
+            'attribute=["loss_kwargs.kl_weight", "min_kl_weight", "max_kl_weight"], name="kl_weight"`',
         ),
         ({"register_schedule": max, "remove_schedule": max}, "framework.remove_schedule("),
         (
-            {"warmup_epochs": 10, "warmed_up": None},
-            "Switch off the module's own schedule, perhaps `warmup_epochs=10`.",
+            {"kl_warmup_epochs": 10, "kl_warmed_up": None, "warmup": 1000},  # of the adversarial phase
+            "Switch off the module's own schedule, perhaps `kl_warmup_epochs=10`.",
         ),
     ],
 )

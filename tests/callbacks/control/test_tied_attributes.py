@@ -1,3 +1,4 @@
+from collections import UserDict, UserList
 from types import SimpleNamespace
 from typing import Any
 
@@ -82,3 +83,21 @@ def test_a_setter_takes_the_place_of_the_path() -> None:
     assert knob.read() is None
     assert knob.overwritten() is None
     assert model.cfg.beta == 0.5
+
+
+def test_a_count_is_no_place_of_a_weight() -> None:
+    model: Any = LightningModule()
+    model.max_kl_weight, model.n_epochs_kl_warmup = 1.0, 400
+    with pytest.raises(ValueError, match=r"must name the places of one quantity, got .*`n_epochs_kl_warmup` = 400"):
+        TiedAttributes(model, ["max_kl_weight", "n_epochs_kl_warmup"])
+    with pytest.raises(ValueError, match=r"Did you mean 'max_kl_weight'. It has 'max_kl_weight'\.$"):
+        TiedAttributes(model, ["kl_weight", "n_epochs_kl_warmup"])
+    assert (model.max_kl_weight, model.n_epochs_kl_warmup) == (1.0, 400)
+
+
+def test_any_sequence_and_any_mapping_lead_to_a_number() -> None:
+    model: Any = LightningModule()
+    model.config = UserDict(kl=UserList([1.0, UserDict(weight=1.0)]))
+    place = TiedAttributes(model, UserList(["config.kl.0", "config.kl.1.weight"]))
+    place.write(0.25)
+    assert (model.config["kl"][0], model.config["kl"][1]["weight"], place.overwritten()) == (0.25, 0.25, None)
