@@ -82,6 +82,11 @@ class DistributionReader:
         self._handles: list[RemovableHandle] = []
         self._has_heard = False
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A module that is copied while it is watched has the reader in its hooks. The copy of the reader is idle: the
+        # graphs of the outputs can't be copied, and it keeps nothing until it is told to listen.
+        return {**vars(self), "_outputs": None, "_batch": None, "_captured": None, "_handles": []}
+
     @property
     def key(self) -> Any:
         """The posterior's place for a callback's ``state_key``, the same in each process."""

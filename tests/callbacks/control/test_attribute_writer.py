@@ -1,4 +1,6 @@
+import copy
 import inspect
+import pickle
 import sys
 import warnings
 from contextlib import nullcontext
@@ -12,7 +14,15 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
-from lightning_vae.callbacks import AttributeScheduler, AttributeWriter, KLAnnealing, Linear
+from lightning_vae.callbacks import (
+    AttributeScheduler,
+    AttributeWriter,
+    CollapseDetector,
+    EnforcedFreeBits,
+    KLAnnealing,
+    Linear,
+    TargetRate,
+)
 from tests.doubles import ForeignModule, RecordingVAE, loader, quiet_trainer, weight_averaging
 
 
@@ -393,3 +403,57 @@ def test_a_controller_of_ones_own(tmp_path: Path) -> None:
     assert (model.used, model.validated[-1], model.beta) == ([1.0, 0.5], 0.25, 0.25)
     trainer.save_checkpoint(path := tmp_path / "a.ckpt")
     assert run(2, path)[1].used == [0.25, 0.125]
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_module_that_is_watched_can_be_copied_in_any_hook(tmp_path: Path, how: str) -> None:
+    copies: dict[str, Any] = {}
+
+    def copied(name: str, pl_module: Any) -> None:
+        trainer, pl_module.trainer = pl_module.trainer, None
+        if how == "deepcopy":
+            copies[name] = copy.deepcopy(pl_module)
+        else:  # as `torch.save(pl_module, ...)` does
+            copies[name] = pickle.loads(pickle.dumps(pl_module))
+        pl_module.trainer = trainer
+
+    class Copies(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            copied("start", pl_module)
+
+        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+            copied("backward", pl_module)
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            copied("end", pl_module)
+
+        def on_validation_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            copied("validation", pl_module)
+
+    model = Encoded()
+    callbacks = [
+        Copies(),
+        EnforcedFreeBits(0.5, posterior="encoder", weight=1.0, chunk=-1),
+        TargetRate(1.0, posterior="encoder", chunk=-1),
+        CollapseDetector(posterior="encoder", chunk=-1),
+    ]
+    quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1, num_sanity_val_steps=0).fit(model, loader(), loader())
+    assert set(copies) == {"start", "backward", "end", "validation"}
+    for each in copies.values():
+        each.encoder(torch.zeros(3, 2))
+        for hook in each.encoder._forward_hooks.values():
+            assert hook.func.__self__._outputs is None, "a copy keeps nothing"
+
+
+class Encoded(ForeignModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(2, 4)
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        mean, log_variance = self.encoder(batch).chunk(2, dim=-1)
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).sum(1).mean()
+        return (mean - batch).square().sum(1).mean() + kl  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.encoder(batch)
