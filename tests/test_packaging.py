@@ -200,7 +200,7 @@ def test_a_copied_callbacks_folder_trains_under_another_name(package, missing, t
     (tmp_path / "mine" / "__init__.py").touch()
     used = [(step / 4, 0.25) for step in range(4)] + [(1.0, 0.25)] * 2
     keys = ["collapse/alarm", "knobs/beta", "knobs/free_bits", "latent/active_fraction", "latent/active_units",
-            "latent/at_floor", "latent/marginal_kl", "latent/mutual_information"]  # fmt: skip
+            "latent/at_floor", "latent/marginal_kl", "latent/mutual_information", "latent/rate"]  # fmt: skip
     assert python("-c", PROJECT, package, "lightning_vae", *missing, cwd=tmp_path).strip() == f"{used} {keys}"
 
 

@@ -373,7 +373,9 @@ def test_wrong_input_ends_in_one_message_and_exit_code_2(case, capsys):
 
 
 @pytest.mark.filterwarnings("ignore:.*the model comes from the checkpoint", "ignore:.*whose scale adapts")
-@pytest.mark.filterwarnings("ignore:.*trained on Digits, but the data are Gaussian")  # one of the mistakes
+@pytest.mark.filterwarnings(
+    "ignore:.*trained on Digits, but the data are Gaussian", "ignore:.*was saved with `beta=0.5`"
+)
 def test_a_broken_yaml_or_checkpoint_ends_likewise(run, capsys):
     configs = ROOT / "configs"
     Path("broken.yaml").write_text("model: [")
