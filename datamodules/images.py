@@ -3,8 +3,9 @@
 import hashlib
 import math
 import os
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,16 @@ _SPLIT_FOLDERS = {
 
 @dataclass(frozen=True)
 class _Image:
-    """A file, its name below the root, its class folder, and the folder that fixes its split; both may be empty."""
+    """A file, its name below the root, its class folder, and the folder that fixes its split; both may be empty.
+
+    `is_deeper` says that it lies in a further folder below its class folder.
+    """
 
     path: Path
     name: str
     class_name: str
     split: str
+    is_deeper: bool
 
 
 class Images(DataModule):
@@ -201,6 +206,7 @@ class Images(DataModule):
         images = [image for image, header in zip(images, headers, strict=True) if not header.fault]
         self.class_names = self._classes(images)
         splits = self._split(images)
+        self._check_overlap(splits)
         self._checksums = {name: _checksum(split) for name, split in splits.items()}
         files = {name: self._image_files(split) for name, split in splits.items()}
 
@@ -210,6 +216,8 @@ class Images(DataModule):
             lines.append(f"A hash of each path has chosen {' and '.join(derived)}, so the shares are approximate.")
         if labels := [split.labels for split in files.values() if split.labels is not None]:
             lines.append(class_counts(torch.cat(labels), self.class_names))
+        if deeper := sum(image.is_deeper for image in images):
+            lines.append(f"Images in further folders below the class folders, which are not classes: {deeper}.")
         if pages := sum(header.has_pages for header in headers):
             passed_over["files, from their second page or frame on"] = pages
         if passed_over:
@@ -238,6 +246,21 @@ class Images(DataModule):
                 " add images, or put them in folders called train, val and test."
             )
         return splits
+
+    def _check_overlap(self, splits: Mapping[str, Sequence[_Image]]) -> None:
+        """Check that no file is in two splits, through a link or because `test_root` and `root` overlap."""
+        first: dict[str, tuple[str, _Image]] = {}
+        shared = []
+        for split, images in splits.items():
+            for image in images:
+                before, other = first.setdefault(os.path.realpath(image.path), (split, image))
+                if before != split:
+                    shared.append(f"{other.path} ({before}) and {image.path} ({split})")
+        if shared:
+            raise ValueError(
+                f"{len(shared)} files are in two splits, so a model would be judged on images that it was trained on:"
+                f" {shortened(shared)}. Remove the links, or choose a `test_root` that does not overlap with `root`."
+            )
 
     def _classes(self, images: Sequence[_Image]) -> list[str]:
         """Return the class folders of the training images, which the other splits must share."""
@@ -285,13 +308,23 @@ def _scan(root: Path, split: str = "") -> tuple[list[_Image], Counter[str]]:
             " must be one for train, at most one for each other split, and no other folder. Rename a class of such a"
             " name, or move the other folders away."
         )
+    if not (split or splits) and (alike := _split_names(folders)):
+        raise ValueError(
+            f"{root} has the folders {shortened(alike)}, which look like splits and would be classes. Rename them to"
+            " train, val and test, or to names that differ in more than that word."
+        )
     images = []
     for path, place in zip(paths, places, strict=True):
         folder = place.parts[:-1]
         below = folder[1:] if splits else folder
+        if inner := [name for name in below if name.lower() in _SPLIT_FOLDERS]:
+            raise ValueError(
+                f"{path} lies in a folder {inner[0]} that is not directly below {root}. Folders called train, val and"
+                " test are splits: put them at the top, with the class folders inside, or rename them."
+            )
         name = os.fsencode(place.as_posix()).decode("utf-8", "backslashreplace")
         its_split = splits[folder[0]] if splits else split
-        images.append(_Image(path, name, below[0] if below else "", its_split))
+        images.append(_Image(path, name, below[0] if below else "", its_split, len(below) > 1))
     for its_split in {image.split for image in images}:
         names = {image.class_name for image in images if image.split == its_split}
         if "" in names and len(names) > 1:
@@ -300,6 +333,18 @@ def _scan(root: Path, split: str = "") -> tuple[list[_Image], Counter[str]]:
                 " folders, or all in one folder without others."
             )
     return images, passed_over
+
+
+def _split_names(folders: Sequence[str]) -> list[str]:
+    """Return the folders whose names differ in the word for a split alone, such as `train2017` and `val2017`."""
+    found: dict[tuple[str, ...], dict[str, str]] = {}  # by the rest of the name, the folder of each split
+    for folder in folders:
+        parts = re.split(r"([\W\d_]+)", folder.lower())
+        splits = [part for part in parts if part in _SPLIT_FOLDERS]
+        if len(splits) == 1:
+            rest = tuple("" if part in splits else part for part in parts)
+            found.setdefault(rest, {})[_SPLIT_FOLDERS[splits[0]]] = folder
+    return [folder for alike in found.values() if len(alike) > 1 for folder in alike.values()]
 
 
 def _checksum(images: Sequence[_Image]) -> str:

@@ -39,10 +39,15 @@ def batch_means(
         threshold: As in :func:`lightning_vae.free_bits`.
         per: As in :func:`lightning_vae.free_bits`.
         average: As in :func:`lightning_vae.free_bits`. With ``"batch"`` the floor acts on the mean over all processes.
+
+    Raises:
+        ValueError: If a single process has no observations. Of several processes some may have none.
     """
     distortion, rates = terms
     floored = free_bits(rates, threshold, per, average)
     if not several_processes():
+        if not len(rates):
+            raise ValueError("A training batch must hold at least one observation, got an empty one. Fix the loader.")
         return BatchMeans(distortion.mean(), rates.detach().sum() / len(rates), floored, len(rates))
     columns = (distortion[:, None], floored.expand(len(distortion), 1), rates)
     means, count = mean_and_count(torch.cat(columns, dim=1))

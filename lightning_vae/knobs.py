@@ -15,7 +15,7 @@ from typing_extensions import override
 from .checkpoints.checkpoint_io import MODULE_KEY
 from .checkpoints.class_paths import check_checkpoint
 from .checkpoints.exact_resume import is_fitting, trainer_of
-from .objective import checked_number
+from .objective import check_single, checked_number
 
 _WEIGHT_AVERAGING = getattr(callbacks, "WeightAveraging", ())  # new in Lightning 2.6
 
@@ -62,7 +62,9 @@ class KnobModule(LightningModule):
             super().__setattr__(name, value)
             return
         is_fitting = self._is_fitting
-        if not (is_fitting and isinstance(value, Tensor)):  # reading a tensor in each step would synchronise
+        if is_fitting and isinstance(value, Tensor) and value.device.type != "cpu":  # reading it would synchronise
+            check_single(name, value)
+        else:
             value = checked_number(name, value)
         if not is_fitting:
             self._configure(name, value)

@@ -98,8 +98,8 @@ class _IndependentNumbers(td.Independent):  # type: ignore[type-arg]
         return self._log_prob(value)
 
     def _log_prob(self, value: Tensor) -> Tensor:
-        log_prob: Tensor = super().log_prob(value)  # type: ignore[no-untyped-call]
-        return log_prob
+        log_prob: Tensor = self.base_dist.log_prob(value)
+        return log_prob.flatten(-self.reinterpreted_batch_ndims).sum(-1)  # torch's sum refuses an empty batch
 
 
 class Bernoulli(Likelihood):
@@ -151,8 +151,7 @@ class _IndependentBernoulli(_IndependentNumbers):
     def _log_prob(self, value: Tensor) -> Tensor:
         logits, value = broadcast_all(self.base_dist.logits, value)
         cross_entropy = F.binary_cross_entropy_with_logits(logits, value, reduction="none")
-        batch = cross_entropy.shape[: cross_entropy.ndim - self.reinterpreted_batch_ndims]
-        return -cross_entropy.reshape(*batch, -1).sum(-1)
+        return -cross_entropy.flatten(-self.reinterpreted_batch_ndims).sum(-1)
 
 
 class ContinuousBernoulli(Likelihood):

@@ -216,8 +216,8 @@ def weighted_loss(distortion: Tensor, floored_rate: Tensor, beta: Tensor | float
     _check_same_shape(distortion=distortion, floored_rate=floored_rate)
     if not isinstance(beta, Tensor):
         beta = checked_number("beta", beta)
-    elif beta.ndim:
-        raise ValueError(f"`beta` must be one number, got a tensor of shape {tuple(beta.shape)}.")
+    else:
+        check_single("beta", beta)
     return distortion + beta * floored_rate
 
 
@@ -259,12 +259,22 @@ def checked_number(name: str, value: Any) -> float:
         ValueError: If it is no number, negative or not finite.
     """
     try:
-        number = math.nan if isinstance(value, str) else float(value)
+        number = math.nan if isinstance(value, str | bool) else float(value)
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number <= _LARGEST:
         raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
     return number
+
+
+def check_single(name: str, value: Tensor) -> None:
+    """Check that a tensor holds one number, which is not read.
+
+    Raises:
+        ValueError: If it has an axis.
+    """
+    if value.ndim:
+        raise ValueError(f"`{name}` must be one number, got a tensor of shape {tuple(value.shape)}.")
 
 
 def _check_same_shape(**operands: Tensor) -> None:

@@ -137,7 +137,8 @@ def check_index(index: Tensor, size: int) -> None:
     Raises:
         ValueError: If the indices are not integers of shape ``(size,)``.
     """
-    is_integer = isinstance(index, Tensor) and not (index.is_floating_point() or index.is_complex())
+    is_number = isinstance(index, Tensor) and index.dtype != torch.bool
+    is_integer = is_number and not (index.is_floating_point() or index.is_complex())
     if not is_integer or index.shape != (size,):
         held = f"{index.dtype} of shape {tuple(index.shape)}" if isinstance(index, Tensor) else type(index).__name__
         raise ValueError(f"`index` must be an integer for each observation, of shape {(size,)}, got {held}.")
@@ -192,6 +193,11 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
         raise ValueError(
             f"`likelihood` {type(likelihood).__name__} needs data from 0 to {top}, but a batch holds values from "
             f"{low:g} to {high:g}. Rescale the data, set `levels`, or use the Gaussian likelihood."
+        )
+    if levels is not None and not 0 <= low <= high < levels:  # noise of up to one level may have been added
+        raise ValueError(
+            f"`levels` is {levels}, so the data should be integers from 0 to {levels - 1}, but a batch holds values from "
+            f"{low:g} to {high:g}. Pass levels=None for data that are already scaled."
         )
 
 

@@ -128,10 +128,12 @@ class VAE(RunModule):
         given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
         if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
             raise ValueError(f"`shape` must be the shape of one observation, such as (1, 28, 28) or (6,), got {given}.")
-        if levels is not None and levels < 2:
-            raise ValueError(f"`levels` must be at least 2, or None for real-valued data, got {levels}.")
-        if latent_dim < 1:
-            raise ValueError(f"`latent_dim` must be at least 1, got {latent_dim}.")
+        if levels is not None and not _is_integer(levels, 2):
+            raise ValueError(
+                f"`levels` must be an integer of at least 2, or None for real-valued data, got {levels!r}."
+            )
+        if not _is_integer(latent_dim, 1):
+            raise ValueError(f"`latent_dim` must be an integer of at least 1, got {latent_dim!r}.")
         group_rates(torch.zeros(1, latent_dim), free_bits_per)  # raises on a value that does not fit
         if free_bits_average not in ("batch", "sample"):
             raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
@@ -214,11 +216,12 @@ class VAE(RunModule):
                 the scale waits for the device, except in ``training_step``, which checks the first batch of a fit.
         """
         if isinstance(x, Observations):
-            observed, index = x.observed, x.index
+            observed, index = self._observed(x), x.index
         else:
             scaled = self._checked(x)
             if index is not None:
                 check_index(index, len(x))
+                index = index.long()
             observed = self.likelihood.observe(scaled, index)
         self.posterior = posterior = self._encode(observed)
         z = posterior.rsample() if index is None else sample_by_index(posterior, index)
@@ -301,7 +304,7 @@ class VAE(RunModule):
         Raises:
             ValueError: If the data have another shape, type or scale, or the encoder's output has the wrong shape.
         """
-        return self._encode(x.observed if isinstance(x, Observations) else self._checked(x))
+        return self._encode(self._observed(x) if isinstance(x, Observations) else self._checked(x))
 
     def decode(self, z: Tensor) -> td.Distribution:
         """Return the likelihood p(x|z), with batch shape ``(B,)`` and event shape ``shape``, in the networks' scale.
@@ -350,7 +353,7 @@ class VAE(RunModule):
         Raises:
             ValueError: If ``n`` is not an integer of at least 0.
         """
-        if isinstance(n, bool) or not hasattr(n, "__index__") or operator.index(n) < 0:
+        if not _is_integer(n, 0):
             raise ValueError(f"`n` must be an integer of at least 0, got {n!r}.")
         return self.to_data_scale(self.decode(self.prior.sample(torch.Size((n,)))).mean)
 
@@ -451,6 +454,11 @@ class VAE(RunModule):
         self._network_dtype = next((each.dtype for each in self.encoder.parameters()), torch.float32)
         self._working_dtype = torch.float64 if self._network_dtype == torch.float64 else torch.float32
 
+    def _observed(self, x: Observations) -> Tensor:
+        """Return the encoder's input, after checking that it is not that of a model of another shape."""
+        check_data(x.observed, self.shape)
+        return x.observed
+
     def _checked(self, x: Tensor) -> Tensor:
         """Convert data to the networks' scale, after the checks of :meth:`training_step`."""
         if not self._is_checked:
@@ -462,3 +470,7 @@ class VAE(RunModule):
         """Convert data to the networks' scale."""
         x = x.to(self._working_dtype)
         return x if self.levels is None else x / (self.levels - 1)
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return not isinstance(value, bool) and hasattr(value, "__index__") and operator.index(value) >= least

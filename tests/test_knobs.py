@@ -237,7 +237,8 @@ def test_an_assignment_within_a_fit_refuses_numbers_out_of_range(tmp_path):
 
     class Assigns(pl.Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-            for value in (-1.0, math.nan, math.inf, "4", None):
+            pair = torch.tensor([1.0, 2.0])
+            for value in (-1.0, math.nan, math.inf, "4", None, True, torch.tensor(-1.0), torch.tensor(math.nan), pair):
                 with pytest.raises(ValueError, match="`beta` must be a finite number of at least 0, got"):
                     pl_module.beta = value
                 refused.append(value)
@@ -245,7 +246,7 @@ def test_an_assignment_within_a_fit_refuses_numbers_out_of_range(tmp_path):
 
     vae = small(beta=2.0)
     trainer(tmp_path, max_epochs=1, callbacks=[Assigns()]).fit(vae, loader())
-    assert len(refused) == 25
+    assert len(refused) == 45
     assert (vae.beta.item(), vae.knobs["beta"]) == (3.0, 2.0)
 
 

@@ -5,7 +5,7 @@ from collections import UserDict, UserList
 import pytest
 import torch
 
-from lightning_vae import Gaussian
+from lightning_vae import VAE, Bernoulli, ContinuousBernoulli, DiscretisedLogistic, Gaussian
 from lightning_vae.callbacks.reading import batch_fields
 from lightning_vae.datamodules import TensorLoader
 from lightning_vae.observations import _NUMBERS, LABELS
@@ -198,3 +198,45 @@ def test_a_resumed_fit_checks_its_first_batch(tmp_path):
     wrong = TensorLoader({"x": images(70) / 16}, batch_size=16)
     with pytest.raises(ValueError, match="as if already scaled"):
         trainer(tmp_path, max_epochs=2).fit(small(), wrong, ckpt_path=path)
+
+
+@pytest.mark.parametrize("door", ["elbo_terms", "encode", "reconstruct", "forward"])
+def test_every_door_refuses_what_a_model_of_another_shape_has_observed(door):
+    other = VAE(shape=(4, 4, 1), levels=17, latent_dim=2)  # as many numbers
+    observations = other.observe(images(3).permute(0, 2, 3, 1))
+    with pytest.raises(ValueError, match=r"`shape` is \(1, 4, 4\), but a batch holds \(4, 4, 1\)"):
+        DOORS[door](small(), observations)
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize("x", [images(3) / 16 * 5 - 1, images(3) + 1.5], ids=["standardised", "too large"])
+def test_levels_bound_the_data_of_every_likelihood(door, x):
+    with pytest.raises(ValueError, match=r"`levels` is 17, so the data should be integers from 0 to 16"):
+        DOORS[door](small(likelihood=Gaussian), x)
+
+
+def test_levels_leave_room_for_noise_of_one_level():
+    small(likelihood=Gaussian).encode(images(3).float().clamp(max=16) + 0.99)
+
+
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int16, torch.int32, torch.uint16, torch.uint32, torch.uint64])
+def test_an_index_may_be_any_integer(kind):
+    vae, index = small(), torch.arange(3)
+    assert torch.equal(vae.elbo_terms(images(3), index.to(kind)).elbo, vae.elbo_terms(images(3), index).elbo)
+
+
+def test_a_mask_is_no_index():
+    with pytest.raises(ValueError, match=r"`index` must be an integer for each observation.*got torch\.bool"):
+        small().elbo_terms(images(3), torch.ones(3, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("likelihood", [Bernoulli, ContinuousBernoulli, Gaussian, DiscretisedLogistic])
+def test_no_observations_have_no_terms(likelihood):
+    terms = small(likelihood=likelihood).elbo_terms(images(3)[:0])
+    assert terms.distortion.shape == (0,)
+    assert terms.rate_per_dimension.shape == (0, 3)
+
+
+def test_an_empty_batch_is_not_trained_on():
+    with pytest.raises(ValueError, match="A training batch must hold at least one observation"):
+        small().training_step(images(3)[:0], 1)

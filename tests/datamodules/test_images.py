@@ -387,3 +387,51 @@ def test_other_data_than_the_checkpoints_are_said(tmp_path):
     folder_of(tmp_path / "dog", 1)
     with pytest.warns(UserWarning, match="classes: cat -> cat, dog"):
         ready(Images(tmp_path, size=6), "test").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (("bottle/train", "bottle/test"), "bottle/test/.* lies in a folder test that is not directly below"),
+        (("data/train", "data/val"), "lies in a folder train that is not directly below"),
+        (("train/cat/Test", "val/cat"), "lies in a folder Test"),
+        (("train2017", "val2017"), "has the folders train2017, val2017, which look like splits"),
+        (("seg_pred", "seg_train", "seg_test"), "has the folders seg_test, seg_train, which look like splits"),
+    ],
+)
+def test_folders_of_splits_are_never_classes(tmp_path, folders, message):
+    for folder in folders:
+        folder_of(tmp_path / folder, 3)
+    with pytest.raises(ValueError, match=message):
+        ready(Images(tmp_path, size=6), "fit")
+
+
+def test_classes_may_have_the_word_for_a_split_in_their_names(tmp_path):
+    for folder in ("train_station", "test_tube", "trainer"):
+        folder_of(tmp_path / folder)
+    assert ready(Images(tmp_path, size=6), "fit").class_names == ["test_tube", "train_station", "trainer"]
+
+
+def test_a_file_in_two_splits_is_refused(tmp_path):
+    root = tmp_path / "set"
+    for folder in ("train", "test"):
+        folder_of(root / folder, 20)
+    (root / "test" / "link.png").symlink_to(root / "train" / "03.png")
+    with pytest.raises(ValueError, match=r"1 files are in two splits.*train/03.png \(train\) and .*link.png \(test\)"):
+        ready(Images(root, size=6), "fit")
+
+
+@pytest.mark.parametrize("inside", ["", "held_out"])
+def test_a_test_root_that_overlaps_with_root_is_refused(tmp_path, inside):
+    for folder in ("cat", "dog", "held_out/cat", "held_out/dog"):
+        folder_of(tmp_path / folder)
+    with pytest.raises(ValueError, match="files are in two splits.*does not overlap with `root`"):
+        ready(Images(tmp_path, size=6, test_root=tmp_path / inside), "fit")
+
+
+def test_folders_below_class_folders_are_said(tmp_path, said):
+    for folder in ("cat", "dog", "dog/small"):
+        folder_of(tmp_path / folder)
+    ready(Images(tmp_path, size=6), "fit")
+    assert "Classes: cat (20), dog (40)" in said()
+    assert "further folders below the class folders, which are not classes: 20." in said()
