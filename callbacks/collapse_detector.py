@@ -384,8 +384,8 @@ def _unusable(measured: Measurements | None) -> str:
     """Return the reason why a pass can't be judged; empty if it can."""
     if measured is None:
         return (
-            "the module offered no posterior in this pass. Set `self.posterior` in each step, or give its path with "
-            "`posterior=`."
+            "this pass had no observations, or the module offered no posterior. Check that the loader gives batches in "
+            "each epoch. If it does, set `self.posterior` in each step, or give its path with `posterior=`."
         )
     if measured.observations < 2:
         return "a variance over the data needs two observations, and this pass had one."

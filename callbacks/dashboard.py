@@ -105,6 +105,8 @@ class Dashboard(Callback):
                 measured = [title for title, tags in self.charts.items() if not tags[-1].startswith("knobs/")]
                 values = hyperparameters_of(trainer, pl_module)
                 logger.hyperparameters(values, [f"Overview/{title}" for title in measured])
+        elif logger is not None and trainer.is_global_zero:
+            rank_zero_info("Dashboard: no logger of this run takes pictures; it stays empty.")
 
     @override
     def on_validation_end(self, trainer: Trainer, *_: Any) -> None:

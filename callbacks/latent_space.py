@@ -108,8 +108,11 @@ class LatentSpace(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
-        if not validates(trainer):
-            rank_zero_info("LatentSpace: this run has no validation, where the latents are drawn; none are drawn.")
+        with self._attempt("the loggers"):
+            if not validates(trainer):
+                rank_zero_info("LatentSpace: this run has no validation, where the latents are drawn; none are drawn.")
+            elif trainer.is_global_zero and not MediaLogger(trainer):
+                rank_zero_info("LatentSpace: no logger of this run takes pictures; none are drawn.")
 
     @override
     def on_validation_epoch_start(self, trainer: Trainer, *_: Any) -> None:

@@ -196,8 +196,8 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
         )
     if levels is not None and not 0 <= low <= high < levels:  # noise of up to one level may have been added
         raise ValueError(
-            f"`levels` is {levels}, so the data should be integers from 0 to {levels - 1}, but a batch holds values from "
-            f"{low:g} to {high:g}. Pass levels=None for data that are already scaled."
+            f"`levels` is {levels}, so the data should be integers from 0 to {levels - 1}, but a batch holds values "
+            f"from {low:g} to {high:g}. Pass levels=None for data that are already scaled."
         )
 
 

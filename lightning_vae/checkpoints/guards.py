@@ -35,6 +35,7 @@ class Guards(Companion):
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: If a monitor minimises the ELBO.
+        ValueError: If a run is resumed with another kind of optimizer.
     """
 
     def __init__(self) -> None:
@@ -71,10 +72,19 @@ class Guards(Companion):
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._has_saved = True
-        checkpoint.setdefault(MODULE_KEY, {}).update(length=_length(trainer), optimizers=self._configured)
+        checkpoint.setdefault(MODULE_KEY, {}).update(
+            length=_length(trainer), optimizers=self._configured, optimizer_names=_names(trainer.optimizers)
+        )
 
     def _say_what_changed(self, trainer: Trainer, pl_module: Any) -> None:
         own = self._loaded[MODULE_KEY]
+        saved, names = own.get("optimizer_names"), _names(trainer.optimizers)
+        if saved not in (None, names):
+            raise ValueError(
+                f"The checkpoint was saved with the optimizer {', '.join(saved)}, so a run with {', '.join(names)} "
+                "can't be resumed from it. Configure the same optimizer, or start a new fit from its weights with "
+                "`VAE.load_from_checkpoint`."
+            )
         # The module itself reports changed knobs when it loads them.
         options = {name: value for name, value in pl_module.hparams.items() if name not in pl_module.knobs}
         if changed := _differences(self._loaded["hyper_parameters"], options):
@@ -164,6 +174,10 @@ def _saves_regardless(callback: ModelCheckpoint) -> bool:
 
 def _length(trainer: Trainer) -> dict[str, int | None]:
     return {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+
+
+def _names(optimizers: Sequence[Optimizer]) -> list[str]:
+    return [type(optimizer).__name__ for optimizer in optimizers]
 
 
 def _configured(optimizers: Sequence[Optimizer]) -> list[list[dict[str, float]]]:

@@ -228,7 +228,7 @@ def test_a_module_that_never_offers_its_posterior_is_told(tmp_path):
             super().validation_step(batch, batch_idx)
             self.posterior = None
 
-    with pytest.warns(UserWarning, match="offered no posterior in this pass"):
+    with pytest.warns(UserWarning, match="no observations, or the module offered no posterior"):
         fit(tmp_path, detect(), Silent(), epochs=1)
 
 

@@ -600,3 +600,11 @@ def test_a_run_without_validation_is_told_that_nothing_is_drawn(tmp_path, caplog
         run(tmp_path, callbacks, small_vae(), images((1, 8, 8)), epochs=1, limit_val_batches=0)
     for name in ("Pictures", "LatentSpace", "Dashboard"):
         assert f"{name}: this run has no validation" in caplog.text
+
+
+def test_a_run_without_a_logger_for_pictures_is_told_that_nothing_is_drawn(tmp_path, caplog):
+    callbacks = [Pictures(), LatentSpace(), Dashboard()]
+    with caplog.at_level("INFO"):
+        run(tmp_path, callbacks, small_vae(), images((1, 8, 8)), epochs=1, logger=CSVLogger(tmp_path))
+    for name in ("Pictures", "LatentSpace", "Dashboard"):
+        assert f"{name}: no logger of this run takes pictures" in caplog.text

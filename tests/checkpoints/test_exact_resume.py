@@ -291,6 +291,15 @@ def test_an_option_of_the_optimizer_that_the_checkpoint_overrides_is_said(saved:
     assert vae.trainer.optimizers[0].param_groups[0]["lr"] == 1e-3
 
 
+def test_another_optimizer_is_refused(saved: Path) -> None:
+    class Descends(Adams):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    with pytest.raises(ValueError, match=r"saved with the optimizer Adam, so a run with SGD can't be resumed from it"):
+        go_on(saved, Descends())
+
+
 def test_what_something_else_has_moved_was_not_changed(tmp_path: Path) -> None:
     class WarmsUp(Callback):
         def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:

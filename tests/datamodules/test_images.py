@@ -425,7 +425,7 @@ def test_a_file_in_two_splits_is_refused(tmp_path):
 def test_a_test_root_that_overlaps_with_root_is_refused(tmp_path, inside):
     for folder in ("cat", "dog", "held_out/cat", "held_out/dog"):
         folder_of(tmp_path / folder)
-    with pytest.raises(ValueError, match="files are in two splits.*does not overlap with `root`"):
+    with pytest.raises(ValueError, match=r"files are in two splits.*does not overlap with `root`"):
         ready(Images(tmp_path, size=6, test_root=tmp_path / inside), "fit")
 
 
