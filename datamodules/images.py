@@ -259,8 +259,8 @@ class Images(DataModule):
         if shared:
             raise ValueError(
                 f"{len(shared)} files are in two splits, so a model would be judged on images that it was trained on,"
-                f" such as {', '.join(shared[:3])}. Remove the links, or choose a `test_root` that does not overlap with"
-                " `root`."
+                f" such as {', '.join(shared[:3])}. Remove the links, or choose a `test_root` that does not overlap"
+                " with `root`."
             )
 
     def _classes(self, images: Sequence[_Image]) -> list[str]:
