@@ -114,6 +114,7 @@ class Point:
             "test",
             f"--config={self.run / 'config.yaml'}",
             *([f"--ckpt_path={self.checkpoint}"] if self.checkpoint else []),
+            "--same_run=false",  # a point that was trained by hand may have it in its config
             *self.evaluated_by,
             *_into(self.evaluation.parent),
         ]
