@@ -92,8 +92,14 @@ def check_data(x: Any, shape: Shape) -> None:
     if isinstance(x, Tensor):
         check_type("The data", x)
     if not isinstance(x, Tensor) or x.shape[1:] != shape:
-        held = tuple(x.shape[1:]) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"`shape` is {shape}, but a batch holds {held} per observation. {_FORMS}")
+        if isinstance(x, Tensor):
+            raise ValueError(f"`shape` is {shape}, but a batch holds {tuple(x.shape[1:])} per observation. {_FORMS}")
+        remedy = (
+            "Convert it with `torch.from_numpy`, or leave out the DataLoader's own `collate_fn`."
+            if hasattr(x, "__array__")
+            else _FORMS
+        )
+        raise ValueError(f"`shape` is {shape}, but the data in a batch are a {type(x).__name__}. {remedy}")
 
 
 def check_type(what: str, tensor: Tensor) -> None:

@@ -150,7 +150,7 @@ DOORS = {
         (images(3)[:, 0], r"`shape` is \(1, 4, 4\), but a batch holds \(4, 4\)"),
         (images(1)[0], r"a batch holds \(4, 4\)"),
         (images(3)[None], r"a batch holds \(3, 1, 4, 4\)"),
-        (images(3).numpy(), "a batch holds ndarray"),
+        (images(3).numpy(), r"the data in a batch are a ndarray\. Convert it with `torch\.from_numpy`, or leave out"),
         (images(3).to(torch.complex64), "got torch.complex64"),
         (images(3).to_sparse(), "in the layout torch.sparse_coo"),
     ],

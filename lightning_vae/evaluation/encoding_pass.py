@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch import distributions as td
 
@@ -70,7 +72,7 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     rates_and_widths = RunningMoments(2 * k).to(device)
     posteriors = ObservationSubset(2 * k + 1, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size, samples).to(device)
-    is_gaussian = True
+    is_gaussian, warned = True, False
     for part in batches(vae, loader):
         x, index, posterior = part.scaled, part.index, vae.encode(part)
         is_gaussian = is_gaussian and isinstance(posterior, td.Normal)
@@ -83,7 +85,11 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
         aggregate.update(mean, variance)
         rates = kl_per_dimension(posterior, vae.prior, z)
         rates_and_widths.update(torch.cat([rates.double(), posterior.stddev.double()], dim=1))
-        labels = _classes(part)
+        classes = _classes(part)
+        if classes is None and part.label is not None and not warned:
+            rank_zero_warn(_no_classes(part.label))
+            warned = True
+        labels = torch.full_like(index, -1) if classes is None else classes
         posteriors.update(torch.cat([mean, variance, labels[:, None].double()], dim=1), index)
         data.update(torch.cat([index[:, None].double(), mean, z, x.flatten(1)], dim=1), index)
 
@@ -103,15 +109,33 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     return Encoded(count, float(share), moments, latents, _labels(mean, labels[:, 0].long()), kept)
 
 
-def _classes(observations: Observations) -> Tensor:
-    """Return each observation's class, -1 if the labels are not classes."""
-    index = observations.index
+def _classes(observations: Observations) -> Tensor | None:
+    """Return each observation's class, int64, shape ``(B,)``; ``None`` if the labels are neither integers nor words."""
+    label, index = observations.label, observations.index
+    if label is None:
+        return None
+    if not isinstance(label, Tensor) and all(isinstance(word, str) for word in label):
+        return torch.tensor([_number(word) for word in label], dtype=torch.int64, device=index.device)
     try:
-        label = torch.as_tensor(observations.label, device=index.device)
-    except (TypeError, ValueError, RuntimeError):  # none, or names
-        return torch.full_like(index, -1)
+        label = torch.as_tensor(label, device=index.device)
+    except (TypeError, ValueError, RuntimeError):  # neither numbers nor words
+        return None
     is_class = label.numel() == len(index) and not (label.is_floating_point() or label.is_complex())
-    return label.flatten() if is_class else torch.full_like(index, -1)
+    return label.flatten().long() if is_class else None
+
+
+def _number(word: str) -> int:
+    """Return a number for a word, the same in all batches and processes, and exact in float64."""
+    return int.from_bytes(hashlib.sha256(word.encode()).digest()[:6], "big")
+
+
+def _no_classes(label: Any) -> str:
+    dtype, shape = getattr(label, "dtype", None), getattr(label, "shape", None)
+    given = f"a sequence of {type(label[0]).__name__}" if dtype is None else f"{dtype} of shape {tuple(shape or ())}"
+    return (
+        f"The labels are not classes, so they are not predicted from the posterior means: give an integer or a word for "
+        f"each observation, got {given}."
+    )
 
 
 def _latents(

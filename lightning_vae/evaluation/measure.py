@@ -39,7 +39,7 @@ def evaluate(
     Args:
         vae: The model, on the device to compute on. It is left unchanged.
         loader: Batches as the VAE accepts them, in a fixed order if they have no ``"index"``; it needs no length. The
-            labels, integers of shape ``(B,)`` under ``"label"`` in a mapping or second in a sequence, are used for the
+            labels, B integers or words under ``"label"`` in a mapping or second in a sequence, are used for the
             probes. Of fewer than 10 observations only those numbers are measured that do not compare them with one
             another.
         importance_samples: Number K of samples for each observation.

@@ -190,3 +190,16 @@ def test_rows_are_named_by_the_data_module(tmp_path):
     assert list(rows[0]) == ["index", "label", "file", "class", "z0"]
     assert [row["file"] for row in rows] == [f"predict-{row['index']}.png" for row in rows]
     assert [row["class"] for row in rows] == [("cat", "dog")[int(row["label"])] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("labels", "written"),
+    [(["b", "a, or b", "a"], ["b", "a, or b", "a"]), (torch.tensor([[2], [0], [1]]), ["2", "0", "1"])],
+)
+def test_labels_beside_the_observations_are_written_as_they_are(labels, written, tmp_path):
+    data = list(zip(torch.randn(3, 2), labels, strict=True))
+    batches = torch.utils.data.DataLoader(data, batch_size=2)  # type: ignore[arg-type, var-annotated]
+    trainer(LatentsWriter("out.csv")).predict(VAE((2,), latent_dim=1), batches, return_predictions=False)
+    rows = read(Path("out.csv"))
+    assert list(rows[0]) == ["index", "label", "z0"]
+    assert [row["label"] for row in rows] == written

@@ -440,8 +440,58 @@ def test_labels_of_any_integers_count_and_numbers_are_no_classes(x):
     )
     assert small.labels.knn_accuracy == large.labels.knn_accuracy > 0.8
     assert small.labels.linear_probe_accuracy == large.labels.linear_probe_accuracy > 0.8
-    number = evaluate(vae, [{"x": x, "index": index.int(), "label": x[:, 0]}], importance_samples=1)
+    with pytest.warns(UserWarning, match="The labels are not classes"):
+        number = evaluate(vae, [{"x": x, "index": index.int(), "label": x[:, 0]}], importance_samples=1)
     assert math.isnan(number.labels.knn_accuracy)
+
+
+def three_clusters():
+    """Three clusters of vectors of twenty each, of which two each have the label of the next cluster."""
+    label = torch.arange(60) % 3
+    x = 3.0 * label[:, None] + 0.1 * torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+    label[:6] = (label[:6] + 1) % 3
+    torch.manual_seed(0)
+    return VAE((2,), latent_dim=2, encoder=LinearEncoder, decoder=LinearDecoder), x, label
+
+
+NAMES = ("sandal", "boot", "shirt")
+
+
+@pytest.mark.parametrize(
+    "items",
+    [
+        lambda x, label: (x, label),
+        lambda x, label: (x, label[None]),  # batches of shape (B, 1)
+        lambda x, label: (x, NAMES[label]),
+        lambda x, label: {"x": x, "label": NAMES[label]},
+        lambda x, label: {"x": x, "y": label[None]},
+    ],
+)
+def test_the_probes_find_classes_beside_the_observations(items):
+    vae, x, label = three_clusters()
+    data = [items(*pair) for pair in zip(x, label, strict=True)]
+    subset = torch.utils.data.random_split(data, [60, 0])[0]  # type: ignore[arg-type, var-annotated]
+    result = evaluate(vae, DataLoader(subset, batch_size=16), importance_samples=1)
+    assert result.labels.knn_accuracy == pytest.approx(54 / 60)
+    labels = evaluate(vae, [(x, label)], importance_samples=1).labels
+    assert result.labels.linear_probe_accuracy == pytest.approx(labels.linear_probe_accuracy)
+
+
+@pytest.mark.parametrize(
+    ("label", "given"),
+    [
+        (torch.rand(60), r"torch.float32 of shape \(60,\)"),
+        (torch.zeros(60, 4).int(), "torch.int32"),
+        ([None] * 60, "None"),
+    ],
+)
+def test_labels_that_are_no_classes_are_said_once(label, given):
+    vae, x, _ = three_clusters()
+    batch = {"x": x, "label": label}
+    with pytest.warns(UserWarning, match=f"The labels are not classes.*got .*{given}") as said:
+        result = evaluate(vae, [batch, batch], importance_samples=1)
+    assert math.isnan(result.labels.knn_accuracy)
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("label", [{"digit": torch.arange(300)}, 7])
