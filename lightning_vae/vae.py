@@ -174,6 +174,13 @@ class VAE(RunModule):
         self._is_checked = True  # later batches are not: reading their values would synchronise in each step
         try:
             loss, terms, count = self._graph_loss(x) if self._compiled_loss.mode else self._loss(x)
+        except ValueError as error:
+            if "Expected more than 1 value per channel" not in str(error):
+                raise
+            raise ValueError(
+                f"Batch {batch_idx} holds one observation, which a batch normalisation can't train on. Set "
+                "`drop_last=True` in the DataLoader, or another `batch_size`."
+            ) from error
         finally:
             self._is_checked = False
         self._record(terms, count)

@@ -62,6 +62,12 @@ class BatchLoader(ABC):
         full, rest = divmod(self.size, processes * self.batch_size)
         return max(1, full + (rest >= processes))
 
+    @property
+    def last_size(self) -> int:
+        """Number of observations in the last batch: in the smallest share of it, if there are several processes."""
+        _, processes = rank_and_world_size()
+        return (self.size - (len(self) - 1) * processes * self.batch_size) // processes
+
     def __iter__(self) -> Iterator[Batch]:
         rank, processes = rank_and_world_size()
         if self.shuffle and self.size < processes:

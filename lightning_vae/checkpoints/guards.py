@@ -1,11 +1,13 @@
 """Checks and small corrections when a run starts and when it saves.
 
-At the start: sensible monitors, options unchanged since the save, beta with the likelihood, and gradient clipping with
-fused optimizers. At a save: finite numbers.
+At the start: sensible monitors, options unchanged since the save, beta with the likelihood, gradient clipping with
+fused optimizers, an optimizer's ``eps`` in half precision, and batches that a batch normalisation can train on. At a
+save: finite numbers. At the end: that there was a batch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +15,13 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from ..likelihoods import warn_of_feedback
@@ -29,12 +34,13 @@ _SKIPS_LAST = RequirementCache("lightning>=2.6.0")
 class Guards(Companion):
     """Check a run when it starts. A :class:`lightning_vae.VAE` adds this callback itself.
 
-    It refuses monitors that would keep the wrong model. For a resumed run it reports which options of the model and the
-    optimizer, and which length of the run, differ from the saved ones. It warns of a beta that feeds back with the
-    likelihood, and allows gradient clipping with fused optimizers under mixed precision.
+    It refuses monitors that would keep the wrong model, an optimizer that can't work in float16, a last batch of one
+    observation under batch normalisation, and a run without a batch. For a resumed run it reports which options of the
+    model and the optimizer, and which length of the run, differ from the saved ones. It warns of a beta that feeds back
+    with the likelihood, and allows gradient clipping with fused optimizers under mixed precision.
 
     Raises:
-        lightning.pytorch.utilities.exceptions.MisconfigurationException: If a monitor minimises the ELBO.
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: If it refuses one of these.
         ValueError: If a run is resumed with another kind of optimizer.
     """
 
@@ -65,9 +71,18 @@ class Guards(Companion):
                 # which fused ones do unless told not to.
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
         check_monitors(trainer)
+        check_half_precision(trainer.optimizers)
         configured = pl_module.knobs["beta"]
         if configured is None or configured != pl_module.constructed_knobs["beta"]:  # otherwise the constructor warned
             warn_of_feedback(float(pl_module.beta), pl_module.likelihood)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        check_last_batch(trainer, pl_module)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_batches(trainer, TrainerFn(stage).value)
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -166,6 +181,90 @@ def check_monitors(trainer: Trainer) -> None:
                 "`last.ckpt` is written only when the model is among the best, so a run resumed from it loses all "
                 "steps since then. Leave `save_last` out, and add `lightning_vae.LastCheckpoint` to the callbacks."
             )
+
+
+def check_half_precision(optimizers: Sequence[Optimizer]) -> None:
+    """Refuse an optimizer that divides by numbers that float16 can't hold.
+
+    The averages of squared gradients underflow to 0, and an ``eps`` that small does not replace them.
+
+    Raises:
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: If ``eps`` is below the normal numbers of
+            float16 where parameters are float16.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            is_half = any(parameter.dtype == torch.float16 for parameter in group["params"])
+            if is_half and 0 <= group.get("eps", 1) < torch.finfo(torch.float16).smallest_normal:
+                raise MisconfigurationException(
+                    f"The parameters are float16 (`precision='16-true'`), in which the `eps` of "
+                    f"{type(optimizer).__name__}, {group['eps']:g}, is lost: the parameters would become NaN. Use "
+                    "'16-mixed' or 'bf16-true', or set `eps` of the optimizer to 1e-4."
+                )
+
+
+def check_last_batch(trainer: Trainer, module: Any) -> None:
+    """Refuse a last batch of one observation if a network's batch normalisation can't train on it.
+
+    Args:
+        trainer: The Trainer that is about to train.
+        module: The :class:`lightning_vae.VAE`. Copies of its networks are called with zeros.
+
+    Raises:
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: If it can't.
+    """
+    has_norm = any(isinstance(each, _BatchNorm) for each in module.modules())
+    if not has_norm or _last_size(trainer.train_dataloader, trainer.num_training_batches) != 1:
+        return
+    dtype = next(module.encoder.parameters()).dtype
+    inputs = ((module.encoder, module.shape), (module.decoder, (module.latent_dim,)))
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            for network, shape in inputs:
+                copy.deepcopy(network)(torch.zeros(1, *shape, dtype=dtype, device=module.device))
+    except ValueError as error:
+        if "Expected more than 1 value per channel" not in str(error):
+            raise
+        raise MisconfigurationException(
+            "The last training batch holds one observation, which a batch normalisation can't train on. Set "
+            "`drop_last=True` in the DataLoader, or another `batch_size`."
+        ) from error
+
+
+def check_batches(trainer: Trainer, stage: str) -> None:
+    """Refuse a run that has had no batch although none was asked for.
+
+    Args:
+        trainer: The Trainer at the end of its run.
+        stage: ``"fit"``, ``"validate"``, ``"test"`` or ``"predict"``.
+
+    Raises:
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: If the loaders are empty.
+    """
+    part = {"fit": "train", "validate": "val"}.get(stage, stage)
+    batches = trainer.num_training_batches if stage == "fit" else sum(getattr(trainer, f"num_{part}_batches"))
+    if batches == 0 and getattr(trainer, f"limit_{part}_batches") != 0:
+        raise MisconfigurationException(
+            f"`{stage}` has done nothing: its loader has no batches. With `drop_last=True` there is none if the data "
+            "are fewer than `batch_size`. Give more data, lower `batch_size`, or leave out `drop_last`."
+        )
+
+
+def _last_size(loader: Any, batches: float) -> int | None:
+    """Return the number of observations in a loader's last batch; ``None`` if it is unknown.
+
+    Args:
+        loader: The training loader.
+        batches: Number of batches in an epoch.
+    """
+    if not isinstance(loader, DataLoader):
+        return getattr(loader, "last_size", None)
+    try:
+        rows, is_whole = len(loader.sampler), batches >= len(loader)  # type: ignore[arg-type]
+    except TypeError:  # a stream
+        return None
+    size = loader.batch_size
+    return size if size is None or loader.drop_last or not is_whole else rows % size or size
 
 
 def _saves_regardless(callback: ModelCheckpoint) -> bool:

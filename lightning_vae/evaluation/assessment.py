@@ -67,6 +67,12 @@ def unassessed(observations: int) -> Assessment:
     return Assessment(None, (reason,), f"Evaluate at least {LEAST_COMPARED} observations.")
 
 
+def without_variance() -> Assessment:
+    """Return the reason why data that are all equal get no verdict."""
+    reason = "the data have no variance: all observations are equal, so there is nothing to encode"
+    return Assessment(None, (reason,), "Check how the data are read and scaled.")
+
+
 @dataclass(frozen=True)
 class _Measured:
     """The measurements behind an assessment."""

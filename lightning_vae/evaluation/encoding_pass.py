@@ -50,6 +50,7 @@ class Encoded:
 
     Attributes:
         count: Number of observations over all processes.
+        constant: Whether all of them are equal.
         share: Number of observations that this process has seen.
         moments: Moments of the aggregate posterior.
         latents: The latent space, for the record.
@@ -58,6 +59,7 @@ class Encoded:
     """
 
     count: int
+    constant: bool
     share: float
     moments: AggregateMoments
     latents: Latents
@@ -73,8 +75,11 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     posteriors = ObservationSubset(2 * k + 1, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size, samples).to(device)
     is_gaussian, warned = True, False
+    first, varies = None, torch.zeros((), dtype=torch.float64, device=device)
     for part in batches(vae, loader):
         x, index, posterior = part.scaled, part.index, vae.encode(part)
+        first = x[:1] if first is None else first
+        varies = varies.maximum((x != first).any())
         is_gaussian = is_gaussian and isinstance(posterior, td.Normal)
         try:
             mean, variance = posterior.mean, posterior.variance
@@ -106,7 +111,8 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     index, means, z, x = data.compute().split([1, k, k, size], dim=1)
     dtype = vae.prior.loc.dtype
     kept = Kept(index[:, 0].long(), means.to(dtype), z.to(dtype), x.to(dtype))
-    return Encoded(count, float(share), moments, latents, _labels(mean, labels[:, 0].long()), kept)
+    constant = not sum_over_processes(varies) and bool((x == x[:1]).all())  # within each process, and among them
+    return Encoded(count, constant, float(share), moments, latents, _labels(mean, labels[:, 0].long()), kept)
 
 
 def _classes(observations: Observations) -> Tensor | None:
@@ -133,8 +139,8 @@ def _no_classes(label: Any) -> str:
     dtype, shape = getattr(label, "dtype", None), getattr(label, "shape", None)
     given = f"a sequence of {type(label[0]).__name__}" if dtype is None else f"{dtype} of shape {tuple(shape or ())}"
     return (
-        f"The labels are not classes, so they are not predicted from the posterior means: give an integer or a word for "
-        f"each observation, got {given}."
+        f"The labels are not classes, so they are not predicted from the posterior means: give an integer or a word "
+        f"for each observation, got {given}."
     )
 
 

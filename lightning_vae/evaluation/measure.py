@@ -10,7 +10,7 @@ import torch
 
 from ..distributed import several_processes, sum_over_processes
 from ..vae import VAE
-from .assessment import assess, unassessed
+from .assessment import assess, unassessed, without_variance
 from .decoding_pass import decode_all
 from .encoding_pass import encode_all
 from .generation import generate
@@ -73,6 +73,12 @@ def evaluate(
         vae.train(training)
     beta = float(f"{float(vae.beta):.7g}")  # the significant digits of a float32
     distinct = len(encoded.kept.x)
+    if distinct < LEAST_COMPARED:
+        assessment = unassessed(distinct)
+    elif encoded.constant:
+        assessment = without_variance()
+    else:
+        assessment = assess(beta, terms, encoded.latents, generation)
     return Evaluation(
         observations=encoded.count,
         latent_dim=vae.latent_dim,
@@ -82,9 +88,7 @@ def evaluate(
         latents=encoded.latents,
         generation=generation,
         labels=encoded.labels,
-        assessment=unassessed(distinct)
-        if distinct < LEAST_COMPARED
-        else assess(beta, terms, encoded.latents, generation),
+        assessment=assessment,
         own=own,
     )
 

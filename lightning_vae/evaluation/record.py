@@ -145,7 +145,8 @@ class Assessment:
     training see :class:`~lightning_vae.callbacks.CollapseState`.
 
     Attributes:
-        verdict: ``"over-regularised"``, ``"balanced"`` or ``"under-regularised"``; ``None`` for too few observations.
+        verdict: ``"over-regularised"``, ``"balanced"`` or ``"under-regularised"``; ``None`` for too few
+            observations, or if all are equal.
         symptoms: Symptoms in words and numbers, each beginning with its place: posterior width, latent space,
             generation or reconstruction. Never empty.
         advice: The suggested change.

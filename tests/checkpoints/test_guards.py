@@ -2,6 +2,7 @@
 
 import math
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from lightning_vae import LastCheckpoint
+from lightning_vae import VAE, LastCheckpoint
 from lightning_vae.checkpoints.exact_resume import ExactResume
 from lightning_vae.checkpoints.guards import Guards
 from lightning_vae.datamodules import TensorLoader
@@ -236,3 +238,108 @@ def test_a_last_checkpoint_that_is_not_the_last_is_said(tmp_path, options, other
 def test_minimising_the_elbo_is_refused(tmp_path, callback):
     with pytest.raises(MisconfigurationException, match="a higher ELBO is better"):
         trainer(tmp_path, callbacks=[callback], enable_checkpointing=True).fit(small(), loader(), loader())
+
+
+# ---- batches and number formats that can't work are refused before the first step
+
+
+class Normalised(nn.Module):
+    """An encoder of vectors of two with a batch normalisation."""
+
+    def __init__(self, shape: tuple[int, ...], latent_dim: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 2 * latent_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.layers(x)
+        return result
+
+
+def vectors(rows: int, **options: Any) -> DataLoader[Tensor]:
+    return DataLoader(list(torch.randn(rows, 2)), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        lambda: vectors(9, batch_size=4),
+        lambda: vectors(9, batch_size=4, shuffle=True),
+        lambda: vectors(3, batch_size=1, drop_last=True),
+        lambda: TensorLoader({"x": torch.randn(9, 2)}, batch_size=4, shuffle=True),
+    ],
+)
+def test_a_last_batch_of_one_observation_is_refused_before_a_batch_normalisation_sees_it(tmp_path, batches):
+    vae = RecordingVAE(encoder=Normalised)
+    mean = vae.encoder.layers[1].running_mean.clone()
+    with pytest.raises(MisconfigurationException, match=r"The last training batch holds one.*`drop_last=True`"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(vae, batches())
+    assert vae.used == []
+    assert torch.equal(vae.encoder.layers[1].running_mean, mean)
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+@pytest.mark.parametrize(
+    ("encoder", "options", "trainer_options"),
+    [
+        (Normalised, {"rows": 9, "batch_size": 4, "drop_last": True}, {}),
+        (Normalised, {"rows": 10, "batch_size": 4}, {}),
+        (Normalised, {"rows": 9, "batch_size": 4}, {"limit_train_batches": 2}),
+        (Normalised((2,), 2).eval(), {"rows": 9, "batch_size": 4}, {}),  # its statistics are frozen
+        (None, {"rows": 9, "batch_size": 4}, {}),
+    ],
+)
+def test_a_last_batch_that_can_be_trained_on_is_not_refused(tmp_path, encoder, options, trainer_options):
+    vae = RecordingVAE(encoder=encoder)
+    quiet_trainer(tmp_path, max_epochs=1, **trainer_options).fit(vae, vectors(**options))
+    assert len(vae.used) >= 2
+
+
+def test_a_batch_of_one_observation_is_named_where_a_batch_normalisation_fails():
+    vae = RecordingVAE(encoder=Normalised)
+    with pytest.raises(ValueError, match=r"^Batch 3 holds one observation.*`drop_last=True`"):
+        vae.training_step(torch.randn(1, 2), 3)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of")
+@pytest.mark.parametrize(("stage", "rows"), [("fit", 5), ("validate", 5), ("test", 5), ("predict", 0)])
+def test_a_run_without_a_batch_is_an_error(tmp_path, stage, rows):
+    run = getattr(quiet_trainer(tmp_path, max_epochs=1), stage)
+    with pytest.raises(MisconfigurationException, match=f"^`{stage}` has done nothing: .* leave out `drop_last`"):
+        run(RecordingVAE(), vectors(rows, batch_size=8, drop_last=True))
+
+
+def test_a_run_that_is_limited_to_no_batch_is_none(tmp_path):
+    limits = dict.fromkeys(("limit_train_batches", "limit_test_batches"), 0)
+    quiet_trainer(tmp_path, max_epochs=1, **limits).fit(RecordingVAE(), vectors(5))
+    assert quiet_trainer(tmp_path, **limits).test(RecordingVAE(), vectors(5)) == []
+
+
+class Optimised(VAE):
+    """A VAE of vectors with an optimizer that is given."""
+
+    def __init__(self, optimizer: Any) -> None:
+        super().__init__((2,), latent_dim=2)
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> Any:
+        return self.optimizer(self.parameters())
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.RMSprop])
+def test_an_optimizer_whose_eps_is_lost_in_float16_is_refused(tmp_path, optimizer):
+    with pytest.raises(MisconfigurationException, match=rf"`eps` of {optimizer.__name__}, 1e-08, is lost.*'16-mixed'"):
+        quiet_trainer(tmp_path, max_epochs=1, precision="16-true").fit(Optimised(optimizer), vectors(8, batch_size=4))
+
+
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [
+        ("16-true", partial(torch.optim.Adam, eps=1e-4)),
+        ("bf16-true", torch.optim.Adam),
+    ],
+)
+def test_what_is_advised_in_place_of_it_trains(tmp_path, precision, optimizer):
+    torch.manual_seed(0)
+    vae = Optimised(optimizer)
+    quiet_trainer(tmp_path, max_epochs=5, precision=precision).fit(vae, vectors(8, batch_size=4))
+    assert all(parameter.isfinite().all() for parameter in vae.parameters())

@@ -388,6 +388,19 @@ def test_one_observation_has_no_spread():
     assert "nan" not in result.table()
 
 
+@pytest.mark.parametrize("batch_size", [4, 40])
+def test_data_without_variance_get_no_verdict(batch_size):
+    vae, x = VAE((2,), latent_dim=2), torch.full((40, 2), 0.3)
+    result = evaluate(vae, loader(x, batch_size), importance_samples=1)
+    assert result.assessment.verdict is None
+    assert "the data have no variance: all observations are equal" in " ".join(result.table().split())
+    for row in (0, 13, 27, 39):  # not all of them are among the samples
+        varied = x.clone()
+        varied[row, 0] = 0.4
+        result = evaluate(vae, loader(varied, batch_size), importance_samples=1, samples=10)
+        assert result.assessment.verdict is not None
+
+
 def test_no_observations():
     with pytest.raises(ValueError, match="`loader` is empty"):
         evaluate(small_vae(), [])

@@ -114,6 +114,17 @@ def test_processes_share_every_global_batch(as_rank, size, processes):
     assert sorted(first) == sorted(alone[: len(first)])
 
 
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("size", [6, 8, 9, 10, 13, 14, 15])
+def test_the_last_size_is_that_of_the_smallest_last_share(as_rank, size, processes):
+    loader = TensorLoader(numbers(size), batch_size=4, shuffle=True)
+    shares = []
+    for rank in range(processes):
+        as_rank(rank, processes)
+        shares.append(len(indices(TensorLoader(numbers(size), batch_size=4, shuffle=True))[-1]))
+    assert loader.last_size == min(shares)
+
+
 def test_more_processes_than_observations(as_rank):
     as_rank(2, 3)
     batches = list(TensorLoader(numbers(2), batch_size=4))
