@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from .active_units import ACTIVE, is_active
-from .running_moments import check_rows, pooled_mean
+from .running_moments import check_posteriors, check_rows, pooled_mean
 
 
 class AggregateMoments:
@@ -51,9 +51,9 @@ def aggregate_moments(mean: Tensor, variance: Tensor) -> AggregateMoments:
         variance: Their variances, of shape ``(N, k)``.
 
     Raises:
-        ValueError: If the shapes are not these.
+        ValueError: If the shapes are not these, there are no posteriors, or a variance is negative.
     """
-    check_rows(mean=mean, variance=variance)
+    check_posteriors(mean, variance)
     return _unpacked(_moments(mean, variance))
 
 

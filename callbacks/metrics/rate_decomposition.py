@@ -11,7 +11,7 @@ from torch import Tensor
 from .active_units import variance_of_means
 from .aggregate_posterior import aggregate_moments
 from .mutual_information import PosteriorSample
-from .running_moments import check_rows
+from .running_moments import check_posteriors
 
 _SATURATED = 0.9  # of log M
 _FOLDS = 10
@@ -94,9 +94,9 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
         Nats, at least 0, a scalar, float64.
 
     Raises:
-        ValueError: If the shapes are not these.
+        ValueError: If the shapes are not these, there are fewer than two posteriors, or a variance is negative.
     """
-    check_rows(mean=mean, variance=variance)
+    check_posteriors(mean, variance, least=2)
     mean, variance = mean.double(), variance.double()
     place = torch.arange(len(mean), device=mean.device)
     cross_entropy = _diagonal_cross_entropy if mean.shape[1] > len(mean) else _cross_entropy

@@ -27,6 +27,24 @@ def check_rows(columns: int | None = None, **rows: Tensor) -> None:
             raise ValueError(f"`{first}` and `{name}` must have the same shape, got {shapes[first]} and {shape}.")
 
 
+def check_posteriors(mean: Tensor, variance: Tensor, least: int = 1) -> None:
+    """Check that tensors are the means and variances of posteriors. This synchronises with the device.
+
+    Args:
+        mean: The means.
+        variance: The variances.
+        least: The least number of posteriors.
+
+    Raises:
+        ValueError: If they have another shape than ``(N, k)``, are too few, or a variance is negative or NaN.
+    """
+    check_rows(mean=mean, variance=variance)
+    if len(mean) < least:
+        raise ValueError(f"`mean` must have at least {least} rows, one for each posterior, got {len(mean)}.")
+    if not (variance >= 0).all():
+        raise ValueError(f"`variance` must be at least 0, got values down to {float(variance.min()):.4g}.")
+
+
 def moments(values: Tensor) -> Tensor:
     """Summarise values of shape ``(N, k)`` as count, mean and sum of squared deviations, of shape ``(3, k)``.
 

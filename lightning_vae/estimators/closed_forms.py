@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+_ROUNDING = 1e-6  # of an eigenvalue, relative to the largest
+
 
 def gaussian_total_correlation(covariance: Tensor) -> Tensor:
     r"""Compute the total correlation of a Gaussian, :math:`-\tfrac12 \log\det` of its correlation matrix.
@@ -17,8 +19,18 @@ def gaussian_total_correlation(covariance: Tensor) -> Tensor:
 
     Returns:
         Nats, a scalar, float64.
+
+    Raises:
+        ValueError: If it is not a covariance: square, symmetric, positive semidefinite, with positive variances.
     """
-    covariance = covariance.double()
+    shape, covariance = tuple(covariance.shape), covariance.double()
+    if len(shape) != 2 or shape[0] != shape[1] or not shape[0]:
+        raise ValueError(f"`covariance` must have shape (k, k), got {shape}.")
+    if not (torch.allclose(covariance, covariance.T) and (covariance.diagonal() > 0).all()):
+        raise ValueError("`covariance` must be symmetric, with positive variances and finite numbers.")
+    low, high = torch.linalg.eigvalsh(covariance)[[0, -1]].tolist()
+    if low < -_ROUNDING * high:
+        raise ValueError(f"`covariance` must be positive semidefinite, got an eigenvalue of {low:.4g}.")
     correlation: Tensor = 0.5 * (covariance.diagonal().log().sum() - torch.linalg.slogdet(covariance).logabsdet)
     return correlation.clamp(min=0)
 
@@ -38,7 +50,7 @@ def shannon_distortion(eigenvalues: Sequence[float], variance: float, rate: floa
         rate: Rate in nats per observation.
 
     Raises:
-        ValueError: If the rate is negative.
+        ValueError: If an eigenvalue or the rate is negative, all eigenvalues are 0, or the variance is not positive.
 
     References:
         Cover and Thomas, "Elements of Information Theory", theorem 10.3.3.
@@ -48,9 +60,13 @@ def shannon_distortion(eigenvalues: Sequence[float], variance: float, rate: floa
         >>> round(shannon_distortion([5, 3, 1.5, 0.8], variance=0.4, rate=0.0), 4)  # half of the trace over 0.4
         14.7183
     """
-    if rate < 0:
-        raise ValueError(f"`rate` must be at least 0, got {rate}.")
-    spectrum = sorted(eigenvalues, reverse=True)
+    if not 0 <= rate < math.inf:
+        raise ValueError(f"`rate` must be at least 0 and finite, got {rate}.")
+    if not 0 < variance < math.inf:
+        raise ValueError(f"`variance` must be positive and finite, got {variance}.")
+    spectrum = sorted(map(float, eigenvalues), reverse=True)
+    if not all(0 <= each < math.inf for each in spectrum) or not sum(spectrum):
+        raise ValueError(f"`eigenvalues` must be at least 0 and finite, and not all 0, got {spectrum}.")
     for count in range(1, len(spectrum) + 1):  # directions above the water
         level = math.exp((sum(math.log(each) for each in spectrum[:count]) - 2 * rate) / count)
         if count == len(spectrum) or level >= spectrum[count]:

@@ -28,9 +28,13 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
     Returns:
         Nats, of shape ``(B,)``, float64.
 
+    Raises:
+        ValueError: If the log-weights have another shape, or there are none.
+
     References:
         Burda, Grosse and Salakhutdinov, "Importance Weighted Autoencoders", 2015, equation 8.
     """
+    _check(log_weights)
     return log_weights.double().logsumexp(dim=0) - math.log(len(log_weights))
 
 
@@ -44,9 +48,18 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
     Returns:
         Of shape ``(B,)``, float64.
+
+    Raises:
+        ValueError: If the log-weights have another shape, or there are none.
     """
+    _check(log_weights)
     log_weights = log_weights.double()
     return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp()
+
+
+def _check(log_weights: Tensor) -> None:
+    if log_weights.ndim != 2 or not len(log_weights):
+        raise ValueError(f"`log_weights` must have shape (K, B), K at least 1, got {tuple(log_weights.shape)}.")
 
 
 class LogLikelihood(NamedTuple):

@@ -78,7 +78,7 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> Mixtu
         seed: Seed of the samples, which are drawn on the CPU.
 
     Raises:
-        ValueError: If there are fewer than two posteriors, or the shapes differ.
+        ValueError: If there are fewer than two posteriors, the shapes differ, or a variance is not positive.
 
     References:
         Hoffman and Johnson, "ELBO surgery", 2016; Poole et al., "On Variational Bounds of Mutual Information", ICML
@@ -96,6 +96,8 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> Mixtu
             f"`mean` and `variance` must both have shape (M, k) with M at least 2, got {tuple(mean.shape)} and "
             f"{tuple(variance.shape)}."
         )
+    if not (variance > 0).all():
+        raise ValueError(f"`variance` must be positive, got values down to {float(variance.min()):.4g}.")
     sample = PosteriorSample.draw(mean, variance, seed)
     log_mixture = sample.log_mixture()
     lower, marginal_kl, saturated = decompose_rate(sample, log_mixture)

@@ -21,7 +21,17 @@ def nearest_distance(points: Tensor, data: Tensor, excluded: Tensor, rows: int =
 
     Returns:
         In the data's unit, of shape ``(N,)``.
+
+    Raises:
+        ValueError: If the shapes are not these.
     """
+    shapes = [tuple(each.shape) for each in (points, data, excluded)]
+    is_table = all(len(shape) == 2 for shape in shapes)
+    if not is_table or points.shape[1] != data.shape[1] or len(points) != len(excluded) or not len(data):
+        raise ValueError(
+            "`points`, `data` and `excluded` must have shapes (N, d), (M, d) and (N, e), M at least 1, got "
+            f"{', '.join(map(str, shapes))}."
+        )
     nearest = []
     for part, hidden in zip(points.split(rows), excluded.split(rows), strict=True):
         distances = torch.cdist(part, data)
@@ -41,8 +51,9 @@ def knn_accuracy(means: Tensor, labels: Tensor, neighbours: int = 5) -> float:
         Share of observations that are given their own label.
 
     Raises:
-        ValueError: If there are too few observations.
+        ValueError: If there is not one class for each of the means, or there are too few observations.
     """
+    _check(means, labels)
     if not 1 <= neighbours < len(means):
         raise ValueError(f"`neighbours` must be from 1 to {len(means) - 1} for {len(means)} means, got {neighbours}.")
     labels = labels.unique(return_inverse=True)[1]
@@ -67,7 +78,13 @@ def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> 
 
     Returns:
         Share of observations that get their own label.
+
+    Raises:
+        ValueError: If there is not one class for each of the means, or the penalty is not positive.
     """
+    _check(means, labels)
+    if not ridge > 0:
+        raise ValueError(f"`ridge` must be positive, got {ridge}.")
     inputs = torch.cat([torch.ones_like(means[:, :1]), means], dim=1).double()
     labels = labels.unique(return_inverse=True)[1]
     targets = F.one_hot(labels).double()
@@ -77,3 +94,14 @@ def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> 
     leverage = (inputs * solved.T).sum(dim=1, keepdim=True)  # the diagonal of H
     predicted = (inputs @ (solved @ targets) - leverage * targets) / (1 - leverage)
     return float((predicted.argmax(dim=1) == labels).double().mean())
+
+
+def _check(means: Tensor, labels: Tensor) -> None:
+    """Refuse means and labels that are not one row and one class for each observation."""
+    if means.ndim != 2 or labels.shape != means.shape[:1] or labels.is_floating_point() or labels.is_complex():
+        raise ValueError(
+            "`means` must have shape (N, k), and `labels` must be integers of shape (N,), got "
+            f"{tuple(means.shape)} and {labels.dtype} of shape {tuple(labels.shape)}."
+        )
+    if len(means) < 2:
+        raise ValueError(f"`means` must be those of at least 2 observations, got {len(means)}.")
