@@ -33,7 +33,8 @@ class KLAnnealing(AttributeScheduler):
     the module, with the same random state, at weight 0 and at others. If that is expensive or has side effects (a
     setter, several processes, manual optimization, compiled or large modules, hooks), it reports the reason instead;
     ``Trainer(fast_dev_run=True)`` copies large modules too. It can't detect a training step with effects outside
-    Lightning; switch the report off for such a step with ``probe=False``. ``lightning_vae.VAE`` needs no report.
+    Lightning; switch the report off for such a step with ``probe=False``. If the first batch is too early, as for a
+    lazy module, the second is measured. ``lightning_vae.VAE`` needs no report.
 
     Args:
         schedule: Weight per step: ``Linear``, ``Sigmoid``, ``Cosine``, ``Cyclical``, ``Staged``, ``Constant``, ``Join``
@@ -72,56 +73,77 @@ class KLAnnealing(AttributeScheduler):
     ) -> None:
         super().__init__(schedule, attribute, setter, name)
         self.probe = probe
+        self._unmeasured: str | None = None  # why the first batch could not be measured
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        is_second = self._unmeasured is not None
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if is_second:
+            self._unmeasured = None
+            self._report(trainer, pl_module, batch, batch_idx, "second")
+            self._tell_unmeasured()
 
     @override
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self.probe and not set(self._paths) & set(knobs_of(pl_module)):
-            self._report(trainer, pl_module, batch)
+            self._report(trainer, pl_module, batch, 0, "first")
 
-    def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+    @override
+    def _release(self) -> None:
+        super()._release()
+        self._tell_unmeasured()  # the run had a single batch
+
+    def _tell_unmeasured(self) -> None:
+        reason, self._unmeasured = self._unmeasured, None
+        if reason is not None:
+            rank_zero_info(f"{type(self).__name__}({self.name}): the effect on the loss can't be measured ({reason}).")
+
+    def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, ordinal: str) -> None:
         others = [each for each in callbacks_of(trainer) if isinstance(each, KLAnnealing) and each is not self]
         # The loss may multiply two weights, and the other one may be 0 at this step.
         held = {tuple(each._paths): float(each._target) for each in others if each._paths and each._target is not None}
         target = None if self._target is None else float(self._target)
-        probe = LossProbe(trainer, pl_module, batch, batch_idx=0)
+        probe = LossProbe(trainer, pl_module, batch, batch_idx)
         try:
             if self.setter is not None:
                 raise LossProbe.NotPossible("a setter may have side effects")
             effect = weight_effect(probe, tuple(self._paths), held, batch, target or 1.0)
         except Exception as reason:  # a failed report must not end a training run
-            rank_zero_info(f"{type(self).__name__}({self.name}): the effect on the loss can't be measured ({reason}).")
+            self._unmeasured = str(reason) or repr(reason)
             return
         is_wrong = effect.is_ignored or not effect.is_linear or effect.is_counted_twice
         say = rank_zero_warn if is_wrong else rank_zero_info
-        text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, target)}"
+        text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, target, ordinal)}"
         if effect.is_ignored:
             text += " " + remedy(pl_module)
         say(textwrap.fill(text.strip(), 110, subsequent_indent="  "))
 
 
-def describe(effect: WeightEffect, name: str, target: float | None) -> str:
+def describe(effect: WeightEffect, name: str, target: float | None, ordinal: str = "first") -> str:
     """Describe the effect of a weight on a loss.
 
     Args:
         effect: The measured effect.
         name: Name of the weight.
         target: The value it ends at, if known.
+        ordinal: Which batch was measured: ``"first"`` or ``"second"``.
     """
     zero, half, full = effect.losses
     if effect.is_ignored:
         return (
-            f"the loss of the first batch is {zero:.6g} whatever `{name}` is. In this batch the loss doesn't read the "
+            f"the loss of the {ordinal} batch is {zero:.6g} whatever `{name}` is. In this batch the loss doesn't read the "
             "number that is written, or sets it itself, or multiplies it by 0, or the KL is exactly 0."
         )
     if not effect.is_linear:
         text = (
-            f"the loss of the first batch is {zero:.6g} at `{name}` = 0, {half:.6g} at {effect.weight / 2:g} and "
+            f"the loss of the {ordinal} batch is {zero:.6g} at `{name}` = 0, {half:.6g} at {effect.weight / 2:g} and "
             f"{full:.6g} at {effect.weight:g}"
         )
         if effect.is_squared:
             return f"{text}: it grows with the square of `{name}`, which is applied twice. Remove one of the two."
         return f"{text}: it is not linear in it."
-    found = [f"the loss of the first batch is {zero:.6g} {effect.slope:+.6g} * `{name}`".replace(" +", " + ", 1)]
+    found = [f"the loss of the {ordinal} batch is {zero:.6g} {effect.slope:+.6g} * `{name}`".replace(" +", " + ", 1)]
     if effect.rate is not None:
         found.append(f"its slope is {effect.rate.what}")
     if effect.distortion is not None:

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -143,11 +144,19 @@ class LossProbe:
             raise self.NotPossible("a submodule can't be copied")
         if any(_acts_on(originals, value) for module in twin.modules() for value in _flat(vars(module))):
             raise self.NotPossible("it keeps a function that acts on the original module even in a copy")
-        twin.trainer = _Onlooker(trainer, twin)  # type: ignore[assignment]
+        twin.trainer = _Onlooker(trainer, twin, cache(partial(self._optimization, twin)))  # type: ignore[assignment]
         for module in twin.modules():
             if hasattr(module, "log_dict"):
                 module.log = module.log_dict = _nothing  # type: ignore[assignment]
         return twin
+
+    def _optimization(self, twin: LightningModule) -> dict[str, Any]:
+        """Copy the optimizers and learning rate schedulers, for a step that reads them; they act on the twin alone."""
+        trainer = self._trainer
+        parameters = zip(self._pl_module.parameters(), twin.parameters(), strict=True)
+        memo = {id(one): other for one, other in parameters}
+        optimizers, schedulers = copy.deepcopy((trainer.optimizers, trainer.lr_scheduler_configs), memo)
+        return {"optimizers": optimizers, "_lightning_optimizers": optimizers, "lr_scheduler_configs": schedulers}
 
     @contextmanager
     def _originals_at_rest(self) -> Iterator[None]:
@@ -170,22 +179,25 @@ class _Onlooker:
 
     _BARRED = ("optimizer", "lr_scheduler", "fit_loop", "save_checkpoint", "backward")
 
-    def __init__(self, of: Any, twin: LightningModule) -> None:
+    def __init__(self, of: Any, twin: LightningModule, optimization: Callable[[], Mapping[str, Any]]) -> None:
         self._of = of
         self._twin = twin
+        self._optimization = optimization
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._of)  # some modules check the type
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
+            return self._optimization()[name]
         if any(barred in name for barred in self._BARRED):
             raise LossProbe.NotPossible(f"it uses `{name}` of the Trainer")
         if name in ("lightning_module", "model"):
             return self._twin
         value = getattr(self._of, name)
         if name == "strategy":
-            return _Onlooker(value, self._twin)
+            return _Onlooker(value, self._twin, self._optimization)
         if name == "callbacks":
             return list(value)
         if name == "loggers":

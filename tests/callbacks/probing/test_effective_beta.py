@@ -99,11 +99,13 @@ def say(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-def fit(path: Path, model: Any, rows: int = 10, attribute: str = "kl_weight") -> None:
+def fit(
+    path: Path, model: Any, rows: int = 10, attribute: str = "kl_weight", batches: int = 2, others: Any = ()
+) -> None:
     pl.seed_everything(0)
-    data = DataLoader(TensorDataset(torch.rand(2 * rows, *model.shape)), batch_size=rows)
-    annealing = KLAnnealing(Linear(steps=2), attribute)
-    quiet_trainer(path, callbacks=[annealing], max_epochs=1).fit(model, data)
+    data = DataLoader(TensorDataset(torch.rand(batches * rows, *model.shape)), batch_size=rows)
+    annealing = KLAnnealing(Linear(steps=min(2, batches)), attribute)
+    quiet_trainer(path, callbacks=[annealing, *others], max_epochs=1).fit(model, data)
 
 
 def told(say: list[str]) -> str:
@@ -326,12 +328,59 @@ def test_a_loss_that_is_not_linear_gets_no_formula(tmp_path: Path, say: list[str
 
 
 class Lazy(Foreign):
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
         self.lazy = nn.LazyLinear(1)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return super().training_step(batch, batch_idx) + 0 * self.lazy(batch[0]).sum()
+
+
+class ReadsItsOptimizer(Foreign):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        assert self.optimizers().param_groups[0]["lr"] == 1e-3  # type: ignore[union-attr]
+        return super().training_step(batch, batch_idx)
+
+
+class SkipsTheFirst(Foreign):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) if batch_idx else None
+
+
+class NeedsAnother(Foreign):
+    """Reads what a callback sets, after the first batch was evaluated."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * self.factor  # type: ignore[no-any-return, operator]
+
+
+class SetsFactor(pl.Callback):
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.factor = 1.0
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize(
+    ("model", "ordinal"),
+    [(Lazy, "second"), (SkipsTheFirst, "second"), (NeedsAnother, "second"), (ReadsItsOptimizer, "first")],
+)
+def test_where_the_first_batch_is_too_early_the_second_is_measured(
+    tmp_path: Path, say: list[str], model: Any, ordinal: str
+) -> None:
+    fit(tmp_path, model(distortion="half"), others=[SetsFactor()])
+    assert told(say).startswith(f"KLAnnealing(kl_weight): the loss of the {ordinal} batch is ")
+    assert "an effective beta of 0.5" in told(say)
+
+
+@pytest.mark.parametrize("batches", [1, 4])
+def test_what_neither_batch_allows_is_said_once(tmp_path: Path, say: list[str], batches: int) -> None:
+    class Lacks(Foreign):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            assert isinstance(self.trainer.fit_loop, object)  # barred on a copy
+            return super().training_step(batch, batch_idx)
+
+    fit(tmp_path, Lacks(), batches=batches)
+    assert "the effect on the loss can't be measured (it uses `fit_loop` of the Trainer)" in told(say)
 
 
 class Says(nn.Module):
@@ -359,7 +408,7 @@ class LearnedPrior(Foreign):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(("model", "start"), [(Lazy, "the effect on the loss can't"), (LearnedPrior, "the loss of")])
+@pytest.mark.parametrize(("model", "start"), [(Lazy, "the loss of the second"), (LearnedPrior, "the loss of")])
 def test_a_report_never_ends_a_fit(tmp_path: Path, say: list[str], model: Any, start: str) -> None:
     fit(tmp_path, model())
     assert [text.startswith(f"KLAnnealing(kl_weight): {start}") for text in say] == [True]

@@ -129,10 +129,9 @@ class Fetches(Stateful):
         return self.layer(batch).sum()  # type: ignore[no-any-return]
 
 
-class Schedules(Stateful):
+class Steps(Stateful):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.optimizers().param_groups[0]["lr"] *= 0.5  # type: ignore[union-attr]
-        return self.layer(batch).sum()
+        self.trainer.strategy.optimizer_step(self.optimizers(), lambda: None)  # type: ignore[arg-type]
 
 
 class Fails(Stateful):
@@ -165,7 +164,7 @@ class Compiled(Stateful):
     [
         (Manual, "its training step runs the optimizer"),
         (Fetches, "its training step fetches batches"),
-        (Schedules, "it uses `_lightning_optimizers` of the Trainer"),
+        (Steps, "it uses `optimizer_step` of the Trainer"),
         (Fails, "a copy raised RuntimeError('a weight of 0')"),
         (Skips, "it returned NoneType"),
         (Large, "a copy of it would be large"),
@@ -185,6 +184,30 @@ def test_what_can_not_be_probed_is_left_alone(tmp_path: Path, model: Any, reason
     assert callback in trainer.callbacks  # type: ignore[attr-defined]
     assert kept.beta == 1.0
     assert all(torch.equal(value, before[name]) for name, value in kept.state_dict().items() if name != "table")
+
+
+def test_a_step_that_reads_and_changes_its_optimizer_gets_a_copy_of_it(tmp_path: Path) -> None:
+    class Schedules(Stateful):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+            optimizer.param_groups[0]["lr"] *= 0.5  # type: ignore[union-attr]
+            if isinstance(optimizer, torch.optim.Optimizer) and batch_idx == 0:
+                optimizer.step()
+            assert scheduler.optimizer is not None  # type: ignore[union-attr]
+            rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
+            return self.layer[0](batch).square().mean() * rate
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.Adam(self.parameters(), 0.25)
+            return [optimizer], [torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)]
+
+    probes, model, other = Probes(), Schedules(), Schedules()
+    other.load_state_dict(model.state_dict())
+    fit(tmp_path, model, probes, max_epochs=1)
+    fit(tmp_path, other, max_epochs=1)
+    assert not probes.reasons
+    assert [losses[0] for losses in probes.losses] == pytest.approx(probes.real, rel=1e-6)
+    assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_a_dry_run_copies_a_large_module_too(tmp_path: Path) -> None:
