@@ -132,8 +132,8 @@ def describe(effect: WeightEffect, name: str, target: float | None, ordinal: str
     zero, half, full = effect.losses
     if effect.is_ignored:
         return (
-            f"the loss of the {ordinal} batch is {zero:.6g} whatever `{name}` is. In this batch the loss doesn't read the "
-            "number that is written, or sets it itself, or multiplies it by 0, or the KL is exactly 0."
+            f"the loss of the {ordinal} batch is {zero:.6g} whatever `{name}` is. In this batch the loss doesn't read "
+            "the number that is written, or sets it itself, or multiplies it by 0, or the KL is exactly 0."
         )
     if not effect.is_linear:
         text = (

@@ -16,7 +16,7 @@ from typing_extensions import override
 
 from ..base import Callback, averages_of, callbacks_of, knobs_of
 from ..reading.distribution_reader import DistributionReader
-from .tied_attributes import NumberPlace, number_place
+from .tied_attributes import NumberPlace, TiedAttributes, number_place
 
 try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException as MisconfigurationException
@@ -265,6 +265,8 @@ class AttributeWriter(Callback):
         place = self._find(pl_module)
         goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
         resumes = getattr(trainer, "ckpt_path", None) is not None
+        if isinstance(place, TiedAttributes) and not (goes_on or resumes):  # a checkpoint may hold some of the places
+            place.refuse_several_quantities()
         current = self._configured if resumes and self._configured is not None else place.read()
         self._prepare(trainer, pl_module, current, self._restored or (self.state_dict() if goes_on else {}))
         self._refuse_moving_monitor(trainer)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
@@ -11,6 +13,8 @@ from .attribute_path import AttributePath
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+
+_LOW, _HIGH = re.compile("min|low"), re.compile("max|high|upp")  # names of the ends of a range
 
 
 class NumberPlace(Protocol):
@@ -61,17 +65,27 @@ class TiedAttributes:
         paths: Where, see :class:`~.attribute_path.AttributePath`.
 
     Raises:
-        ValueError: As :class:`~.attribute_path.AttributePath`, or if the places do not hold one quantity.
+        ValueError: As :class:`~.attribute_path.AttributePath`.
     """
 
     def __init__(self, pl_module: LightningModule, paths: Sequence[str]) -> None:
         self._attributes = [AttributePath(pl_module, path) for path in paths]
-        values = {each.path: each.read() for each in self._attributes}
-        if any(each.is_count() for each in self._attributes) and len({*values.values()}) > 1:
+
+    def refuse_several_quantities(self) -> None:
+        """Refuse places that the module is configured with unlike numbers.
+
+        Zeros may differ, as a schedule starts there, and a range may have two ends and a number between them.
+
+        Raises:
+            ValueError: If the places do not hold one quantity.
+        """
+        values = {each.path: value for each in self._attributes if (value := each.read()) is not None}
+        a_count = any(each.is_count() for each in self._attributes) and len({*values.values()}) > 1
+        if a_count or not _is_one_quantity(values):
             found = ", ".join(f"`{path}` = {value}" for path, value in values.items())
             raise ValueError(
-                f"`attribute={list(paths)}` must name the places of one quantity, got {found}, of which a whole number "
-                "may be a count. Leave out the places that do not hold the weight; make an integer weight a float."
+                f"`attribute={list(values)}` must name the places of one quantity, got {found}, which are several. "
+                "Leave out the places that do not hold the weight; configure those that do with one value, a float."
             )
 
     def read(self) -> float | None:
@@ -120,6 +134,15 @@ class TiedAttributes:
     def is_tensor(self) -> bool:
         """Return whether a tensor holds the number in any place."""
         return any(each.is_tensor() for each in self._attributes)
+
+
+def _is_one_quantity(values: Mapping[str, float]) -> bool:
+    numbers = [value for value in values.values() if value]
+    if not numbers or math.isclose(min(numbers), max(numbers), rel_tol=1e-2):  # half precision keeps 8 bits
+        return True
+    last = {path: path.rpartition(".")[2] for path in values}
+    lowest, highest = ([values[path] for path, name in last.items() if end.search(name)] for end in (_LOW, _HIGH))
+    return bool(lowest and highest) and min(lowest) <= min(numbers) and max(highest) >= max(numbers)
 
 
 class _Setter:

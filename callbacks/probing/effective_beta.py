@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 _CLOSE = 2e-4
+_LARGEST_UNCERTAINTY = 1e-3  # relative, of a rise in which a KL can be recognised
 _SECONDS = ("log_variance", "scale", "variance", "log_scale")
 # Limits for outputs of one shape: more outputs, or more numbers to scan, are the layers of a deep network.
 _MOST_ALIKE, _MOST_NUMBERS = 8, 2**24
@@ -107,9 +108,9 @@ def weight_effect(
 
     The loss is evaluated with the same random state at weight 0, at half the weight and at the full weight. Its rise is
     compared with the KL divergence from N(0, I) of every Gaussian that the outputs of the module's submodules may
-    parametrise, and its value at 0 with the usual reconstruction terms of the batch and every output of its shape. If
-    the effect of the weight is below the rounding of the loss, a weight of 1 is tried too; if there is no effect at
-    all, a weight of a million.
+    parametrise, in a usual reduction or, with a second trial at other parameters, with any factor, and its value at 0
+    with the usual reconstruction terms of the batch and every output of its shape. If the effect of the weight is below
+    the rounding of the loss, a weight of 1 is tried too; if there is no effect at all, a weight of a million.
 
     Args:
         probe: Evaluates the loss.
@@ -147,13 +148,17 @@ def weight_effect(
         raise LossProbe.NotPossible("its loss changes between evaluations")
     if len({*effect.losses}) == 1:
         return replace(effect, is_ignored=at(_HUGE) == zero)
-    if effect.uncertainty > 1e-3 or not effect.is_linear or not rows:
+    if effect.uncertainty > _LARGEST_UNCERTAINTY or not effect.is_linear or not rows:
         return effect
-    return replace(
-        effect,
-        rate=recognise_rate(outputs, effect.slope, rows, effect.uncertainty),
-        distortion=recognise_distortion(outputs, zero, data),
-    )
+    rate = recognise_rate(outputs, effect.slope, rows, effect.uncertainty)
+    if rate is None:  # perhaps a multiple of the KL: then it is the same one of another network
+        others: dict[str, Tensor | Normal] = {}
+        other_zero = at(0.0, partial(_look_on, others, rows, most, is_perturbed=True))
+        other_rise = at(effect.weight, _perturb) - other_zero
+        other_noise = 4 * probe.epsilon * max(abs(other_zero), abs(other_zero + other_rise)) + 4 * drift
+        uncertainty = effect.uncertainty + (other_noise / abs(other_rise) if other_rise else math.inf)
+        rate = recognise_multiple((outputs, others), (effect.slope, other_rise / effect.weight), rows, uncertainty)
+    return replace(effect, rate=rate, distortion=recognise_distortion(outputs, zero, data))
 
 
 def recognise_rate(
@@ -171,8 +176,7 @@ def recognise_rate(
     for what, posterior, is_said in _gaussians(outputs):
         if not is_said and uncertainty > _CLOSE:
             continue
-        rates = kl_divergence(posterior, Normal(0.0, 1.0)).double().reshape(rows, -1)
-        rate, dimensions = float(rates.sum(-1).mean()), rates.shape[1]
+        rate, dimensions = _rate(posterior, rows), posterior.loc.numel() // rows
         scales = {
             "summed over the latents, mean over the batch": 1.0,
             "mean over the latents and the batch": 1 / dimensions,
@@ -183,6 +187,42 @@ def recognise_rate(
             if rate and math.isclose(slope, scale * rate, rel_tol=_CLOSE + uncertainty):
                 return Term(f"the KL ({what}), {rate:.4g} nats per observation, {reduction}", scale, scale == 2)
     return None
+
+
+def recognise_multiple(
+    outputs: tuple[Mapping[str, Tensor | Normal], Mapping[str, Tensor | Normal]],
+    slopes: tuple[float, float],
+    rows: int,
+    uncertainty: float = 0.0,
+) -> Term | None:
+    """Find the Gaussian whose KL divergence from N(0, I) is in one ratio to the slopes of two networks.
+
+    Args:
+        outputs: Outputs by name of a network and of a perturbed one, on the CPU.
+        slopes: The KL of each, in any reduction and with any factor.
+        rows: Number of observations in the batch.
+        uncertainty: Relative uncertainty of the ratio. Only outputs that are ``Normal`` are considered if it is large.
+    """
+    first, second = ({what: (each, is_said) for what, each, is_said in _gaussians(found)} for found in outputs)
+    for what, (posterior, is_said) in first.items():
+        if what not in second or (not is_said and uncertainty > _CLOSE):
+            continue
+        rate, other = _rate(posterior, rows), _rate(second[what][0], rows)
+        if not rate or not other or math.isclose(rate, other, rel_tol=0.01):  # no second measurement
+            continue
+        factor = slopes[0] / rate
+        if factor and math.isclose(factor, slopes[1] / other, rel_tol=_CLOSE + uncertainty):
+            return Term(
+                f"{factor:.3g} times the KL ({what}), {rate:.4g} nats per observation, summed over the latents, mean "
+                "over the batch",
+                factor,
+            )
+    return None
+
+
+def _rate(posterior: Normal, rows: int) -> float:
+    """Return the KL divergence from N(0, I), summed over the latents, mean over the batch."""
+    return float(kl_divergence(posterior, Normal(0.0, 1.0)).double().sum()) / rows
 
 
 def recognise_distortion(outputs: Mapping[str, Tensor | Normal], loss: float, data: list[Tensor]) -> Term | None:
@@ -252,7 +292,21 @@ def _forms(name: str, mean: Tensor, second: Tensor) -> Iterator[tuple[str, Norma
             yield f"{name}, {form}", posterior, False
 
 
-def _look_on(outputs: dict[str, Tensor | Normal], rows: int, most: int, pl_module: LightningModule) -> None:
+def _perturb(pl_module: LightningModule) -> None:
+    """Enlarge and change the parameters, except single numbers, which may be weights of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in pl_module.parameters():
+            if parameter.is_floating_point() and parameter.numel() > 1:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.mul_(1.5).add_(0.2 * parameter.square().mean().sqrt() * noise)
+
+
+def _look_on(
+    outputs: dict[str, Tensor | Normal], rows: int, most: int, pl_module: LightningModule, is_perturbed: bool = False
+) -> None:
+    if is_perturbed:
+        _perturb(pl_module)
     for name, module in pl_module.named_modules():
         module.register_forward_hook(partial(_keep, outputs, rows, most, name))
 

@@ -1,11 +1,14 @@
 from collections import UserDict, UserList
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from lightning.pytorch import LightningModule
 
+from lightning_vae.callbacks import KLAnnealing, Linear
 from lightning_vae.callbacks.control.tied_attributes import TiedAttributes, number_place
+from tests.doubles import ForeignModule, loader, quiet_trainer
 
 
 class Model(LightningModule):
@@ -89,10 +92,49 @@ def test_a_count_is_no_place_of_a_weight() -> None:
     model: Any = LightningModule()
     model.max_kl_weight, model.n_epochs_kl_warmup = 1.0, 400
     with pytest.raises(ValueError, match=r"must name the places of one quantity, got .*`n_epochs_kl_warmup` = 400"):
-        TiedAttributes(model, ["max_kl_weight", "n_epochs_kl_warmup"])
+        TiedAttributes(model, ["max_kl_weight", "n_epochs_kl_warmup"]).refuse_several_quantities()
     with pytest.raises(ValueError, match=r"Did you mean 'max_kl_weight'. It has 'max_kl_weight'\.$"):
         TiedAttributes(model, ["kl_weight", "n_epochs_kl_warmup"])
     assert (model.max_kl_weight, model.n_epochs_kl_warmup) == (1.0, 400)
+
+
+UNLIKE: list[dict[str, float]] = [
+    {"beta": 0.5, "warmup": 400.0},
+    {"beta": 0.5, "gamma": 0.6},
+    {"min_beta": 0.1, "max_beta": 1.0, "warmup": 400.0},
+    {"max_beta": 0.1, "beta": 1.0},
+]
+ALIKE: list[dict[str, float]] = [
+    {"beta": 0.5, "copy": 0.5},
+    {"beta": 0.5, "in_half_precision": 0.5005},
+    {"now": 0.0, "final": 0.7},
+    {"min_kl_weight": 0.0, "max_kl_weight": 1.0, "kl_weight": 0.0},
+    {"min_kl_weight": 0.1, "max_kl_weight": 1.0, "kl_weight": 0.4},
+    {"lowest": 0.1, "highest": 0.9},
+]
+
+
+@pytest.mark.parametrize("values", UNLIKE)
+def test_one_value_is_not_written_to_numbers_that_are_several_quantities(
+    tmp_path: Path, values: dict[str, float]
+) -> None:
+    model: Any = ForeignModule()
+    vars(model).update(values)
+    with pytest.raises(ValueError, match=r"must name the places of one quantity, got .* which are several"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[KLAnnealing(Linear(steps=2), list(values))]).fit(
+            model, loader()
+        )
+    assert {name: getattr(model, name) for name in values} == values
+
+
+@pytest.mark.parametrize("values", ALIKE)
+def test_numbers_of_one_quantity_get_one_value(values: dict[str, float]) -> None:
+    model: Any = LightningModule()
+    vars(model).update(values)
+    place = TiedAttributes(model, list(values))
+    place.refuse_several_quantities()
+    place.write(0.25)
+    assert {getattr(model, name) for name in values} == {0.25}
 
 
 def test_any_sequence_and_any_mapping_lead_to_a_number() -> None:

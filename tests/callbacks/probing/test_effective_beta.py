@@ -65,6 +65,9 @@ RATES: dict[str, Any] = {
     "mean": lambda kl: kl.mean(),
     "all": lambda kl: kl.sum(),
     "twice": lambda kl: 2 * kl.sum(1).mean(),
+    "tenth": lambda kl: 0.1 * kl.sum(1).mean(),
+    "share": lambda kl: kl.sum(1).mean() / 20,
+    "of the rows and latents": lambda kl: 3 * kl.sum(),
 }
 
 
@@ -181,6 +184,17 @@ def test_a_warm_up_of_its_own_is_named_where_the_weight_is_ignored(tmp_path: Pat
     model.n_epochs_kl_warmup = 400  # type: ignore[assignment]
     with pytest.warns(UserWarning, match=r"n_epochs_kl_warmup=400"):
         fit(tmp_path, model)
+
+
+@pytest.mark.parametrize(("rate", "factor"), [("tenth", 0.1), ("share", 0.05), ("of the rows and latents", 30.0)])
+@pytest.mark.parametrize("form", ["pair", "normal", "chunk"])
+def test_a_slope_that_is_a_multiple_of_the_kl_is_said(
+    tmp_path: Path, say: list[str], form: str, rate: str, factor: float
+) -> None:
+    fit(tmp_path, Foreign(form=form, rate=rate, distortion="half"))
+    assert f"its slope is {factor:.3g} times the KL (" in told(say)
+    beta = float(told(say).split("an effective beta of ")[1].rstrip("."))
+    assert beta == pytest.approx(0.5 * factor, rel=1e-3)
 
 
 def test_terms_that_are_not_recognised_leave_the_slope(tmp_path: Path, say: list[str]) -> None:
