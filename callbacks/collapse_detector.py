@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,6 +20,9 @@ from .control.attribute_writer import MisconfigurationException
 from .drawing.best_effort import BestEffort
 from .drawing.dimension_history import DimensionHistory, is_drawn
 from .drawing.media_logger import MediaLogger
+from .enforced_free_bits import EnforcedFreeBits
+from .free_bits import FreeBits
+from .kl_annealing import KLAnnealing
 from .metrics.active_units import ACTIVE, is_active
 from .metrics.collapse_state import CollapseState, collapse_state
 from .metrics.validation_pass import Measurements, ValidationPass, exact
@@ -26,6 +30,7 @@ from .reading.batch_fields import index_of
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
 from .reading.kl_rates import kl_per_dimension
+from .target_rate import TargetRate
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -298,6 +303,8 @@ class CollapseDetector(Callback):
             self.min_rate,
             self.threshold,
         )
+        anneals, floors = _measures_taken(trainer, pl_module)
+        state = replace(state, anneals=anneals, floors=floors)
         is_fitting = trainer.state.fn == "fit"
         alarm = self._count(state) if is_fitting else state.alarm
         self._log(trainer, pl_module, measured, alarm)
@@ -397,6 +404,17 @@ def _unusable(measured: Measurements | None) -> str:
             'If that number is the log-variance, set `second="log_variance"`.'
         )
     return ""
+
+
+def _measures_taken(trainer: Trainer, pl_module: LightningModule) -> tuple[bool, bool]:
+    """Return whether a callback moves the weight of the KL, and whether the rate has a floor."""
+    callbacks = callbacks_of(trainer)
+    floor = getattr(pl_module, "free_bits", None)
+    has_floor = isinstance(floor, int | float | Tensor) and bool(torch.as_tensor(floor).gt(0).any())
+    return (
+        any(isinstance(each, KLAnnealing | TargetRate) for each in callbacks),
+        has_floor or any(isinstance(each, FreeBits | EnforcedFreeBits) for each in callbacks),
+    )
 
 
 def _message(title: str, state: CollapseState) -> str:

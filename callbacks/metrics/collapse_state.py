@@ -10,27 +10,42 @@ from torch import Tensor
 
 from .active_units import ACTIVE, is_active
 
-_REMEDIES = {
-    "collapsed": (
-        "The rate is penalised too strongly, or the decoder does not need the latents. Let `KLAnnealing` hold beta "
-        "at 0 until the latents are used and then raise it slowly (or in cycles), put a floor of a few nats under the "
-        "whole rate with `FreeBits`, or 0.1 to 0.5 under each dimension, lower beta, or weaken the decoder. With a "
-        "Gaussian likelihood, learn its variance: a variance fixed too large collapses the model, and no schedule "
-        "cures that."
-    ),
-    "offset": (
-        "Free bits guarantee KL, not information: a dimension reaches its floor by a shift or a width that is the same "
-        "for every x. Lower or drop the floor of `FreeBits`, put it under the whole KL instead of each dimension, or "
-        "use `KLAnnealing` instead; with fewer latent dimensions there are fewer to hold up."
-    ),
-    "uninformative": (
-        "The rate moves all posteriors away from the prior together and does not distinguish observations. Lower the "
-        "floor of `FreeBits`, lower beta or learn the decoder's variance so that information pays, or give the prior "
-        "that shape; `latent/marginal_kl` is the wasted part of the rate."
-    ),
-    "pruned": "Nothing: the data fill fewer dimensions than there are. As many as are active would be enough.",
-    "healthy": "Nothing.",
-}
+# Parts of a remedy that hold with or without a floor under the rate, or while something moves the weight.
+_RAISE_SLOWLY = "Let `KLAnnealing` hold beta at 0 until the latents are used and then raise it slowly (or in cycles)"
+_PUT_A_FLOOR = "put a floor of a few nats under the whole rate with `FreeBits`, or 0.1 to 0.5 under each dimension"
+
+
+def _remedy(name: str, anneals: bool | None, floors: bool | None) -> str:
+    if name == "collapsed":
+        slowly = "Keep beta at 0 for longer" if anneals else _RAISE_SLOWLY
+        floor = "raise the floor under the rate" if floors else _PUT_A_FLOOR
+        return (
+            f"The rate is penalised too strongly, or the decoder does not need the latents. {slowly}, "
+            f"{floor}, lower beta, or weaken the decoder. With a Gaussian likelihood, learn its variance: a variance "
+            "fixed too large collapses the model, and no schedule cures that."
+        )
+    if name == "offset":
+        if floors is False:
+            return (
+                "Dimensions that hold no information keep a shift or a width that is the same for every x. Train "
+                "longer, raise beta so that this KL is given up, or use fewer latent dimensions."
+            )
+        instead = "" if anneals else "use `KLAnnealing` instead, "
+        return (
+            "Free bits guarantee KL, not information: a dimension reaches its floor by a shift or a width that is the "
+            "same for every x. Lower or drop the floor of `FreeBits`, put it under the whole KL instead of each "
+            f"dimension, {instead}or use fewer latent dimensions: there are then fewer to hold up."
+        )
+    if name == "uninformative":
+        lower = "" if floors is False else "lower the floor of `FreeBits`, "
+        return (
+            "The rate moves all posteriors away from the prior together and does not distinguish observations. To fix "
+            f"it, {lower}lower beta or learn the decoder's variance so that information pays, or give the prior that "
+            "shape; `latent/marginal_kl` is the wasted part of the rate."
+        )
+    if name == "pruned":
+        return "Nothing: the data fill fewer dimensions than there are. As many as are active would be enough."
+    return "Nothing."
 
 
 @dataclass(frozen=True)
@@ -43,10 +58,14 @@ class CollapseState:
     Attributes:
         name: ``"collapsed"``, ``"offset"`` or ``"uninformative"``, which are alarms; ``"pruned"`` or ``"healthy"``.
         reason: The measurements, in words and numbers.
+        anneals: Whether a callback moves the weight of the KL; ``None`` if not known.
+        floors: Whether the rate has a floor; ``None`` if not known.
     """
 
     name: Literal["collapsed", "offset", "uninformative", "pruned", "healthy"]
     reason: str
+    anneals: bool | None = None
+    floors: bool | None = None
 
     @property
     def alarm(self) -> bool:
@@ -55,8 +74,8 @@ class CollapseState:
 
     @property
     def remedy(self) -> str:
-        """The remedy to try next."""
-        return _REMEDIES[self.name]
+        """The remedy to try next: nothing that the run has already, or can't change."""
+        return _remedy(self.name, self.anneals, self.floors)
 
 
 def collapse_state(

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_vae.callbacks.metrics.collapse_state import collapse_state
+from lightning_vae.callbacks.metrics.collapse_state import CollapseState, collapse_state
 
 HEALTHY: dict[str, Any] = {
     "rate_per_dimension": torch.tensor([2.0, 2.0, 1.0]),
@@ -117,3 +117,19 @@ def test_latents_that_are_used_at_a_small_scale_are_said_to_be(information: floa
     found = collapse_state(torch.full((3,), 6.0), torch.full((3,), 2e-4), information, observations=48)
     assert found.name == "collapsed"
     assert ("at a scale below the threshold" in found.reason) == (information > 1)
+
+
+def test_a_remedy_is_neither_what_the_run_has_nor_a_floor_that_it_lacks():
+    def remedy(name: str, anneals: bool, floors: bool) -> str:
+        return CollapseState(name, "", anneals, floors).remedy  # type: ignore[arg-type]
+
+    for floors in (False, True):
+        for name in ("collapsed", "offset", "uninformative"):
+            assert "KLAnnealing" not in remedy(name, True, floors)
+        assert "Let `KLAnnealing` hold" in remedy("collapsed", False, floors)
+    for anneals in (False, True):
+        for name in ("offset", "uninformative"):
+            assert "floor" not in remedy(name, anneals, floors=False)
+            assert "floor of `FreeBits`" in remedy(name, anneals, floors=True)
+        assert "put a floor" in remedy("collapsed", anneals, floors=False)
+        assert "raise the floor" in remedy("collapsed", anneals, floors=True)
