@@ -38,6 +38,15 @@ COMPARED = (
     "rescaled, to the mean and variance in brackets.",
 )
 
+WRITERS = (
+    "The project's own schedule of the weight is left on. Loss: the largest deviation of the weight that the loss "
+    "received in a step from the one that the callback logged (EnforcedFreeBits: read), relative to the target. "
+    "Validation: how many of its batches saw the target. Said: a wrong weight has to be reported, and nothing else; "
+    "the texts follow."
+)
+WRITER_NAMES = ("project", "callback", "weight at", "loss", "validation", "said")
+WRITER_WIDTHS = (22, 16, 34, 7, 10, 8)
+
 
 def environment(folder: Path, project: str, version: str) -> Path:
     """Create or update the virtual environment of a project, and return its Python."""
@@ -61,8 +70,8 @@ def check(python: Path, project: str) -> dict[str, Any]:
     return {**json.loads(done.stdout.splitlines()[-1]), "report": report and report[0]}
 
 
-def row(cells: tuple[object, ...]) -> None:
-    print("| " + " | ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, WIDTHS, strict=True)) + " |", flush=True)
+def row(cells: tuple[object, ...], widths: tuple[int, ...] = WIDTHS) -> None:
+    print("| " + " | ".join(f"{cell!s:<{width}}" for cell, width in zip(cells, widths, strict=True)) + " |", flush=True)
 
 
 def main() -> None:
@@ -73,7 +82,7 @@ def main() -> None:
     print("\n".join(textwrap.fill(line, 110) for line in COMPARED), end="\n\n")
     row(NAMES)
     row(tuple("-" * width for width in WIDTHS))
-    ok, reports = True, {}
+    ok, reports, conflicts = True, {}, []
     with tempfile.TemporaryDirectory() as scratch:
         folder = (options.environments or Path(scratch)).resolve()
         for project, version in PROJECTS.items():
@@ -82,6 +91,15 @@ def main() -> None:
                 row((f"{project} {version}", *measured["cells"]))
                 ok = ok and measured["ok"]
                 reports[project] = measured["report"]
+                conflicts += [(project, each) for each in measured["conflicts"]]
+    print(f"\n{textwrap.fill(WRITERS, 110)}\n")
+    row(WRITER_NAMES, WRITER_WIDTHS)
+    row(tuple("-" * width for width in WRITER_WIDTHS), WRITER_WIDTHS)
+    for project, each in conflicts:
+        row((project, *each["cells"]), WRITER_WIDTHS)
+    for project, each in conflicts:
+        for text in each["said"]:
+            print(f"\n{project}, weight at {each['cells'][1] or 'no place'}: {' '.join(text.split())}")
     for project, report in reports.items():
         print(f"\nThe example of {project}: {report or 'no report of the first batch'}")
     sys.exit(not ok)

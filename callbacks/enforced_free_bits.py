@@ -303,6 +303,8 @@ class EnforcedFreeBits(AttributeScheduler):
         zero, again = probe({path: 0.0}), probe({path: 0.0})
         seen: list[float] = []
         reader, copy = self._posterior_of_copy(probe, {path: 1.0}, seen)
+        if not math.isclose(float(self._read_weight(copy)), 1.0, rel_tol=1e-2):
+            raise LossProbe.NotPossible("the module sets the weight itself in its training step")
         rates = self._rates_of(reader, copy)
         [one] = seen
         declared = self.factor(rates) * float(rates.sum(1).mean())

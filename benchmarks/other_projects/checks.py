@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging.handlers
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +19,17 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from lightning_vae.callbacks import Callback, CollapseDetector, Constant, DistributionReader, KLAnnealing, Linear
+from lightning_vae.callbacks import (
+    Callback,
+    CollapseDetector,
+    Constant,
+    DistributionReader,
+    EnforcedFreeBits,
+    FreeBits,
+    KLAnnealing,
+    Linear,
+    TargetRate,
+)
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "drop_in.md"
 WEIGHT, EPOCHS, RAMP = 0.5, 6, 0.75
@@ -36,6 +48,10 @@ class Project:
         mean_head: Return the layer whose first outputs are the means of the posterior.
         reduce: Reduce KL terms of shape ``(N, k)`` to the number in the project's loss.
         target: The weight that a new module is configured with.
+        floor: ``weight`` and ``reduction`` as :class:`EnforcedFreeBits` needs them.
+        own: Let a module follow a schedule of the project's own, which starts at 0.
+        cured: The same, and then what the warning says, if that is not another ``attribute``.
+        others: Other places of the weight, which are not the documented ones.
     """
 
     name: str
@@ -44,6 +60,10 @@ class Project:
     mean_head: Callable[[Any], nn.Linear]
     reduce: Callable[[Tensor], Tensor]
     target: float
+    floor: dict[str, Any]
+    own: type[Callback]
+    cured: type[Callback] | None = None
+    others: tuple[Any, ...] = ()
 
 
 @dataclass(eq=False)
@@ -118,6 +138,85 @@ class Recorder(Callback):
         return torch.cat(self.outputs[validation])[:, : self.rates.shape[1]]
 
 
+@dataclass(eq=False)
+class Witness(Callback):
+    """Compare the weight that the loss receives with the one that a callback logs, and validation's with the target."""
+
+    project: Project
+    callback: Any
+    trained: list[float] = field(default_factory=list)
+    validated: list[bool] = field(default_factory=list)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == 0:  # after the probe, which does not copy a module with hooks
+            self.project.spy(pl_module, lambda weight: self._used.append(float(weight)))
+        self._used: list[float] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        floors = isinstance(self.callback, EnforcedFreeBits)
+        meant = self._weight if floors else float(trainer.callback_metrics[f"knobs/{self.callback.name}"])
+        self.trained.append(abs(self._used[-1] - meant) / self.project.target)
+
+    def on_before_backward(self, _trainer: Trainer, pl_module: LightningModule, _loss: Tensor) -> None:
+        if isinstance(self.callback, EnforcedFreeBits):
+            self._weight = float(self.callback._read_weight(pl_module))
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        self._used = []
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        if isinstance(self.callback, EnforcedFreeBits):
+            return
+        weight = self.callback.weight if isinstance(self.callback, TargetRate) else self.project.target
+        self.validated.append(abs(self._used[-1] - float(weight)) <= 1e-6 * self.project.target)
+
+
+def conflicts(project: Project, attribute: Any, posterior: Any) -> list[dict[str, Any]]:
+    """Train with the project's own schedule on, and return a row of the second table for each callback and place."""
+    name = (attribute if isinstance(attribute, str) else attribute[0]).rpartition(".")[2]
+    own, ramp = project.own, Linear(fraction=RAMP)
+    cases = [(KLAnnealing(ramp, attribute=each), own, f"`{each}`") for each in project.others]
+    cases += [
+        (KLAnnealing(ramp, attribute=attribute, name=name), own, "as documented"),
+        (TargetRate(2.0, posterior=posterior, attribute=attribute, name=name), own, "as documented"),
+        (FreeBits(0.5), own, ""),
+        (EnforcedFreeBits(0.5, posterior, **project.floor), own, f"`{project.floor['weight']}`"),
+    ]
+    if project.cured:
+        cases.insert(-2, (KLAnnealing(ramp, attribute=attribute, name=name), project.cured, "as the warning says"))
+    return [conflict(project, *case) for case in cases]
+
+
+def conflict(project: Project, callback: Callback, own: type[Callback], place: str) -> dict[str, Any]:
+    """Train with a callback beside the project's own schedule, and return what the loss received and what was said."""
+    seed_everything(0, verbose=False)
+    witness, heard, refused = Witness(project, callback), logging.handlers.BufferingHandler(1000), []
+    told = logging.getLogger("lightning_utilities.core.rank_zero")
+    told.addHandler(heard)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            project.fit([callback, own(), witness], max_epochs=EPOCHS, log_every_n_steps=1, **QUIET)
+        except Exception as error:
+            refused = [str(error)]
+    told.removeHandler(heard)
+    title = type(callback).__name__
+    warned = [text for each in caught if title in (text := str(each.message))]
+    believed = max(witness.trained, default=0.0) <= 1e-6 and all(witness.validated)
+    return {
+        # What is wrong must be said, and nothing else.
+        "ok": believed != bool(warned) and bool(refused) == isinstance(callback, FreeBits),
+        "cells": [
+            title,
+            place,
+            f"{max(witness.trained):.0e}" if witness.trained else "-",
+            f"{sum(witness.validated)} of {len(witness.validated)}" if witness.validated else "-",
+            "refuses" if refused else "warns" if warned else "nothing",
+        ],
+        "said": refused + warned + [text for each in heard.buffer if title in (text := each.getMessage())],
+    }
+
+
 def identity(project: Project, attribute: Any, posterior: Any, precision: str) -> tuple[float, float]:
     """Return the relative error of ``loss(w) - loss(0) = w KL`` in the first step, and a bound on rounding."""
     runs = []
@@ -183,8 +282,10 @@ def measure(project: Project) -> dict[str, Any]:
     mean, variance = resumed.variance(-1)
     ok = exact <= 1e-5 + exact_noise and single <= 1e-5 + single_noise
     ok = ok and max(deviations) <= 1e-6 and at_target == len(validated) and max(errors) <= 1e-6
+    rows = conflicts(project, attribute, posterior)
     return {
-        "ok": ok,
+        "ok": ok and all(each["ok"] for each in rows),
+        "conflicts": rows,
         "cells": [
             f"{exact:.0e}",
             f"{single:.0e} ({single_noise:.0e})",

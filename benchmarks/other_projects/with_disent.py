@@ -13,7 +13,8 @@ from disent.dataset.transform import ToImgTensorF32
 from disent.frameworks.vae import BetaVae
 from disent.model import AutoEncoder
 from disent.model.ae import DecoderFC, EncoderFC
-from lightning.pytorch import Trainer
+from disent.schedule import LinearSchedule
+from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 
 
@@ -36,6 +37,17 @@ def spy(module: Any, record: Callable[[Any], None]) -> None:
     module.compute_ave_reg_loss = spied
 
 
+class OwnSchedule(Callback):
+    def setup(self, _trainer: Any, framework: Any, stage: str) -> None:  # noqa: ARG002
+        framework.register_schedule("beta", LinearSchedule(0, 20))
+
+
+class Removed(OwnSchedule):
+    def setup(self, trainer: Any, framework: Any, stage: str) -> None:
+        super().setup(trainer, framework, stage)
+        framework.remove_schedule("beta")
+
+
 main(
     Project(
         "disent",
@@ -44,5 +56,8 @@ main(
         mean_head=lambda module: module._model._encoder.model[-1],
         reduce=lambda kl: kl.mean(),  # the default, `loss_reduction="mean"`
         target=0.003,
+        floor={"weight": "cfg.beta", "reduction": "mean"},
+        own=OwnSchedule,
+        cured=Removed,
     )
 )

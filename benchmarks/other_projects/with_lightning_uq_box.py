@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from checks import Project, main
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning_uq_box.uq_methods import VAE
 from torch.utils.data import DataLoader
 from torchseg.encoders import get_encoder
@@ -20,6 +20,13 @@ def fit(callbacks: list[Any], ckpt_path: str | None = None, **options: Any) -> N
     Trainer(callbacks=callbacks, **options).fit(module, *loaders, ckpt_path=ckpt_path)
 
 
+class OwnSchedule(Callback):
+    """A schedule as its users write it: the project's VAE has none."""
+
+    def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:  # noqa: ARG002
+        module.loss_fn.kl_scale = 1e-4 * min(1.0, trainer.global_step / 10)
+
+
 main(
     Project(
         "lightning-uq-box",
@@ -28,5 +35,7 @@ main(
         mean_head=lambda module: module.latent_mu[-1],
         reduce=lambda kl: kl.sum(1).mean(),
         target=1e-4,
+        floor={"weight": "loss_fn.kl_scale"},
+        own=OwnSchedule,
     )
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 import scvi
 from checks import Project, main
+from lightning.pytorch import Callback
 
 
 def fit(callbacks: list[Any], **options: Any) -> None:
@@ -27,6 +28,11 @@ def spy(plan: Any, record: Callable[[Any], None]) -> None:
     plan.module.loss = spied
 
 
+class OwnSchedule(Callback):
+    def setup(self, _trainer: Any, plan: Any, stage: str) -> None:  # noqa: ARG002
+        plan.n_epochs_kl_warmup = 4  # 400 if nothing is given
+
+
 main(
     Project(
         "scvi-tools",
@@ -35,5 +41,8 @@ main(
         mean_head=lambda plan: plan.module.z_encoder.mean_encoder,
         reduce=lambda kl: kl.sum(1).mean(),
         target=1.0,
+        floor={"weight": "loss_kwargs.kl_weight"},
+        own=OwnSchedule,
+        others=("max_kl_weight", "loss_kwargs.kl_weight", ["min_kl_weight", "max_kl_weight"]),
     )
 )

@@ -31,9 +31,11 @@ _MOVING_LOSS = re.compile(r"train(ing)?[/_]loss(_step|_epoch)?")
 _OWN_SCHEDULE = re.compile("warm_?up|anneal|schedule")
 _KL_WEIGHT = re.compile("kl|beta")  # a warm-up may also belong to another term, such as an adversarial one
 _LEARNING_RATE = re.compile("lr|learning_rate|scheduler")
+_SCVI_PLACES = {"loss_kwargs.kl_weight", "min_kl_weight", "max_kl_weight"}
+_SCVI_PLAN = ("min_kl_weight", "max_kl_weight", "n_epochs_kl_warmup", "n_steps_kl_warmup")
 # Remedies for projects that have a schedule of their own, recognised by attributes of their modules.
 _REMEDIES = {
-    ("min_kl_weight", "max_kl_weight", "n_epochs_kl_warmup", "n_steps_kl_warmup"): (
+    _SCVI_PLAN: (
         "scvi-tools computes its weight again in each step, and validation uses a copy of it. Write all three places: "
         '`attribute=["loss_kwargs.kl_weight", "min_kl_weight", "max_kl_weight"], name="kl_weight"`.'
     ),
@@ -280,6 +282,14 @@ class AttributeWriter(Callback):
         self._conflicts, self._has_settled = 0, False
         self._checks_left = math.inf if getattr(trainer, "fast_dev_run", False) else _FIRST_CHECKS
         self._write_target()
+        missing = _SCVI_PLACES - {*self._paths}
+        # The copy that validation uses can't be told by reading the other places back.
+        if self._moves and 0 < len(missing) < 3 and all(hasattr(pl_module, name) for name in _SCVI_PLAN):
+            self._conflicts = 2
+            rank_zero_warn(
+                f"{type(self).__name__}({self.name}): {', '.join(f'`{each}`' for each in sorted(missing))} must be "
+                f"written too. {_REMEDIES[_SCVI_PLAN]}"
+            )
 
     def _release(self) -> None:
         """Leave the number at its target, however the run ended."""

@@ -166,6 +166,22 @@ def test_the_line_that_ends_the_conflict(tmp_path: Path, own: dict[str, Any], li
     assert line in message
 
 
+@pytest.mark.parametrize("warmup", [None, 400])
+def test_a_place_of_scvi_tools_that_validation_reads_is_missed(tmp_path: Path, warmup: int | None) -> None:
+    model = ForeignModule()
+    vars(model).update(min_kl_weight=0.0, max_kl_weight=1.0, n_epochs_kl_warmup=warmup, n_steps_kl_warmup=None)
+    vars(model).update(loss_kwargs={"kl_weight": 1.0})
+    every = ["loss_kwargs.kl_weight", "min_kl_weight", "max_kl_weight"]
+    for paths in (every, every[1:]):
+        annealing = KLAnnealing(Linear(steps=4), paths, name="kl_weight", probe=False)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(model, loader(), loader())
+        said = [str(each.message) for each in caught if "KLAnnealing" in str(each.message)]
+        assert len(said) == len(every) - len(paths)
+    assert said[0].startswith("KLAnnealing(kl_weight): `loss_kwargs.kl_weight` must be written too. scvi-tools")
+
+
 def test_an_undisturbed_number_is_no_conflict(tmp_path: Path) -> None:
     class Saves(Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
