@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning_utilities.core import rank_zero
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
@@ -191,7 +192,7 @@ def conflict(project: Project, callback: Callback, own: type[Callback], place: s
     """Train with a callback beside the project's own schedule, and return what the loss received and what was said."""
     seed_everything(0, verbose=False)
     witness, heard, refused = Witness(project, callback), logging.handlers.BufferingHandler(1000), []
-    told = logging.getLogger("lightning_utilities.core.rank_zero")
+    told = rank_zero.log  # Lightning replaces it
     told.addHandler(heard)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

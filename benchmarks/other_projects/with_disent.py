@@ -38,11 +38,15 @@ def spy(module: Any, record: Callable[[Any], None]) -> None:
 
 
 class OwnSchedule(Callback):
+    """A schedule that the framework runs in each training step."""
+
     def setup(self, _trainer: Any, framework: Any, stage: str) -> None:  # noqa: ARG002
         framework.register_schedule("beta", LinearSchedule(0, 20))
 
 
 class Removed(OwnSchedule):
+    """The same schedule, removed as the warning says."""
+
     def setup(self, trainer: Any, framework: Any, stage: str) -> None:
         super().setup(trainer, framework, stage)
         framework.remove_schedule("beta")

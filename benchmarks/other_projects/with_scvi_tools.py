@@ -29,6 +29,8 @@ def spy(plan: Any, record: Callable[[Any], None]) -> None:
 
 
 class OwnSchedule(Callback):
+    """The plan's warm-up, which is on by default, made short."""
+
     def setup(self, _trainer: Any, plan: Any, stage: str) -> None:  # noqa: ARG002
         plan.n_epochs_kl_warmup = 4  # 400 if nothing is given
 
