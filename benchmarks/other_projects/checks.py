@@ -153,7 +153,7 @@ class Witness(Callback):
             self.project.spy(pl_module, lambda weight: self._used.append(float(weight)))
         self._used: list[float] = []
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         floors = isinstance(self.callback, EnforcedFreeBits)
         meant = self._weight if floors else float(trainer.callback_metrics[f"knobs/{self.callback.name}"])
         self.trained.append(abs(self._used[-1] - meant) / self.project.target)
