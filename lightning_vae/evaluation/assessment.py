@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .record import LEAST_COMPARED, Assessment, Generation, Latents, Terms, Verdict
@@ -23,7 +24,13 @@ MAX_DISTANCE = 1.25
 """Distance of prior samples from the data, relative to that of reconstructions."""
 
 
-def assess(beta: float, terms: Terms, latents: Latents, generation: Generation) -> Assessment:
+FLOOR = "the floor of `FreeBits`"
+TARGET = "the target of the rate"
+
+
+def assess(
+    beta: float, terms: Terms, latents: Latents, generation: Generation, holds: Sequence[str] = ()
+) -> Assessment:
     r"""Judge if the latents carry too little information, too much, or about as much as the ELBO asks for.
 
     The first rule that holds decides. Each uses the bound of an estimate that can't raise a false alarm:
@@ -46,12 +53,13 @@ def assess(beta: float, terms: Terms, latents: Latents, generation: Generation) 
         terms: The terms of the ELBO.
         latents: The latent space.
         generation: Decodings of prior samples and shuffled latents.
+        holds: What holds the model's rate up, of ``FLOOR`` and ``TARGET``. The advice names nothing else to lower.
     """
-    measured = _Measured(beta, terms, latents, generation)
+    measured = _Measured(beta, terms, latents, generation, tuple(holds))
     found = _collapsed(measured) or _unread(measured) or _width(measured)
     mismatched = _mismatched(measured)
     if found is None and mismatched:
-        found = -1, [], _MISMATCHED
+        found = -1, [], _bring_together(measured)
     if found is None:
         return Assessment("balanced", _all_well(measured), "Nothing to change.")
     side, symptoms, advice = found
@@ -81,6 +89,12 @@ class _Measured:
     terms: Terms
     latents: Latents
     generation: Generation
+    holds: tuple[str, ...]
+
+    @property
+    def held_by(self) -> str:
+        """What holds the rate up, in words; empty if nothing does."""
+        return " and ".join(self.holds)
 
     @property
     def fair_beta(self) -> float:
@@ -105,19 +119,30 @@ class _Measured:
 
 _Found = tuple[int, list[str], str]  # side, symptoms, advice
 
-_COLLAPSED = (
-    "Let more information through: lower beta or raise it slowly from 0 with `KLAnnealing`, put a floor under the rate "
-    "with `FreeBits`, or weaken the decoder. With a Gaussian likelihood, learn its variance at beta 1: a variance "
-    "fixed too large collapses the model, and no schedule cures that."
-)
-_UNREAD = (
-    "The decoder ignores latents that are paid for: drop the floor of `FreeBits` or the target of the rate, "
-    "weaken the decoder, or train with beta at 0 first until it reads them."
-)
-_MISMATCHED = (
-    "The latents are not where the prior is: raise beta, hold it at its target for longer, or lower the floor of "
-    "`FreeBits`; with an implied beta near 1, use a richer prior rather than more weight."
-)
+
+def _let_through(measured: _Measured) -> str:
+    floor = f"raise {FLOOR}" if FLOOR in measured.holds else "put a floor under the rate with `FreeBits`"
+    return (
+        f"Let more information through: lower beta or raise it more slowly from 0 with `KLAnnealing`, {floor}, or "
+        "weaken the decoder. With a Gaussian likelihood, learn its variance at beta 1: a variance fixed too large "
+        "collapses the model, and no schedule cures that."
+    )
+
+
+def _make_it_read(measured: _Measured) -> str:
+    drop = f"drop {measured.held_by}, " if measured.holds else ""
+    return (
+        f"The decoder ignores latents that are paid for: {drop}weaken the decoder, or train with beta at 0 first until "
+        "it reads them."
+    )
+
+
+def _bring_together(measured: _Measured) -> str:
+    lower = f", or lower {measured.held_by}" if measured.holds else ""
+    return (
+        f"The latents are not where the prior is: raise beta or hold it at its target for longer{lower}; with an "
+        "implied beta near 1, use a richer prior rather than more weight."
+    )
 
 
 def _collapsed(measured: _Measured) -> _Found | None:
@@ -134,7 +159,7 @@ def _collapsed(measured: _Measured) -> _Found | None:
         )
     else:
         return None
-    return 1, [symptom, _gap(measured)], _COLLAPSED
+    return 1, [symptom, _gap(measured)], _let_through(measured)
 
 
 def _unread(measured: _Measured) -> _Found | None:
@@ -146,7 +171,7 @@ def _unread(measured: _Measured) -> _Found | None:
         f"{_gap(measured)}, where {information:.3g} nats of information at beta {measured.beta:g} should be worth "
         f"{expected:.3g} at least"
     )
-    return 1, [symptom], _UNREAD
+    return 1, [symptom], _make_it_read(measured)
 
 
 def _width(measured: _Measured) -> _Found | None:
@@ -181,10 +206,12 @@ def _raise_beta(measured: _Measured) -> str:
     if measured.beta == 0:
         return "Train with beta at 1: at 0 the rate costs nothing"
     if measured.terms.implied_beta < measured.beta / BETA_BAND:
+        narrow = f"The posteriors are narrower than beta {measured.beta:g} makes them"
+        if measured.holds:
+            return f"{narrow}: lower {measured.held_by}"
         return (
-            f"The posteriors are narrower than beta {measured.beta:g} makes them: lower the floor of `FreeBits` or the "
-            "target of the rate; without these, look for a mean in the loss that should be a sum, which gives the rate "
-            "less weight, or for over-fitting, against which a smaller decoder or more data help"
+            f"{narrow}: look for a mean in the loss that should be a sum, which gives the rate less weight, or for "
+            "over-fitting, against which a smaller decoder or more data help"
         )
     # At an optimum the implied beta is about beta, and the ELBO's is the goal. Otherwise something hides a weight.
     is_optimal = measured.terms.implied_beta < BETA_BAND * measured.beta

@@ -10,7 +10,7 @@ import torch
 
 from ..distributed import several_processes, sum_over_processes
 from ..vae import VAE
-from .assessment import assess, unassessed, without_variance
+from .assessment import FLOOR, TARGET, assess, unassessed, without_variance
 from .decoding_pass import decode_all
 from .encoding_pass import encode_all
 from .generation import generate
@@ -78,7 +78,8 @@ def evaluate(
     elif encoded.constant:
         assessment = without_variance()
     else:
-        assessment = assess(beta, terms, encoded.latents, generation)
+        holds = [FLOOR] * bool(vae.free_bits > 0) + [TARGET] * (vae.rate_limit is not None)
+        assessment = assess(beta, terms, encoded.latents, generation, holds)
     return Evaluation(
         observations=encoded.count,
         latent_dim=vae.latent_dim,

@@ -692,6 +692,18 @@ def test_a_weight_is_read_from_a_method_and_may_feed_a_second_kl(tmp_path: Path,
         assert "on trust" not in caplog.text
 
 
+def test_a_weight_that_the_module_sets_in_its_step_is_taken_on_trust(tmp_path: Path, caplog: Any) -> None:
+    class Schedules(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            self.weight = 0.1 * self.global_step  # a trial on a copy can't give it another value
+            return super().training_step(batch, batch_idx)
+
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Schedules(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight="weight"))
+    assert "on trust" in caplog.text
+    assert "the module sets the weight itself in its training step" in caplog.text
+
+
 def test_a_log_variance_that_the_module_clamps_is_taken_on_trust_in_so_many_words(tmp_path: Path, caplog: Any) -> None:
     class Clamps(Foreign):
         def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

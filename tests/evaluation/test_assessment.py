@@ -11,7 +11,7 @@ from lightning_vae.callbacks.metrics.collapse_state import collapse_state
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules import linear_vae_optimum
 from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
-from lightning_vae.evaluation.assessment import assess
+from lightning_vae.evaluation.assessment import FLOOR, TARGET, assess
 from lightning_vae.evaluation.measure import evaluate
 from lightning_vae.evaluation.record import Generation, Latents, Terms
 from tests.doubles import optimal_linear_vae
@@ -36,14 +36,14 @@ LATENTS = Latents(
 GENERATION = Generation(shuffled_gap=22.0, sample_distance=1.0, interpolation_distance=1.0)
 
 
-def assessed(beta=1.0, **changes):
+def assessed(beta=1.0, holds=(), **changes):
     """The assessment of a healthy model with some of its numbers changed, whichever part they are in."""
     parts = []
     for part in (TERMS, LATENTS, GENERATION):
         own = {each.name for each in fields(part)} & changes.keys()
         parts.append(replace(part, **{name: changes.pop(name) for name in own}))
     assert not changes
-    return assess(beta, *parts)
+    return assess(beta, *parts, holds)
 
 
 def observations(spectrum=SPECTRUM, size=2048, seed=0):
@@ -125,6 +125,10 @@ def test_what_could_not_be_measured_is_no_symptom():
     assert assessed(calibration=math.nan, implied_beta=3.0).verdict == "over-regularised"
 
 
+APART = "The latents are not where the prior is: raise beta or hold it at its target for longer"
+USELESS = "Let more information through: lower beta or raise it more slowly from 0 with `KLAnnealing`"
+
+
 @pytest.mark.parametrize(
     ("changes", "advice"),
     [
@@ -135,7 +139,17 @@ def test_what_could_not_be_measured_is_no_symptom():
         ({"beta": 0.1, "implied_beta": 0.1}, "Raise beta from 0.1 to about 1."),
         ({"beta": 0.1, "implied_beta": 0.075}, "Raise beta from 0.1 to about 1."),  # not quite at its optimum
         ({"beta": 0.1, "implied_beta": 0.5}, "Raise beta from 0.1 to about 0.2."),  # a sum where a mean should be
-        ({"implied_beta": 0.3}, "The posteriors are narrower than beta 1 makes them: lower the floor"),
+        ({"implied_beta": 0.3}, "The posteriors are narrower than beta 1 makes them: look for a mean"),
+        (
+            {"implied_beta": 0.3, "holds": [FLOOR, TARGET]},
+            f"The posteriors are narrower than beta 1 makes them: lower {FLOOR} and {TARGET}.",
+        ),
+        ({"shuffled_gap": 0.1}, "The decoder ignores latents that are paid for: weaken the decoder"),
+        ({"shuffled_gap": 0.1, "holds": [TARGET]}, "The decoder ignores latents that are paid for: drop the target of"),
+        ({"sample_distance": 2.0}, f"{APART};"),
+        ({"sample_distance": 2.0, "holds": [FLOOR]}, f"{APART}, or lower the floor of `FreeBits`;"),
+        ({"mutual_information_upper": 0.1}, f"{USELESS}, put a floor under the rate"),
+        ({"mutual_information_upper": 0.1, "holds": [FLOOR]}, f"{USELESS}, raise the floor of `FreeBits`"),
         ({"beta": 0.0, "implied_beta": 0.0, "shuffled_gap": 0.0}, "Train with beta at 1"),
         ({"beta": 0.0, "implied_beta": -0.1, "shuffled_gap": -1e-9}, "Train with beta at 1"),
     ],
