@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 from lightning_vae.callbacks import (
@@ -376,6 +376,21 @@ def test_weight_averaging_copies_no_average_of_the_number_at_the_end(tmp_path: P
     trainer.save_checkpoint(tmp_path / "after.ckpt")  # of the average
     for name in ("weights", "after"):
         assert float(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"]["beta"]) == 1.0, name
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+def test_stochastic_weight_averaging_leaves_the_number(tmp_path: Path, first: bool, trainable: bool) -> None:
+    model = BufferedModule()
+    if trainable:
+        del model.beta
+        model.beta = nn.Parameter(torch.tensor(1.0), requires_grad=False)
+    callbacks = [KLAnnealing(Linear(steps=12), probe=False), StochasticWeightAveraging(0.01, swa_epoch_start=1)]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks if first else callbacks[::-1], max_epochs=4)
+    trainer.fit(model, loader())
+    steps = len(loader())
+    assert model.used[: 3 * steps] == pytest.approx([min(step / 12, 1.0) for step in range(3 * steps)])
+    assert float(model.beta) == 1.0
 
 
 @pytest.mark.parametrize("knobs", [["beta"], "beta", None, 3])
