@@ -241,7 +241,7 @@ def shortened(items: Iterable[str]) -> str:
 def _checksum(tensors: Tensors) -> str:
     value = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().numpy().tobytes(), value)
+        value = zlib.crc32(tensors[name].contiguous().numpy().data, value)
     return f"{value:08x}"
 
 

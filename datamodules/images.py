@@ -33,9 +33,14 @@ _SPLIT_FOLDERS = {
 
 @dataclass(frozen=True)
 class _Image:
-    """A file, its name below the root, its class folder, and the folder that fixes its split; both may be empty.
+    """An image file.
 
-    `is_deeper` says that it lies in a further folder below its class folder.
+    Attributes:
+        path: The file.
+        name: Its path below the root.
+        class_name: Its class folder; empty without classes.
+        split: The split that its folder fixes; empty if none does.
+        is_deeper: Whether it lies in a further folder below its class folder.
     """
 
     path: Path

@@ -205,7 +205,7 @@ def conflict(project: Project, callback: Callback, own: type[Callback], place: s
     warned = [text for each in caught if title in (text := str(each.message))]
     believed = max(witness.trained, default=0.0) <= 1e-6 and all(witness.validated)
     return {
-        # What is wrong must be said, and nothing else.
+        # A warning is right where the weight is wrong, and only there.
         "ok": believed != bool(warned) and bool(refused) == isinstance(callback, FreeBits),
         "cells": [
             title,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F  # noqa: N812
 
-from ..reading.distributions import as_distribution
+from ..reading.distributions import as_distribution, is_sequence
 from .loss_probe import LossProbe
 
 if TYPE_CHECKING:
@@ -335,10 +335,6 @@ def _is_same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and (one.data_ptr() == other.data_ptr() or torch.equal(one, other))
 
 
-def _is_sequence(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
 def _leaves(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, Tensor | Normal]]:
     """Yield the tensors and the Gaussians in a structure, each with its path."""
     if isinstance(value, Normal):
@@ -347,7 +343,7 @@ def _leaves(value: Any, path: str = "", depth: int = 0) -> Iterator[tuple[str, T
         if value.layout == torch.strided:
             yield path, value
     elif depth < 4:
-        fields = enumerate(value) if _is_sequence(value) else getattr(value, "__dict__", {}).items()
+        fields = enumerate(value) if is_sequence(value) else getattr(value, "__dict__", {}).items()
         for name, part in value.items() if isinstance(value, Mapping) else fields:
-            if depth == 0 or isinstance(part, Tensor | Normal | Mapping) or _is_sequence(part):
+            if depth == 0 or isinstance(part, Tensor | Normal | Mapping) or is_sequence(part):
                 yield from _leaves(part, f"{path}.{name}" if path else str(name), depth + 1)

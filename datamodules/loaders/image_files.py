@@ -74,7 +74,7 @@ class ImageFiles(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """What is known of an image file before its pixels are used.
+    """Facts from the header of an image file.
 
     Attributes:
         fault: Why it can't be read; empty if it can.

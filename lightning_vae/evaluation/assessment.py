@@ -53,7 +53,7 @@ def assess(
         terms: The terms of the ELBO.
         latents: The latent space.
         generation: Decodings of prior samples and shuffled latents.
-        holds: What holds the model's rate up, of ``FLOOR`` and ``TARGET``. The advice names nothing else to lower.
+        holds: The constraints that hold the rate up: ``FLOOR``, ``TARGET``, both or none. The advice names no others.
     """
     measured = _Measured(beta, terms, latents, generation, tuple(holds))
     found = _collapsed(measured) or _unread(measured) or _width(measured)
@@ -93,7 +93,7 @@ class _Measured:
 
     @property
     def held_by(self) -> str:
-        """What holds the rate up, in words; empty if nothing does."""
+        """The constraints that hold the rate up, as text; empty if there are none."""
         return " and ".join(self.holds)
 
     @property

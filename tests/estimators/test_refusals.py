@@ -1,4 +1,4 @@
-"""What an estimator has no meaning for is refused, and never broadcast to another number."""
+"""Estimators refuse shapes and values that they have no meaning for."""
 
 import math
 

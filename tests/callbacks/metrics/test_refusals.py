@@ -1,4 +1,4 @@
-"""What a metric has no meaning for is refused, and never broadcast to another number."""
+"""Metrics refuse shapes and values that they have no meaning for."""
 
 import pytest
 import torch
