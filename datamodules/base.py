@@ -4,15 +4,17 @@ import hashlib
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from .loaders.batch_loader import BatchLoader, check_batch_size
+from .loaders.batch_loader import BatchLoader, check_batch_size, rank_and_world_size
 from .loaders.seeding import seeded_generator
 from .loaders.tensor_loader import TensorLoader, place_on_device
 
@@ -29,7 +31,8 @@ class DataModule(pl.LightningDataModule, ABC):
     Training and validation are parts of the training data. Only `test` and `predict` use the test split; `predict` goes
     through all of it in order.
 
-    A checkpoint holds a fingerprint of the splits. A run that continues or uses it over other data warns.
+    A checkpoint holds a fingerprint of the splits, and the options that training depends on. A run that uses it over
+    other data, or continues it with other options, warns.
 
     On a GPU, a split that takes at most a quarter of the free memory is copied there once, when its loader is made. Its
     batches are then cut on the GPU: the same batches in the same order, without a copy per batch.
@@ -57,7 +60,8 @@ class DataModule(pl.LightningDataModule, ABC):
         self.batch_size = batch_size
         self.seed = seed
         self._splits: dict[str, Tensors] = {}
-        self._checksums: dict[str, str] = {}
+        self._identities: dict[str, dict[str, Any]] = {}  # of each split
+        self._has_saved = False
 
     @override
     def setup(self, stage: str) -> None:
@@ -82,23 +86,33 @@ class DataModule(pl.LightningDataModule, ABC):
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        self._has_saved = True
         fingerprint = self._fingerprint()
-        return {"fingerprint": fingerprint} if fingerprint else {}
+        return {"fingerprint": fingerprint, "training": self._training_options()} if fingerprint else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Warn if the data are not those of the checkpoint.
+        """Warn if the data are not those of the checkpoint, or a run continues with other options of the data.
 
         Args:
             state_dict: `state_dict()` of the run that saved the checkpoint.
         """
-        before, now = state_dict.get("fingerprint", {}), self._fingerprint()
-        changes = [_change(name, before[name], now[name]) for name in before if name in now]
-        if changes := list(filter(None, changes)):
+        changes = _changes(state_dict.get("fingerprint", {}), self._fingerprint())
+        is_resumed = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
+        options = []
+        if is_resumed and not self._has_saved:  # otherwise a tuner restores what it saved at the start of this run
+            options = _changes(state_dict.get("training", {}), self._training_options())
+        if changes:
+            differences = "; ".join(dict.fromkeys(changes + options))  # a seed may be both
             rank_zero_warn(
-                f"{type(self).__name__}: the checkpoint was trained on other data: {'; '.join(changes)}. Results"
-                " can't be compared with earlier ones, and after another split a test may contain observations that"
-                " were trained on. If you did not mean that, use the data, the seed and the fractions of that run."
+                f"{type(self).__name__}: the checkpoint was trained on other data: {differences}."
+                " Results can't be compared with earlier ones, and after another split a test may contain observations"
+                " that were trained on. If you did not mean that, use the data and the options of that run."
+            )
+        elif options:
+            rank_zero_warn(
+                f"{type(self).__name__}: the run continues with other options of the data than it was saved with:"
+                f" {'; '.join(options)}."
             )
 
     @override
@@ -137,14 +151,23 @@ class DataModule(pl.LightningDataModule, ABC):
         rank_zero_info(text + (f" {class_counts(torch.cat(labels), self.class_names)}" if labels else ""))
 
     def _fingerprint(self) -> dict[str, Any]:
-        """Return what identifies the data: of each known split, the number of observations and a checksum."""
+        """Return what identifies the data: of each known split, the number of observations and a checksum.
+
+        Where there are training data, the test split is read too, so that a test of the checkpoint can compare it.
+        """
         for name, tensors in self._splits.items():
-            if name not in self._checksums:
-                self._checksums[name] = _checksum(tensors)
-        return {
-            name: {"observations": len(tensors["x"]), "checksum": self._checksums[name]}
-            for name, tensors in self._splits.items()
-        }
+            if name not in self._identities:
+                self._identities[name] = _identity(tensors)
+        if "train" in self._splits and "test" not in self._identities:
+            self._identities["test"] = {}
+            with suppress(Exception):  # a run saves whatever its test split may be
+                self._identities["test"] = _identity(self._read_test()["test"])
+        return {name: identity for name, identity in self._identities.items() if identity}
+
+    def _training_options(self) -> dict[str, Any]:
+        """Return the options that a training depends on, besides the data, by their names in a message."""
+        _, processes = rank_and_world_size()
+        return {"batch size over all processes": processes * self.batch_size, "seed": self.seed}
 
     def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
         return TensorLoader(self._tensors(split), self.batch_size, shuffle=shuffle, seed=self.seed)
@@ -238,17 +261,19 @@ def shortened(items: Iterable[str]) -> str:
     return ", ".join(known[:10]) + (f" and {len(known) - 10} more" if len(known) > 10 else "")
 
 
-def _checksum(tensors: Tensors) -> str:
-    value = 0
+def _identity(tensors: Tensors) -> dict[str, Any]:
+    checksum = 0
     for name in sorted(tensors):
-        value = zlib.crc32(tensors[name].contiguous().numpy().data, value)
-    return f"{value:08x}"
+        checksum = zlib.crc32(tensors[name].contiguous().numpy().data, checksum)
+    return {"observations": len(tensors["x"]), "checksum": f"{checksum:08x}"}
+
+
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe the differences between the entries that two records share."""
+    return [_change(name, before[name], now[name]) for name in before if name in now and before[name] != now[name]]
 
 
 def _change(name: str, before: Any, now: Any) -> str:
-    """Describe a difference between two entries of a fingerprint; empty if there is none."""
-    if before == now:
-        return ""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         counts = before.get("observations"), now.get("observations")
         same = counts[0] == counts[1]

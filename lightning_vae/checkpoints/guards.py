@@ -8,6 +8,7 @@ save: finite numbers. At the end: that there was a batch.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ class Guards(Companion):
 
     It refuses monitors that would keep the wrong model, an optimizer that can't work in float16, a last batch of one
     observation under batch normalisation, and a run without a batch. For a resumed run it reports which options of the
-    model and the optimizer, and which length of the run, differ from the saved ones. It warns of a beta that feeds back
-    with the likelihood, and allows gradient clipping with fused optimizers under mixed precision.
+    model and the optimizer, and which length of the run or of an epoch, differ from the saved ones. It warns of a beta
+    that feeds back with the likelihood, and allows gradient clipping with fused optimizers under mixed precision.
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: If it refuses one of these.
@@ -47,12 +48,13 @@ class Guards(Companion):
     def __init__(self) -> None:
         super().__init__()
         self._loaded: dict[str, Any] = {}
+        self._batches: float | None = None  # of an epoch of the run that is resumed
         self._has_saved = False
         self._configured: list[list[dict[str, float]]] = []
 
     @override
     def _start(self, trainer: Trainer, stage: str) -> None:
-        self._loaded, self._has_saved = {}, False
+        self._loaded, self._batches, self._has_saved = {}, None, False
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -78,6 +80,9 @@ class Guards(Companion):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        before, now = self._batches, trainer.num_training_batches
+        if before not in (None, math.inf, now):
+            rank_zero_info(f"An epoch has {now} batches; when the run was saved it had {before}.")
         check_last_batch(trainer, pl_module)
 
     @override
@@ -88,7 +93,10 @@ class Guards(Companion):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._has_saved = True
         checkpoint.setdefault(MODULE_KEY, {}).update(
-            length=_length(trainer), optimizers=self._configured, optimizer_names=_names(trainer.optimizers)
+            length=_length(trainer),
+            batches=trainer.num_training_batches,
+            optimizers=self._configured,
+            optimizer_names=_names(trainer.optimizers),
         )
 
     def _say_what_changed(self, trainer: Trainer, pl_module: Any) -> None:
@@ -115,6 +123,7 @@ class Guards(Companion):
                 )
         if changed := _differences(own.get("length", {}), _length(trainer)):
             rank_zero_info(f"The run is not as long as when it was saved: {changed}.")
+        self._batches = own.get("batches")
 
 
 def missing_companions(trainer: Trainer) -> list[Callback]:

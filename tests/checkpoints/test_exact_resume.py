@@ -353,6 +353,15 @@ def test_another_length_of_the_run_is_said(saved: Path, caplog: pytest.LogCaptur
     assert "not as long as when it was saved: max_epochs 1 -> 2" in caplog.text
 
 
+def test_another_number_of_batches_in_an_epoch_is_said(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Of any loader, such as one whose batch size has changed."""
+    with caplog.at_level("INFO"):
+        go_on(saved, Adams())
+        assert "An epoch has" not in caplog.text
+        go_on(saved, Adams(), limit_train_batches=3)
+    assert "An epoch has 3 batches; when the run was saved it had 2." in caplog.text
+
+
 @pytest.mark.parametrize(("interval", "says"), [(3, True), (2, False)])
 def test_accumulated_gradients_that_are_not_saved_are_said(interval: int, says: bool, tmp_path: Path) -> None:
     options = {"accumulate_grad_batches": 2, "val_check_interval": interval, "limit_train_batches": 4, "logger": False}

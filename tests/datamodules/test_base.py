@@ -1,12 +1,13 @@
 import logging
 import re
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lightning_vae.datamodules import DataModule, Digits, Gaussian
+from lightning_vae.datamodules import DataModule, Digits, Gaussian, base
 from lightning_vae.datamodules.base import split_of_name
 from tests.datamodules.doubles import Watcher, ready, trainer, whole
 
@@ -98,7 +99,7 @@ def test_what_was_read_is_printed_once(caplog):
 @pytest.mark.parametrize(
     ("before", "now", "change"),
     [
-        (Digits(), Digits(seed=1), "train has other observations; val has other observations"),
+        (Digits(), Digits(seed=1), "train has other observations; val has other observations; seed: 0 -> 1. "),
         (
             Digits(),
             Digits(val_fraction=0.2),
@@ -107,7 +108,7 @@ def test_what_was_read_is_printed_once(caplog):
         (
             Gaussian((2.0, 1.0), size=9),
             Gaussian((3.0, 1.0), size=9, seed=1),
-            r"eigenvalues: 2.0, 1.0 -> 3.0, 1.0; seed: 0",
+            r"eigenvalues: 2.0, 1.0 -> 3.0, 1.0; seed: 0 -> 1\. ",
         ),
     ],
 )
@@ -125,3 +126,65 @@ def test_a_split_by_name_keeps_to_the_shares():
     shares = {name: split.count(name) / len(split) for name in ("test", "val", "train")}
     assert shares == pytest.approx({"test": 0.1, "val": 0.18, "train": 0.72}, abs=0.01)
     assert [split_of_name(name, fractions, seed=1) for name in names] != split
+
+
+def saved_by(data: DataModule, folder: Path) -> dict[str, Path]:
+    run = trainer(max_epochs=1, limit_train_batches=1)
+    run.fit(Watcher(), datamodule=data)
+    run.save_checkpoint(folder / "saved.ckpt")
+    return {"ckpt_path": folder / "saved.ckpt"}
+
+
+def test_a_run_that_continues_says_another_batch_size(tmp_path):
+    saved = saved_by(Digits(), tmp_path)
+    trainer(max_epochs=1).fit(Watcher(), datamodule=Digits(), **saved)  # warnings are errors
+    changed = r"^Digits: the run continues with other .*: batch size over all processes: 128 -> 64\.$"
+    with pytest.warns(UserWarning, match=changed):
+        trainer(max_epochs=1).fit(Watcher(), datamodule=Digits(batch_size=64), **saved)
+    trainer().validate(Watcher(), datamodule=Digits(batch_size=64), verbose=False, **saved)
+
+
+def test_the_same_batch_over_more_processes_is_the_same(monkeypatch):
+    state = ready(Digits(batch_size=128), "fit").state_dict()
+    monkeypatch.setattr(base, "rank_and_world_size", lambda: (0, 2))
+    ready(Digits(batch_size=64), "fit").load_state_dict(state)
+    with pytest.warns(UserWarning, match="batch size over all processes: 128 -> 256"):
+        ready(Digits(batch_size=128), "fit").load_state_dict(state)
+
+
+def test_a_tuner_that_restores_its_own_state_has_changed_nothing():
+    digits = ready(Digits(), "fit")
+    state = digits.state_dict()
+    digits.batch_size = 64
+    digits.load_state_dict(state)
+
+
+def test_a_test_compares_the_split_that_is_tested(tmp_path, monkeypatch):
+    saved = saved_by(Digits(), tmp_path)
+    trainer().test(Watcher(), datamodule=Digits(seed=1, val_fraction=0.3), verbose=False, **saved)  # it has the same
+
+    class Fewer(Digits):
+        def _read_test(self):
+            return {"test": {name: tensor[1:] for name, tensor in super()._read_test()["test"].items()}}
+
+    Fewer.__qualname__ = "Digits"  # by which Lightning finds the state
+    with pytest.warns(UserWarning, match="trained on other data: test has 296 observations, had 297"):
+        trainer().test(Watcher(), datamodule=Fewer(), verbose=False, **saved)
+    with pytest.warns(UserWarning, match="train has other observations"):
+        trainer().validate(Watcher(), datamodule=Digits(seed=1), verbose=False, **saved)
+
+
+def test_a_test_of_another_draw_is_said(tmp_path):
+    saved = saved_by(Gaussian((2.0, 1.0), size=9), tmp_path)
+    with pytest.warns(UserWarning, match="trained on other data: seed: 0 -> 1\\. Results"):
+        trainer().test(Watcher(), datamodule=Gaussian((2.0, 1.0), size=9, seed=1), verbose=False, **saved)
+
+
+def test_data_without_a_test_split_can_be_saved(tmp_path):
+    class Untested(Digits):
+        def _read_test(self):
+            raise FileNotFoundError("nothing to test")
+
+    state = ready(Untested(), "fit").state_dict()
+    assert state["fingerprint"].keys() == {"train", "val"}
+    ready(Untested(), "fit").load_state_dict(state)
