@@ -17,7 +17,7 @@ class TorchVision(DataModule):
     The images are kept in memory as uint8 tensors. The largest set takes 225 MB.
 
     Args:
-        root: Folder of the data, in torchvision's layout.
+        root: Folder of the data, in torchvision's layout. `~` is the home folder.
         download: Whether to download missing data. One process does.
         batch_size: Observations in a batch of one process.
         val_fraction: Share of the official training split kept for validation.
@@ -39,7 +39,7 @@ class TorchVision(DataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
         check_fraction("val_fraction", val_fraction)
-        self.root = Path(root)
+        self.root = Path(root).expanduser()
         self.download = download
         self.val_fraction = val_fraction
 

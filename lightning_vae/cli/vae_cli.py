@@ -85,6 +85,7 @@ class Parser(LightningArgumentParser):
 
     def _found(self, config: str) -> str:
         """Return the path of a config that is given by its path or, if the package brings it, by its name."""
+        config = os.path.expanduser(config)
         if os.path.exists(config) or not re.fullmatch(r"[\w.+/-]+", config) or config == "-":
             return config  # a file, or a config that is given as text
         if "+" in config:  # a sweep lays one over another
@@ -166,6 +167,7 @@ class VAECLI(LightningCLI):
             for file in filter(None, config.get("config") or ()):  # None for a config that is given as text
                 yaml_checks.check_empty(file.get_content(), config)
             yaml_checks.check_values(config)
+            expand_home(self.config)
         model = config["model"].get("init_args") or {}
         self._given = {name: model[name] for name in FROM_DATA if model.get(name) is not None}
 
@@ -299,6 +301,23 @@ class VAECLI(LightningCLI):
             if isinstance(logger, TensorBoardLogger):
                 lines["Look at it"] = f"tensorboard --logdir {logger.save_dir}"
         return lines
+
+
+def expand_home(value: Any) -> Any:
+    """Expand a `~` at the start of each text in a config, such as `~/data`, because a shell does not do so there.
+
+    Args:
+        value: A config, which is changed in place, or a part of one.
+
+    Returns:
+        The value with its texts expanded.
+    """
+    if isinstance(value, str | Path):
+        return type(value)(os.path.expanduser(value))
+    if isinstance(value, Namespace | dict | list):
+        for key, item in list(enumerate(value) if isinstance(value, list) else value.items()):
+            value[key] = expand_home(item)
+    return value
 
 
 def run(args: ArgsType = None) -> VAECLI:

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import Namespace, get_loader
 
 from ..cli.errors import exit_with, readable_errors
-from ..cli.vae_cli import Parser, Unrun
+from ..cli.vae_cli import Parser, Unrun, expand_home
 from ..evaluation.measure import LEAST
 from ..likelihoods import Gaussian
 from ..vae import VAE
@@ -115,7 +115,7 @@ def _parse(arguments: Sequence[str]) -> tuple[Namespace, list[str]]:
         if re.match(r"--?[A-Za-z]", argument):  # the values of an option follow it
             target = mine if argument.partition("=")[0] in own else rest
         target.append(argument)
-    return parser.parse_args(mine), rest
+    return expand_home(parser.parse_args(mine)), rest
 
 
 def _parser() -> Parser:

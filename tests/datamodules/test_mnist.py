@@ -85,3 +85,18 @@ def test_an_idx_header_that_lies_costs_nothing(tmp_path, shape):
             read_idx(tmp_path / name)
     assert tracemalloc.get_traced_memory()[1] < 2**21
     tracemalloc.stop()
+
+
+def test_a_root_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_mnist(tmp_path / "mnist", "")
+    assert len(ready(MNIST("~/mnist", download=False), "test").test_dataloader()) == 1
+
+
+def test_a_checkpoint_knows_the_test_images(tmp_path):
+    write_mnist(tmp_path, "")
+    state = ready(MNIST(tmp_path), "fit").state_dict()
+    ready(MNIST(tmp_path, seed=1, val_fraction=0.5), "test").load_state_dict({"fingerprint": state["fingerprint"]})
+    write_idx(tmp_path / "t10k-images-idx3-ubyte", np.zeros((8, 28, 28), dtype=np.uint8))
+    with pytest.warns(UserWarning, match="trained on other data: test has other observations"):
+        ready(MNIST(tmp_path), "test").load_state_dict(state)

@@ -366,3 +366,12 @@ def test_a_folder_that_can_not_be_written_to_is_said_before_anything_is_run(call
         "`--folder`, `--name`: sweeps/linear can't be made or written to: Permission denied." in capsys.readouterr().err
     )
     assert calls == []
+
+
+def test_a_path_may_begin_with_the_home_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    with pytest.raises(SystemExit):
+        main(["sweep", "--folder=~/sweeps", "--checkpoints=~/none.ckpt"])
+    assert f"there is no file '{tmp_path}/home/none.ckpt'" in capsys.readouterr().err
+    main([*SWEEP, "--folder=~/sweeps", "--print_commands"])
+    assert f"save_dir={tmp_path}/home/sweeps" in capsys.readouterr().out
