@@ -4,8 +4,8 @@ import hashlib
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from .base import DataModule, Tensors, check_fraction, class_counts, shortened, sizes, split_of_name
-from .loaders.batch_loader import BatchLoader
-from .loaders.image_files import ImageFiles, counted, find_images, inspect_images, refuse
+from .loaders.batch_loader import BatchLoader, DataError
+from .loaders.decoded_images import decode_images
+from .loaders.image_files import ImageFiles, find_images
 from .loaders.stream_loader import StreamLoader
 from .loaders.tensor_loader import TensorLoader
 
@@ -29,6 +30,7 @@ _SPLIT_FOLDERS = {
     "test": "test",
     "testing": "test",
 }
+_NAMED = 100  # files with a fault in a message
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,15 @@ class Images(DataModule):
     `validation`) and `test` are splits, not classes: their images, flat or in class folders, are used as such, and a
     split without a folder is taken from `train`.
 
-    Before the first step the header of each file is read, and all files that can't be used are named. `fit` prints what
-    was found, what was passed over and how it was split.
+    Before the first step each file is decoded, and all files that can't be used are named. Sound files are remembered
+    in the user's cache folder, so later runs decode only what has changed. `fit` prints what was found, what was passed
+    over and how it was split.
 
-    Images within `memory_budget` are read once and kept in memory as uint8. More images than that are read from their
-    files during training, in the same order and with the same flips; a file whose pixels turn out to be damaged then
-    ends the run with one message.
+    Images within `memory_budget` are kept in memory as uint8. More images than that are read from their files during
+    training, in the same order and with the same flips. A file that is damaged later ends the run with one message.
 
     Args:
-        root: Folder of images, or of class folders of images.
+        root: Folder of images, or of class folders of images. `~` is the home folder.
         size: Height and width of each image as a tensor, or one number for both.
         channels: 1 for grey, 3 for colour.
         flip: Whether to mirror each training image left to right with probability one half.
@@ -79,8 +81,7 @@ class Images(DataModule):
             folder `val`.
         test_fraction: Approximate share kept for the test, if there is no `test_root` and no folder `test`.
         background: Colour behind transparent pixels: a name, such as `"white"`, or `"#rrggbb"`.
-        skip_broken: Whether to leave out files that can't be read, and name them, instead of ending. All images are
-            then decoded once before the first step.
+        skip_broken: Whether to leave out files that can't be read, and name them, instead of ending.
         memory_budget: Memory in GiB that the images of all splits may take as tensors.
         num_workers: Processes that read ahead for each loader, if the images exceed the memory budget; 0 for none.
         batch_size: Observations in a batch of one process.
@@ -120,8 +121,8 @@ class Images(DataModule):
             raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
         check_fraction("val_fraction", val_fraction)
         check_fraction("test_fraction", test_fraction)
-        self.root = Path(root)
-        self.test_root = Path(test_root) if test_root is not None else None
+        self.root = Path(root).expanduser()
+        self.test_root = Path(test_root).expanduser() if test_root is not None else None
         self.flip = flip
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
@@ -132,6 +133,13 @@ class Images(DataModule):
         self.shape: tuple[int, int, int] = (channels, *sides)
         self._colour = _rgb(background)
         self._files: dict[str, ImageFiles] = {}
+        self._identity: dict[str, Any] = {}
+
+    @override
+    def prepare_data(self) -> None:
+        """Check the images in one process, whose result the others find remembered."""
+        with suppress(ValueError, OSError):  # `setup` reports it in each process, so that none waits for another
+            self._files = self._files or self._find()
 
     @override
     def setup(self, stage: str) -> None:
@@ -160,12 +168,11 @@ class Images(DataModule):
 
     @override
     def _fingerprint(self) -> dict[str, Any]:
-        if not self._files:
-            return {}
-        splits: dict[str, Any] = {
-            name: {"observations": len(files), "checksum": self._checksums[name]} for name, files in self._files.items()
-        }
-        return {**splits, "classes": list(self.class_names)}
+        return self._identity
+
+    @override
+    def _training_options(self) -> dict[str, Any]:
+        return {**super()._training_options(), "flip": self.flip}
 
     @override
     def _read_train(self) -> dict[str, Tensors]:
@@ -202,17 +209,24 @@ class Images(DataModule):
                     f"`test_root` is {self.test_root}, but `root` ({self.root}) has a folder of test images too."
                     " Leave out `test_root`, or move that folder."
                 )
-            test_images, passed_over_too = _scan(self.test_root, split="test")
-            images, passed_over = images + test_images, passed_over + passed_over_too
-        headers = inspect_images([image.path for image in images], decode=self.skip_broken)
-        faults = {str(image.path): header.fault for image, header in zip(images, headers, strict=True) if header.fault}
-        if not self.skip_broken or len(faults) == len(images):
-            refuse(faults, len(images))
-        images = [image for image, header in zip(images, headers, strict=True) if not header.fault]
+            test_images, also_passed_over = _scan(self.test_root, split="test")
+            images += test_images
+            for reason, names in also_passed_over.items():
+                passed_over.setdefault(reason, []).extend(names)
+        paths = [image.path for image in images]
+        facts = decode_images(paths, [image.name for image in images])
+        faults = [f"{path} {each.fault}" for path, each in zip(paths, facts, strict=True) if each.fault]
+        if faults and (not self.skip_broken or len(faults) == len(images)):
+            raise DataError(
+                f"{len(faults)} of {len(images)} images can't be used. Repair or remove them, or set `skip_broken` to"
+                f" leave them out:{_listed(faults)}"
+            )
+        images = [image for image, each in zip(images, facts, strict=True) if not each.fault]
         self.class_names = self._classes(images)
         splits = self._split(images)
         self._check_overlap(splits)
-        self._checksums = {name: _checksum(split) for name, split in splits.items()}
+        self._identity = {name: _identity(split) for name, split in splits.items()}
+        self._identity |= {"classes": self.class_names, "shape": list(self.shape)}
         files = {name: self._image_files(split) for name, split in splits.items()}
 
         observations = {name: len(split) for name, split in splits.items()}
@@ -223,14 +237,15 @@ class Images(DataModule):
             lines.append(class_counts(torch.cat(labels), self.class_names))
         if deeper := sum(image.is_deeper for image in images):
             lines.append(f"Images in further folders below the class folders, which are not classes: {deeper}.")
-        if pages := sum(header.has_pages for header in headers):
+        if pages := [str(path) for path, each in zip(paths, facts, strict=True) if each.has_pages]:
             passed_over["files, from their second page or frame on"] = pages
-        if passed_over:
-            lines.append(f"Passed over: {counted(passed_over)}.")
-        if faults:
-            lines.append(f"Left out: {shortened(f'{name} {fault}' for name, fault in faults.items())}.")
-        if transparent := sum(header.is_transparent for header in headers):
+        for reason, names in sorted(passed_over.items(), key=lambda entry: -len(entry[1])):
+            lines.append(f"Passed over, {len(names)} {reason}: {shortened(names)}.")
+        if transparent := sum(each.is_transparent for each in facts):
+            self._identity["background"] = "#{:02x}{:02x}{:02x}".format(*self._colour)
             lines.append(f"Images with transparency: {transparent}, put on a background of {self.background}.")
+        if faults:
+            lines.append(f"Left out, {len(faults)}:{_listed(faults)}")
         rank_zero_info("\n  ".join(lines))
         return files
 
@@ -291,7 +306,7 @@ class Images(DataModule):
         return ImageFiles([image.path for image in images], names, labels, self.shape, self._colour)
 
 
-def _scan(root: Path, split: str = "") -> tuple[list[_Image], Counter[str]]:
+def _scan(root: Path, split: str = "") -> tuple[list[_Image], dict[str, list[str]]]:
     """Find the images of a folder, their class folders and their splits.
 
     Args:
@@ -299,7 +314,7 @@ def _scan(root: Path, split: str = "") -> tuple[list[_Image], Counter[str]]:
         split: The split of all images. Without it, folders called train, val and test are splits.
 
     Returns:
-        The images, and how many entries were passed over, by the reason.
+        The images, and the entries that were passed over, by the reason.
 
     Raises:
         ValueError: If folders of splits are mixed with others, or images with folders of images.
@@ -353,10 +368,15 @@ def _split_names(folders: Sequence[str]) -> list[str]:
     return [folder for alike in found.values() if len(alike) > 1 for folder in alike.values()]
 
 
-def _checksum(images: Sequence[_Image]) -> str:
-    """Return a checksum of the names and sizes of files."""
+def _listed(faults: Sequence[str]) -> str:
+    """Return a line for each of the first hundred faults, and how many follow."""
+    rest = [f"and {len(faults) - _NAMED} more"] if len(faults) > _NAMED else []
+    return "".join(f"\n    {fault}" for fault in [*faults[:_NAMED], *rest])
+
+
+def _identity(images: Sequence[_Image]) -> dict[str, Any]:
     entries = (f"{image.name}\0{image.path.stat().st_size}\n".encode() for image in images)
-    return hashlib.sha256(b"".join(entries)).hexdigest()[:16]
+    return {"observations": len(images), "checksum": hashlib.sha256(b"".join(entries)).hexdigest()[:16]}
 
 
 def _rgb(background: str) -> tuple[int, int, int]:

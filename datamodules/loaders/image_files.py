@@ -1,12 +1,10 @@
 """Find and read image files."""
 
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", "
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+_BETWEEN = {"La": "LA", "LAB": "RGB"}  # modes that Pillow converts to grey only by way of another
 
 
 class ImageFiles(Dataset[dict[str, Tensor]]):
@@ -59,22 +58,17 @@ class ImageFiles(Dataset[dict[str, Tensor]]):
         """Read all images into memory.
 
         Raises:
-            DataError: If files can't be read; all of them are named.
+            DataError: If a file can't be read.
         """
         x = torch.empty(len(self), *self.shape, dtype=torch.uint8)
-        faults = {}
         for index, path in enumerate(self.paths):
-            try:
-                x[index] = read_image(path, self.shape, self.background)
-            except DataError as error:
-                faults[self.names[index]] = str(error.__cause__)
-        refuse(faults, len(self))
+            x[index] = read_image(path, self.shape, self.background)
         return {"x": x} if self.labels is None else {"x": x, "label": self.labels}
 
 
 @dataclass(frozen=True)
-class ImageHeader:
-    """Facts from the header of an image file.
+class ImageFacts:
+    """Facts about an image file.
 
     Attributes:
         fault: Why it can't be read; empty if it can.
@@ -87,8 +81,8 @@ class ImageHeader:
     has_pages: bool = False
 
 
-def find_images(root: Path) -> tuple[list[Path], Counter[str]]:
-    """Find the image files of a folder and of the folders below it, and count the rest.
+def find_images(root: Path) -> tuple[list[Path], dict[str, list[str]]]:
+    """Find the image files of a folder and of the folders below it, and what else is there.
 
     Links to files and folders are followed. What starts with a dot is passed over.
 
@@ -96,7 +90,7 @@ def find_images(root: Path) -> tuple[list[Path], Counter[str]]:
         root: The folder.
 
     Returns:
-        The images, in the order of their paths; and how many entries were passed over, by the reason.
+        The images, in the order of their paths; and the entries that were passed over, by the reason.
 
     Raises:
         FileNotFoundError: If the folder is missing or has no images.
@@ -104,23 +98,19 @@ def find_images(root: Path) -> tuple[list[Path], Counter[str]]:
     """
     if not root.is_dir():
         raise FileNotFoundError(f"There is no folder {root}. Name the folder that holds the images.")
-    passed_over: Counter[str] = Counter()
+    passed_over: defaultdict[str, list[str]] = defaultdict(list)
     paths = sorted(_walk(root, (), passed_over))
     if not paths:
-        rest = f" Passed over: {counted(passed_over)}." if passed_over else ""
+        counts = ", ".join(f"{len(names)} {reason}" for reason, names in passed_over.items())
+        rest = f" Passed over: {counts}." if passed_over else ""
         raise FileNotFoundError(f"{root} has no images. Put some there that end in one of {sorted(SUFFIXES)}.{rest}")
     return paths, passed_over
 
 
-def counted(passed_over: Counter[str]) -> str:
-    """Return counts as text, the most frequent first."""
-    return ", ".join(f"{count} {reason}" for reason, count in passed_over.most_common())
-
-
-def _walk(folder: Path, parents: tuple[str, ...], passed_over: Counter[str]) -> Iterator[Path]:
+def _walk(folder: Path, parents: tuple[str, ...], passed_over: Mapping[str, list[str]]) -> Iterator[Path]:
     real = os.path.realpath(folder)
     if real in parents:
-        passed_over["links in a circle"] += 1
+        passed_over["links in a circle"].append(str(folder))
         return
     found = False
     try:
@@ -133,60 +123,35 @@ def _walk(folder: Path, parents: tuple[str, ...], passed_over: Counter[str]) -> 
         path = folder / entry.name
         suffix = path.suffix.lower()
         if entry.name.startswith("."):
-            passed_over["hidden"] += 1
+            passed_over["hidden"].append(str(path))
         elif path.is_dir():
             found = True
             yield from _walk(path, (*parents, real), passed_over)
         elif entry.is_symlink() and not path.exists():
-            passed_over["links that lead nowhere"] += 1
+            passed_over["links that lead nowhere"].append(str(path))
         elif suffix in SUFFIXES:
             found = True
             yield path
         else:
-            passed_over[f"ending in {suffix}" if suffix else "without a suffix"] += 1
+            passed_over[f"ending in {suffix}" if suffix else "without a suffix"].append(str(path))
     if not found:
-        passed_over["folders without images"] += 1
+        passed_over["folders without images"].append(str(folder))
 
 
-def inspect_images(paths: Sequence[Path], decode: bool = False) -> list[ImageHeader]:
-    """Look at the headers of image files, several at a time.
+def inspect_image(path: Path) -> ImageFacts:
+    """Decode an image file.
 
     Args:
-        paths: The files.
-        decode: Whether to decode the pixels too, which finds more faults and takes as long as reading all images.
+        path: The file.
     """
-    from PIL import Image
-
-    Image.init()  # registers the formats, which threads must not do at the same time
-    with ThreadPoolExecutor() as pool:
-        return list(pool.map(partial(_inspect, decode=decode), paths))
-
-
-def _inspect(path: Path, decode: bool) -> ImageHeader:
     try:
-        with _opened(path, decode) as file:
+        with _opened(path) as image:
             pages = False
             with suppress(Exception):  # a fault in a page that is not used
-                pages = bool(getattr(file, "is_animated", False))
-            return ImageHeader(is_transparent=_is_transparent(file), has_pages=pages)
+                pages = bool(getattr(image, "is_animated", False))
+            return ImageFacts(is_transparent=_is_transparent(image), has_pages=pages)
     except _UnreadableImageError as error:
-        return ImageHeader(fault=str(error))
-
-
-def refuse(faults: dict[str, str], total: int) -> None:
-    """Raise a DataError that names files that can't be read, at most ten.
-
-    Args:
-        faults: What is wrong, by file name.
-        total: Number of files that were looked at.
-    """
-    if faults:
-        named = "; ".join(f"{name} {fault}" for name, fault in list(faults.items())[:10])
-        rest = f"; and {len(faults) - 10} more" if len(faults) > 10 else ""
-        raise DataError(
-            f"{len(faults)} of {total} images can't be used. Repair or remove them, or set `skip_broken` to leave them"
-            f" out: {named}{rest}."
-        )
+        return ImageFacts(fault=str(error))
 
 
 def read_image(path: Path, shape: tuple[int, int, int], background: tuple[int, int, int] = (255, 255, 255)) -> Tensor:
@@ -216,6 +181,8 @@ def read_image(path: Path, shape: tuple[int, int, int], background: tuple[int, i
             image: Any = _upright(file)
     except _UnreadableImageError as error:
         raise DataError(f"{path} {error}. Repair or remove it.") from error
+    if image.mode in _BETWEEN:
+        image = image.convert(_BETWEEN[image.mode])
     if _is_transparent(image):
         canvas = Image.new("RGBA", image.size, (*background, 255))
         image = Image.alpha_composite(canvas, image.convert("RGBA"))
@@ -229,18 +196,18 @@ class _UnreadableImageError(Exception):
 
 
 @contextmanager
-def _opened(path: Path, decode: bool = True) -> Iterator[Any]:
-    """Open an image with at most 8 bits per channel, without its metadata if they can't be parsed."""
+def _opened(path: Path) -> Iterator[Any]:
+    """Decode an image with at most 8 bits per channel, without its metadata if they can't be parsed."""
     from PIL import UnidentifiedImageError
 
     if not path.is_file():  # opening a pipe would block forever
         raise _UnreadableImageError("is not a regular file" if path.exists() else "is not there")
     try:
         try:
-            image = _open(path, decode)
+            image = _decoded(path)
         except Exception as error:
             try:
-                image = _open(BytesIO(_without_metadata(path.read_bytes())), decode)
+                image = _decoded(BytesIO(_without_metadata(path.read_bytes())))
             except Exception:  # the metadata were not the reason
                 raise error from None
     except UnidentifiedImageError as error:  # its message is the path
@@ -254,13 +221,12 @@ def _opened(path: Path, decode: bool = True) -> Iterator[Any]:
         yield image
 
 
-def _open(source: Path | BytesIO, decode: bool) -> Any:
+def _decoded(source: Path | BytesIO) -> Any:
     from PIL import Image
 
     image = Image.open(source)
     try:
-        if decode:
-            image.load()
+        image.load()
     except BaseException:
         image.close()
         raise

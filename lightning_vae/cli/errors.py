@@ -43,11 +43,12 @@ def exit_with(error: object, hint: str = "", code: int = 2) -> NoReturn:
     """End the process with one message on standard error.
 
     Args:
-        error: The message, which may be a parser's.
+        error: The error or its message, which may be a parser's. The message of a DataError is printed whole.
         hint: Text to append unchanged.
         code: The exit code.
     """
-    print(f"error: {readable(str(error))}{hint}", file=sys.stderr)
+    text = str(error) if isinstance(error, datamodules.DataError) else readable(str(error))
+    print(f"error: {text}{hint}", file=sys.stderr)
     raise SystemExit(code)
 
 
@@ -83,13 +84,14 @@ def exit_if_expected(error: Exception, trainer: Trainer, steps: int) -> None:
     monitors_nothing = "which is not available" in said  # EarlyStopping reports it after the first epoch
     if steps > 1 and not known and not monitors_nothing:
         return
+    message = error if isinstance(error, datamodules.DataError) else said
     print(file=sys.stderr)  # ends the progress bar's line
     if isinstance(error, FloatingPointError):
         exit_with(said, code=1)
     if known and steps > 0:
-        remedy = "The same command with `--ckpt_path last --same_run true` continues from the last save."
-        exit_with(f"{said} {remedy}", code=1)
-    exit_with(_misfit(said) if "Error(s) in loading state_dict" in said else said)
+        remedy = " The same command with `--ckpt_path last --same_run true` continues from the last save."
+        exit_with(message, remedy, code=1)
+    exit_with(_misfit(said) if "Error(s) in loading state_dict" in said else message)
 
 
 def readable(message: str) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from lightning_vae import VAE
 from lightning_vae.cli.checkpoint_checks import read_checkpoint, warn_of_other_data_set
 from lightning_vae.cli.vae_cli import VAECLI, Unrun
+from lightning_vae.datamodules import Images
 from lightning_vae.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -486,20 +487,72 @@ def test_a_config_that_is_nowhere_lists_those_of_the_package(capsys):
     assert " digits, " in error
 
 
-def test_a_damaged_image_amid_a_streamed_epoch_is_one_message(tmp_path, capsys):
+@pytest.fixture
+def images(tmp_path, monkeypatch):
+    """A folder of 40 images, and a cache of one's own for what is remembered of them."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
     for number in range(40):
         Image.new("RGB", (6, 6), (number, 0, 0)).save(tmp_path / "images" / f"{number:02}.png")
-    whole = (tmp_path / "images" / "07.png").read_bytes()
-    (tmp_path / "images" / "07.png").write_bytes(whole[:-25])  # its header is sound
+    return tmp_path / "images"
+
+
+STREAMED = ["--data=Images", "--data.root=images", "--data.size=6", "--data.memory_budget=0", "--data.num_workers=0",
+            "--data.batch_size=1", "--trainer.limit_val_batches=0", "--trainer.accelerator=cpu",
+            "--trainer.logger=false", *SHORT]  # fmt: skip
+
+
+def test_an_image_damaged_amid_a_streamed_epoch_is_one_message(images, capsys):
+    Images("images", size=6).setup("fit")
+    path = images / "07.png"
+    before = path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes()[:-25] + bytes(25))
+    os.utime(path, ns=(before, before))  # so it counts as checked
     with pytest.raises(SystemExit) as ended:
-        main(["fit", "--data=Images", "--data.root=images", "--data.size=6", "--data.memory_budget=0",
-              "--data.num_workers=0", "--data.batch_size=1", "--trainer.limit_val_batches=0",
-              "--trainer.accelerator=cpu", "--trainer.logger=false", *SHORT])  # fmt: skip
+        main(["fit", *STREAMED])
     assert ended.value.code in (1, 2)
     error = capsys.readouterr().err
     assert "07.png can't be read as an image" in error
     assert "Traceback" not in error
+
+
+def test_all_damaged_images_are_named_before_the_first_step(images, capsys):
+    for number in range(0, 40, 2):
+        path = images / f"{number:02}.png"
+        path.write_bytes(path.read_bytes()[:-25])  # its header is sound
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *STREAMED])
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "20 of 40 images can't be used" in error
+    assert error.count(".png can't be read as an image") == 20
+    assert "Traceback" not in error
+
+
+def test_a_path_in_a_config_may_begin_with_the_home_folder(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    images.rename(tmp_path / "home")
+    monkeypatch.chdir(tmp_path / "home")
+    (tmp_path / "home" / "run.yaml").write_text(
+        """
+        data: {class_path: Images, init_args: {root: ~/, size: 6, batch_size: 8}}
+        model: {init_args: {latent_dim: 2}}
+        trainer: {accelerator: cpu, limit_val_batches: 0, logger: {class_path: TensorBoardLogger, init_args:
+          {save_dir: ~/logs}}, callbacks: [{class_path: LatentsWriter, init_args: {path: ~/latents.csv}}]}
+        """.replace("LatentsWriter", "lightning_vae.evaluation.latents_writer.LatentsWriter")
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    main(["fit", "--config=~/run.yaml", *SHORT])
+    run = tmp_path / "home" / "logs" / "lightning_logs" / "version_0"
+    assert list((run / "checkpoints").glob("*.ckpt"))
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=~/run.yaml", "--ckpt_path=last", "--same_run=true", *SHORT])
+    assert f"{run} has finished" in capsys.readouterr().out
+    main(["predict", "--config=~/run.yaml", "--ckpt_path=~/logs/lightning_logs/version_0", *SHORT[1:]])
+    assert (tmp_path / "home" / "latents.csv").is_file()
+    assert not list(elsewhere.iterdir())
 
 
 def test_a_checkpoint_of_another_data_set_is_said(run):

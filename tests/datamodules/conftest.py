@@ -13,3 +13,8 @@ def _offline(monkeypatch):
     for module in (torchvision.datasets.mnist, torchvision.datasets.cifar, torchvision.datasets.omniglot):
         monkeypatch.setattr(module, "download_and_extract_archive", fail)
     monkeypatch.setattr(torchvision.datasets.svhn, "download_url", fail)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

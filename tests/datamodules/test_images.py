@@ -1,6 +1,7 @@
 import logging
 import os
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -166,15 +167,16 @@ def test_streaming_trains_without_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("budget", [0, 1])
-def test_an_unreadable_image_is_named(tmp_path, budget):
-    folder_of(tmp_path)
+def test_unreadable_images_are_named_up_to_a_hundred(tmp_path, budget):
+    folder_of(tmp_path, 120)
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(
-        ValueError,
-        match=r"20 of 20 .*Repair or remove them.*`skip_broken`.*\d\d\.png can't be read as an image.* and 10 more",
-    ):
-        list(ready(Images(tmp_path, size=6, memory_budget=budget, num_workers=0), "fit").train_dataloader())
+    with pytest.raises(DataError, match=r"120 of 120 .*Repair or remove them.*`skip_broken`") as error:
+        ready(Images(tmp_path, size=6, memory_budget=budget, num_workers=0), "fit")
+    [_, *lines] = str(error.value).splitlines()
+    assert len(lines) == 101
+    assert all(re.fullmatch(r" +/\S*\d+\.png can't be read as an image \(.*\)", line) for line in lines[:100])
+    assert lines[-1].strip() == "and 20 more"
 
 
 def test_deep_colour_is_refused(tmp_path):
@@ -250,11 +252,47 @@ def test_what_is_passed_over_is_said_once(tmp_path, said):
     frames[0].save(tmp_path / "cat" / "moving.gif", save_all=True, append_images=frames[1:])
     datamodule = ready(Images(tmp_path, size=6))
     [record] = [line for line in said().split("Images: ") if "observations" in line]
-    for part in ("2 ending in .txt", "1 hidden", "1 without a suffix", "1 folders without images"):
+    for part in (
+        f"Passed over, 2 ending in .txt: {tmp_path}/",
+        f"Passed over, 1 hidden: {tmp_path}/cat/.hidden.png.",
+        f"Passed over, 1 without a suffix: {tmp_path}/README.",
+        f"Passed over, 1 files, from their second page or frame on: {tmp_path}/cat/moving.gif.",
+    ):
         assert part in record
-    assert "1 files, from their second page or frame on" in record
     assert "31 observations, " in record
     assert sum(map(len, datamodule._files.values())) == 31
+
+
+def test_empty_class_folders_are_named(tmp_path, said):
+    for folder in ("train/cat", "train/dog", "test/cat"):
+        folder_of(tmp_path / folder)
+    for folder in ("train/bird", "train/cat/old", "test/dog"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "train" / "bird" / "notes.txt").write_text("")
+    ready(Images(tmp_path, size=6, **FRACTIONS))
+    [line] = [line for line in said().splitlines() if "folders without images" in line]
+    count, _, names = line.strip().partition(": ")
+    assert count == "Passed over, 3 folders without images"
+    expected = {str(tmp_path / folder) for folder in ("train/bird", "train/cat/old", "test/dog")}
+    assert set(names.rstrip(".").split(", ")) == expected
+
+
+def test_of_many_empty_class_folders_ten_are_named(tmp_path, said):
+    folder_of(tmp_path / "cat")
+    for number in range(14):
+        (tmp_path / f"empty{number}").mkdir()
+    ready(Images(tmp_path, size=6, **FRACTIONS))
+    [line] = [line for line in said().splitlines() if "14 folders without images" in line]
+    assert line.count("/empty") == 10
+    assert line.endswith(" and 4 more.")
+
+
+def test_the_folders_of_a_test_root_are_named_too(tmp_path, said):
+    for folder in ("set", "held_out"):
+        folder_of(tmp_path / folder / "cat")
+        (tmp_path / folder / "dog").mkdir()
+    ready(Images(tmp_path / "set", size=6, test_root=tmp_path / "held_out", val_fraction=0.3))
+    assert f"2 folders without images: {tmp_path}/set/dog, {tmp_path}/held_out/dog." in said()
 
 
 def test_one_more_image_moves_no_other(tmp_path):
@@ -350,11 +388,51 @@ def test_all_broken_files_are_named_and_left_out_on_request(tmp_path, said, budg
     (tmp_path / "07.png").write_bytes(b"no image")
     (tmp_path / "08.png").write_bytes((tmp_path / "08.png").read_bytes()[:-25])  # its header is sound
     options = {"size": 6, "memory_budget": budget, "num_workers": 0}
-    with pytest.raises(DataError, match=r"1 of 40 images can't be used.*07\.png"):
+    with pytest.raises(DataError, match=r"2 of 40 images can't be used.*\n.*07\.png can't.*\n.*08\.png can't"):
         ready(Images(tmp_path, **options), "fit")
     datamodule = ready(Images(tmp_path, skip_broken=True, **options))
     assert set.union(*reds(datamodule)) == set(range(40)) - {7, 8}
-    assert re.search(r"Left out: \S*07\.png can't be read as an image \(.*\), \S*08\.png can't be read", said())
+    assert re.search(r"Left out, 2:\n +\S*07\.png can't be read as an image \(.*\)\n +\S*08\.png can't", said())
+
+
+@pytest.mark.parametrize("budget", [0, 1])
+def test_a_broken_image_of_the_test_is_named_before_the_training(tmp_path, budget):
+    for folder in ("train", "val", "test"):
+        folder_of(tmp_path / folder, 3)
+    path = tmp_path / "test" / "01.png"
+    path.write_bytes(path.read_bytes()[:-25])  # its header is sound
+    with pytest.raises(DataError, match=r"1 of 9 images can't be used.*\n.*test/01\.png can't be read"):
+        Images(tmp_path, size=6, memory_budget=budget).setup("fit")
+
+
+@pytest.mark.parametrize("skip_broken", [False, True])
+def test_a_later_run_decodes_nothing_that_was_sound(tmp_path, skip_broken, monkeypatch):
+    options = {"size": 6, "memory_budget": 0, "num_workers": 0, "skip_broken": skip_broken}
+    before = ready(Images(folder_of(tmp_path), **options), "fit")
+
+    def fail(_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr("lightning_vae.datamodules.loaders.decoded_images.inspect_image", fail)
+    assert ready(Images(tmp_path, **options), "fit").state_dict() == before.state_dict()
+
+
+def test_one_process_checks_the_images_for_all(tmp_path, said):
+    first, other = (Images(folder_of(tmp_path), size=6, memory_budget=0) for _ in range(2))
+    first.prepare_data()
+    assert said().count("20 observations") == 1
+    first.setup("fit")
+    assert said().count("20 observations") == 1
+    other.setup("fit")  # another process
+    assert other.state_dict() == first.state_dict()
+
+
+def test_a_fault_is_raised_in_setup_where_no_process_waits_for_another(tmp_path):
+    (tmp_path / "0.png").write_bytes(b"no image")
+    datamodule = Images(tmp_path, size=6)
+    datamodule.prepare_data()
+    with pytest.raises(DataError):
+        datamodule.setup("fit")
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's, about any fork
@@ -389,9 +467,44 @@ def test_other_data_than_the_checkpoints_are_said(tmp_path):
         ready(Images(tmp_path, size=6, test_fraction=0.4), "test").load_state_dict(state)
     with pytest.warns(UserWarning, match="other data: .* has other observations|has .* had"):
         ready(Images(tmp_path, size=6, seed=1), "test").load_state_dict(state)
+    with pytest.warns(UserWarning, match="other data: shape: 3, 6, 6 -> 1, 6, 6"):
+        ready(Images(tmp_path, size=6, channels=1), "test").load_state_dict(state)
     folder_of(tmp_path / "dog", 1)
     with pytest.warns(UserWarning, match="classes: cat -> cat, dog"):
         ready(Images(tmp_path, size=6), "test").load_state_dict(state)
+
+
+@pytest.mark.parametrize(("mode", "changes"), [("RGB", False), ("RGBA", True)])
+def test_another_background_is_said_where_there_is_transparency(tmp_path, mode, changes):
+    for number in range(20):
+        save(tmp_path / f"{number}.png", mode=mode)
+    state = ready(Images(tmp_path, size=6, background="white"), "fit").state_dict()
+    ready(Images(tmp_path, size=6, background="#FFFFFF"), "fit").load_state_dict(state)
+    with pytest.warns(UserWarning, match="background: #ffffff -> #000000") if changes else nullcontext():
+        ready(Images(tmp_path, size=6, background="black"), "fit").load_state_dict(state)
+
+
+def test_a_resumed_run_says_another_flip_and_a_test_does_not(tmp_path):
+    folder_of(tmp_path)
+    run, watcher = trainer(max_epochs=1), Watcher()
+    options = {"size": 6, "num_workers": 0, "batch_size": 4}
+    run.fit(watcher, datamodule=Images(tmp_path, **options))
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    resume = {"ckpt_path": tmp_path / "saved.ckpt"}
+    other = {"memory_budget": 0, "num_workers": 1, "batch_size": 4, "size": 6}  # changes nothing of the data
+    trainer(max_epochs=1).fit(watcher, datamodule=Images(tmp_path, **other), **resume)
+    flipped = options | {"flip": True}
+    with pytest.warns(UserWarning, match=r"^Images: the run continues with .* saved with: flip: False -> True\.$"):
+        trainer(max_epochs=1).fit(watcher, datamodule=Images(tmp_path, **flipped), **resume)
+    trainer().test(watcher, datamodule=Images(tmp_path, **flipped), verbose=False, **resume)
+
+
+def test_a_root_below_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    folder_of(tmp_path / "here")
+    folder_of(tmp_path / "there")
+    datamodule = ready(Images("~/here", size=6, test_root=Path("~/there")))
+    assert (datamodule.root, datamodule.test_root) == (tmp_path / "here", tmp_path / "there")
 
 
 @pytest.mark.parametrize(

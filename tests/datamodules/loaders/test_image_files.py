@@ -8,7 +8,7 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
-from lightning_vae.datamodules.loaders.image_files import find_images, inspect_images, read_image
+from lightning_vae.datamodules.loaders.image_files import find_images, inspect_image, read_image
 
 
 def test_pipes_and_huge_images_are_named(tmp_path):
@@ -62,7 +62,7 @@ def test_metadata_that_cannot_be_parsed_do_not_refuse_a_png(tmp_path, chunk):
     path, data = tmp_path / "0.png", _saved("png")
     path.write_bytes(data[:33] + chunk + data[33:])
     assert read_image(path, (3, 8, 8))[:, 0, 0].tolist() == [0, 128, 255]
-    assert inspect_images([path])[0].fault == ""
+    assert inspect_image(path).fault == ""
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
@@ -76,4 +76,18 @@ def test_metadata_that_cannot_be_parsed_do_not_refuse_a_jpeg(tmp_path, marker, c
     plain = tmp_path / "plain.jpg"
     plain.write_bytes(data)
     assert read_image(path, (3, 8, 8)).equal(read_image(plain, (3, 8, 8)))
-    assert inspect_images([path])[0].fault == ""
+    assert inspect_image(path).fault == ""
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("mode", ["LAB", "La", "RGBa", "CMYK"])
+def test_what_decodes_can_be_read(tmp_path, mode, channels):
+    path = tmp_path / "0.tif"
+    Image.new(mode.upper(), (8, 8)).save(path)
+    if mode.endswith("a"):  # multiplied by alpha: Pillow reads such files and writes none
+        unassociated, associated = (struct.pack("<HHIHH", 338, 3, 1, kind, 0) for kind in (2, 1))
+        path.write_bytes(path.read_bytes().replace(unassociated, associated))
+    with Image.open(path) as image:
+        assert image.mode == ("RGBA" if mode == "RGBa" else mode)
+    assert inspect_image(path).fault == ""
+    assert read_image(path, (channels, 8, 8)).shape == (channels, 8, 8)
