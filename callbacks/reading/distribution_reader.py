@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -83,8 +84,8 @@ class DistributionReader:
         self._has_heard = False
 
     def __getstate__(self) -> dict[str, Any]:
-        # A module that is copied while it is watched has the reader in its hooks. The copy of the reader is idle: the
-        # graphs of the outputs can't be copied, and it keeps nothing until it is told to listen.
+        # A module that is copied within a step may hold the callback that reads it. The graphs of the outputs can't be
+        # copied, and the hooks stay with the module.
         return {**vars(self), "_outputs": None, "_batch": None, "_captured": None, "_handles": []}
 
     @property
@@ -112,9 +113,7 @@ class DistributionReader:
             return
         if not self._handles:
             modules = {path: _submodule(pl_module, path) for path in self.paths}
-            self._handles = [
-                module.register_forward_hook(partial(self._keep, path)) for path, module in modules.items()
-            ]
+            self._handles = [module.register_forward_hook(_Hook(self._keep, path)) for path, module in modules.items()]
         self._outputs = {path: [] for path in self.paths}
 
     def forget(self) -> None:
@@ -200,6 +199,13 @@ class DistributionReader:
             if is_pair(value) and value[0].shape != value[1].shape:  # `(z, kl)`, or a recurrent network's state
                 raise pair_error(value, self.second)
         return parts[0]
+
+
+class _Hook(partial):  # type: ignore[type-arg]
+    """A forward hook. In a copied or pickled module it does nothing, and needs nothing of this package."""
+
+    def __reduce__(self) -> Any:
+        return partial, (nullcontext().__exit__,)  # which takes any arguments and returns None
 
 
 def _separate(value: Any) -> list[Any]:
