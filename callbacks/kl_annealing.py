@@ -11,9 +11,10 @@ from typing_extensions import override
 
 from .base import callbacks_of, knobs_of
 from .control.attribute_scheduler import AttributeScheduler
-from .control.attribute_writer import remedy
+from .control.conflicts import remedy
 from .probing.effective_beta import WeightEffect, weight_effect
 from .probing.loss_probe import LossProbe
+from .probing.validation_weight import StaleWeight, stale_weight
 from .schedules import Schedule
 
 if TYPE_CHECKING:
@@ -32,9 +33,12 @@ class KLAnnealing(AttributeScheduler):
     that the loss ignores or applies twice. To measure this, the callback evaluates the loss of this batch on copies of
     the module, with the same random state, at weight 0 and at others. If that is expensive or has side effects (a
     setter, several processes, manual optimization, compiled or large modules, hooks), it reports the reason instead;
-    ``Trainer(fast_dev_run=True)`` copies large modules too. It can't detect a training step with effects outside
-    Lightning; switch the report off for such a step with ``probe=False``. If the first batch is too early, as for a
-    lazy module, the second is measured. ``lightning_vae.VAE`` needs no report.
+    ``Trainer(fast_dev_run=True)`` copies large modules too. It can't detect steps with effects outside Lightning;
+    switch the reports off for such steps with ``probe=False``. If the first batch is too early, as for a lazy module,
+    the second is measured. ``lightning_vae.VAE`` needs no report.
+
+    At the first validation during the schedule the callback measures in the same way which weight the module's
+    ``validation_step`` uses, and warns if it is a copy that the training step has left, and not the target.
 
     Args:
         schedule: Weight per step: ``Linear``, ``Sigmoid``, ``Cosine``, ``Cyclical``, ``Staged``, ``Constant``, ``Join``
@@ -43,7 +47,7 @@ class KLAnnealing(AttributeScheduler):
             indices (``"beta"``, ``"model.kld_weight"``, ``"params.beta"``), or several that get the same value.
         setter: Writes the weight instead, ``(pl_module, value) -> None``; the schedule then needs a ``stop``.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
-        probe: Whether to evaluate the first batch for the report.
+        probe: Whether to evaluate the first batches for the reports.
 
     Raises:
         ValueError: If there is no path, or, when fitting starts, if it leads nowhere or a length can't be converted to
@@ -74,6 +78,13 @@ class KLAnnealing(AttributeScheduler):
         super().__init__(schedule, attribute, setter, name)
         self.probe = probe
         self._unmeasured: str | None = None  # why the first batch could not be measured
+        self._has_measured = False  # whether a training batch was
+        self._validation_is_due = False  # whether the weight in validation is still to be measured
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
+        self._has_measured, self._validation_is_due = False, self._can_probe(pl_module) and self.setter is None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -85,13 +96,28 @@ class KLAnnealing(AttributeScheduler):
             self._tell_unmeasured()
 
     @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        super().on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+        if self._validation_is_due and batch_idx == 0 and self._target is not None:
+            trained, target = float(self._current), float(self._target)
+            if abs(trained - target) > 0:  # a step was taken, and at another weight
+                self._validation_is_due = False
+                self._report_validation(trainer, pl_module, batch, trained, target)
+
+    @override
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        if self.probe and not set(self._paths) & set(knobs_of(pl_module)):
+        if self._can_probe(pl_module):
             self._report(trainer, pl_module, batch, 0, "first")
+
+    def _can_probe(self, pl_module: LightningModule) -> bool:
+        return self.probe and not set(self._paths) & set(knobs_of(pl_module))
 
     @override
     def _release(self) -> None:
         super()._release()
+        self._validation_is_due = False
         self._tell_unmeasured()  # the run had a single batch
 
     def _tell_unmeasured(self) -> None:
@@ -112,12 +138,26 @@ class KLAnnealing(AttributeScheduler):
         except Exception as reason:  # a failed report must not end a training run
             self._unmeasured = str(reason) or repr(reason)
             return
+        self._has_measured = True
         is_wrong = effect.is_ignored or not effect.is_linear or effect.is_counted_twice
         say = rank_zero_warn if is_wrong else rank_zero_info
         text = f"{type(self).__name__}({self.name}): {describe(effect, self.name, target, ordinal)}"
         if effect.is_ignored:
-            text += " " + remedy(pl_module)
+            text += " " + remedy(pl_module, self._paths)
         say(textwrap.fill(text.strip(), 110, subsequent_indent="  "))
+
+    def _report_validation(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, trained: float, target: float
+    ) -> None:
+        title = f"{type(self).__name__}({self.name})"
+        try:
+            stale = stale_weight(LossProbe(trainer, pl_module, batch, 0), tuple(self._paths), trained, target)
+        except Exception as reason:  # a failed report must not end a training run
+            if self._has_measured:  # otherwise the reason is likely the one that was given
+                rank_zero_info(f"{title}: the weight in validation can't be measured ({str(reason) or repr(reason)}).")
+            return
+        if stale is not None:
+            rank_zero_warn(f"{title}: {describe_stale(stale, self._paths, trained, target)}")
 
 
 def describe(effect: WeightEffect, name: str, target: float | None, ordinal: str = "first") -> str:
@@ -155,3 +195,23 @@ def describe(effect: WeightEffect, name: str, target: float | None, ordinal: str
         would_be = f"{target:g} is" if target else "1 would be"
         text += f" `{name}` = {would_be} an effective beta of {(target or 1.0) * effect.effective_beta:.4g}."
     return text
+
+
+def describe_stale(stale: StaleWeight, paths: Sequence[str], trained: float, target: float) -> str:
+    """Describe a validation that uses another weight than the module holds.
+
+    Args:
+        stale: The measured weight.
+        paths: Where the module keeps the weight.
+        trained: The weight of the last training step.
+        target: The weight that the module holds in validation.
+    """
+    if stale.places:
+        advice = f"Write the copy too: `attribute={[*paths, *stale.places]}`."
+    else:
+        advice = "Name its place in `attribute` too, or monitor a number without the weight."
+    return (
+        f"validation should use the target, {target:g}, but `{stale.name}` uses {stale.weight:.4g}: in the first batch "
+        f"it is {stale.value:.6g}, and would be {stale.meant:.6g}. The training step, whose weight was {trained:.4g}, "
+        f"leaves a copy of its weight that validation reads. {advice}"
+    )

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
+_DEEPEST = 6  # a search for a number goes through as many objects
 # Attributes that every module has and that no path refers to.
 _FOREIGN = ("builtins", "torch", "lightning", "lightning_fabric", "pytorch_lightning")
 _OF_LIGHTNING = ("training", "prepare_data_per_node", "allow_zero_length_dataloader_with_multiple_devices")
@@ -304,6 +306,33 @@ def _elsewhere(owner: Any, name: str) -> list[str]:
             if not holder.startswith("_") and not isinstance(value, Tensor | Sequence) and name in _names(value):
                 found.append(".".join([*start, holder, name]))
     return found[:3]
+
+
+def paths_to(root: LightningModule, number: float) -> list[str]:
+    """Return the paths at which a module, its submodules, objects and dicts hold a number that can be set."""
+    found: list[str] = []
+    seen: set[int] = set()
+
+    def search(owner: Any, prefix: str) -> None:
+        seen.add(id(owner))
+        for name, value in _contents(owner).items():
+            if is_number(value) and math.isclose(float(value), number, rel_tol=1e-3):
+                with suppress(ValueError):
+                    found.append(AttributePath(root, f"{prefix}{name}").path)
+            elif id(value) not in seen and not str(name).startswith("_") and prefix.count(".") < _DEEPEST:
+                search(value, f"{prefix}{name}.")
+
+    search(root, "")
+    return found
+
+
+def _contents(owner: Any) -> Mapping[Any, Any]:
+    """Return what an object holds, by name, without the values that it computes."""
+    if isinstance(owner, nn.Module):
+        return {**vars(owner), **owner._buffers, **owner._parameters, **owner._modules}
+    if isinstance(owner, Mapping) or _is_lightnings(type(owner)):
+        return owner if isinstance(owner, Mapping) else {}
+    return getattr(owner, "__dict__", {})
 
 
 def _known(owner: Any, prefix: str) -> str:

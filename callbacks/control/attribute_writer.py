@@ -16,6 +16,8 @@ from typing_extensions import override
 
 from ..base import Callback, averages_of, callbacks_of, knobs_of
 from ..reading.distribution_reader import DistributionReader
+from .attribute_path import AttributePath
+from .conflicts import remedy, suspects
 from .tied_attributes import NumberPlace, TiedAttributes, number_place
 
 try:
@@ -28,21 +30,6 @@ if TYPE_CHECKING:
 
 _FIRST_CHECKS = 10  # first steps at which the number is read back even if they do not log
 _MOVING_LOSS = re.compile(r"train(ing)?[/_]loss(_step|_epoch)?")
-_OWN_SCHEDULE = re.compile("warm_?up|anneal|schedule")
-_KL_WEIGHT = re.compile("kl|beta")  # a warm-up may also belong to another term, such as an adversarial one
-_LEARNING_RATE = re.compile("lr|learning_rate|scheduler")
-_SCVI_PLACES = {"loss_kwargs.kl_weight", "min_kl_weight", "max_kl_weight"}
-_SCVI_PLAN = ("min_kl_weight", "max_kl_weight", "n_epochs_kl_warmup", "n_steps_kl_warmup")
-# Remedies for projects that have a schedule of their own, recognised by attributes of their modules.
-_REMEDIES = {
-    _SCVI_PLAN: (
-        "scvi-tools computes its weight again in each step, and validation uses a copy of it. Write all three places: "
-        '`attribute=["loss_kwargs.kl_weight", "min_kl_weight", "max_kl_weight"], name="kl_weight"`.'
-    ),
-    ("register_schedule", "remove_schedule"): (
-        "Remove disent's own schedule, `framework.remove_schedule(...)` with the field's name, or this callback."
-    ),
-}
 
 
 class AttributeWriter(Callback):
@@ -115,6 +102,7 @@ class AttributeWriter(Callback):
         self._has_settled = False  # for a subclass whose number no longer changes
         self._restored: dict[str, Any] = {}
         self._configured: float | None = None  # in a tensor, before a checkpoint is loaded into it
+        self._are_several = False  # whether the places were configured with several quantities
         self._checks_left: float = 0
         self._conflicts = 0
 
@@ -164,11 +152,12 @@ class AttributeWriter(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._restored = {}  # drop the state of a checkpoint that was only evaluated
-        self._configured = None
+        self._configured, self._are_several = None, False
         if stage == "fit":
             with suppress(Exception):  # some modules build themselves later
                 place = self._find(pl_module)
                 self._configured = place.read() if place.is_tensor() else None
+                self._are_several = isinstance(place, TiedAttributes) and place.are_several_quantities()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,7 +234,7 @@ class AttributeWriter(Callback):
             self._conflicts = 2
             rank_zero_warn(
                 f"{type(self).__name__}({self.name}): validation should see `{place.path}` at its target, "
-                f"{float(self._target):g}, but sees {place.read()}: something else sets it too. {_remedy(pl_module)}"
+                f"{float(self._target):g}, but sees {place.read()}: {self._cause(trainer, pl_module, place)}"
             )
 
     @override
@@ -267,7 +256,8 @@ class AttributeWriter(Callback):
         place = self._find(pl_module)
         goes_on = self.step(trainer) > 0  # the same Trainer's next fit counts on
         resumes = getattr(trainer, "ckpt_path", None) is not None
-        if isinstance(place, TiedAttributes) and not (goes_on or resumes):  # a checkpoint may hold some of the places
+        restores = resumes and not self._are_several  # a checkpoint may hold some of the places
+        if isinstance(place, TiedAttributes) and not (goes_on or restores):
             place.refuse_several_quantities()
         current = self._configured if resumes and self._configured is not None else place.read()
         self._prepare(trainer, pl_module, current, self._restored or (self.state_dict() if goes_on else {}))
@@ -282,14 +272,6 @@ class AttributeWriter(Callback):
         self._conflicts, self._has_settled = 0, False
         self._checks_left = math.inf if getattr(trainer, "fast_dev_run", False) else _FIRST_CHECKS
         self._write_target()
-        missing = _SCVI_PLACES - {*self._paths}
-        # The copy that validation uses can't be told by reading the other places back.
-        if self._moves and 0 < len(missing) < 3 and all(hasattr(pl_module, name) for name in _SCVI_PLAN):
-            self._conflicts = 2
-            rank_zero_warn(
-                f"{type(self).__name__}({self.name}): {', '.join(f'`{each}`' for each in sorted(missing))} must be "
-                f"written too. {_REMEDIES[_SCVI_PLAN]}"
-            )
 
     def _release(self) -> None:
         """Leave the number at its target, however the run ended."""
@@ -339,9 +321,14 @@ class AttributeWriter(Callback):
             return
         rank_zero_warn(
             f"{type(self).__name__}({self.name}): `{place.path}` was set to {float(self._current):g} for step "
-            f"{self.step(trainer)}, and after it is {place.read()}: something else sets it too, so one of the two "
-            f"has no effect. {_remedy(pl_module)}"
+            f"{self.step(trainer)}, and after it is {place.read()}: {self._cause(trainer, pl_module, place)}"
         )
+
+    def _cause(self, trainer: Trainer, pl_module: LightningModule, place: AttributePath) -> str:
+        found = suspects(trainer, place.path.rpartition(".")[2])
+        perhaps = f", perhaps {' or '.join(found)}" if found else ""
+        advice = remedy(pl_module, self._paths) or "Remove one of them."
+        return f"something else sets it too{perhaps}, so one of the two has no effect. {advice}"
 
     def _refuse_twins(self, trainer: Trainer) -> None:
         for each in callbacks_of(trainer):
@@ -370,31 +357,6 @@ def monitors(trainer: Trainer) -> list[tuple[str, str]]:
     found = [(type(each).__name__, getattr(each, "monitor", None)) for each in callbacks_of(trainer)]
     found += [("The learning rate scheduler", config.monitor) for config in trainer.lr_scheduler_configs]
     return [(owner, monitor) for owner, monitor in found if isinstance(monitor, str)]
-
-
-def remedy(pl_module: LightningModule) -> str:
-    """Return the remedy for a conflict with a module's own schedule; empty if no such schedule is found."""
-    for names, line in _REMEDIES.items():
-        if all(hasattr(pl_module, name) for name in names):
-            return line
-    places = [vars(module) for module in pl_module.modules()] + [dict(getattr(pl_module, "hparams", {}))]
-    own = [f"`{name}={value!r}`" for place in places for name, value in place.items() if _is_schedule(name, value)]
-    own = list(dict.fromkeys(own))
-    return f"Switch off the module's own schedule, perhaps {' and '.join(own)}." if own else ""
-
-
-def _remedy(pl_module: LightningModule) -> str:
-    return remedy(pl_module) or "Remove one of them."
-
-
-def _is_schedule(name: str, value: Any) -> bool:
-    return (
-        bool(_OWN_SCHEDULE.search(name))
-        and bool(_KL_WEIGHT.search(name))
-        and not _LEARNING_RATE.search(name)
-        and isinstance(value, int | float | str)
-        and bool(value)
-    )
 
 
 def _paths(attribute: str | Sequence[str] | None) -> list[str]:

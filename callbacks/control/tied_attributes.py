@@ -71,17 +71,23 @@ class TiedAttributes:
     def __init__(self, pl_module: LightningModule, paths: Sequence[str]) -> None:
         self._attributes = [AttributePath(pl_module, path) for path in paths]
 
-    def refuse_several_quantities(self) -> None:
-        """Refuse places that the module is configured with unlike numbers.
+    def are_several_quantities(self) -> bool:
+        """Return whether the places hold numbers that can't be one quantity.
 
         Zeros may differ, as a schedule starts there, and a range may have two ends and a number between them.
+        """
+        values = self._values()
+        a_count = any(each.is_count() for each in self._attributes) and len({*values.values()}) > 1
+        return a_count or not _is_one_quantity(values)
+
+    def refuse_several_quantities(self) -> None:
+        """Refuse places that the module is configured with unlike numbers.
 
         Raises:
             ValueError: If the places do not hold one quantity.
         """
-        values = {each.path: value for each in self._attributes if (value := each.read()) is not None}
-        a_count = any(each.is_count() for each in self._attributes) and len({*values.values()}) > 1
-        if a_count or not _is_one_quantity(values):
+        if self.are_several_quantities():
+            values = self._values()
             found = ", ".join(f"`{path}` = {value}" for path, value in values.items())
             raise ValueError(
                 f"`attribute={list(values)}` must name the places of one quantity, got {found}, which are several. "
@@ -93,7 +99,10 @@ class TiedAttributes:
 
         ``None`` if only a method knows the number.
         """
-        return max((value for each in self._attributes if (value := each.read()) is not None), default=None)
+        return max(self._values().values(), default=None)
+
+    def _values(self) -> dict[str, float]:
+        return {each.path: value for each in self._attributes if (value := each.read()) is not None}
 
     def write(self, value: float | Tensor) -> None:
         """Set the number.

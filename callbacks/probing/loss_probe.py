@@ -1,4 +1,4 @@
-"""Evaluate a module's training loss without training it."""
+"""Evaluate the loss of a module on copies, without training it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
 
 from ..base import several_processes
 from ..control.tied_attributes import number_place
@@ -27,17 +28,17 @@ _MOST_BYTES = 2**28  # a copy of more than 256 MiB is no longer cheap
 
 
 class LossProbe:
-    """Evaluate the training loss of one batch on copies of a module, and leave the module as it is.
+    """Evaluate the training loss and the validation of one batch on copies of a module, and leave the module as it is.
 
-    Buffers, counters and metrics that a training step changes are changed only on a copy. Nothing reaches the loggers.
-    Each evaluation begins with the same random state of torch, numpy and Python, which is restored afterwards. The
-    evaluation is aborted if a copy acts on the module itself or on the Trainer. Effects outside Lightning go unnoticed,
-    such as draws from a generator in another file or a logger of the module's own.
+    Buffers, counters and metrics that a step changes are changed only on a copy. Nothing reaches the loggers. Each
+    evaluation begins with the same random state of torch, numpy and Python, which is restored afterwards. It is aborted
+    if a copy acts on the module itself or on the Trainer. Effects outside Lightning go unnoticed, such as draws from a
+    generator in another file or a logger of the module's own.
 
     Args:
         trainer: The Trainer that is about to run the batch.
         pl_module: The module.
-        batch: The batch, as the training step receives it.
+        batch: The batch, as the step receives it.
         batch_idx: Its index.
         autocast: Whether the copies compute in the mixed precision of the training step; otherwise in full precision.
 
@@ -73,15 +74,44 @@ class LossProbe:
             values: Numbers to write to the copy, by their paths.
             look_on: Called with the copy before its training step.
         """
+        with self._trial():
+            twin = self._copy(values)
+            if look_on is not None:
+                look_on(twin)
+            return self._train(twin)
+
+    def validation(
+        self,
+        trained: Mapping[tuple[str, ...], float],
+        validated: Mapping[tuple[str, ...], float],
+        look_on: Callable[[LightningModule], object] | None = None,
+    ) -> dict[str, float]:
+        """Return the numbers that a copy logs or returns in a validation step, after a training step.
+
+        Args:
+            trained: Numbers to write to the copy before its training step, by their paths.
+            validated: Numbers to write to it afterwards.
+            look_on: Called with the copy before its validation.
+        """
+        with self._trial(), torch.enable_grad():  # which a training step may need
+            twin = self._copy(trained)
+            self._train(twin.train())
+            self._write(twin, validated)
+            if look_on is not None:
+                look_on(twin)
+            return self._validate(twin.eval())
+
+    @contextmanager
+    def _trial(self) -> Iterator[None]:
         try:
             if reason := self._obstacle():
                 raise self.NotPossible(reason)
             with _random_state_put_back(self._pl_module.device), self._originals_at_rest():
-                return self._evaluate(values, look_on)
+                yield
         except self.NotPossible:
             raise
         except Exception as error:
-            raise self.NotPossible(f"the training step of a copy raised {error!r}") from error
+            raise self.NotPossible(f"a step of a copy raised {error!r}") from error
 
     def _obstacle(self) -> str | None:
         trainer, pl_module = self._trainer, self._pl_module
@@ -104,14 +134,7 @@ class LossProbe:
             return "a copy of it would be large; `Trainer(fast_dev_run=True)` makes one"
         return None
 
-    def _evaluate(
-        self, values: Mapping[tuple[str, ...], float], look_on: Callable[[LightningModule], object] | None
-    ) -> float:
-        twin = self._copy()
-        for paths, value in values.items():
-            self._write(twin, paths, value)
-        if look_on is not None:
-            look_on(twin)
+    def _train(self, twin: LightningModule) -> float:
         batch = copy.deepcopy(self._batch)
         twin.on_train_batch_start(batch, self._batch_idx)
         with nullcontext() if self._in_full else self._trainer.precision_plugin.train_step_context():
@@ -121,18 +144,33 @@ class LossProbe:
             raise TypeError(f"it returned {type(loss).__name__}")
         return float(loss.detach())
 
-    def _write(self, twin: LightningModule, paths: Sequence[str], value: float) -> None:
-        """Write to a copy. Restore a number that copies share with the module, as in a class used as a config."""
-        original, copied = number_place(self._pl_module, paths), number_place(twin, paths)
-        before = original.read()
-        copied.write(value)
-        if copied.overwritten() is not None:
-            raise self.NotPossible("the number can't be set")
-        if before is not None and original.read() != before:
-            original.write(before)
-            raise self.NotPossible("copies share the number with the module")
+    @torch.no_grad()
+    def _validate(self, twin: LightningModule) -> dict[str, float]:
+        log = _Log()
+        _divert_logs(twin, log.log, log.log_dict)
+        batch = copy.deepcopy(self._batch)
+        several = [0] if len(self._trainer.num_val_batches) > 1 else []
+        with self._trainer.precision_plugin.val_step_context():
+            twin.on_validation_start()
+            twin.on_validation_epoch_start()
+            twin.on_validation_batch_start(batch, self._batch_idx)
+            output = twin.validation_step(*_accepted(twin.validation_step, batch, self._batch_idx, *several))
+        log.log_dict(output if isinstance(output, Mapping) else {"loss": output})
+        return log.numbers
 
-    def _copy(self) -> LightningModule:
+    def _write(self, twin: LightningModule, values: Mapping[tuple[str, ...], float]) -> None:
+        """Write to a copy. Restore a number that copies share with the module, as in a class used as a config."""
+        for paths, value in values.items():
+            original, copied = number_place(self._pl_module, paths), number_place(twin, paths)
+            before = original.read()
+            copied.write(value)
+            if copied.overwritten() is not None:
+                raise self.NotPossible("the number can't be set")
+            if before is not None and original.read() != before:
+                original.write(before)
+                raise self.NotPossible("copies share the number with the module")
+
+    def _copy(self, values: Mapping[tuple[str, ...], float]) -> LightningModule:
         trainer = self._trainer
         shared: list[Any] = [trainer, *trainer.callbacks, *trainer.loggers]  # type: ignore[attr-defined]
         originals = {id(module) for module in self._pl_module.modules()}
@@ -145,9 +183,8 @@ class LossProbe:
         if any(_acts_on(originals, value) for module in twin.modules() for value in _flat(vars(module))):
             raise self.NotPossible("it keeps a function that acts on the original module even in a copy")
         twin.trainer = _Onlooker(trainer, twin, cache(partial(self._optimization, twin)))  # type: ignore[assignment]
-        for module in twin.modules():
-            if hasattr(module, "log_dict"):
-                module.log = module.log_dict = _nothing  # type: ignore[assignment]
+        _divert_logs(twin, _nothing, _nothing)
+        self._write(twin, values)
         return twin
 
     def _optimization(self, twin: LightningModule) -> dict[str, Any]:
@@ -213,6 +250,29 @@ class _Nothing:
 
     def __call__(self, *_: Any, **__: Any) -> _Nothing:
         return self
+
+
+class _Log:
+    """The numbers that a copy logs."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[str, float] = {}
+
+    def log(self, name: str, value: Any, *_: Any, **__: Any) -> None:
+        with suppress(Exception):  # not a single number
+            if isinstance(value, Metric):
+                value = value.compute() if value.update_called else None
+            self.numbers[name] = float(value)
+
+    def log_dict(self, dictionary: Mapping[str, Any], *_: Any, **__: Any) -> None:
+        for name, value in dictionary.items():
+            self.log(name, value)
+
+
+def _divert_logs(twin: LightningModule, log: Callable[..., None], log_dict: Callable[..., None]) -> None:
+    for module in twin.modules():
+        if hasattr(module, "log_dict"):
+            module.log, module.log_dict = log, log_dict  # type: ignore[assignment]
 
 
 def _accepted(step: Callable[..., Any], *arguments: Any) -> tuple[Any, ...]:

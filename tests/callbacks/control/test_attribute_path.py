@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from lightning_vae.callbacks.control.attribute_path import AttributePath
+from lightning_vae.callbacks.control.attribute_path import AttributePath, paths_to
 
 
 @dataclass
@@ -313,3 +313,19 @@ def test_what_leaves_the_number_as_it_is_holds() -> None:
 def test_a_field_of_a_named_tuple_is_refused() -> None:
     with pytest.raises(ValueError, match=r"pair.beta"):
         AttributePath(Model(), "pair.beta")
+
+
+def test_the_places_of_a_number() -> None:
+    @dataclass(frozen=True)
+    class Frozen:
+        beta: float = 0.3
+
+    model: Any = LightningModule()
+    model.sub = nn.Module()
+    model.sub.register_buffer("weight", torch.tensor(0.3))
+    model.sub.options = {"kl": {"weight": 0.3, "other": 0.4}}
+    model.config = SimpleNamespace(beta=0.3, owner=model)  # a cycle
+    model._hidden, model.frozen, model.history, model.flag = 0.3, Frozen(), [0.3], True
+    found = paths_to(model, 0.3)
+    assert set(found) == {"sub.weight", "sub.options.kl.weight", "config.beta", "_hidden"}
+    assert len(found) == 4

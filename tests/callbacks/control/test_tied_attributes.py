@@ -4,6 +4,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import LightningModule
 
 from lightning_vae.callbacks import KLAnnealing, Linear
@@ -125,6 +126,44 @@ def test_one_value_is_not_written_to_numbers_that_are_several_quantities(
             model, loader()
         )
     assert {name: getattr(model, name) for name in values} == values
+
+
+def fit(path: Path, model: Any, places: list[str], ckpt_path: Path | None = None) -> Path:
+    annealing = KLAnnealing(Linear(steps=2), places, name="beta", probe=False)
+    trainer = quiet_trainer(path, max_epochs=2 if ckpt_path else 1, callbacks=[annealing])
+    trainer.fit(model, loader(), ckpt_path=ckpt_path)
+    trainer.save_checkpoint(path / "saved.ckpt")
+    return path / "saved.ckpt"
+
+
+def tied(values: dict[str, float], buffered: str = "") -> Any:
+    model: Any = ForeignModule()
+    for name, value in values.items():
+        if name == buffered:
+            model.register_buffer(name, torch.tensor(value))
+        else:
+            setattr(model, name, value)
+    return model
+
+
+@pytest.mark.parametrize("values", UNLIKE)
+def test_a_resumed_run_does_not_write_one_value_to_several_quantities_either(
+    tmp_path: Path, values: dict[str, float]
+) -> None:
+    path, model = fit(tmp_path, tied(dict.fromkeys(values, 0.5)), [*values]), tied(values)
+    with pytest.raises(ValueError, match=r"must name the places of one quantity, got .* which are several"):
+        fit(tmp_path, model, [*values], path)
+    assert {name: getattr(model, name) for name in values} == values
+
+
+@pytest.mark.parametrize("buffered", ["first", "second"])
+def test_a_checkpoint_may_restore_some_of_the_places(tmp_path: Path, buffered: str) -> None:
+    places = ["first", "second"]
+    path = fit(tmp_path, tied(dict.fromkeys(places, 0.5), buffered), places)
+    model = tied(dict.fromkeys(places, 4.0), buffered)
+    with pytest.warns(UserWarning, match="the module is configured with 4 now; the run continues to 4"):
+        fit(tmp_path, model, places, path)
+    assert float(model.first) == float(model.second) == 4.0
 
 
 @pytest.mark.parametrize("values", ALIKE)
