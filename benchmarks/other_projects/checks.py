@@ -67,6 +67,21 @@ class Project:
     others: tuple[Any, ...] = ()
 
 
+@dataclass(frozen=True)
+class Spied:
+    """A method that is watched. In a copy of its module, on which the callbacks try things, it is not watched."""
+
+    method: Callable[..., Any]
+    watch: Callable[..., None]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.watch(*args, **kwargs)
+        return self.method(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.method, memo)
+
+
 @dataclass(eq=False)
 class Recorder(Callback):
     """Record a fit, independently of the callbacks that are checked."""
@@ -148,9 +163,10 @@ class Witness(Callback):
     trained: list[float] = field(default_factory=list)
     validated: list[bool] = field(default_factory=list)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == 0:  # after the probe, which does not copy a module with hooks
-            self.project.spy(pl_module, lambda weight: self._used.append(float(weight)))
+    def on_train_start(self, _trainer: Trainer, pl_module: LightningModule) -> None:
+        self.project.spy(pl_module, lambda weight: self._used.append(float(weight)))
+
+    def on_train_batch_start(self, *_: Any) -> None:
         self._used: list[float] = []
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from checks import Project, main
+from checks import Project, Spied, main
 from disent.dataset import DisentDataset
 from disent.dataset.data import XYObjectData
 from disent.dataset.sampling import SingleSampler
@@ -28,13 +28,7 @@ def fit(callbacks: list[Any], ckpt_path: str | None = None, **options: Any) -> N
 
 
 def spy(module: Any, record: Callable[[Any], None]) -> None:
-    compute = module.compute_ave_reg_loss
-
-    def spied(*args: Any) -> Any:
-        record(module.cfg.beta)
-        return compute(*args)
-
-    module.compute_ave_reg_loss = spied
+    module.compute_ave_reg_loss = Spied(module.compute_ave_reg_loss, lambda *_: record(module.cfg.beta))
 
 
 class OwnSchedule(Callback):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from checks import Project, main
+from checks import Project, Spied, main
 from lightning.pytorch import Callback, Trainer
 from lightning_uq_box.uq_methods import VAE
 from torch.utils.data import DataLoader
@@ -20,6 +21,10 @@ def fit(callbacks: list[Any], ckpt_path: str | None = None, **options: Any) -> N
     Trainer(callbacks=callbacks, **options).fit(module, *loaders, ckpt_path=ckpt_path)
 
 
+def spy(module: Any, record: Callable[[Any], None]) -> None:
+    module.loss_fn.forward = Spied(module.loss_fn.forward, lambda *_: record(module.loss_fn.kl_scale))
+
+
 class OwnSchedule(Callback):
     """A schedule as its users write it: the project's VAE has none."""
 
@@ -31,7 +36,7 @@ main(
     Project(
         "lightning-uq-box",
         fit,
-        spy=lambda module, record: module.loss_fn.register_forward_pre_hook(lambda loss, _: record(loss.kl_scale)),
+        spy,
         mean_head=lambda module: module.latent_mu[-1],
         reduce=lambda kl: kl.sum(1).mean(),
         target=1e-4,

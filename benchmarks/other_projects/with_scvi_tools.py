@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import scvi
-from checks import Project, main
+from checks import Project, Spied, main
 from lightning.pytorch import Callback
 
 
@@ -19,13 +19,7 @@ def fit(callbacks: list[Any], **options: Any) -> None:
 
 
 def spy(plan: Any, record: Callable[[Any], None]) -> None:
-    loss = plan.module.loss
-
-    def spied(*args: Any, kl_weight: Any, **kwargs: Any) -> Any:
-        record(kl_weight)
-        return loss(*args, kl_weight=kl_weight, **kwargs)
-
-    plan.module.loss = spied
+    plan.module.loss = Spied(plan.module.loss, lambda *_, kl_weight, **__: record(kl_weight))
 
 
 class OwnSchedule(Callback):
