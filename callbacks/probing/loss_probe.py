@@ -8,11 +8,13 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import is_dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
@@ -177,7 +179,10 @@ class LossProbe:
         for module in self._pl_module.modules():
             shared += [value for value in _flat(vars(module)) if isinstance(value, Dataset | DataLoader)]
             shared += [value for value in vars(module).values() if hasattr(value, "train_dataloader")]  # data modules
-        twin = copy.deepcopy(self._pl_module, {id(each): each for each in shared if id(each) not in originals})
+        memo = {id(each): each for each in shared if id(each) not in originals}
+        for module in self._pl_module.modules():  # graphs of an earlier step can't be copied
+            memo |= {id(each): each.detach().clone() for each in _results(vars(module))}
+        twin = copy.deepcopy(self._pl_module, memo)
         if originals & {id(module) for module in twin.modules()}:
             raise self.NotPossible("a submodule can't be copied")
         if any(_acts_on(originals, value) for module in twin.modules() for value in _flat(vars(module))):
@@ -314,6 +319,18 @@ def _flat(values: Mapping[str, Any]) -> Iterator[Any]:
             yield from value.values()
         elif isinstance(value, list | tuple | set):
             yield from value
+
+
+def _results(value: Any, depth: int = 5) -> Iterator[Tensor]:
+    """Yield the results of computations with a graph in containers, distributions and dataclasses."""
+    if isinstance(value, Tensor) and not value.is_leaf:
+        yield value
+    if isinstance(value, Distribution) or is_dataclass(value):
+        value = getattr(value, "__dict__", {})
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    for each in value if depth and isinstance(value, list | tuple | set) else ():
+        yield from _results(each, depth - 1)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 import copy
 import random
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.distributions import Independent, Normal
 from torch.utils.data import TensorDataset
 from torchmetrics import MeanMetric
 
@@ -208,6 +210,24 @@ def test_a_step_that_reads_and_changes_its_optimizer_gets_a_copy_of_it(tmp_path:
     assert not probes.reasons
     assert [losses[0] for losses in probes.losses] == pytest.approx(probes.real, rel=1e-6)
     assert all(torch.equal(one, two) for one, two in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_module_that_keeps_the_graph_of_its_last_step_is_copied(tmp_path: Path) -> None:
+    class Keeps(Stateful):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            value = self.layer(batch).square().mean()
+            self.latest, self.posterior = {"all": [value]}, Independent(Normal(value.expand(2), 1.0), 1)
+            self.output, self.total = Output(value), value + getattr(self, "total", torch.zeros(())).detach()
+            return value + self.total
+
+    @dataclass
+    class Output:
+        loss: Tensor
+
+    probes = Probes()
+    fit(tmp_path, Keeps(), probes, max_epochs=1)
+    assert not probes.reasons
+    assert [losses[0] for losses in probes.losses] == pytest.approx(probes.real, rel=1e-6)
 
 
 def test_a_dry_run_copies_a_large_module_too(tmp_path: Path) -> None:
