@@ -11,6 +11,15 @@ _TERMS = ("distortion", "rate", "floored_rate", "loss")
 _BLOCK = 64  # batches that are added up at once
 
 
+def term_names(stage: str) -> list[str]:
+    """Return the names under which the terms of the loss and the ELBO are logged.
+
+    Args:
+        stage: ``"train"``, ``"val"`` or ``"test"``.
+    """
+    return [f"{stage}/{name}" for name in (*_TERMS, "elbo")]
+
+
 def named_terms(stage: str, terms: Tensor) -> dict[str, Tensor]:
     """Return the terms of the loss by the names they are logged under, with the ELBO.
 
@@ -18,9 +27,8 @@ def named_terms(stage: str, terms: Tensor) -> dict[str, Tensor]:
         stage: ``"train"``, ``"val"`` or ``"test"``.
         terms: Distortion, rate, floored rate and loss, shape ``(4,)``.
     """
-    values = {f"{stage}/{name}": value for name, value in zip(_TERMS, terms, strict=True)}
-    values[f"{stage}/elbo"] = -(values[f"{stage}/distortion"] + values[f"{stage}/rate"])
-    return values
+    distortion, rate, *others = terms
+    return dict(zip(term_names(stage), (distortion, rate, *others, -(distortion + rate)), strict=True))
 
 
 class TrainingMeans:

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from .checkpoints.class_paths import build, describe
 from .checkpoints.exact_resume import trainer_of
+from .checkpoints.guards import without_batches
 from .compiling import CompiledMethod, CompileMode
 from .distributed import batch_means, rank_and_processes, sum_over_processes
 from .likelihoods import Likelihood, default_likelihood, warn_of_feedback
@@ -420,7 +421,13 @@ class VAE(RunModule):
             sums = self._evaluation_sums.pop(number, RunningSums(self.latent_dim + 2)).flush()
             # The same type and device in every process, even in one whose share was empty.
             sums = sums.to(self.device, self._working_dtype)
-            means = mean(sum_over_processes(sums) if processes > 1 else sums)
+            sums = sum_over_processes(sums) if processes > 1 else sums
+            if not sums[-1]:
+                step = self.test_step if stage == "test" else self.validation_step
+                if getattr(step, "__func__", None) is VAE.validation_step:
+                    raise without_batches("validate" if stage == "val" else stage)
+                continue  # a subclass's own step, which logs by itself
+            means = mean(sums)
             rates, distortion, floored = means[:-2], means[-2], means[-1]
             if self.free_bits_average == "batch":
                 floored = self._floored_rate(rates[None])

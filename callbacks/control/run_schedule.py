@@ -77,7 +77,7 @@ class RunSchedule:
                 "with the final value, or give the schedule a `stop`."
             )
         total = now["total_steps"]
-        if total is not None and math.isfinite(resolved.length) and resolved.length > total:
+        if total and math.isfinite(resolved.length) and resolved.length > total:
             rank_zero_warn(
                 f"{title}: the schedule takes {resolved.length:.0f} steps but the run stops after {total}, at "
                 f"{resolved(total - 1):g} instead of {resolved.final:g}. Shorten the schedule, or give its length as a "

@@ -15,9 +15,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning_utilities.core.imports import RequirementCache
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,17 +26,16 @@ from typing_extensions import override
 from ..likelihoods import warn_of_feedback
 from .checkpoint_io import MODULE_KEY
 from .exact_resume import Companion, ExactResume
-
-_SKIPS_LAST = RequirementCache("lightning>=2.6.0")
+from .monitors import check_monitors, check_validation, validation_loaders
 
 
 class Guards(Companion):
     """Check a run when it starts. A :class:`lightning_vae.VAE` adds this callback itself.
 
-    It refuses monitors that would keep the wrong model, an optimizer that can't work in float16, a last batch of one
-    observation under batch normalisation, and a run without a batch. For a resumed run it reports which options of the
-    model and the optimizer, and which length of the run or of an epoch, differ from the saved ones. It warns of a beta
-    that feeds back with the likelihood, and allows gradient clipping with fused optimizers under mixed precision.
+    It refuses monitors that would keep the wrong model or wait in vain, an optimizer that can't work in float16, a last
+    batch of one observation under batch normalisation, and a run without a batch. For a resumed run it reports which
+    options of the model and the optimizer, and which length of the run or of an epoch, differ from the saved ones. It
+    warns of a beta that feeds back with the likelihood, and allows gradient clipping with fused optimizers under mixed precision.
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: If it refuses one of these.
@@ -72,7 +69,7 @@ class Guards(Companion):
                 # Lightning refuses to clip under mixed precision if an optimizer may unscale gradients by itself,
                 # which fused ones do unless told not to.
                 optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-        check_monitors(trainer)
+        check_monitors(trainer, pl_module)
         check_half_precision(trainer.optimizers)
         configured = pl_module.knobs["beta"]
         if configured is None or configured != pl_module.constructed_knobs["beta"]:  # otherwise the constructor warned
@@ -84,6 +81,18 @@ class Guards(Companion):
         if before not in (None, math.inf, now):
             rank_zero_info(f"An epoch has {now} batches; when the run was saved it had {before}.")
         check_last_batch(trainer, pl_module)
+        check_validation(trainer, pl_module, validation_loaders(trainer))
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            raise without_batches("fit")
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        had_any = trainer.predict_loop.batch_progress.current.ready > 0
+        if not trainer.strategy.reduce_boolean_decision(had_any, all=False):
+            raise without_batches("predict")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -161,37 +170,6 @@ def check_finite(module: nn.Module, trainer: Trainer) -> None:
         )
 
 
-def check_monitors(trainer: Trainer) -> None:
-    """Refuse monitors that would keep the worst model, and warn if the newest model is not saved.
-
-    Args:
-        trainer: The Trainer that is about to start fitting.
-
-    Raises:
-        lightning.pytorch.utilities.exceptions.MisconfigurationException: If a monitor minimises the ELBO.
-    """
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    for owner, monitor in [(each, getattr(each, "monitor", None)) for each in callbacks] + [
-        (each.scheduler, each.monitor) for each in trainer.lr_scheduler_configs
-    ]:
-        mode = getattr(owner, "mode", None)
-        if isinstance(monitor, str) and monitor.rpartition("/")[2] == "elbo" and mode == "min":
-            raise MisconfigurationException(
-                f"{type(owner).__name__}(monitor={monitor!r}) has `mode` 'min', which keeps the worst model: "
-                "a higher ELBO is better. Use mode='max', or monitor 'val/loss'."
-            )
-    savers = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
-    if not _SKIPS_LAST or any(_saves_regardless(each) for each in savers):
-        return
-    for each in savers:
-        if each.save_last and each.monitor and each.every_n_epochs and each.save_top_k > 0:
-            rank_zero_warn(
-                f"ModelCheckpoint(monitor={each.monitor!r}, save_last={each.save_last!r}): since Lightning 2.6 "
-                "`last.ckpt` is written only when the model is among the best, so a run resumed from it loses all "
-                "steps since then. Leave `save_last` out, and add `lightning_vae.LastCheckpoint` to the callbacks."
-            )
-
-
 def check_half_precision(optimizers: Sequence[Optimizer]) -> None:
     """Refuse an optimizer that divides by numbers that float16 can't hold.
 
@@ -253,10 +231,16 @@ def check_batches(trainer: Trainer, stage: str) -> None:
     part = {"fit": "train", "validate": "val"}.get(stage, stage)
     batches = trainer.num_training_batches if stage == "fit" else sum(getattr(trainer, f"num_{part}_batches"))
     if batches == 0 and getattr(trainer, f"limit_{part}_batches") != 0:
-        raise MisconfigurationException(
-            f"`{stage}` has done nothing: its loader has no batches. With `drop_last=True` there is none if the data "
-            "are fewer than `batch_size`. Give more data, lower `batch_size`, or leave out `drop_last`."
-        )
+        raise without_batches(stage)
+
+
+def without_batches(stage: str) -> MisconfigurationException:
+    """Return the error of a stage, such as ``"fit"``, whose loader gives no batches, or none with observations."""
+    return MisconfigurationException(
+        f"`{stage}` got no batch from a loader. With `drop_last=True` there is none if the data are "
+        "fewer than `batch_size`: give more data, lower `batch_size`, or leave out `drop_last`. An iterator can be "
+        "read only once: give a list or a DataLoader."
+    )
 
 
 def _last_size(loader: Any, batches: float) -> int | None:
@@ -274,10 +258,6 @@ def _last_size(loader: Any, batches: float) -> int | None:
         return None
     size = loader.batch_size
     return size if size is None or loader.drop_last or not is_whole else rows % size or size
-
-
-def _saves_regardless(callback: ModelCheckpoint) -> bool:
-    return callback.monitor is None and callback.save_top_k != 0 and not callback.save_weights_only
 
 
 def _length(trainer: Trainer) -> dict[str, int | None]:

@@ -586,6 +586,12 @@ def test_a_schedule_longer_than_the_run_warns_with_the_numbers(tmp_path: Path) -
         trainer.fit(RecordingVAE(), loader())
 
 
+def test_a_run_of_no_steps_is_too_short_for_no_schedule(tmp_path: Path) -> None:
+    model = RecordingVAE()
+    quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(steps=10))], max_steps=0).fit(model, loader())
+    assert model.used == []
+
+
 class Stream(IterableDataset[torch.Tensor]):
     def __iter__(self) -> Any:
         return iter(torch.zeros(6, 2))

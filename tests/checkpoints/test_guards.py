@@ -1,7 +1,7 @@
 """A loss that is no number ends the run, says where it began, and is never saved."""
 
 import math
-from contextlib import nullcontext
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,19 +9,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_utilities.core.imports import RequirementCache
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_vae import VAE, LastCheckpoint
+from lightning_vae import VAE
 from lightning_vae.checkpoints.exact_resume import ExactResume
 from lightning_vae.checkpoints.guards import Guards
 from lightning_vae.datamodules import TensorLoader
 from lightning_vae.main import main
 from tests.doubles import RecordingVAE, quiet_trainer
-from tests.image_vae import loader, small, trainer
 
 
 class Failing(RecordingVAE):
@@ -209,37 +207,6 @@ def test_weights_alone_are_checked_and_hold_the_knobs(tmp_path: Path) -> None:
     assert not (tmp_path / "broken.ckpt").exists()
 
 
-# ---- what a run monitors
-
-
-@pytest.mark.skipif(not RequirementCache("lightning>=2.6"), reason="before, the last was always saved")
-@pytest.mark.parametrize(
-    ("options", "others", "warns"),
-    [
-        ({}, [], True),
-        ({}, [LastCheckpoint()], False),
-        ({}, [ModelCheckpoint()], False),
-        ({}, [ModelCheckpoint(save_top_k=0)], True),
-        ({}, [ModelCheckpoint(save_weights_only=True)], True),
-        ({}, [ModelCheckpoint(monitor="val/rate")], True),
-        ({"save_top_k": -1}, [], False),
-        ({"every_n_train_steps": 2}, [], False),
-        ({"monitor": None, "save_weights_only": True}, [], False),  # its last is the last
-    ],
-)
-def test_a_last_checkpoint_that_is_not_the_last_is_said(tmp_path, options, others, warns):
-    options = {"monitor": "val/loss", "filename": "best", "save_last": True, **options}
-    callbacks = [ModelCheckpoint(**options), *others]
-    with pytest.warns(UserWarning, match="only when the model is among the best") if warns else nullcontext():
-        trainer(tmp_path, callbacks=callbacks, enable_checkpointing=True).fit(small(), loader(), loader())
-
-
-@pytest.mark.parametrize("callback", [EarlyStopping("val/elbo"), ModelCheckpoint(monitor="train/elbo", mode="min")])
-def test_minimising_the_elbo_is_refused(tmp_path, callback):
-    with pytest.raises(MisconfigurationException, match="a higher ELBO is better"):
-        trainer(tmp_path, callbacks=[callback], enable_checkpointing=True).fit(small(), loader(), loader())
-
-
 # ---- batches and number formats that can't work are refused before the first step
 
 
@@ -304,8 +271,67 @@ def test_a_batch_of_one_observation_is_named_where_a_batch_normalisation_fails()
 @pytest.mark.parametrize(("stage", "rows"), [("fit", 5), ("validate", 5), ("test", 5), ("predict", 0)])
 def test_a_run_without_a_batch_is_an_error(tmp_path, stage, rows):
     run = getattr(quiet_trainer(tmp_path, max_epochs=1), stage)
-    with pytest.raises(MisconfigurationException, match=f"^`{stage}` has done nothing: .* leave out `drop_last`"):
+    with pytest.raises(
+        MisconfigurationException, match=f"^`{stage}` got no batch from a loader.* leave out `drop_last`"
+    ):
         run(RecordingVAE(), vectors(rows, batch_size=8, drop_last=True))
+
+
+class Stream(IterableDataset[Tensor]):
+    """Vectors of two, whose number is not known before they are read."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(torch.randn(self.rows, 2))
+
+
+EMPTY_BATCHES = DataLoader([torch.randn(0, 2)] * 2, batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("stage", "batches"),
+    [(stage, DataLoader(Stream(0))) for stage in ("fit", "validate", "test", "predict")]
+    + [(stage, EMPTY_BATCHES) for stage in ("validate", "test")],
+)
+def test_a_stream_without_an_observation_is_an_error(tmp_path, stage, batches):
+    trainer = quiet_trainer(tmp_path, max_epochs=1)
+    with pytest.raises(MisconfigurationException, match=f"^`{stage}` got no batch from a loader"):
+        getattr(trainer, stage)(RecordingVAE(), batches)
+    assert not trainer.callback_metrics
+
+
+def test_each_loader_must_have_observations(tmp_path):
+    loaders = [vectors(5, batch_size=4), DataLoader(Stream(0))]
+    with pytest.raises(MisconfigurationException, match=r"^`validate` got no batch from a loader"):
+        quiet_trainer(tmp_path).validate(RecordingVAE(), loaders)
+
+
+def test_a_validation_without_an_observation_ends_a_fit_before_its_first_step(tmp_path):
+    vae = RecordingVAE()
+    with pytest.raises(MisconfigurationException, match=r"^`validate` got no batch from a loader"):
+        quiet_trainer(tmp_path, max_epochs=1).fit(vae, vectors(4), DataLoader(Stream(0)))
+    assert vae.used == []
+
+
+def test_an_iterator_that_is_used_up_ends_the_run(tmp_path):
+    vae = RecordingVAE()
+    with pytest.raises(MisconfigurationException, match=r"^`fit` got no batch.*An iterator can be read only once"):
+        quiet_trainer(tmp_path, max_epochs=3).fit(vae, iter(vectors(4, batch_size=2)))
+    assert len(vae.used) == 2
+
+
+class Measuring(RecordingVAE):
+    """A VAE with evaluation steps of its own."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+        self.log("val/own", batch.square().mean(), batch_size=len(batch))
+
+
+def test_a_subclass_that_validates_by_itself_logs_only_its_own_values(tmp_path):
+    (values,) = quiet_trainer(tmp_path).validate(Measuring(), vectors(4), verbose=False)
+    assert list(values) == ["val/own"]
 
 
 def test_a_run_that_is_limited_to_no_batch_is_none(tmp_path):
