@@ -166,7 +166,7 @@ class VAECLI(LightningCLI):
             config = self.config[self.config["subcommand"]].as_dict()
             for file in filter(None, config.get("config") or ()):  # None for a config that is given as text
                 yaml_checks.check_empty(file.get_content(), config)
-            yaml_checks.check_values(config)
+            yaml_checks.check_values(config, self.config["subcommand"])
             expand_home(self.config)
         model = config["model"].get("init_args") or {}
         self._given = {name: model[name] for name in FROM_DATA if model.get(name) is not None}

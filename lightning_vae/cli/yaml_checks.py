@@ -91,14 +91,16 @@ def check_empty(text: str, config: dict[str, Any]) -> None:
             pending.extend((f"{name}.{n}", *both) for n, both in enumerate(zip(given, made, strict=False)))
 
 
-def check_values(config: dict[str, Any]) -> None:
+def check_values(config: dict[str, Any], subcommand: str) -> None:
     """Refuse numbers that no option can hold, and invalid options that the Trainer does not check.
 
     Args:
         config: The resolved config of a subcommand.
+        subcommand: The subcommand.
 
     Raises:
-        ValueError: If a number is not finite or too large, or an option of the Trainer or the seed is out of range.
+        ValueError: If a number is not finite or too large, an option of the Trainer or the seed is out of range, or the
+            limit of the batches would leave the subcommand nothing to do; `fit` has several limits.
     """
     trainer = config["trainer"]
     if not isinstance(trainer, dict):
@@ -110,6 +112,9 @@ def check_values(config: dict[str, Any]) -> None:
         value = trainer.get(name)
         if value is not None and value < least:
             raise ValueError(f"`trainer.{name}` must be at least {least}, got {value}.")
+    limit = f"limit_{'val' if subcommand == 'validate' else subcommand}_batches"
+    if subcommand != "fit" and trainer.get(limit) == 0:
+        raise ValueError(f"`trainer.{limit}` is 0, so `{subcommand}` would do nothing. Set it to 1.0 for all batches.")
     interval = trainer.get("val_check_interval")
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(f"`trainer.val_check_interval` must be above 0, got {interval}.")

@@ -42,7 +42,8 @@ class EvaluationReport(Callback):
         metrics: The user's own metrics by name: import paths of functions ``(vae, loader) -> float``.
 
     Raises:
-        ValueError: If a number is too small, or the name of an own metric is taken.
+        ValueError: If a number is too small, the name of an own metric is taken, or ``limit_test_batches`` of a run is
+            0.
         TypeError: If the model of a run is not a VAE of this package.
     """
 
@@ -63,6 +64,10 @@ class EvaluationReport(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         check_model(pl_module)
+        if trainer.limit_test_batches == 0:
+            raise ValueError(
+                "`limit_test_batches` is 0, so nothing would be evaluated. Leave out the limit or the report."
+            )
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

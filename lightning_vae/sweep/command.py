@@ -236,8 +236,9 @@ def _bases(options: Namespace, rest: Sequence[str], base: Path) -> tuple[list[_B
                 files, {**choice, **({BETA: 1 if several else betas[0]} if betas else {})}, rest
             )
             likelihood = built.model.likelihood
-            if not options.print_commands:  # the data may be only where the commands will run
-                with readable_errors():
+            with readable_errors():
+                plan.check_run(built)
+                if not options.print_commands:  # the data may be only where the commands will run
                     plan.rehearse(built)
             if several and isinstance(likelihood, Gaussian) and likelihood.learns_scale:
                 reference = plan.points(configuration, options.seeds, base)[0]

@@ -10,17 +10,21 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from ..checkpoints import run_folder
+from ..checkpoints.last_checkpoint import LastCheckpoint
+from ..checkpoints.monitors import check_monitors, check_validation
 from ..cli.vae_cli import Unrun
-from ..evaluation.measure import evaluate
+from ..evaluation.measure import check_rereadable, evaluate
 from ..evaluation.report import all_loaders
 from ..likelihoods import Gaussian
 
@@ -177,6 +181,46 @@ def configure(files: str, options: Mapping[str, Any], rest: Sequence[str]) -> tu
     ), built
 
 
+def check_run(built: Unrun) -> None:
+    """Refuse a run that would leave nothing to evaluate, or evaluate nothing.
+
+    Args:
+        built: The parts that :func:`configure` has built.
+
+    Raises:
+        ValueError: If it trains or evaluates no batch, or keeps no checkpoint.
+        lightning.pytorch.utilities.exceptions.MisconfigurationException: If a callback monitors a value that the run
+            does not log.
+    """
+    trainer = built.trainer
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        raise ValueError(
+            "`trainer.fast_dev_run` saves no checkpoint, so there would be nothing to evaluate. For a quick sweep set "
+            "`--trainer.max_steps`."
+        )
+    for name in ("max_epochs", "max_steps", "limit_train_batches", "limit_test_batches"):
+        if getattr(trainer, name) == 0:
+            raise ValueError(
+                f"`trainer.{name}` is 0, so there would be nothing to {'test' if 'test' in name else 'train'}."
+            )
+    check_monitors(trainer, built.model)
+    if not trainer.limit_val_batches:
+        check_validation(trainer, built.model, 0)
+    if not any(_keeps(each, trainer.max_epochs) for each in trainer.checkpoint_callbacks):
+        raise ValueError(
+            "`trainer.callbacks` must hold a ModelCheckpoint that saves within the run: without a checkpoint nothing "
+            "is evaluated."
+        )
+
+
+def _keeps(callback: Any, epochs: int | None) -> bool:
+    """Return whether a callback saves a checkpoint in a run of this many epochs, ``None`` or -1 for no limit."""
+    if isinstance(callback, LastCheckpoint):
+        return True
+    is_in_time = epochs in (None, -1) or (callback.every_n_epochs or 1) <= epochs
+    return isinstance(callback, ModelCheckpoint) and callback.save_top_k != 0 and is_in_time
+
+
 def rehearse(built: Unrun) -> None:
     """Evaluate an untrained model on its first test batch, to find before any training why ``test`` would fail.
 
@@ -184,20 +228,31 @@ def rehearse(built: Unrun) -> None:
         built: The parts that :func:`configure` has built.
 
     Raises:
-        ValueError: If the config keeps no checkpoint, or there are no test data.
+        ValueError: If there are no test data, or the limit of test batches leaves none.
         Exception: Whatever the data or the evaluation raise.
     """
-    if not built.trainer.checkpoint_callbacks:
-        raise ValueError("`trainer.callbacks` must hold a ModelCheckpoint: without a checkpoint nothing is evaluated.")
+    data, limit = built.datamodule, built.trainer.limit_test_batches
+    loader = test_loader(data)
+    check_rereadable(loader)
+    length = sized_len(loader)
+    if isinstance(limit, float) and limit < 1 and (length is None or int(length * limit) < 1 <= length):
+        batches = "batches, whose number is not known" if length is None else f"{length} batches"
+        raise ValueError(
+            f"`trainer.limit_test_batches` must leave at least one of the test's {batches}, got {limit}. Give a whole "
+            "number."
+        )
     with _silence():
-        evaluate(built.model, list(itertools.islice(test_batches(built.datamodule), 1)), importance_samples=1)
+        evaluate(built.model, list(itertools.islice(transferred(loader, data), 1)), importance_samples=1)
 
 
-def test_batches(data: LightningDataModule) -> Iterator[Any]:
-    """Yield the batches that ``test`` evaluates, after the data module's hooks: those of the first of several loaders.
+def test_loader(data: LightningDataModule) -> Iterable[Any]:
+    """Return the loader that ``test`` evaluates, the first of several.
 
     Args:
         data: The data module. Hooks of its own may ask for a Trainer, so it gets one on the CPU.
+
+    Raises:
+        ValueError: If there is no loader.
     """
     with _silence():
         data.trainer = Trainer(
@@ -205,7 +260,14 @@ def test_batches(data: LightningDataModule) -> Iterator[Any]:
         )
         data.prepare_data()
         data.setup("test")
-        loader = all_loaders(data.test_dataloader())[0]
+        loaders = all_loaders(data.test_dataloader())
+    if not loaders:
+        raise ValueError(f"`test_dataloader` of {type(data).__name__} must return a loader, got none.")
+    return loaders[0]
+
+
+def transferred(loader: Iterable[Any], data: LightningDataModule) -> Iterator[Any]:
+    """Yield a loader's batches after the data module's hooks."""
     for batch in loader:
         yield data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
 

@@ -88,7 +88,9 @@ def _draw_latents(spaces: _Spaces, projection: figures.Projection) -> Figure:
     some = dict(_evenly_spaced(list(spaces.models.items()), _SHOWN))
     if len(some) < len(spaces.models):
         print(f"Of {len(spaces.models)} latent spaces {len(some)} are shown.")
-    return figures.compare_latents(some, plan.test_batches(spaces.data), projection=projection)
+    return figures.compare_latents(
+        some, plan.transferred(plan.test_loader(spaces.data), spaces.data), projection=projection
+    )
 
 
 def _caption(point: Point, row: Row, several: bool) -> str:

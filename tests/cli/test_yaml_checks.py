@@ -57,9 +57,20 @@ def test_empty_mappings_are_named(text, made, says):
     ],
 )
 def test_values_out_of_range_are_named(changed, says):
-    check_values(VALUES)
+    check_values(VALUES, "fit")
     with pytest.raises(ValueError, match=says):
-        check_values({**VALUES, **changed})
+        check_values({**VALUES, **changed}, "fit")
+
+
+@pytest.mark.parametrize(
+    ("subcommand", "limit"),
+    [("validate", "limit_val_batches"), ("test", "limit_test_batches"), ("predict", "limit_predict_batches")],
+)
+def test_a_limit_that_leaves_nothing_to_do_is_named(subcommand, limit):
+    values = {**VALUES, "trainer": {limit: 0}}
+    with pytest.raises(ValueError, match=f"`trainer.{limit}` is 0, so `{subcommand}` would do nothing"):
+        check_values(values, subcommand)
+    check_values(values, "fit")
 
 
 def test_a_schedule_of_length_0_is_named():

@@ -73,6 +73,11 @@ def test_what_can_not_be_evaluated_is_refused_before_a_step(tmp_path):
     module = ForeignModule()
     with pytest.raises(TypeError, match="got ForeignModule"):
         quiet_trainer(tmp_path, callbacks=[EvaluationReport()], max_epochs=1).fit(module, DataLoader(x, 10))
+    module = small_vae()
+    with pytest.raises(ValueError, match="`limit_test_batches` is 0, so nothing would be evaluated"):
+        quiet_trainer(tmp_path, callbacks=[EvaluationReport()], max_epochs=1, limit_test_batches=0).fit(
+            module, digits()
+        )
     with pytest.raises(ValueError, match="`loader` is read twice"):
         run_test(tmp_path, optimal_linear_vae(x, 1, 0.1), iter([x]))
     with pytest.raises(ValueError, match=r"already taken, got \['nll'\]"):

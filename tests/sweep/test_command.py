@@ -16,7 +16,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vae import VAE
 from lightning_vae.cli import vae_cli
@@ -279,6 +279,31 @@ class NoneForTheTest(FewForTheTest):
     test_dataloader = LightningDataModule.test_dataloader
 
 
+class NoLoaderForTheTest(FewForTheTest):
+    def test_dataloader(self):
+        return []
+
+
+class OnceForTheTest(FewForTheTest):
+    def test_dataloader(self):
+        return iter([self.x])
+
+
+class StreamForTheTest(FewForTheTest):
+    def test_dataloader(self):
+        return DataLoader(Stream(self.x), 20)
+
+
+class Stream(IterableDataset):
+    """Rows of a tensor, without a length."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def __iter__(self):
+        return iter(self.x)
+
+
 FEW = ["sweep", "--config", LINEAR, f"--data={FewForTheTest.__module__}.FewForTheTest", "--trainer.max_epochs=1",
        "--trainer.log_every_n_steps=1", "--lr_scheduler=null", "--model.latent_dim=2"]  # fmt: skip
 
@@ -322,9 +347,64 @@ BROKEN = {
         ["--config", LINEAR, "--trainer.callbacks=CollapseDetector", "--trainer.enable_checkpointing=false"],
         "`trainer.callbacks` must hold a ModelCheckpoint",
     ),
+    "a checkpoint that comes too late": (
+        ["--config", LINEAR, "--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.every_n_epochs=9", *TINY],
+        "`trainer.callbacks` must hold a ModelCheckpoint that saves within the run",
+    ),
+    "a checkpoint that keeps nothing": (
+        ["--config", LINEAR, "--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.save_top_k=0", *TINY],
+        "`trainer.callbacks` must hold a ModelCheckpoint that saves within the run",
+    ),
+    **{
+        f"no {name}": (
+            ["--config", LINEAR, f"--trainer.{name}=0"],
+            f"`trainer.{name}` is 0, so there would be nothing to {verb}.",
+        )
+        for name, verb in {
+            "max_epochs": "train",
+            "max_steps": "train",
+            "limit_train_batches": "train",
+            "limit_test_batches": "test",
+        }.items()
+    },
+    "no test, for a cluster": (
+        ["--config", LINEAR, "--print_commands", "--trainer.limit_test_batches=0"],
+        "`trainer.limit_test_batches` is 0",
+    ),
+    "a trial run": (["--config", LINEAR, "--trainer.fast_dev_run=true"], "`trainer.fast_dev_run` saves no checkpoint"),
+    "too small a share of the test": (
+        ["--config", LINEAR, *TINY, "--trainer.limit_test_batches=0.4"],
+        "`trainer.limit_test_batches` must leave at least one of the test's 2 batches, got 0.4.",
+    ),
+    "a share of a stream": (
+        [*FEW[1:], f"--data={FewForTheTest.__module__}.StreamForTheTest", "--trainer.limit_test_batches=0.5"],
+        "`trainer.limit_test_batches` must leave at least one of the test's batches, whose number is not known",
+    ),
+    "a monitor of nothing": (
+        ["--config", LINEAR, "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/lss"],
+        "EarlyStopping(monitor='val/lss'): this run never logs that value. The nearest are 'val/loss'",
+    ),
+    "a monitor of no validation": (
+        [
+            "--config",
+            LINEAR,
+            "--trainer.limit_val_batches=0",
+            "--trainer.callbacks=ModelCheckpoint",
+            "--trainer.callbacks.monitor=val/loss",
+        ],
+        "ModelCheckpoint(monitor='val/loss') needs validation",
+    ),
     "no test data": (
         [*FEW[1:], f"--data={FewForTheTest.__module__}.NoneForTheTest"],
         "`test_dataloader` must be implemented",
+    ),
+    "no test loader": (
+        [*FEW[1:], f"--data={FewForTheTest.__module__}.NoLoaderForTheTest"],
+        "`test_dataloader` of NoLoaderForTheTest must return a loader, got none.",
+    ),
+    "test data that are read once": (
+        [*FEW[1:], f"--data={FewForTheTest.__module__}.OnceForTheTest"],
+        "`loader` is read twice",
     ),
     "an empty test set": ([*FEW[1:], "--data.size=0"], "`loader` is empty"),
     "a beta that is wrong once the variance is known": (
@@ -340,7 +420,7 @@ BROKEN = {
 }
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("case", BROKEN)
 def test_wrong_input_ends_in_one_message_before_anything_is_run(case, calls, capsys):
     arguments, message = BROKEN[case]
