@@ -26,16 +26,18 @@ from torch.distributions import (
     RelaxedOneHotCategorical,
     TransformedDistribution,
     VonMises,
+    kl_divergence,
 )
 from torch.distributions.transforms import TanhTransform
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_vae.callbacks import FreeBits, TargetRate
+from lightning_vae.callbacks import EnforcedFreeBits, FreeBits, KLAnnealing, Linear, TargetRate
 from lightning_vae.callbacks.collapse_detector import CollapseDetector
 from lightning_vae.callbacks.control.attribute_writer import MisconfigurationException
 from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.callbacks.metrics.mutual_information import mutual_information
 from lightning_vae.callbacks.metrics.observation_subset import random_keys
+from tests.doubles import quiet_trainer
 
 
 def detect(*args, **options):
@@ -220,6 +222,57 @@ def test_warning_says_what_was_measured_and_what_to_try(tmp_path):
     ) as record:
         fit(tmp_path, detect(), Known(["collapsed"]), epochs=5)
     assert [str(warning.message).count("CollapseDetector") for warning in record].count(1) == 1
+
+
+class Penalised(LightningModule):
+    """A collapsed VAE: every posterior is the prior, and so it stays."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        self.encoder = nn.Linear(2, 4)
+        nn.init.zeros_(self.encoder.weight)
+        nn.init.zeros_(self.encoder.bias)
+        self.beta = 1.0
+        vars(self).update(attributes)
+
+    def training_step(self, batch, batch_idx):
+        mean, log_variance = self.encoder(batch).chunk(2, dim=1)
+        self.posterior = Normal(mean, (log_variance / 2).exp())
+        return self.beta * kl_divergence(self.posterior, Normal(0.0, 1.0)).sum(dim=1).mean()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+ANNEAL, KEEP = "Let `KLAnnealing` hold beta at 0 until", "Keep beta at 0 for longer, "
+PUT, RAISE = "put a floor of a few nats under the whole rate", "raise the floor under the rate"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:FreeBits", "ignore:.*the loss of the first")
+@pytest.mark.parametrize(
+    ("callbacks", "attributes", "advice"),
+    [
+        ([], {}, (ANNEAL, PUT)),
+        ([KLAnnealing(Linear(steps=2), probe=False)], {}, (KEEP, PUT)),
+        ([TargetRate(1.0)], {}, (KEEP, PUT)),
+        ([FreeBits(0.1, attribute="floor")], {"floor": 0.0}, (ANNEAL, RAISE)),
+        ([EnforcedFreeBits(0.1, "encoder", "beta", chunk=1)], {}, (ANNEAL, RAISE)),
+        ([], {"free_bits": 0.1}, (ANNEAL, RAISE)),
+        ([], {"free_bits": torch.tensor([0.0, 0.1])}, (ANNEAL, RAISE)),
+        ([], {"free_bits": torch.zeros(2)}, (ANNEAL, PUT)),
+        ([], {"free_bits": "none of ours"}, (ANNEAL, PUT)),
+        ([KLAnnealing(Linear(steps=2), probe=False), FreeBits(0.1)], {"free_bits": 0.0}, (KEEP, RAISE)),
+    ],
+)
+def test_the_remedy_is_none_that_the_run_has(tmp_path, callbacks, attributes, advice):
+    rows = DataLoader(torch.randn(8, 2), batch_size=4)
+    detector = detect(patience=1, warmup=0)
+    with pytest.warns(UserWarning, match="CollapseDetector: the posterior is collapsed") as record:
+        quiet_trainer(tmp_path, callbacks=[detector, *callbacks], max_epochs=1).fit(Penalised(**attributes), rows, rows)
+    (message,) = (" ".join(str(each.message).split()) for each in record if "CollapseDetector:" in str(each.message))
+    assert [text for text in (ANNEAL, KEEP, PUT, RAISE) if text in message] == list(advice)
 
 
 def test_a_module_that_never_offers_its_posterior_is_told(tmp_path):
