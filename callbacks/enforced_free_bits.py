@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributions import Independent, Normal
+from torch.distributions import Normal
 from typing_extensions import override
 
 from .base import callbacks_of, mean_over_processes, several_processes
@@ -19,11 +17,11 @@ from .control.attribute_path import is_number, look_up
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
 from .free_bits import count_at_floor
+from .probing.declared_kl import DeclaredKL
 from .probing.loss_probe import LossProbe
 from .reading.distribution_reader import DistributionReader, is_compiled
 from .reading.distributions import read_prior, widened
 from .reading.kl_rates import kl_per_dimension, rates_under_floors
-from .reading.module_call import part_of_output
 from .schedules import Constant, Schedule
 
 if TYPE_CHECKING:
@@ -54,10 +52,9 @@ class EnforcedFreeBits(AttributeScheduler):
     The KL in the loss has to be that of the output that ``posterior`` names, not clamped or changed in between, against
     N(0, I) or a ``Normal`` that the module offers as ``prior``. It has to enter linearly, with the weight and the
     reduction given here. At the first batch this is tried on copies of the module if possible (see
-    :class:`KLAnnealing`): the loss has to rise as declared if the posterior becomes narrower, from a standard deviation
-    that no longer changes the reconstruction, or else by that KL for a weight of 1. Otherwise the declaration is taken
-    on trust, and the reason is given; so is the absence of a clamp that acts only later. The weight is read when the
-    loss is complete.
+    :class:`KLAnnealing`): without noise in the latents, the loss has to rise as declared if the posterior becomes
+    narrower, or else by that KL for a weight of 1. Otherwise the declaration is taken on trust, and the reason is
+    given; so is the absence of a clamp that acts beyond usual scales. The weight is read when the loss is complete.
 
     Logged on logging steps: ``knobs/free_bits`` and ``latent/at_floor``, as by :class:`FreeBits`.
 
@@ -82,7 +79,8 @@ class EnforcedFreeBits(AttributeScheduler):
             fitting starts: under manual optimization, a precision other than 32-true, 64-true and bf16-mixed (within
             its rounding), a strategy other than a single device or DDP, ``torch.compile``, and for a module
             with ``free_bits`` of its own. In the first step: if the posterior is not a diagonal ``Normal``, has no
-            gradient, or is not the only one of the step, or if the loss does not rise with the KL as declared.
+            gradient, or is not the only one of the step, or if the loss does not rise with the KL as declared, or
+            has an estimate of it from a sample.
 
     Example::
 
@@ -135,7 +133,17 @@ class EnforcedFreeBits(AttributeScheduler):
 
     @override
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        self._try_declaration(LossProbe(trainer, pl_module, batch, batch_idx=0, autocast=False))
+        declared = DeclaredKL(self._reader, self.weight, self._read_weight, self.factor)
+        try:
+            contradiction = declared.contradiction(LossProbe(trainer, pl_module, batch, batch_idx=0, autocast=False))
+        except LossProbe.NotPossible as reason:
+            rank_zero_info(f"EnforcedFreeBits takes `weight` and `reduction` on trust: they can't be tried ({reason}).")
+            return
+        if contradiction:
+            raise _refusal(
+                f"{contradiction} Declared are `posterior={self.posterior!r}`, `weight={self.weight!r}` and "
+                f"`reduction={self.reduction!r}`."
+            )
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -240,113 +248,6 @@ class EnforcedFreeBits(AttributeScheduler):
                 f"{rates.shape[1]}."
             )
         return rates
-
-    def _try_declaration(self, probe: LossProbe) -> None:
-        """Refuse a loss in which the KL has another weight than declared, if that can be tried."""
-        trials = [self._narrow_posterior] + [self._raise_weight] * isinstance(self.weight, str)
-        reasons = []
-        for trial in trials:
-            try:
-                what, rise, declared, noise = trial(probe)
-            except Exception as reason:  # a trial must not end the training
-                reasons.append(str(reason))
-                continue
-            if noise > 0.3 * abs(declared):
-                reasons.append(f"a KL term of {declared:.6g} can't be told from rounding and noise")
-                continue
-            if not abs(rise - declared) <= 2e-3 * abs(declared) + noise:
-                raise _refusal(
-                    f"The loss of the first batch rises by {rise:.6g} {what}, and by `posterior={self.posterior!r}`, "
-                    f"`weight={self.weight!r}` and `reduction={self.reduction!r}` it is {declared:.6g}. Correct "
-                    "`weight`, `reduction`, `second` or `posterior`."
-                )
-            return
-        rank_zero_info(
-            "EnforcedFreeBits takes `weight` and `reduction` on trust: they can't be tried "
-            f"({'; '.join(dict.fromkeys(reasons))})."
-        )
-
-    def _narrow_posterior(self, probe: LossProbe) -> tuple[str, float, float, float]:
-        """Measure how the loss rises with the KL of a posterior that is too narrow to change the reconstruction.
-
-        At a log-variance of -20 or below, a sample is the mean up to rounding, and the KL of each dimension grows by
-        exactly 2 nats if the log-variance falls by 4. So the loss grows by the weight of the KL alone.
-        """
-
-        def at(log_variance: float) -> float:
-            def look_on(copy: LightningModule) -> None:
-                path = self._reader.paths[-1]
-                copy.get_submodule(path.partition(":")[0]).register_forward_hook(
-                    partial(self._fill_second, path, log_variance)
-                )
-
-            return probe(held, look_on)
-
-        held: dict[tuple[str, ...], float] = {}
-        reader, copy = self._posterior_of_copy(probe, held)
-        weight = float(self._read_weight(copy))
-        if weight == 0 and isinstance(self.weight, str):  # as at the start of a warm-up
-            held, weight = {(self.weight,): 1.0}, 1.0
-        rates = self._rates_of(reader, copy)
-        wide, narrow, narrowest = at(-20.0), at(-24.0), at(-28.0)
-        rise, before = narrowest - narrow, narrow - wide
-        noise = 4 * probe.epsilon * max(abs(wide), abs(narrowest)) + 2 * abs(at(-28.0) - narrowest)
-        if not abs(rise - before) <= 0.05 * abs(rise) + noise or abs(rise) <= noise:
-            raise LossProbe.NotPossible("the loss does not follow a narrow posterior, which the module may clamp")
-        declared = weight * self.factor(rates) * 2.0 * rates.shape[1]
-        return "if each log-variance falls from -24 to -28", rise, declared, noise + abs(rise - before)
-
-    def _raise_weight(self, probe: LossProbe) -> tuple[str, float, float, float]:
-        """Measure how the loss rises from a weight of 0 to a weight of 1."""
-        assert isinstance(self.weight, str)
-        path = (self.weight,)
-        zero, again = probe({path: 0.0}), probe({path: 0.0})
-        seen: list[float] = []
-        reader, copy = self._posterior_of_copy(probe, {path: 1.0}, seen)
-        if not math.isclose(float(self._read_weight(copy)), 1.0, rel_tol=1e-2):
-            raise LossProbe.NotPossible("the module sets the weight itself in its training step")
-        rates = self._rates_of(reader, copy)
-        [one] = seen
-        declared = self.factor(rates) * float(rates.sum(1).mean())
-        noise = 4 * probe.epsilon * max(abs(zero), abs(one)) + 4 * abs(again - zero)
-        return "for a weight of 1", one - zero, declared, noise
-
-    def _posterior_of_copy(
-        self, probe: LossProbe, held: dict[tuple[str, ...], float], losses: list[float] | None = None
-    ) -> tuple[DistributionReader, LightningModule]:
-        """Run the training step of a copy, and return the reader that has listened to it."""
-        reader = DistributionReader(self.posterior, self._reader.second, self._reader.chunk)
-        copies: list[LightningModule] = []
-
-        def look_on(copy: LightningModule) -> None:
-            reader.listen(copy)
-            copies.append(copy)
-
-        loss = probe(held, look_on)
-        if losses is not None:
-            losses.append(loss)
-        return reader, copies[0]
-
-    def _rates_of(self, reader: DistributionReader, copy: LightningModule) -> Tensor:
-        """Return the rates of a copy's posterior, shape ``(B, k)``."""
-        posteriors, prior = [each for each in reader.read(copy, None) if each.mean.requires_grad], read_prior(copy)
-        if len(posteriors) != 1 or not isinstance(posteriors[0], Normal) or not isinstance(prior, Normal):
-            raise LossProbe.NotPossible("the posterior or the prior of the step is not one diagonal Normal")
-        return kl_per_dimension(posteriors[0], prior).detach().flatten(1)
-
-    def _fill_second(self, path: str, log_variance: float, _module: Any, _inputs: Any, output: Any) -> None:
-        """Give the posterior in a module's output one log-variance."""
-        value = part_of_output(output, path)
-        value = value.base_dist if isinstance(value, Independent) else value
-        kind = self._reader.second
-        if isinstance(value, Normal):
-            kind, second = "scale", value.scale
-        elif isinstance(value, Tensor):
-            second = value if self._reader.chunk is None else value.chunk(2, self._reader.chunk)[1]
-        else:
-            second = value[1]
-        log = log_variance / 2 if kind.endswith("scale") else log_variance
-        second.data.fill_(log if kind.startswith("log") else math.exp(log))
 
     def _refuse_what_is_not_exact(self, trainer: Trainer, pl_module: LightningModule) -> None:
         name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__

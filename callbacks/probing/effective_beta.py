@@ -138,8 +138,7 @@ def weight_effect(
         half, full = at(0.5 * weight), at(weight)
         if not all(map(math.isfinite, (zero, half, full))):
             raise LossProbe.NotPossible("its loss is not finite")
-        noise = 4 * probe.epsilon * max(abs(zero), abs(full)) + 4 * drift
-        return WeightEffect(weight, (zero, half, full), noise)
+        return WeightEffect(weight, (zero, half, full), probe.noise((zero, full), drift))
 
     effect = effect_of(weight)
     if effect.uncertainty > _CLOSE and abs(weight) < 1:
@@ -155,7 +154,7 @@ def weight_effect(
         others: dict[str, Tensor | Normal] = {}
         other_zero = at(0.0, partial(_look_on, others, rows, most, is_perturbed=True))
         other_rise = at(effect.weight, _perturb) - other_zero
-        other_noise = 4 * probe.epsilon * max(abs(other_zero), abs(other_zero + other_rise)) + 4 * drift
+        other_noise = probe.noise((other_zero, other_zero + other_rise), drift)
         uncertainty = effect.uncertainty + (other_noise / abs(other_rise) if other_rise else math.inf)
         rate = recognise_multiple((outputs, others), (effect.slope, other_rise / effect.weight), rows, uncertainty)
     return replace(effect, rate=rate, distortion=recognise_distortion(outputs, zero, data))

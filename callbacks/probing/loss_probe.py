@@ -60,12 +60,12 @@ class LossProbe:
         self._batch = batch
         self._batch_idx = batch_idx
 
-    @property
-    def epsilon(self) -> float:
-        """Relative rounding of the loss."""
+    def noise(self, losses: Sequence[float], drift: float) -> float:
+        """Return the largest difference between losses that rounding and a drift between evaluations can explain."""
         precision = "32" if self._in_full else str(self._trainer.precision)
         dtypes = {"64": torch.float64, "32": torch.float32, "16": torch.float16}
-        return torch.finfo(torch.bfloat16 if "bf16" in precision else dtypes.get(precision[:2], torch.bfloat16)).eps
+        dtype = torch.bfloat16 if "bf16" in precision else dtypes.get(precision[:2], torch.bfloat16)
+        return 4 * torch.finfo(dtype).eps * max(map(abs, losses)) + 4 * abs(drift)
 
     def __call__(
         self, values: Mapping[tuple[str, ...], float], look_on: Callable[[LightningModule], object] | None = None

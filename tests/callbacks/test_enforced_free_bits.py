@@ -1,14 +1,13 @@
 import copy
 import csv
 import pickle
-import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
@@ -19,116 +18,10 @@ from lightning_vae import free_bits
 from lightning_vae.callbacks import EnforcedFreeBits, FreeBits, KLAnnealing, Linear
 from lightning_vae.callbacks.enforced_free_bits import shortfall
 from lightning_vae.callbacks.reading.kl_rates import kl_per_dimension
+from tests.callbacks.foreign_vae import LATENTS, PLACES, THRESHOLD, TO_SCALE, Foreign, fit, refused
 from tests.doubles import RecordingVAE, loader, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:FreeBits. .* floors hold their dimension")
-
-TO_SCALE = {
-    "log_variance": lambda second: (second / 2).exp(),
-    "variance": lambda second: second.sqrt(),
-    "scale": lambda second: second,
-    "log_scale": lambda second: second.exp(),
-}
-LATENTS = 4
-THRESHOLD = 0.4  # some of the four latents of `Encoder` sit below it, and some above
-
-
-class Encoder(nn.Module):
-    """Outputs mean and second parameter in one of the ways that projects do it."""
-
-    def __init__(self, form: str = "pair", second: str = "log_variance") -> None:
-        super().__init__()
-        self.form, self.second = form, second
-        self.map = nn.Linear(2, 2 * LATENTS)
-        with torch.no_grad():  # rates that differ
-            self.map.weight[:LATENTS] *= torch.tensor([0.1, 0.5, 1.0, 4.0])[:, None]
-
-    def forward(self, x: Tensor) -> Any:
-        mean, second = self.map(x).chunk(2, dim=-1)
-        second = second if self.second.startswith("log") else nn.functional.softplus(second)
-        if self.form == "normal":
-            return Independent(Normal(mean, TO_SCALE[self.second](second)), 1), x
-        if self.form == "map":  # (B, 2k, H, W), two latents at each of two places
-            shape = (len(x), LATENTS // 2, 2, 1)
-            return torch.cat([mean.reshape(shape), second.reshape(shape)], dim=1)
-        return mean, second
-
-
-class Foreign(LightningModule):
-    """Somebody else's VAE. With ``own_floor`` its loss has the one line, and else it has never heard of free bits."""
-
-    def __init__(
-        self,
-        form: str = "pair",
-        second: str = "log_variance",
-        weight: Any = 0.7,
-        reduction: str | float = "sum",
-        own_floor: dict[str, Any] | None = None,
-        skip: bool = False,
-    ) -> None:
-        super().__init__()
-        self.form, self.second, self.reduction, self.own_floor, self.skip = form, second, reduction, own_floor, skip
-        self.encoder = Encoder("pair" if form == "heads" else form, second)
-        if form == "heads":
-            self.encoder_mean, self.encoder_second = nn.Linear(2, LATENTS), nn.Linear(2, LATENTS)
-        self.decoder = nn.Sequential(nn.Linear(LATENTS, 8), nn.Tanh(), nn.Linear(8, 2))
-        self.weight = copy.deepcopy(weight)
-        if own_floor is not None:
-            self.free_bits = 0.0
-        self.gradients: list[list[Tensor]] = []
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.form == "heads":
-            mean, second = self.encoder_mean(x), self.encoder_second(x)
-        elif self.form == "normal":
-            posterior = self.encoder(x)[0].base_dist
-            return posterior.loc, posterior.scale
-        elif self.form == "map":
-            mean, second = self.encoder(x).chunk(2, dim=1)
-        else:
-            mean, second = self.encoder(x)
-        return mean, TO_SCALE[self.second](second)
-
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        mean, scale = self.encode(batch)
-        z = mean + scale * torch.randn_like(scale)
-        reconstruction = (self.decoder(z.flatten(1)) - batch).square().sum(1).mean()
-        if self.skip:
-            reconstruction = reconstruction + (mean.flatten(1).sum(1) - batch.sum(1)).square().mean()
-        kl = (0.5 * (scale**2 + mean**2 - 1) - scale.log()).flatten(1)
-        rate = kl.sum(1).mean() if self.own_floor is None else free_bits(kl, self.free_bits, **self.own_floor)
-        factors = {"sum": 1.0, "mean": 1 / LATENTS, "batch_sum": len(batch)}
-        factor = factors[self.reduction] if isinstance(self.reduction, str) else self.reduction
-        loss: Tensor = (reconstruction + self.weight * factor * rate).sum()
-        return loss
-
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        with torch.enable_grad():
-            self.encode(batch)
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.gradients.append([torch.zeros(()) if p.grad is None else p.grad.clone() for p in self.parameters()])
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), 0.02)
-
-
-PLACES: dict[str, dict[str, Any]] = {
-    "pair": {"posterior": "encoder"},
-    "normal": {"posterior": "encoder:0"},
-    "map": {"posterior": "encoder", "chunk": 1},
-    "heads": {"posterior": ("encoder_mean", "encoder_second")},
-}
-
-
-def fit(root: Path, model: Any, *callbacks: Any, rows: int = 20, validate: bool = False, **options: Any) -> Any:
-    """Fit in two epochs of five batches, the same each time."""
-    double = options.get("precision") == "64-true"
-    data = loader(rows, batch_size=4)
-    torch.manual_seed(1)
-    trainer = quiet_trainer(root, callbacks=list(callbacks), **{"max_epochs": 2, **options})
-    trainer.fit(model.double() if double else model, data, data if validate else None)
-    return model
 
 
 def assert_twins(root: Path, floor: EnforcedFreeBits, options: dict[str, Any], *others: Any, **run: Any) -> Foreign:
@@ -484,19 +377,6 @@ def test_no_graph_outlives_its_step(tmp_path: Path) -> None:
 
 # ---- what it refuses
 
-LINE = r"Put the floor in the loss.*`loss = reconstruction \+ w \* free_bits\(kl_per_dimension, self.free_bits\)`"
-
-
-def refused(root: Path, model: Any, message: str, **options: Any) -> None:
-    given = {"posterior": "encoder", "weight": "weight", **options.pop("floor", {})}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's, about what the run was to be
-        with pytest.raises(
-            MisconfigurationException, match=rf"EnforcedFreeBits can't be exact here. {message}.*{LINE}"
-        ):
-            fit(root, model, EnforcedFreeBits(THRESHOLD, **given), **options)
-    assert not any(module._forward_hooks for module in model.modules())
-
 
 def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     model = Foreign()
@@ -621,95 +501,3 @@ def test_what_shows_when_fitting_starts(tmp_path: Path, options: dict[str, Any],
 def test_an_option_out_of_its_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EnforcedFreeBits(**{"threshold": 0.5, "posterior": "encoder", "weight": 1.0, **options})
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"reduction": "mean"},
-        {"reduction": 2.0},
-        {"second": "scale"},
-        {"weight": "unused"},
-    ],
-)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_wrong_declaration_is_refused_at_the_first_batch(
-    tmp_path: Path, wrong: dict[str, Any], precision: Any
-) -> None:
-    model = Foreign(reduction=1.5)
-    model.unused = 1.0  # type: ignore[assignment]
-    before = copy.deepcopy(model.state_dict())
-    right: dict[str, Any] = {"posterior": "encoder", "weight": "weight", "reduction": 1.5}
-    message = r"'encoder'.*scale must be positive" if "second" in wrong else r"rises by .* and by `posterior"
-    with pytest.raises((MisconfigurationException, ValueError), match=message):
-        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, **{**right, **wrong}), precision=precision)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-@pytest.mark.parametrize(  # the heads are linear, so their scales would be negative
-    ("form", "second"),
-    [*((form, "log_variance") for form in PLACES), *((form, "scale") for form in PLACES if form != "heads")],
-)
-@pytest.mark.parametrize(("right", "wrong"), [(0.7, 0.7 * 16), (0.7, 0.7 * 1.02), (1e-3, 1e-3 / 4)])
-def test_a_wrong_number_as_the_weight_is_refused_and_a_right_one_is_silent(
-    tmp_path: Path, caplog: Any, form: str, second: str, right: float, wrong: float
-) -> None:
-    torch.manual_seed(0)
-    model = Foreign(form, second, weight=right)
-    kind = {} if form == "normal" else {"second": second}
-    with caplog.at_level("INFO"):
-        fit(tmp_path, copy.deepcopy(model), EnforcedFreeBits(THRESHOLD, weight=right, **PLACES[form], **kind))
-    assert "on trust" not in caplog.text
-    with pytest.raises(MisconfigurationException, match=r"rises by .* if each log-variance falls"):
-        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, weight=wrong, **PLACES[form], **kind))
-
-
-def test_a_factor_that_the_first_kl_is_too_small_to_show_is_refused(tmp_path: Path) -> None:
-    model = Foreign(weight=0.0, reduction=16.0)
-    with torch.no_grad():  # a posterior that is the prior but for rounding
-        model.encoder.map.weight.mul_(1e-5)
-        model.encoder.map.bias.zero_()
-    floor = EnforcedFreeBits(THRESHOLD, posterior="encoder", weight="weight", reduction="sum")
-    with pytest.raises(MisconfigurationException, match=r"rises by 128 if each log-variance falls .* it is 8"):
-        fit(tmp_path, model, floor)
-
-
-def test_a_weight_is_read_from_a_method_and_may_feed_a_second_kl(tmp_path: Path, caplog: Any) -> None:
-    class TwoKls(Foreign):
-        def __init__(self) -> None:
-            super().__init__()
-            self.other = nn.Linear(2, 3)
-
-        def kl_weight(self) -> float:
-            return float(self.weight)
-
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            return super().training_step(batch, batch_idx) + self.weight * self.other(batch).square().sum(1).mean() / 2  # type: ignore[no-any-return]
-
-    for weight in ("weight", "kl_weight"):
-        with caplog.at_level("INFO"):
-            fit(tmp_path, TwoKls(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=weight))
-        assert "on trust" not in caplog.text
-
-
-def test_a_weight_that_the_module_sets_in_its_step_is_taken_on_trust(tmp_path: Path, caplog: Any) -> None:
-    class Schedules(Foreign):
-        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-            self.weight = 0.1 * self.global_step  # a trial on a copy can't give it another value
-            return super().training_step(batch, batch_idx)
-
-    with caplog.at_level("INFO"):
-        fit(tmp_path, Schedules(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight="weight"))
-    assert "on trust" in caplog.text
-    assert "the module sets the weight itself in its training step" in caplog.text
-
-
-def test_a_log_variance_that_the_module_clamps_is_taken_on_trust_in_so_many_words(tmp_path: Path, caplog: Any) -> None:
-    class Clamps(Foreign):
-        def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            mean, second = self.encoder(x)
-            return mean, (second.clamp(min=-8) / 2).exp()
-
-    with caplog.at_level("INFO"):
-        fit(tmp_path, Clamps(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.7))
-    assert "`weight` and `reduction` on trust: they can't be tried (the loss does not follow a narrow" in caplog.text
