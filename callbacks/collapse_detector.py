@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from .reading.batch_fields import index_of
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
 from .reading.kl_rates import kl_per_dimension
+from .schedules import at_least, check_number
 from .target_rate import TargetRate
 
 if TYPE_CHECKING:
@@ -115,8 +115,7 @@ class CollapseDetector(Callback):
             ("patience", patience, 1),
             ("warmup", warmup, 0),
         ):
-            if not least <= value < math.inf:
-                raise ValueError(f"`{option}` must be a finite number of at least {least}, got {value}.")
+            check_number(option, value, f"a finite number of at least {least}", at_least(least))
         if not (on_alarm in ("warn", "stop") or callable(on_alarm)):
             raise ValueError(
                 f"`on_alarm` must be 'warn', 'stop' or a callable `(trainer, pl_module, state)`, got {on_alarm!r}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,13 +17,13 @@ from .base import callbacks_of, mean_over_processes, several_processes
 from .control.attribute_path import is_number, look_up
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
-from .free_bits import count_at_floor
+from .free_bits import checked_floor, count_at_floor
 from .probing.declared_kl import DeclaredKL
 from .probing.loss_probe import LossProbe
 from .reading.distribution_reader import DistributionReader, is_compiled
 from .reading.distributions import read_prior, widened
 from .reading.kl_rates import kl_per_dimension, rates_under_floors
-from .schedules import Constant, Schedule
+from .schedules import Schedule, check_number
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -101,22 +102,17 @@ class EnforcedFreeBits(AttributeScheduler):
         average: Literal["batch", "sample"] = "batch",
         name: str | None = None,
     ) -> None:
-        if not callable(threshold) and not threshold >= 0:
-            raise ValueError(f"`threshold` must be at least 0 nats, or a schedule, got {threshold}. Start with 0.5.")
+        schedule = checked_floor(threshold, per, average)
         if posterior is None or callable(posterior):
             raise ValueError(
                 "`posterior` must be a submodule's path or a pair of them, whose outputs the loss is known to use, "
                 f"got {posterior!r}. If there is none: `{_LINE}` and `FreeBits`."
             )
-        if isinstance(reduction, str) and reduction not in _REDUCTIONS:
-            raise ValueError(
-                f"`reduction` must be 'sum', 'mean', 'batch_sum' or a number of times 'sum', got {reduction!r}."
-            )
-        if not (per in ("dimension", "whole") or (isinstance(per, int) and per >= 1)):
-            raise ValueError(f"`per` must be 'dimension', 'whole' or a number of dimensions, got {per!r}.")
-        if average not in ("batch", "sample"):
-            raise ValueError(f"`average` must be 'batch' or 'sample', got {average!r}.")
-        schedule = threshold if callable(threshold) else Constant(threshold)
+        if not isinstance(weight, str):
+            check_number("weight", weight, "a path, or the number in the loss", math.isfinite)
+        if reduction not in _REDUCTIONS:
+            allowed = "'sum', 'mean', 'batch_sum' or a number of times 'sum'"
+            check_number("reduction", reduction, allowed, lambda factor: 0 < factor < math.inf)
         super().__init__(schedule, attribute=None, name=name or "free_bits")
         self.posterior = posterior
         self.weight = weight

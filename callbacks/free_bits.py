@@ -17,7 +17,7 @@ from .control.tied_attributes import NumberPlace
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
 from .reading.kl_rates import measured_rates, rates_under_floors
-from .schedules import Constant, Schedule
+from .schedules import Constant, Schedule, at_least, check_number, integer_from
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -83,13 +83,7 @@ class FreeBits(AttributeScheduler):
         setter: Callable[[Any, float], None] | None = None,
         name: str | None = None,
     ) -> None:
-        if not callable(threshold) and not threshold >= 0:
-            raise ValueError(f"`threshold` must be at least 0 nats, or a schedule, got {threshold}. Start with 0.5.")
-        if not (per in (None, "dimension", "whole") or (isinstance(per, int) and per >= 1)):
-            raise ValueError(f"`per` must be 'dimension', 'whole' or a number of dimensions, got {per!r}.")
-        if average not in (None, "batch", "sample"):
-            raise ValueError(f"`average` must be 'batch' or 'sample', got {average!r}.")
-        super().__init__(threshold if callable(threshold) else Constant(threshold), attribute, setter, name)
+        super().__init__(checked_floor(threshold, per, average, None), attribute, setter, name)
         self.per = per
         self.average = average
         self._reader = DistributionReader(posterior, second, chunk)
@@ -178,6 +172,30 @@ class FreeBits(AttributeScheduler):
                     f"decides. Leave it out and choose in the loss: `{_LINE[:-1]}, {option}={value!r})`."
                 )
             setattr(pl_module, f"free_bits_{option}", value)
+
+
+def checked_floor(
+    threshold: float | Schedule | Callable[[int], float], per: Any, average: Any, *others: None
+) -> Schedule | Callable[[int], float]:
+    """Return a floor as a schedule, after checking it and its variant.
+
+    Args:
+        threshold: As in :class:`FreeBits`.
+        per: As in :class:`FreeBits`.
+        average: As in :class:`FreeBits`.
+        others: Values that ``per`` and ``average`` may have besides the variants.
+
+    Raises:
+        ValueError: If an option is out of range.
+    """
+    if per not in ("dimension", "whole", *others):
+        check_number("per", per, "'dimension', 'whole' or a number of dimensions", integer_from(1))
+    if average not in ("batch", "sample", *others):
+        raise ValueError(f"`average` must be 'batch' or 'sample', got {average!r}.")
+    if callable(threshold):
+        return threshold
+    check_number("threshold", threshold, "at least 0 nats and finite, or a schedule", at_least(0), "Start with 0.5.")
+    return Constant(threshold)
 
 
 class _AtFloor(NamedTuple):

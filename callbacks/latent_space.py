@@ -24,6 +24,7 @@ from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import LABELS, OBSERVATIONS, batch_part
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import is_sequence, read_prior
+from .schedules import at_least, check_number
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -77,8 +78,7 @@ class LatentSpace(Callback):
         observations: int = 1000,
         times: int = 10,
     ) -> None:
-        if observations < 2:
-            raise ValueError(f"`observations` must be at least 2, got {observations}.")
+        check_number("observations", observations, "at least 2", at_least(2))
         self.posterior = posterior
         self.label = label
         self.observations = observations

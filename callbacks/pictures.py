@@ -22,9 +22,10 @@ from .drawing.traversals import interpolations, prior_samples, traversals
 from .metrics.observation_subset import evenly_spaced_rows
 from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import OBSERVATIONS, batch_part
-from .reading.distributions import as_distribution, is_sequence, read_prior
+from .reading.distributions import as_distribution, check_form, is_sequence, read_prior
 from .reading.isolated_eval import isolated_eval
 from .reading.module_call import ModuleCall
+from .schedules import check_number
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -94,8 +95,10 @@ class Pictures(Callback):
         value_range: tuple[float, float] | None = None,
         times: int = 10,
     ) -> None:
-        if value_range is not None and not value_range[0] < value_range[1]:
-            raise ValueError(f"`value_range` must be a smaller and a larger number, got {value_range}.")
+        if value_range is not None:
+            allowed = "a smaller and a larger number"
+            check_number("value_range", value_range, allowed, lambda pair: pair[0] < pair[1])
+        check_form(second, chunk)
         self.second = second
         self.chunk = chunk
         self.x = x

@@ -17,16 +17,58 @@ Linear(start=0.0, stop=4.0, steps=200, epochs=None, fraction=None)
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, replace
 from itertools import pairwise
-from typing import Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from typing_extensions import override
 
 _T = TypeVar("_T")
+
+
+def check_number(name: str, value: Any, allowed: str, fits: Callable[[Any], bool], remedy: str = "") -> None:
+    """Check the number that an option is given, or several. A boolean is none, nor is a text.
+
+    Args:
+        name: Name of the option.
+        value: The number, or a sequence of numbers.
+        allowed: Description of the numbers that fit.
+        fits: Returns whether a number fits.
+        remedy: A sentence for the error.
+
+    Raises:
+        ValueError: If it does not fit.
+    """
+    numbers = value if isinstance(value, Sequence) else [value]
+    with suppress(TypeError, ValueError):  # of a comparison with something else
+        if not isinstance(value, str) and not any(map(_is_boolean, numbers)) and fits(value):
+            return
+    raise ValueError(f"`{name}` must be {allowed}, got {value!r}. {remedy}".rstrip())
+
+
+def at_least(least: float) -> Callable[[float], bool]:
+    """Return a function that returns whether a number is finite and at least this one."""
+    return lambda value: least <= value < math.inf
+
+
+def is_positive(value: float) -> bool:
+    """Return whether a number is finite and above 0."""
+    return 0 < value < math.inf
+
+
+def integer_from(least: float = -math.inf) -> Callable[[Any], bool]:
+    """Return a function that returns whether a number is an integer, and at least this one."""
+    return lambda value: operator.index(value) >= least
+
+
+def _is_boolean(value: Any) -> bool:
+    """Return whether a value is a boolean, also one of NumPy or torch."""
+    return isinstance(value, bool) or "bool" in str(getattr(value, "dtype", ""))
 
 
 def cosine_ramp(ratio: float) -> float:
@@ -274,8 +316,7 @@ class Sigmoid(_Ramp):
     @override
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.steepness < math.inf:
-            raise ValueError(f"`steepness` must be a finite number > 0, got {self.steepness}. Start with 12.")
+        check_number("steepness", self.steepness, "a finite number > 0", is_positive, "Start with 12.")
 
     @override
     def _curve(self, ratio: float) -> float:
@@ -316,10 +357,9 @@ class Cyclical(Schedule):
         _check_finite("start", self.start)
         _check_finite("stop", self.stop)
         _check_length(*self._duration)
-        if self.cycles is not None and (not isinstance(self.cycles, int) or self.cycles < 1):
-            raise ValueError(f"`cycles` must be an integer >= 1, or None to repeat forever, got {self.cycles}.")
-        if not 0 < self.ratio <= 1:
-            raise ValueError(f"`ratio` must be in (0, 1], got {self.ratio}. Start with 0.5.")
+        if self.cycles is not None:
+            check_number("cycles", self.cycles, "an integer >= 1, or None to repeat forever", integer_from(1))
+        check_number("ratio", self.ratio, "in (0, 1]", lambda ratio: 0 < ratio <= 1, "Start with 0.5.")
         if self.shape not in _CURVES:
             raise ValueError(f"`shape` must be one of {', '.join(_CURVES)}, got {self.shape!r}.")
 
@@ -485,8 +525,8 @@ _CURVES: dict[str, Callable[[float], float]] = {"linear": float, "cosine": cosin
 
 
 def _check_finite(name: str, value: float | None) -> None:
-    if value is not None and not math.isfinite(value):
-        raise ValueError(f"`{name}` must be finite, got {value}. Give a number.")
+    if value is not None:
+        check_number(name, value, "finite", math.isfinite, "Give a number.")
 
 
 def _only_one(**options: _T | None) -> tuple[str, _T]:
@@ -500,14 +540,13 @@ def _only_one(**options: _T | None) -> tuple[str, _T]:
 
 
 def _check_length(name: str, length: float) -> None:
+    remedy = "Give lengths in steps, epochs or fractions."
     if name.endswith("steps"):
-        valid, allowed = isinstance(length, int) and length >= 1, "an integer >= 1"
+        check_number(name, length, "an integer >= 1", integer_from(1), remedy)
     elif name.endswith("epochs"):
-        valid, allowed = 0 < length < math.inf, "a finite number > 0"
+        check_number(name, length, "a finite number > 0", is_positive, remedy)
     else:
-        valid, allowed = 0 < length <= 1, "a fraction of the run, in (0, 1]"
-    if not valid:
-        raise ValueError(f"`{name}` must be {allowed}, got {length}. Give lengths in steps, epochs or fractions.")
+        check_number(name, length, "a fraction of the run, in (0, 1]", lambda fraction: 0 < fraction <= 1, remedy)
 
 
 def _in_steps(name: str, length: float, steps_per_epoch: int | None, total_steps: int | None) -> int:

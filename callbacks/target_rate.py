@@ -20,7 +20,7 @@ from .control.run_schedule import RunSchedule
 from .reading.distribution_reader import DistributionReader
 from .reading.distributions import read_prior
 from .reading.kl_rates import measured_rates
-from .schedules import Constant, Schedule
+from .schedules import Constant, Schedule, at_least, check_number, is_positive
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -114,21 +114,20 @@ class TargetRate(AttributeWriter):
                 f"The target must be given as `nats` or as `bits`, got nats={nats}, bits={bits}. Give one."
             )
         target = bits if nats is None else nats
-        if not callable(target) and not 0 <= float(target or 0) < math.inf:
-            raise ValueError(f"The target must be a finite rate of at least 0, or a schedule, got {target}.")
+        if not callable(target):
+            unit = "nats" if bits is None else "bits"
+            check_number(unit, target, "a finite rate of at least 0, or a schedule", at_least(0))
         if isinstance(target, Schedule):
             target.resolve(None, steps_per_epoch=1, total_steps=1)  # raises if its end is left open
         positive = {"start": start, "min_beta": min_beta, "max_beta": max_beta, "integral": integral}
         for option, value in {**positive, "price": price, "patience": patience}.items():
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"`{option}` must be a finite number above 0, got {value}.")
+            if value is not None:
+                check_number(option, value, "a finite number above 0", is_positive)
         for option, value in {"proportional": proportional, "tolerance": tolerance}.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"`{option}` must be a finite number of at least 0, got {value}.")
+            check_number(option, value, "a finite number of at least 0", at_least(0))
         if min_beta is not None and max_beta is not None and not min_beta < max_beta:
             raise ValueError(f"`min_beta` must be below `max_beta`, got {min_beta} and {max_beta}.")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"`smoothing` must be at least 0 and below 1, got {smoothing}.")
+        check_number("smoothing", smoothing, "at least 0 and below 1", lambda share: 0 <= share < 1)
         if setter is not None and start is None:
             raise ValueError("`start` must be given with a `setter`: the weight to start from is not known otherwise.")
         super().__init__(attribute, setter, name)

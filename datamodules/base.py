@@ -14,6 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from ..checks import check_number, integer_from
 from .loaders.batch_loader import BatchLoader, check_batch_size, rank_and_world_size
 from .loaders.seeding import seeded_generator
 from .loaders.tensor_loader import TensorLoader, place_on_device
@@ -47,7 +48,7 @@ class DataModule(pl.LightningDataModule, ABC):
         class_names: Name of each class, by label; empty if the classes have no names.
 
     Raises:
-        ValueError: If `batch_size` is below 1.
+        ValueError: If `batch_size` is below 1, or `seed` is no integer.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +56,8 @@ class DataModule(pl.LightningDataModule, ABC):
     class_names: Sequence[str] = ()
 
     def __init__(self, batch_size: int = 128, seed: int = 0) -> None:
-        check_batch_size(batch_size)
+        check_number("batch_size", batch_size, "at least 1", integer_from(1))
+        check_number("seed", seed, "an integer", integer_from())
         super().__init__()
         self.batch_size = batch_size
         self.seed = seed
@@ -285,5 +287,4 @@ def _change(name: str, before: Any, now: Any) -> str:
 
 def check_fraction(name: str, value: float) -> None:
     """Raise a ValueError unless the option `name` lies between 0 and 1, both excluded."""
-    if not 0 < value < 1:
-        raise ValueError(f"`{name}` must be between 0 and 1, both excluded, got {value}.")
+    check_number(name, value, "between 0 and 1, both excluded", lambda share: 0 < share < 1)

@@ -1,6 +1,5 @@
 """Gaussian vectors, on which the optimum of a linear VAE is known in closed form."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,7 +7,9 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from ..checks import check_number, integer_from
 from .base import DataModule, Tensors
+from .linear_vae_optimum import check_eigenvalues
 from .loaders.seeding import seeded_generator
 
 
@@ -40,13 +41,10 @@ class Gaussian(DataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
-        if not eigenvalues or not all(0 < value < math.inf for value in eigenvalues):
-            raise ValueError(f"`eigenvalues` must be one or more positive numbers, got {list(eigenvalues)}.")
-        if size <= len(eigenvalues):
-            raise ValueError(
-                f"`size` must be greater than the number of eigenvalues ({len(eigenvalues)}), got {size}."
-                " Fewer vectors can't have that covariance: raise `size`."
-            )
+        check_eigenvalues(eigenvalues)
+        allowed = f"greater than the number of eigenvalues ({len(eigenvalues)})"
+        remedy = "Fewer vectors can't have that covariance: raise `size`."
+        check_number("size", size, allowed, integer_from(len(eigenvalues) + 1), remedy)
         self.eigenvalues = tuple(eigenvalues)
         self.size = size
         self.shape = (len(eigenvalues),)

@@ -14,6 +14,7 @@ import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
+from ..checks import check_number, integer_from
 from .base import DataModule, Tensors, check_fraction, class_counts, shortened, sizes, split_of_name
 from .loaders.batch_loader import BatchLoader, DataError
 from .loaders.decoded_images import decode_images
@@ -110,15 +111,12 @@ class Images(DataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(batch_size=batch_size, seed=seed)
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        if len(sides) != 2 or min(sides) < 1:
-            raise ValueError(f"`size` must be at least 1, got {size}: one number, or height and width.")
-        if channels not in (1, 3):
-            raise ValueError(f"`channels` must be 1 (grey) or 3 (colour), got {channels}.")
-        if not memory_budget >= 0:
-            raise ValueError(f"`memory_budget` must be at least 0 GiB, got {memory_budget}.")
-        if num_workers < 0:
-            raise ValueError(f"`num_workers` must be at least 0, got {num_workers}.")
+        sides = tuple(size) if isinstance(size, Sequence) else (size, size)
+        remedy = "Give one number, or height and width."
+        check_number("size", size, "at least 1", lambda _: len(sides) == 2 and all(map(integer_from(1), sides)), remedy)
+        check_number("channels", channels, "1 (grey) or 3 (colour)", lambda number: number in (1, 3))
+        check_number("memory_budget", memory_budget, "at least 0 GiB", lambda gib: gib >= 0)
+        check_number("num_workers", num_workers, "at least 0", integer_from(0))
         check_fraction("val_fraction", val_fraction)
         check_fraction("test_fraction", test_fraction)
         self.root = Path(root).expanduser()
@@ -130,7 +128,7 @@ class Images(DataModule):
         self.num_workers = num_workers
         self.background = background
         self.skip_broken = skip_broken
-        self.shape: tuple[int, int, int] = (channels, *sides)
+        self.shape: tuple[int, int, int] = (channels, sides[0], sides[1])
         self._colour = _rgb(background)
         self._files: dict[str, ImageFiles] = {}
         self._identity: dict[str, Any] = {}

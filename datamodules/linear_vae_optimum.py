@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..checks import at_least, check_number, integer_from, is_positive
+
 
 @dataclass(frozen=True)
 class LinearVAEOptimum:
@@ -74,15 +76,11 @@ def linear_vae_optimum(
         >>> round(optimum.loss, 5), round(optimum.rate, 4), optimum.active_units
         (8.54253, 3.2778, 4)
     """
-    if not eigenvalues or min(eigenvalues) <= 0:
-        raise ValueError(f"`eigenvalues` must be one or more positive numbers, got {list(eigenvalues)}.")
-    if latent_dim < 1:
-        raise ValueError(f"`latent_dim` must be at least 1, got {latent_dim}.")
-    for name, value in (("variance", variance), ("beta", beta)):
-        if value <= 0:
-            raise ValueError(f"`{name}` must be positive, got {value}.")
-    if free_bits < 0:
-        raise ValueError(f"`free_bits` must be at least 0, got {free_bits}.")
+    check_eigenvalues(eigenvalues)
+    check_number("latent_dim", latent_dim, "at least 1", integer_from(1))
+    check_number("variance", variance, "positive", is_positive)
+    check_number("beta", beta, "positive", is_positive)
+    check_number("free_bits", free_bits, "at least 0", at_least(0))
 
     spectrum = sorted(eigenvalues, reverse=True)
 
@@ -100,6 +98,12 @@ def linear_vae_optimum(
 
     solutions = _solutions(spectrum, latent_dim, beta * variance, free_bits)
     return min((optimum(*solution) for solution in solutions), key=lambda optimum: optimum.loss)
+
+
+def check_eigenvalues(eigenvalues: Sequence[float]) -> None:
+    """Raise a ValueError unless there are eigenvalues, all of them positive."""
+    allowed = "one or more positive numbers"
+    check_number("eigenvalues", list(eigenvalues), allowed, lambda given: bool(given) and all(map(is_positive, given)))
 
 
 def _solutions(

@@ -18,6 +18,7 @@ from torch.distributions.utils import broadcast_all
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from .checks import check_number, integer_from, is_positive
 from .distributed import sum_over_processes
 from .networks import Shape
 from .noise import uniform_by_index
@@ -124,6 +125,7 @@ class Bernoulli(Likelihood):
 
     def __init__(self, shape: Shape, levels: int | None = None, seed: int = 0, start_at_mean: bool = False) -> None:
         super().__init__(shape, levels)
+        check_number("seed", seed, "an integer", integer_from())
         self.seed = seed
         self.start_at_mean = start_at_mean
         if start_at_mean:
@@ -203,11 +205,13 @@ class Gaussian(Likelihood):
         self, shape: Shape, levels: int | None = None, variance: float | Literal["learned", "optimal"] = "learned"
     ) -> None:
         super().__init__(shape, levels)
-        number = isinstance(variance, int | float) and not isinstance(variance, bool)
-        if not (variance in ("learned", "optimal") or (number and 0 < float(variance) < math.inf)):
-            raise ValueError(f"`variance` must be a positive number, 'learned' or 'optimal', got {variance!r}.")
+        self.learns_scale = variance in ("learned", "optimal")
+        if not self.learns_scale:
+            allowed = "a positive number, 'learned' or 'optimal'"
+            check_number(
+                "variance", variance, allowed, lambda each: isinstance(each, int | float) and is_positive(each)
+            )
         self.variance = variance
-        self.learns_scale = not number
         if variance == "learned":
             self.log_variance = nn.Parameter(torch.tensor(0.0))
             self._start_with_data("log_variance")

@@ -15,6 +15,8 @@ from typing import Literal
 
 from torch import Tensor, nn, zeros
 
+from .checks import check_number, integer_from
+
 Shape = tuple[int, ...]
 Activation = Literal["relu", "tanh"]
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh}
@@ -196,8 +198,7 @@ def _mlp(widths: Sequence[int], activation: str) -> nn.Sequential:
 
 
 def _check_widths(name: str, widths: Sequence[int]) -> None:
-    if any(width < 1 for width in widths):
-        raise ValueError(f"`{name}` must be at least 1, got {list(widths)}.")
+    check_number(name, list(widths), "at least 1", lambda numbers: all(map(integer_from(1), numbers)))
 
 
 def _conv_sizes(shape: Shape, channels: Sequence[int], hidden: int) -> list[tuple[int, int]]:

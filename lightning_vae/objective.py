@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Size, Tensor
 from torch.distributions import Distribution, kl, kl_divergence
+
+from .checks import check_number
 
 FreeBitsPer = Literal["dimension", "whole"] | int
 FreeBitsAverage = Literal["batch", "sample"]
@@ -187,15 +188,15 @@ def group_rates(kl_per_dimension: Tensor, per: FreeBitsPer = "dimension") -> Ten
         return kl_per_dimension
     if per == "whole":
         return kl_per_dimension.sum(-1, keepdim=True)
-    if isinstance(per, int) and per >= 1:
-        if kl_per_dimension.shape[-1] % per:
-            raise ValueError(
-                f"`per` as a group size must divide the number of latent dimensions, "
-                f"got {per} for {kl_per_dimension.shape[-1]} dimensions."
-            )
-        grouped: Tensor = kl_per_dimension.unflatten(-1, (-1, per)).sum(-1)
-        return grouped
-    raise ValueError(f"`per` must be 'dimension', 'whole' or a group size of at least 1, got {per!r}.")
+    allowed = "'dimension', 'whole' or a group size of at least 1"
+    check_number("per", per, allowed, lambda size: isinstance(size, int) and size >= 1)
+    if kl_per_dimension.shape[-1] % per:
+        raise ValueError(
+            f"`per` as a group size must divide the number of latent dimensions, "
+            f"got {per} for {kl_per_dimension.shape[-1]} dimensions."
+        )
+    grouped: Tensor = kl_per_dimension.unflatten(-1, (-1, per)).sum(-1)
+    return grouped
 
 
 def weighted_loss(distortion: Tensor, floored_rate: Tensor, beta: Tensor | float) -> Tensor:
@@ -258,13 +259,8 @@ def checked_number(name: str, value: Any) -> float:
     Raises:
         ValueError: If it is no number, negative or not finite.
     """
-    try:
-        number = math.nan if isinstance(value, str | bool) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number <= _LARGEST:
-        raise ValueError(f"`{name}` must be a finite number of at least 0, got {value!r}.")
-    return number
+    check_number(name, value, "a finite number of at least 0", lambda number: 0 <= float(number) <= _LARGEST)
+    return float(value)
 
 
 def check_single(name: str, value: Tensor) -> None:

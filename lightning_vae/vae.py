@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -14,6 +13,7 @@ from typing_extensions import override
 from .checkpoints.class_paths import build, describe
 from .checkpoints.exact_resume import trainer_of
 from .checkpoints.guards import without_batches
+from .checks import check_number, integer_from
 from .compiling import CompiledMethod, CompileMode
 from .distributed import batch_means, rank_and_processes, sum_over_processes
 from .likelihoods import Likelihood, default_likelihood, warn_of_feedback
@@ -127,14 +127,11 @@ class VAE(RunModule):
     ) -> None:
         super().__init__()
         given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
-        if not shape or any(not isinstance(size, int) or size < 1 for size in shape):
-            raise ValueError(f"`shape` must be the shape of one observation, such as (1, 28, 28) or (6,), got {given}.")
-        if levels is not None and not _is_integer(levels, 2):
-            raise ValueError(
-                f"`levels` must be an integer of at least 2, or None for real-valued data, got {levels!r}."
-            )
-        if not _is_integer(latent_dim, 1):
-            raise ValueError(f"`latent_dim` must be an integer of at least 1, got {latent_dim!r}.")
+        allowed = "the shape of one observation, such as (1, 28, 28) or (6,)"
+        check_number("shape", given, allowed, lambda _: bool(shape) and all(map(integer_from(1), shape)))
+        if levels is not None:
+            check_number("levels", levels, "an integer of at least 2, or None for real-valued data", integer_from(2))
+        check_number("latent_dim", latent_dim, "an integer of at least 1", integer_from(1))
         group_rates(torch.zeros(1, latent_dim), free_bits_per)  # raises on a value that does not fit
         if free_bits_average not in ("batch", "sample"):
             raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
@@ -361,8 +358,7 @@ class VAE(RunModule):
         Raises:
             ValueError: If ``n`` is not an integer of at least 0.
         """
-        if not _is_integer(n, 0):
-            raise ValueError(f"`n` must be an integer of at least 0, got {n!r}.")
+        check_number("n", n, "an integer of at least 0", integer_from(0))
         return self.to_data_scale(self.decode(self.prior.sample(torch.Size((n,)))).mean)
 
     def to_data_scale(self, x: Tensor) -> Tensor:
@@ -484,7 +480,3 @@ class VAE(RunModule):
         """Convert data to the networks' scale."""
         x = x.to(self._working_dtype)
         return x if self.levels is None else x / (self.levels - 1)
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return not isinstance(value, bool) and hasattr(value, "__index__") and operator.index(value) >= least

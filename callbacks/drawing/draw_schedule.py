@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..schedules import at_least, check_number
+
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
@@ -25,8 +27,7 @@ class DrawSchedule:
     """
 
     def __init__(self, times: int) -> None:
-        if times < 1:
-            raise ValueError(f"`times` must be at least 1, got {times}. It is the number of times to draw in a run.")
+        check_number("times", times, "at least 1", at_least(1), "It is the number of times to draw in a run.")
         self.times = times
         self.passes = 0
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..schedules import at_least, check_number, integer_from
 from .running_moments import check_rows, merge_moments, moments
 
 ACTIVE = 0.01
@@ -24,9 +25,13 @@ def is_active(variance_of_means: Tensor, threshold: float = ACTIVE) -> Tensor:
     Returns:
         Bool, of shape ``(k,)``.
 
+    Raises:
+        ValueError: If the threshold is negative.
+
     References:
         Burda, Grosse, Salakhutdinov, "Importance Weighted Autoencoders", 2015, section 5.2.
     """
+    check_number("threshold", threshold, "a finite number of at least 0", at_least(0))
     return variance_of_means > threshold
 
 
@@ -118,10 +123,8 @@ class ActiveUnits(Metric):
 
     def __init__(self, dim: int, threshold: float = ACTIVE, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if dim < 1:
-            raise ValueError(f"`dim` must be at least 1, got {dim}.")
-        if not threshold >= 0:
-            raise ValueError(f"`threshold` must be at least 0, got {threshold}.")
+        check_number("dim", dim, "at least 1", integer_from(1))
+        check_number("threshold", threshold, "a finite number of at least 0", at_least(0))
         self.dim = dim
         self.threshold = threshold
         # One packed state: torchmetrics merges each state separately, but the mean and the deviations need the counts.

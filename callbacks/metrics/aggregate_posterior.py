@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..schedules import check_number, integer_from
 from .active_units import ACTIVE, is_active
 from .running_moments import check_posteriors, check_rows, pooled_mean
 
@@ -79,8 +80,7 @@ class AggregatePosterior(Metric):
 
     def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if dim < 1:
-            raise ValueError(f"`dim` must be at least 1, got {dim}.")
+        check_number("dim", dim, "at least 1", integer_from(1))
         self.dim = dim
         empty = torch.zeros(dim + 3, dim, dtype=torch.float64)
         self.add_state("state", empty, dist_reduce_fx=merge_aggregates)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from ..schedules import at_least, check_number
 from .active_units import ACTIVE, is_active
 
 # Parts of a remedy that hold with or without a floor under the rate, or while something moves the weight.
@@ -113,7 +114,8 @@ def collapse_state(
         The state, with the reason and a remedy.
 
     Raises:
-        ValueError: If the variances are not finite or have another shape, or the rates do not match them.
+        ValueError: If the variances are not finite or have another shape, the rates do not match them, or a number is
+            negative.
 
     Example::
 
@@ -121,6 +123,8 @@ def collapse_state(
         >>> collapse_state(torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.0]), 1.9, observations=2048).name
         'pruned'
     """
+    for name, value in (("observations", observations), ("min_rate", min_rate)):
+        check_number(name, value, "a finite number of at least 0", at_least(0))
     if variance_of_means.ndim != 1 or not variance_of_means.numel() or not variance_of_means.isfinite().all():
         raise ValueError(f"`variance_of_means` must be k finite numbers, of shape (k,), got {variance_of_means}.")
     if rate_per_dimension is not None and rate_per_dimension.shape != variance_of_means.shape:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 from ..reading.kl_rates import kl_per_dimension
+from ..schedules import check_number, integer_from
 from .running_moments import check_rows
 
 # Unlikely to be a seed of the data: the same noise in data and samples would look like information.
@@ -83,9 +84,10 @@ class PosteriorSample(NamedTuple):
         """Draw the samples from a separate generator, on the CPU.
 
         Raises:
-            ValueError: If ``mean`` and ``variance`` do not have the same shape ``(M, k)``.
+            ValueError: If ``mean`` and ``variance`` do not have the same shape ``(M, k)``, or the seed is no integer.
         """
         check_rows(mean=mean, variance=variance)
+        check_number("seed", seed, "an integer", integer_from())
         mean, variance = mean.double(), variance.double()
         noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         noise = noise.to(mean.device)

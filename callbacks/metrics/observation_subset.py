@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..schedules import check_number, integer_from
 from .running_moments import check_rows
 
 _SEED = 0xF1376E7B  # of the order; any number would do
@@ -44,8 +45,7 @@ class ObservationSubset(Metric):
     def __init__(self, columns: int, size: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name, value in (("columns", columns), ("size", size)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
+            check_number(name, value, "at least 1", integer_from(1))
         self.columns = columns
         self.size = size
         empty = torch.full((size, 1 + columns), math.inf, dtype=torch.float64)

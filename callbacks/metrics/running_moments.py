@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from ..schedules import check_number, integer_from
+
 
 def check_rows(columns: int | None = None, **rows: Tensor) -> None:
     """Check that tensors have a row for each observation, all of the same shape ``(N, columns)``.
@@ -143,8 +145,7 @@ class RunningMoments(Metric):
 
     def __init__(self, columns: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        if columns < 1:
-            raise ValueError(f"`columns` must be at least 1, got {columns}.")
+        check_number("columns", columns, "at least 1", integer_from(1))
         self.columns = columns
         # One packed state: torchmetrics merges each state separately, but the mean and the deviations need the counts.
         self.add_state("state", torch.zeros(3, columns, dtype=torch.float64), dist_reduce_fx=merge_moments)

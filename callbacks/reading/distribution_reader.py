@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributions import Distribution
 
-from .distributions import TO_SCALE, as_distribution, describe, is_pair, is_sequence, is_several, pair_error, widened
+from .distributions import as_distribution, check_form, describe, is_pair, is_sequence, is_several, pair_error, widened
 from .isolated_eval import isolated
 from .module_call import part_of_output
 
@@ -63,13 +63,7 @@ class DistributionReader:
                 "`posterior` must be None, a submodule's path, a pair of paths or a callable `(pl_module, batch) -> "
                 f"q(z|x)`, got {posterior!r}."
             )
-        if second not in TO_SCALE:
-            raise ValueError(f"`second` must be one of {', '.join(map(repr, TO_SCALE))}, got {second!r}.")
-        if chunk == 0 or not isinstance(chunk, int | None):
-            raise ValueError(
-                "`chunk` must be the axis that holds the mean and then the second parameter: 1, 2, ... or -1, -2, ... "
-                f"from the end (axis 0 is the observations), got {chunk!r}."
-            )
+        check_form(second, chunk)
         if chunk is not None and len(paths) == 2:
             raise ValueError(f"`chunk` splits one tensor; with the pair `posterior={posterior!r}` leave it out.")
         self.posterior = list(paths) if is_sequence(posterior) and not isinstance(posterior, tuple) else posterior

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
+from ..schedules import check_number
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
@@ -74,6 +76,20 @@ def as_distribution(
         f"The posterior must be a torch.distributions.Distribution or a pair of tensors (mean, {second}), got "
         f"{describe(value)}. {hint} Or compute it with `posterior=lambda pl_module, batch: ...`."
     )
+
+
+def check_form(second: str, chunk: int | None) -> None:
+    """Check the options of :func:`as_distribution`.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+    if second not in TO_SCALE:
+        raise ValueError(f"`second` must be one of {', '.join(map(repr, TO_SCALE))}, got {second!r}.")
+    if chunk is not None:
+        axes = "1, 2, ... or -1, -2, ... from the end (axis 0 is the observations)"
+        allowed = f"the axis that holds the mean and then the second parameter: {axes}"
+        check_number("chunk", chunk, allowed, lambda axis: isinstance(axis, int) and axis != 0)
 
 
 def widened(value: Any) -> Any:

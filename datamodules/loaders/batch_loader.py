@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ...checks import check_number, integer_from
 from .seeding import seeded_generator
 
 Batch = dict[str, Tensor]
@@ -41,13 +42,13 @@ class BatchLoader(ABC):
         seed: Seed of the order and of the flips.
 
     Raises:
-        ValueError: If `size` or `batch_size` is below 1.
+        ValueError: If `size` or `batch_size` is below 1, or `seed` is no integer.
     """
 
     def __init__(self, size: int, batch_size: int, shuffle: bool = False, flip: bool = False, seed: int = 0) -> None:
-        if size < 1:
-            raise ValueError(f"`size` must be at least 1, got {size}. Give the loader some observations.")
-        check_batch_size(batch_size)
+        check_number("size", size, "at least 1", integer_from(1), "Give the loader some observations.")
+        check_number("batch_size", batch_size, "at least 1", integer_from(1))
+        check_number("seed", seed, "an integer", integer_from())
         self.size = size
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -121,12 +122,6 @@ class BatchLoader(ABC):
 def _flipped(batch: Batch, coins: Tensor) -> Batch:
     mirrored = coins[batch["index"]].view(-1, 1, 1, 1)
     return batch | {"x": torch.where(mirrored, batch["x"].flip(-1), batch["x"])}
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise a ValueError unless a batch size is an integer of at least 1."""
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"`batch_size` must be at least 1, got {batch_size}.")
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import override
 
+from ...checks import check_number, integer_from
 from .batch_loader import Batch, BatchLoader, DataError
 from .seeding import seeded_generator
 
@@ -25,6 +26,7 @@ class StreamLoader(BatchLoader):
         num_workers: Number of processes that read ahead; with 0 the training process reads.
 
     Raises:
+        ValueError: If an option is out of range.
         DataError: If the data set raises it for an item.
     """
 
@@ -39,6 +41,7 @@ class StreamLoader(BatchLoader):
     ) -> None:
         size = len(dataset)  # type: ignore[arg-type]  # torch's Dataset declares no length
         super().__init__(size, batch_size, shuffle=shuffle, flip=flip, seed=seed)
+        check_number("num_workers", num_workers, "at least 0", integer_from(0))
         self.dataset = dataset
         self.num_workers = num_workers
 

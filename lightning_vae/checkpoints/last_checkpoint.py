@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
+from ..checks import check_number, integer_from
 from .exact_resume import is_stopping
 
 
@@ -34,8 +35,7 @@ class LastCheckpoint(ModelCheckpoint):
     state_key = "LastCheckpoint"  # independent of the options: a run may continue with others
 
     def __init__(self, dirpath: str | Path | None = None, every_n_epochs: int = 1) -> None:
-        if every_n_epochs < 1:
-            raise ValueError(f"`every_n_epochs` must be at least 1, got {every_n_epochs}.")
+        check_number("every_n_epochs", every_n_epochs, "at least 1", integer_from(1))
         # No version number in the name: a run resumed from another file also keeps its newest model here.
         super().__init__(dirpath, filename="last", every_n_epochs=every_n_epochs, enable_version_counter=False)
 

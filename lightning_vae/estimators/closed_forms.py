@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..checks import at_least, check_number, is_positive
+
 _ROUNDING = 1e-6  # of an eigenvalue, relative to the largest
 
 
@@ -60,13 +62,11 @@ def shannon_distortion(eigenvalues: Sequence[float], variance: float, rate: floa
         >>> round(shannon_distortion([5, 3, 1.5, 0.8], variance=0.4, rate=0.0), 4)  # half of the trace over 0.4
         14.7183
     """
-    if not 0 <= rate < math.inf:
-        raise ValueError(f"`rate` must be at least 0 and finite, got {rate}.")
-    if not 0 < variance < math.inf:
-        raise ValueError(f"`variance` must be positive and finite, got {variance}.")
+    check_number("rate", rate, "at least 0 and finite", at_least(0))
+    check_number("variance", variance, "positive and finite", is_positive)
+    allowed = "at least 0 and finite, and not all 0"
+    check_number("eigenvalues", list(eigenvalues), allowed, lambda all_: all(map(at_least(0), all_)) and any(all_))
     spectrum = sorted(map(float, eigenvalues), reverse=True)
-    if not all(0 <= each < math.inf for each in spectrum) or not sum(spectrum):
-        raise ValueError(f"`eigenvalues` must be at least 0 and finite, and not all 0, got {spectrum}.")
     for count in range(1, len(spectrum) + 1):  # directions above the water
         level = math.exp((sum(math.log(each) for each in spectrum[:count]) - 2 * rate) / count)
         if count == len(spectrum) or level >= spectrum[count]:

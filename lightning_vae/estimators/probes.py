@@ -5,9 +5,13 @@ Pure functions of tensors. Each leaves out the observation itself, so no second 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+from ..checks import check_number, integer_from, is_positive
 
 
 def nearest_distance(points: Tensor, data: Tensor, excluded: Tensor, rows: int = 256) -> Tensor:
@@ -25,6 +29,7 @@ def nearest_distance(points: Tensor, data: Tensor, excluded: Tensor, rows: int =
     Raises:
         ValueError: If the shapes are not these.
     """
+    check_number("rows", rows, "an integer of at least 1", integer_from(1))
     shapes = [tuple(each.shape) for each in (points, data, excluded)]
     is_table = all(len(shape) == 2 for shape in shapes)
     if not is_table or points.shape[1] != data.shape[1] or len(points) != len(excluded) or not len(data):
@@ -54,8 +59,8 @@ def knn_accuracy(means: Tensor, labels: Tensor, neighbours: int = 5) -> float:
         ValueError: If there is not one class for each of the means, or there are too few observations.
     """
     _check(means, labels)
-    if not 1 <= neighbours < len(means):
-        raise ValueError(f"`neighbours` must be from 1 to {len(means) - 1} for {len(means)} means, got {neighbours}.")
+    allowed = f"from 1 to {len(means) - 1} for {len(means)} means"
+    check_number("neighbours", neighbours, allowed, lambda number: 1 <= operator.index(number) < len(means))
     labels = labels.unique(return_inverse=True)[1]
     right = []
     for rows in torch.arange(len(means), device=means.device).split(256):
@@ -83,8 +88,7 @@ def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> 
         ValueError: If there is not one class for each of the means, or the penalty is not positive.
     """
     _check(means, labels)
-    if not ridge > 0:
-        raise ValueError(f"`ridge` must be positive, got {ridge}.")
+    check_number("ridge", ridge, "positive", is_positive)
     inputs = torch.cat([torch.ones_like(means[:, :1]), means], dim=1).double()
     labels = labels.unique(return_inverse=True)[1]
     targets = F.one_hot(labels).double()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..checks import check_number, integer_from
 from ..vae import VAE
 
 if TYPE_CHECKING:
@@ -84,8 +85,8 @@ def compare_latents(
             raise TypeError(f"`models`: {name!r} must be a lightning_vae.VAE, got {type(model).__name__}.")
     if projection not in ("pca", "tsne"):
         raise ValueError(f"`projection` must be 'pca' or 'tsne', got {projection!r}.")
-    if observations < 2:
-        raise ValueError(f"`observations` must be at least 2, got {observations}.")
+    check_number("observations", observations, "at least 2", integer_from(2))
+    check_number("seed", seed, "an integer", integer_from())
     x, index, labels = _first(loader, observations, named)
     views = [_view(model, x, index, projection, seed) for model in named.values()]
     kinds = [] if labels is None else labels.unique().tolist()

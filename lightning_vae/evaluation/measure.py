@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from numbers import Integral
 from typing import Any
 
 import torch
 
+from ..checks import check_number, integer_from
 from ..distributed import several_processes, sum_over_processes
 from ..vae import VAE
 from .assessment import FLOOR, TARGET, assess, unassessed, without_variance
@@ -97,8 +97,7 @@ def evaluate(
 def check_sizes(**sizes: int) -> None:
     """Refuse options of :func:`evaluate`, given by name, that are too small or no whole numbers."""
     for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < LEAST[name]:
-            raise ValueError(f"`{name}` must be at least {LEAST[name]}, a whole number, got {value!r}.")
+        check_number(name, value, f"at least {LEAST[name]}, a whole number", integer_from(LEAST[name]))
 
 
 def check_own_metrics(metrics: Mapping[str, OwnMetric] | None) -> None:

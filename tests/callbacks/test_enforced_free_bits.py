@@ -488,7 +488,7 @@ def test_what_shows_when_fitting_starts(tmp_path: Path, options: dict[str, Any],
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": -0.1}, "`threshold` must be at least 0 nats, or a schedule, got -0.1"),
+        ({"threshold": -0.1}, "`threshold` must be at least 0 nats and finite, or a schedule, got -0.1"),
         ({"posterior": lambda pl_module, batch: None}, "`posterior` must be a submodule's path or a pair of them"),
         ({"posterior": None}, "`posterior` must be a submodule's path or a pair of them"),
         ({"reduction": "batchmean"}, "`reduction` must be 'sum', 'mean', 'batch_sum' or a number .*, got 'batchmean'"),

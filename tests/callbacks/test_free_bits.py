@@ -453,9 +453,9 @@ def test_a_threshold_that_leaves_the_model_alone_does_not_warn(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"threshold": -0.1}, "`threshold` must be at least 0 nats, or a schedule, got -0.1"),
+        ({"threshold": -0.1}, "`threshold` must be at least 0 nats and finite, or a schedule, got -0.1"),
         ({"threshold": float("nan")}, "`threshold` must be at least 0"),
-        ({"threshold": float("inf")}, "must be finite"),
+        ({"threshold": float("inf")}, "and finite, or a schedule, got inf"),
         (
             {"threshold": 0.5, "per": "group"},
             "`per` must be 'dimension', 'whole' or a number of dimensions, got 'group'",
