@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
+from .control.attribute_path import PathError, paths_like
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
 from .control.tied_attributes import NumberPlace
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _LINE = "loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bits)"
+# A floor may be called `free_nats` or `min_kl`, but not `min_kl_weight`. A `lambda` is more often a weight.
+_FLOOR = re.compile(r"(?!.*(weight|coef|scale|beta|warm|anneal)).*(free_?(bits|nats)|floor|min_?(kl|rate)|kl_?min)")
 _NEAR = 1.05  # a rate within 5 % of its floor counts as at the floor: nothing pulls it up, but noise moves it
 
 
@@ -137,9 +141,12 @@ class FreeBits(AttributeScheduler):
         try:
             return super()._find(pl_module)
         except ValueError as error:
+            reason = error.reason if isinstance(error, PathError) else str(error)
+            floors = " or ".join(map(repr, paths_like(pl_module, _FLOOR)))
+            hint = f" Did you mean {floors}?" if floors else ""
             raise ValueError(
-                f"FreeBits: {error} The module's own loss has to read the floor: `{_LINE}`. For "
-                "a module that can't be changed, use `EnforcedFreeBits`."
+                f"FreeBits: {reason}{hint} The module's own loss has to read the floor: `{_LINE}`. For a module that "
+                "can't be changed, use `EnforcedFreeBits`, which needs the paths of its posterior and of its KL weight."
             ) from error
 
     def _rates(self, pl_module: LightningModule, batch: Any) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..checks import check_number, integer_from
-from .loaders.batch_loader import BatchLoader, check_batch_size, rank_and_world_size
+from .loaders.batch_loader import BatchLoader, rank_and_world_size
 from .loaders.seeding import seeded_generator
 from .loaders.tensor_loader import TensorLoader, place_on_device
 

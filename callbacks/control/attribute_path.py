@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import inspect
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -49,8 +50,8 @@ class AttributePath:
         self._filled: tuple[int, int] | None = None
         try:
             owner, value = self._find()
-        except _NowhereError as error:
-            raise ValueError(str(error)) from None
+        except PathError as error:
+            raise error from None
         except Exception as error:
             raise ValueError(f"`attribute={path!r}` can't be read: {error!r}.") from error
         self._check(owner, value)
@@ -133,10 +134,10 @@ class AttributePath:
                 raise ValueError(f"`attribute={self.path!r}` is a method that does more than return a number.")
             return
         if not is_number(value):
-            within = f" Did you mean one of {_known(value, self.path + '.')}?" if _names(value) else ""
-            raise ValueError(
+            raise PathError(
                 f"`attribute={self.path!r}` must lead to a number, a tensor of one element or a method that returns "
-                f"one, got {type(value).__name__}.{within}"
+                f"one, got {type(value).__name__}.",
+                f"Did you mean one of {_known(value, self.path + '.')}?" if _names(value) else "",
             )
         if isinstance(value, Tensor):
             if not value.is_floating_point():
@@ -178,8 +179,17 @@ class _Returns:
         return self.value
 
 
-class _NowhereError(ValueError):
-    """A path leads nowhere."""
+class PathError(ValueError):
+    """A path leads to no number.
+
+    Args:
+        reason: What is wrong with it.
+        advice: The names that it may have meant.
+    """
+
+    def __init__(self, reason: str, advice: str = "") -> None:
+        super().__init__(f"{reason} {advice}".rstrip())
+        self.reason = reason
 
 
 def is_number(value: Any) -> bool:
@@ -213,7 +223,7 @@ def _key(owner: Mapping[Any, Any], name: str) -> Any:
 def look_up(owner: Any, name: str, path: str) -> tuple[Any, Any]:
     """Return the owner of a name, looking through wrappers, and the value that it has there."""
     if owner is None:
-        raise _NowhereError(f"`attribute={path!r}`: the owner of {name!r} is None when fitting starts.")
+        raise PathError(f"`attribute={path!r}`: the owner of {name!r} is None when fitting starts.")
     tried = []
     while owner is not None:
         try:
@@ -237,17 +247,17 @@ def _set(owner: Any, name: str, value: Any) -> None:
         setattr(owner, name, value)
 
 
-def _nowhere(owner: Any, name: str, path: str) -> _NowhereError:
+def _nowhere(owner: Any, name: str, path: str) -> PathError:
     start = f"`attribute={path!r}`: {type(owner).__name__}"
     if isinstance(getter := inspect.getattr_static(type(owner), name, None), property):
         try:
             getter.__get__(owner)
         except Exception as error:
-            return _NowhereError(f"{start}.{name} can't be read when fitting starts: {error!r}.")
+            return PathError(f"{start}.{name} can't be read when fitting starts: {error!r}.")
     near = _near(owner, name)
     hint = f"Did you mean {' or '.join(map(repr, near))}? " if near else ""
     known = _known(owner, path[: -len(name)] if path.endswith(name) else "")
-    return _NowhereError(f"{start} has no {name!r}. {hint}It has {known}.")
+    return PathError(f"{start} has no {name!r}.", f"{hint}It has {known}.")
 
 
 def _unwrapped(owner: Any) -> Any:
@@ -292,20 +302,27 @@ def is_count(value: Any) -> bool:
 def _near(owner: Any, name: str) -> list[str]:
     """Return likely alternatives: deeper places where the name exists, and similar names."""
     names = [each for each in _names(owner) if _may_hold_a_weight(owner, each)]
-    return [*_elsewhere(owner, name), *difflib.get_close_matches(name, names, n=3)]
+    elsewhere = [path for path in _paths(owner) if path.rpartition(".")[2] == name]
+    return [*elsewhere[:3], *difflib.get_close_matches(name, names, n=3)]
 
 
-def _elsewhere(owner: Any, name: str) -> list[str]:
-    """Return the paths at which a module's submodules, and the objects that they hold, have a name."""
+def paths_like(pl_module: LightningModule, name: re.Pattern[str]) -> list[str]:
+    """Return the paths to the numbers of a module whose last part matches a pattern."""
     found = []
+    for path in filter(lambda path: name.match(path.rpartition(".")[2]), _paths(pl_module)):
+        with suppress(ValueError):
+            found.append(AttributePath(pl_module, path).path)
+    return found
+
+
+def _paths(owner: Any) -> Iterator[str]:
+    """Yield the paths to all that a module, its submodules and the objects that they hold have."""
     for prefix, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
-        start = [prefix] if prefix else []
-        if prefix and name in _names(module):
-            found.append(".".join([*start, name]))
+        start = f"{prefix}." if prefix else ""
+        yield from (f"{start}{name}" for name in _names(module))
         for holder, value in vars(module).items():
-            if not holder.startswith("_") and not isinstance(value, Tensor | Sequence) and name in _names(value):
-                found.append(".".join([*start, holder, name]))
-    return found[:3]
+            if not holder.startswith("_") and not isinstance(value, Tensor | Sequence):
+                yield from (f"{start}{holder}.{name}" for name in _names(value))
 
 
 def paths_to(root: LightningModule, number: float) -> list[str]:

@@ -35,7 +35,8 @@ class Guards(Companion):
     It refuses monitors that would keep the wrong model or wait in vain, an optimizer that can't work in float16, a last
     batch of one observation under batch normalisation, and a run without a batch. For a resumed run it reports which
     options of the model and the optimizer, and which length of the run or of an epoch, differ from the saved ones. It
-    warns of a beta that feeds back with the likelihood, and allows gradient clipping with fused optimizers under mixed precision.
+    warns of a beta that feeds back with the likelihood, and allows gradient clipping with fused optimizers under mixed
+    precision.
 
     Raises:
         lightning.pytorch.utilities.exceptions.MisconfigurationException: If it refuses one of these.

@@ -1,5 +1,6 @@
 import csv
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,25 @@ def test_a_variant_for_a_module_that_has_no_such_choice_is_an_error(tmp_path: Pa
 def test_a_module_without_a_floor_is_told_the_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"has no 'free_bits'.*loss = reconstruction \+ beta \* free_bits\(kl_per"):
         logged(tmp_path, ForeignModule(), FreeBits(0.5))
+
+
+def test_the_names_that_a_module_without_a_floor_has_are_no_floors(tmp_path: Path) -> None:
+    model: Any = ForeignModule()
+    model.kld_weight, model.min_kl_weight, model.free_bits_warmup, model.floor = 0.00025, 0.1, 400, "second"
+    for path in ("free_bits", "layer", "fre_bits", "hparams"):
+        with pytest.raises(ValueError, match=r"use `EnforcedFreeBits`, which needs the paths of its post") as caught:
+            logged(tmp_path, model, FreeBits(0.5, path))
+        named = set(re.findall(r"'(\w*)'", str(caught.value)))
+        assert named == {path}, "and no weight of the KL or length of a warm-up is offered"
+
+
+@pytest.mark.parametrize("name", ["free_nats", "kl_floor", "min_kl", "freebits"])
+def test_another_name_of_a_floor_is_offered(tmp_path: Path, name: str) -> None:
+    model: Any = ForeignModule()
+    model.loss_options = {name: 3, "beta": 1.0}
+    setattr(model.layer, name, 1.0)
+    with pytest.raises(ValueError, match=rf"Did you mean 'loss_options.{name}' or 'layer.{name}'\? The module's own"):
+        logged(tmp_path, model, FreeBits(0.5))
 
 
 def test_a_posterior_without_a_closed_form_is_sampled_without_a_trace(tmp_path: Path) -> None:
