@@ -128,6 +128,15 @@ class EnforcedFreeBits(AttributeScheduler):
         super().on_fit_start(trainer, pl_module)
 
     @override
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
+    ) -> None:
+        self._read_weight(pl_module)
+        self._reader.listen(pl_module)  # both raise if a path leads nowhere
+        self._reader.forget()
+        super()._prepare(trainer, pl_module, current, restored)
+
+    @override
     def _probe(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         declared = DeclaredKL(self._reader, self.weight, self._read_weight, self.factor)
         try:
@@ -180,14 +189,36 @@ class EnforcedFreeBits(AttributeScheduler):
         """
         return _REDUCTIONS[self.reduction](rates) if isinstance(self.reduction, str) else self.reduction
 
-    @override
-    def _prepare(
-        self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
-    ) -> None:
-        self._read_weight(pl_module)
-        self._reader.listen(pl_module)  # both raise if a path leads nowhere
-        self._reader.forget()
-        super()._prepare(trainer, pl_module, current, restored)
+    def _refuse_what_is_not_exact(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
+        if hasattr(pl_module, "free_bits"):
+            raise MisconfigurationException(
+                f"EnforcedFreeBits: {name} has its own `free_bits`, so two floors would add up. Use `FreeBits`, which "
+                "sets it."
+            )
+        if not pl_module.automatic_optimization:
+            raise _refusal(
+                f"{name} optimizes manually, so it is not known which of its losses contains the KL, and how scaled."
+            )
+        if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
+            raise _refusal(
+                f"`precision` must be '32-true', '64-true' or 'bf16-mixed', got {trainer.precision!r}, which scales "
+                "the loss or rounds all of it."
+            )
+        if trainer.precision == "bf16-mixed":
+            rank_zero_info(
+                "EnforcedFreeBits: bfloat16 rounds the module's own KL. A dimension under its floor keeps a gradient "
+                "of that size: small compared with those of active dimensions, but not with a collapsed one's."
+            )
+        if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
+            raise _refusal(f"`strategy` must be a single device or DDP, got {strategy}, which may shard the posterior.")
+        if any(is_compiled(module) for module in pl_module.modules()):
+            raise _refusal("Code compiled by `torch.compile` may run without the hooks that read the posterior.")
+        for other in callbacks_of(trainer):
+            if isinstance(other, EnforcedFreeBits) and other is not self and other.posterior == self.posterior:
+                raise MisconfigurationException(
+                    f"Two callbacks floor the rate of `posterior={self.posterior!r}`, and would add up. Remove one."
+                )
 
     def _read_weight(self, pl_module: LightningModule) -> Any:
         """Return the module's weight; a tensor stays a tensor, on its device and with its gradient."""
@@ -244,37 +275,6 @@ class EnforcedFreeBits(AttributeScheduler):
                 f"{rates.shape[1]}."
             )
         return rates
-
-    def _refuse_what_is_not_exact(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        name, strategy = type(pl_module).__name__, type(trainer.strategy).__name__
-        if hasattr(pl_module, "free_bits"):
-            raise MisconfigurationException(
-                f"EnforcedFreeBits: {name} has its own `free_bits`, so two floors would add up. Use `FreeBits`, which "
-                "sets it."
-            )
-        if not pl_module.automatic_optimization:
-            raise _refusal(
-                f"{name} optimizes manually, so it is not known which of its losses contains the KL, and how scaled."
-            )
-        if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
-            raise _refusal(
-                f"`precision` must be '32-true', '64-true' or 'bf16-mixed', got {trainer.precision!r}, which scales "
-                "the loss or rounds all of it."
-            )
-        if trainer.precision == "bf16-mixed":
-            rank_zero_info(
-                "EnforcedFreeBits: bfloat16 rounds the module's own KL. A dimension under its floor keeps a gradient "
-                "of that size: small compared with those of active dimensions, but not with a collapsed one's."
-            )
-        if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
-            raise _refusal(f"`strategy` must be a single device or DDP, got {strategy}, which may shard the posterior.")
-        if any(is_compiled(module) for module in pl_module.modules()):
-            raise _refusal("Code compiled by `torch.compile` may run without the hooks that read the posterior.")
-        for other in callbacks_of(trainer):
-            if isinstance(other, EnforcedFreeBits) and other is not self and other.posterior == self.posterior:
-                raise MisconfigurationException(
-                    f"Two callbacks floor the rate of `posterior={self.posterior!r}`, and would add up. Remove one."
-                )
 
 
 def shortfall(
