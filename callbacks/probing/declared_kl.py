@@ -61,7 +61,7 @@ class DeclaredKL:
             try:
                 return trial(probe)
             except Exception as reason:  # a trial must not end the training
-                reasons.append(str(reason) or repr(reason))
+                reasons.append(str(reason))
         raise LossProbe.NotPossible("; ".join(dict.fromkeys(reasons)))
 
     def _lower(self, probe: LossProbe, levels: Sequence[float], held: float | None = None) -> str:
@@ -106,8 +106,8 @@ class DeclaredKL:
         loss = probe({} if held is None else {(str(self.weight),): held}, look_on)
         [module] = copies
         posteriors, prior = [each for each in reader.read(module, None) if each.mean.requires_grad], read_prior(module)
-        if len(posteriors) != 1 or not isinstance(posteriors[0], Normal) or not isinstance(prior, Normal):
-            raise LossProbe.NotPossible("the posterior or the prior of the step is not one diagonal Normal")
+        if len(posteriors) != 1 or not isinstance(posteriors[0], Normal):
+            raise LossProbe.NotPossible("the posterior of the step is not one diagonal Normal")
         rates = kl_per_dimension(posteriors[0], prior).detach().flatten(1)
         weight = float(self.read_weight(module))
         return loss, weight * self.factor(rates) * float(rates.sum(1).mean()), weight

@@ -1,4 +1,5 @@
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.distributions import Normal
+from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import EnforcedFreeBits
 from tests.callbacks.foreign_vae import PLACES, THRESHOLD, Foreign, fit, refused
@@ -92,8 +93,28 @@ def test_a_weight_that_the_module_sets_in_its_step_is_taken_on_trust(tmp_path: P
 
     with caplog.at_level("INFO"):
         fit(tmp_path, Schedules(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight="weight"))
-    assert "on trust" in caplog.text
-    assert "the module sets the weight itself in its training step" in caplog.text
+    reasons = (
+        "a KL term of 0 can't be told from rounding and noise; the module sets the weight itself in its training step"
+    )
+    assert f"`weight` and `reduction` on trust: they can't be tried ({reasons})" in caplog.text
+
+
+def test_a_literal_of_zero_as_the_weight_is_taken_on_trust(tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Foreign(weight=0.0), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.0))
+    assert "can't be tried (a KL term of 0 can't be told from rounding and noise)" in caplog.text
+
+
+def test_a_loss_that_changes_between_evaluations_is_taken_on_trust(tmp_path: Path, caplog: Any) -> None:
+    class Drifts(Foreign):
+        calls = itertools.count()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + next(self.calls)
+
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Drifts(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight="weight"))
+    assert "can't be told from rounding and noise" in caplog.text
 
 
 class Clamps(Foreign):
@@ -116,6 +137,22 @@ def test_a_declaration_is_tried_within_the_clamp_of_a_log_variance(tmp_path: Pat
         fit(tmp_path, Clamps(), wrong)
 
 
+def test_the_own_prior_of_a_module_and_calls_that_only_show_are_known_to_the_trial(tmp_path: Path, caplog: Any) -> None:
+    class Shows(Clamps):
+        prior = Normal(0.5, 1.5)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            with torch.no_grad():
+                self.encoder(batch)
+            mean, scale = self.encode(batch)
+            kl = kl_divergence(Normal(mean, scale), self.prior).sum(1).mean()
+            return (self.decoder(mean + scale * torch.randn_like(scale)) - batch).square().sum(1).mean() + 0.7 * kl  # type: ignore[no-any-return]
+
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Shows(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.7))
+    assert "on trust" not in caplog.text
+
+
 @pytest.mark.parametrize("change", [lambda second: second.clamp(min=-3), lambda second: 5 * (second / 5).tanh()])
 def test_a_log_variance_that_the_module_changes_is_taken_on_trust(tmp_path: Path, caplog: Any, change: Any) -> None:
     model = Clamps()
@@ -124,6 +161,37 @@ def test_a_log_variance_that_the_module_changes_is_taken_on_trust(tmp_path: Path
         fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.7))
     assert "`weight` and `reduction` on trust: they can't be tried (the loss does not follow the KL" in caplog.text
     assert "falls from 0 to -4, which the module may clamp or change; the loss" in caplog.text
+
+
+class Kept:
+    """A posterior that keeps its variance beside the logarithm, so that a trial can't change both."""
+
+    def __init__(self, mean: Tensor, log_variance: Tensor) -> None:
+        self.mean, self.log_variance, self.variance = mean, log_variance, log_variance.exp()
+
+
+def test_a_posterior_that_keeps_its_variance_is_not_taken_for_an_estimate(tmp_path: Path, caplog: Any) -> None:
+    class Keeps(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            self.posterior_of = KeptHead()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            q = self.posterior_of(*self.encoder(batch))
+            z = q.mean + q.variance.sqrt() * torch.randn_like(q.mean)
+            kl = 0.5 * (q.mean**2 + q.variance - 1 - q.log_variance).sum(1).mean()
+            return (self.decoder(z) - batch).square().sum(1).mean() + self.weight * kl  # type: ignore[no-any-return]
+
+    class KeptHead(nn.Module):
+        def forward(self, mean: Tensor, log_variance: Tensor) -> Kept:
+            return Kept(mean, log_variance)
+
+    place = ("posterior_of:mean", "posterior_of:log_variance")
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Keeps(), EnforcedFreeBits(THRESHOLD, posterior=place, weight=0.7))
+    assert "on trust" not in caplog.text
+    with pytest.raises(MisconfigurationException, match=r"rises by .* as each log-variance falls from -20 to -28"):
+        fit(tmp_path, Keeps(), EnforcedFreeBits(THRESHOLD, posterior=place, weight=0.71))
 
 
 @pytest.mark.parametrize("second", ["log_variance", "scale"])
