@@ -62,8 +62,8 @@ class Callback(_Callback):
     def step(trainer: Trainer) -> int:
         """Return the number of batches that stepped before this one: the loggers' own x-axis.
 
-        It equals ``trainer.global_step`` with one optimizer. With several, ``global_step`` counts each optimizer's
-        step.
+        It equals ``trainer.global_step`` under automatic optimization. Under manual optimization every batch counts as
+        one, while ``global_step``, and with it ``max_steps``, counts each step of each optimizer.
         """
         return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 

@@ -198,7 +198,8 @@ class EnforcedFreeBits(AttributeScheduler):
             )
         if not pl_module.automatic_optimization:
             raise _refusal(
-                f"{name} optimizes manually, so it is not known which of its losses contains the KL, and how scaled."
+                f"{name} optimizes manually, so it is not known which of its losses contains the KL, and how scaled "
+                "(that of a generator, not of a discriminator)."
             )
         if trainer.precision not in ("32-true", "64-true", "bf16-mixed"):
             raise _refusal(

@@ -32,10 +32,12 @@ class KLAnnealing(AttributeScheduler):
     it gives the *effective beta*: the weight in an ELBO that would have the same effect. The report reveals a weight
     that the loss ignores or applies twice. To measure this, the callback evaluates the loss of this batch on copies of
     the module, with the same random state, at weight 0 and at others. If that is expensive or has side effects (a
-    setter, several processes, manual optimization, compiled or large modules, hooks), it reports the reason instead;
+    setter, several processes, compiled or large modules, hooks), it reports the reason instead;
     ``Trainer(fast_dev_run=True)`` copies large modules too. It can't detect steps with effects outside Lightning;
-    switch the reports off for such steps with ``probe=False``. If the first batch is too early, as for a lazy module,
-    the second is measured. ``lightning_vae.VAE`` needs no report.
+    switch the reports off for such steps with ``probe=False``. If the first batch is too early, as for a lazy module or
+    one that begins with its discriminator, the second is measured. Of the losses that a training step under manual
+    optimization passes to ``manual_backward``, the first that the weight changes is reported; the copies' optimizers
+    move nothing. ``lightning_vae.VAE`` needs no report.
 
     At the first validation during the schedule the callback measures in the same way which weight the module's
     ``validation_step`` uses, and warns if it is a copy that the training step has left, and not the target.
@@ -135,6 +137,8 @@ class KLAnnealing(AttributeScheduler):
             if self.setter is not None:
                 raise LossProbe.NotPossible("a setter may have side effects")
             effect = weight_effect(probe, tuple(self._paths), held, batch, target or 1.0)
+            if effect.is_ignored and ordinal == "first" and not pl_module.automatic_optimization:
+                raise LossProbe.NotPossible("no loss of the first batch changes with it")  # perhaps a discriminator's
         except Exception as reason:  # a failed report must not end a training run
             self._unmeasured = str(reason) or repr(reason)
             return
@@ -170,20 +174,27 @@ def describe(effect: WeightEffect, name: str, target: float | None, ordinal: str
         ordinal: Which batch was measured: ``"first"`` or ``"second"``.
     """
     zero, half, full = effect.losses
+    several = effect.count > 1
+    loss = (
+        f"loss {effect.number} of {effect.count} of the {ordinal} batch"
+        if several
+        else f"the loss of the {ordinal} batch"
+    )
     if effect.is_ignored:
+        others = ", and no other loss changes with it" if several else ""
         return (
-            f"the loss of the {ordinal} batch is {zero:.6g} whatever `{name}` is. In this batch the loss doesn't read "
-            "the number that is written, or sets it itself, or multiplies it by 0, or the KL is exactly 0."
+            f"{loss} is {zero:.6g} whatever `{name}` is{others}. In this batch the loss doesn't read the number that "
+            "is written, or sets it itself, or multiplies it by 0, or the KL is exactly 0."
         )
     if not effect.is_linear:
         text = (
-            f"the loss of the {ordinal} batch is {zero:.6g} at `{name}` = 0, {half:.6g} at {effect.weight / 2:g} and "
+            f"{loss} is {zero:.6g} at `{name}` = 0, {half:.6g} at {effect.weight / 2:g} and "
             f"{full:.6g} at {effect.weight:g}"
         )
         if effect.is_squared:
             return f"{text}: it grows with the square of `{name}`, which is applied twice. Remove one of the two."
         return f"{text}: it is not linear in it."
-    found = [f"the loss of the {ordinal} batch is {zero:.6g} {effect.slope:+.6g} * `{name}`".replace(" +", " + ", 1)]
+    found = [f"{loss} is {zero:.6g} {effect.slope:+.6g} * `{name}`".replace(" +", " + ", 1)]
     if effect.rate is not None:
         found.append(f"its slope is {effect.rate.what}")
     if effect.distortion is not None:

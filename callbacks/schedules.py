@@ -555,10 +555,16 @@ def _in_steps(name: str, length: float, steps_per_epoch: int | None, total_steps
         return int(length)
     unit = steps_per_epoch if name.endswith("epochs") else total_steps
     if unit is None:
-        whole = "an epoch" if name.endswith("epochs") else "the run"
+        whole, hint = "an epoch", ""
+        if not name.endswith("epochs"):
+            whole = "the run"
+            hint = (
+                " (Under manual optimization `max_steps` counts the steps of every optimizer, and not batches: limit "
+                "the run by `max_epochs` alone, or give steps.)"
+            )
         raise ValueError(
             f"`{name}` must be given in steps here, got {name}={length}: the number of steps in {whole} is not known. "
-            "Give the length in steps."
+            f"Give the length in steps.{hint}"
         )
     return max(1, math.floor(round(length * unit, 6)))  # 0.29 * 100 is 28.999999999999996 and should give 29
 

@@ -60,6 +60,15 @@ class AttributeScheduler(AttributeWriter):
         self._has_settled = end is not None and step >= self._schedule.length
         return end if end is not None and self._has_settled else self._schedule(step)
 
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        self._schedule.end(trainer, self._title, self.step(trainer))
+
+    @property
+    def _title(self) -> str:
+        return f"{type(self).__name__}({self.name})"
+
     @property
     @override
     def _moves(self) -> bool:
@@ -69,26 +78,25 @@ class AttributeScheduler(AttributeWriter):
     def _prepare(
         self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
     ) -> None:
-        title = f"{type(self).__name__}({self.name})"
         knobs = knobs_of(pl_module)
         configured = {path: value for path in self._paths if (value := knobs.get(path)) is not None}
         base = next(iter(configured.values()), restored.get("base") if current is None else current)
         self._base = None if base is None else float(base)
-        self._schedule.begin(trainer, title, self._base, restored)
+        self._schedule.begin(trainer, self._title, self._base, restored)
         end = self._base if self._schedule.final is None else self._schedule.final
         self._refuse_another_end(configured, end)
         if not set(self._paths) & set(knobs):  # a module with knobs reports a changed number itself
-            self._warn_of_another_number(title, current, restored.get("base"), end)
+            self._warn_of_another_number(current, restored.get("base"), end)
         self._target = end
 
-    def _warn_of_another_number(self, title: str, current: float | None, base: float | None, end: float | None) -> None:
+    def _warn_of_another_number(self, current: float | None, base: float | None, end: float | None) -> None:
         """Warn if a resumed run's module is configured with another number than the run began with."""
         # After a fit a module holds the schedule's own end.
         expected = [base] if self._schedule.is_open else [base, end]
         if base is None or current is None or end is None or any(_is_close(current, each) for each in expected):
             return
         rank_zero_warn(
-            f"{title}: the run began with {base:g}, and the module is configured with {current:g} now; the run "
+            f"{self._title}: the run began with {base:g}, and the module is configured with {current:g} now; the run "
             f"continues to {end:g}."
         )
 

@@ -40,6 +40,7 @@ class RunSchedule:
         self.length: float = math.inf
         self.final: float | None = None
         self._resolved = schedule
+        self._has_warned = False
         self._run: dict[str, int | None] = {}
 
     def begin(self, trainer: Trainer, title: str, open_end: float | None, restored: dict[str, Any]) -> None:
@@ -57,6 +58,7 @@ class RunSchedule:
         now = _run_length(trainer)
         self._run = {name: length if restored.get(name) is None else restored[name] for name, length in now.items()}
         self._resolved, self.length, self.final = self.schedule, math.inf, None
+        self._has_warned = False
         if not isinstance(self.schedule, Schedule):
             return
         self._resolved = resolved = self.schedule.resolve(open_end, **self._run)
@@ -76,13 +78,38 @@ class RunSchedule:
                 f"{title}: the schedule starts and ends at {resolved.final:g}, so nothing moves. Configure the module "
                 "with the final value, or give the schedule a `stop`."
             )
-        total = now["total_steps"]
-        if total and math.isfinite(resolved.length) and resolved.length > total:
-            rank_zero_warn(
-                f"{title}: the schedule takes {resolved.length:.0f} steps but the run stops after {total}, at "
-                f"{resolved(total - 1):g} instead of {resolved.final:g}. Shorten the schedule, or give its length as a "
-                "fraction of the run."
+        if self._run["total_steps"] is None and _counts_optimizer_steps(trainer):
+            count = max(1, len(trainer.optimizers))
+            total = min(int(trainer.estimated_stepping_batches), trainer.max_steps // count)
+            self._warn_if_too_short(title, total, f" if each of {count} optimizers steps once in a batch")
+        elif now["total_steps"] is not None:
+            self._warn_if_too_short(title, now["total_steps"])
+
+    def end(self, trainer: Trainer, title: str, step: int) -> None:
+        """Warn if `max_steps` has ended the run before the schedule, which can't always be foreseen.
+
+        Args:
+            trainer: The Trainer.
+            title: Name of the callback.
+            step: Number of batches that stepped.
+        """
+        if _counts_optimizer_steps(trainer) and trainer.global_step >= trainer.max_steps:
+            self._warn_if_too_short(title, step)
+
+    def _warn_if_too_short(self, title: str, total: int, condition: str = "") -> None:
+        if self._has_warned or not total < self.length < math.inf:
+            return
+        self._has_warned = True
+        remedy = "Shorten the schedule, or give its length as a fraction of the run."
+        if self._run["total_steps"] is None:
+            remedy = (
+                "Under manual optimization `max_steps` counts the steps of every optimizer, not batches. Shorten the "
+                "schedule, or limit the run by `max_epochs`."
             )
+        rank_zero_warn(
+            f"{title}: the schedule takes {self.length:.0f} steps but the run stops after {total}{condition}, at "
+            f"{self(max(0, total - 1)):g} instead of {self.final:g}. {remedy}"
+        )
 
     def __call__(self, step: int) -> float:
         """Return the value at a step.
@@ -133,14 +160,18 @@ def _run_length(trainer: Trainer) -> dict[str, int | None]:
         return {"steps_per_epoch": None, "total_steps": None}  # accumulation that changes between epochs
     trainer.fit_loop.setup_data()
     total = trainer.estimated_stepping_batches
-    manual = not trainer.lightning_module.automatic_optimization
-    if trainer.max_steps != -1 and (manual or len(trainer.optimizers) > 1):
-        total = math.inf  # `max_steps` counts optimizer steps, and the number per batch is not known
+    if _counts_optimizer_steps(trainer):
+        total = math.inf  # the number of optimizer steps in a batch is not known
     batches = trainer.num_training_batches / trainer.accumulate_grad_batches
     return {
         "steps_per_epoch": math.ceil(batches) if math.isfinite(batches) else None,
         "total_steps": int(total) if math.isfinite(total) and total >= 0 else None,
     }
+
+
+def _counts_optimizer_steps(trainer: Trainer) -> bool:
+    """Return whether the run ends after a number of optimizer steps, of which a batch may take any number."""
+    return trainer.max_steps != -1 and not trainer.lightning_module.automatic_optimization
 
 
 def _differs(schedule: Schedule, end: float | None, saved: dict[str, int | None], now: dict[str, int | None]) -> bool:

@@ -54,6 +54,8 @@ class WeightEffect:
         is_ignored: Whether the loss is the same, bit for bit, at any weight.
         rate: The KL term, if recognised.
         distortion: The reconstruction term, if recognised.
+        number: Number of the loss among those of the batch, from 1: manual optimization has several.
+        count: How many losses the batch has.
     """
 
     weight: float
@@ -62,6 +64,8 @@ class WeightEffect:
     is_ignored: bool = False
     rate: Term | None = None
     distortion: Term | None = None
+    number: int = 1
+    count: int = 1
 
     @property
     def rise(self) -> float:
@@ -110,7 +114,8 @@ def weight_effect(
     compared with the KL divergence from N(0, I) of every Gaussian that the outputs of the module's submodules may
     parametrise, in a usual reduction or, with a second trial at other parameters, with any factor, and its value at 0
     with the usual reconstruction terms of the batch and every output of its shape. If the effect of the weight is below
-    the rounding of the loss, a weight of 1 is tried too; if there is no effect at all, a weight of a million.
+    the rounding of the loss, a weight of 1 is tried too; if there is no effect at all, a weight of a million. Of
+    several losses, as of a generator and a discriminator under manual optimization, it is the first that changes.
 
     Args:
         probe: Evaluates the loss.
@@ -127,37 +132,52 @@ def weight_effect(
     data = [x for x in tensors if x.is_floating_point() and len(x) == rows]
     outputs: dict[str, Tensor | Normal] = {}
 
-    def at(value: float, look_on: Callable[[LightningModule], object] | None = None) -> float:
-        return probe({**held, paths: value}, look_on)
+    def at(value: float, look_on: Callable[[LightningModule], object] | None = None) -> tuple[float, ...]:
+        losses = probe.losses({**held, paths: value}, look_on)
+        if zeros and len(losses) != len(zeros):
+            raise LossProbe.NotPossible("the number of its losses changes between evaluations")
+        return losses
 
     most = max([4096 * rows, *(x.numel() for x in data)])
-    zero = at(0.0, partial(_look_on, outputs, rows, most))
-    drift = abs(at(0.0) - zero)
+    zeros: tuple[float, ...] = ()
+    zeros = at(0.0, partial(_look_on, outputs, rows, most))
+    drifts = [abs(again - zero) for again, zero in zip(at(0.0), zeros, strict=True)]
 
-    def effect_of(weight: float) -> WeightEffect:
-        half, full = at(0.5 * weight), at(weight)
-        if not all(map(math.isfinite, (zero, half, full))):
-            raise LossProbe.NotPossible("its loss is not finite")
-        return WeightEffect(weight, (zero, half, full), probe.noise((zero, full), drift))
+    def effects_of(weight: float) -> list[WeightEffect]:
+        effects: list[WeightEffect] = []
+        for drift, *losses in zip(drifts, zeros, at(0.5 * weight), at(weight), strict=True):
+            zero, half, full = losses
+            noise = probe.noise((zero, full), drift)
+            effects.append(WeightEffect(weight, (zero, half, full), noise, number=len(effects) + 1, count=len(zeros)))
+        return effects
 
-    effect = effect_of(weight)
+    # The first loss that changes, by more than its noise if there is one.
+    effect = min(effects_of(weight), key=_is_unchanged)
     if effect.uncertainty > _CLOSE and abs(weight) < 1:
-        effect = effect_of(1.0)
+        effect = min(effects_of(1.0), key=_is_unchanged)
+    zero, drift = zeros[effect.number - 1], drifts[effect.number - 1]
+    if not all(map(math.isfinite, effect.losses)):
+        raise LossProbe.NotPossible("its loss is not finite")
     if drift > 1e-3 * abs(effect.rise):
         raise LossProbe.NotPossible("its loss changes between evaluations")
     if len({*effect.losses}) == 1:
-        return replace(effect, is_ignored=at(_HUGE) == zero)
+        changed = [i for i, huge in enumerate(at(_HUGE)) if huge != zeros[i]]
+        return effects_of(effect.weight)[changed[0]] if changed else replace(effect, is_ignored=True)
     if effect.uncertainty > _LARGEST_UNCERTAINTY or not effect.is_linear or not rows:
         return effect
     rate = recognise_rate(outputs, effect.slope, rows, effect.uncertainty)
     if rate is None:  # perhaps a multiple of the KL: then it is the same one of another network
         others: dict[str, Tensor | Normal] = {}
-        other_zero = at(0.0, partial(_look_on, others, rows, most, is_perturbed=True))
-        other_rise = at(effect.weight, _perturb) - other_zero
+        other_zero = at(0.0, partial(_look_on, others, rows, most, is_perturbed=True))[effect.number - 1]
+        other_rise = at(effect.weight, _perturb)[effect.number - 1] - other_zero
         other_noise = probe.noise((other_zero, other_zero + other_rise), drift)
         uncertainty = effect.uncertainty + (other_noise / abs(other_rise) if other_rise else math.inf)
         rate = recognise_multiple((outputs, others), (effect.slope, other_rise / effect.weight), rows, uncertainty)
     return replace(effect, rate=rate, distortion=recognise_distortion(outputs, zero, data))
+
+
+def _is_unchanged(effect: WeightEffect) -> tuple[bool, bool]:
+    return effect.uncertainty >= 1, len({*effect.losses}) == 1
 
 
 def recognise_rate(

@@ -6,10 +6,11 @@ import copy
 import inspect
 import random
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import is_dataclass
-from functools import cache, partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _MOST_BYTES = 2**28  # a copy of more than 256 MiB is no longer cheap
+_MOST_STEPS = 32  # of the optimizers in one batch; some training steps go on until a loss has fallen
 
 
 class LossProbe:
@@ -36,6 +38,9 @@ class LossProbe:
     evaluation begins with the same random state of torch, numpy and Python, which is restored afterwards. It is aborted
     if a copy acts on the module itself or on the Trainer. Effects outside Lightning go unnoticed, such as draws from a
     generator in another file or a logger of the module's own.
+
+    A copy has copies of the optimizers, whose steps move nothing. So under manual optimization all losses of a training
+    step are evaluated at the same parameters, and a number changes only the losses that read it.
 
     Args:
         trainer: The Trainer that is about to run the batch.
@@ -70,17 +75,26 @@ class LossProbe:
     def __call__(
         self, values: Mapping[tuple[str, ...], float], look_on: Callable[[LightningModule], object] | None = None
     ) -> float:
-        """Return the loss of a copy.
+        """Return the only loss of a copy; see :meth:`losses`."""
+        losses = self.losses(values, look_on)
+        if len(losses) > 1:
+            raise self.NotPossible(f"its training step has {len(losses)} losses")
+        return losses[0]
+
+    def losses(
+        self, values: Mapping[tuple[str, ...], float], look_on: Callable[[LightningModule], object] | None = None
+    ) -> tuple[float, ...]:
+        """Return the loss of a copy, or under manual optimization each loss that it passes to ``manual_backward``.
 
         Args:
             values: Numbers to write to the copy, by their paths.
             look_on: Called with the copy before its training step.
         """
         with self._trial():
-            twin = self._copy(values)
+            twin, optimization = self._copy(values)
             if look_on is not None:
                 look_on(twin)
-            return self._train(twin)
+            return self._train(twin, optimization)
 
     def validation(
         self,
@@ -96,8 +110,8 @@ class LossProbe:
             look_on: Called with the copy before its validation.
         """
         with self._trial(), torch.enable_grad():  # which a training step may need
-            twin = self._copy(trained)
-            self._train(twin.train())
+            twin, optimization = self._copy(trained)
+            self._train(twin.train(), optimization)
             self._write(twin, validated)
             if look_on is not None:
                 look_on(twin)
@@ -108,7 +122,8 @@ class LossProbe:
         try:
             if reason := self._obstacle():
                 raise self.NotPossible(reason)
-            with _random_state_put_back(self._pl_module.device), self._originals_at_rest():
+            with _random_state_put_back(self._pl_module.device), self._originals_at_rest(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the step itself will give them
                 yield
         except self.NotPossible:
             raise
@@ -118,8 +133,6 @@ class LossProbe:
     def _obstacle(self) -> str | None:
         trainer, pl_module = self._trainer, self._pl_module
         modules = list(pl_module.modules())
-        if not pl_module.automatic_optimization:
-            return "its training step runs the optimizer"
         if several_processes(trainer) or type(trainer.strategy).__name__ != "SingleDeviceStrategy":
             return "its processes might wait for each other"
         if pl_module.device.type not in ("cpu", "cuda"):
@@ -136,15 +149,19 @@ class LossProbe:
             return "a copy of it would be large; `Trainer(fast_dev_run=True)` makes one"
         return None
 
-    def _train(self, twin: LightningModule) -> float:
+    def _train(self, twin: LightningModule, optimization: _Optimization) -> tuple[float, ...]:
         batch = copy.deepcopy(self._batch)
         twin.on_train_batch_start(batch, self._batch_idx)
         with nullcontext() if self._in_full else self._trainer.precision_plugin.train_step_context():
             output = twin.training_step(*_accepted(twin.training_step, batch, self._batch_idx))
+        if not twin.automatic_optimization:
+            if not optimization.losses:
+                raise self.NotPossible("its training step passes no loss to `manual_backward`")
+            return tuple(optimization.losses)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise TypeError(f"it returned {type(loss).__name__}")
-        return float(loss.detach())
+        return (float(loss.detach()),)
 
     @torch.no_grad()
     def _validate(self, twin: LightningModule) -> dict[str, float]:
@@ -172,7 +189,7 @@ class LossProbe:
                 original.write(before)
                 raise self.NotPossible("copies share the number with the module")
 
-    def _copy(self, values: Mapping[tuple[str, ...], float]) -> LightningModule:
+    def _copy(self, values: Mapping[tuple[str, ...], float]) -> tuple[LightningModule, _Optimization]:
         trainer = self._trainer
         shared: list[Any] = [trainer, *trainer.callbacks, *trainer.loggers]  # type: ignore[attr-defined]
         originals = {id(module) for module in self._pl_module.modules()}
@@ -187,33 +204,82 @@ class LossProbe:
             raise self.NotPossible("a submodule can't be copied")
         if any(_acts_on(originals, value) for module in twin.modules() for value in _flat(vars(module))):
             raise self.NotPossible("it keeps a function that acts on the original module even in a copy")
-        twin.trainer = _Onlooker(trainer, twin, cache(partial(self._optimization, twin)))  # type: ignore[assignment]
+        optimization = _Optimization(trainer, self._pl_module, twin)
+        twin.trainer = _Onlooker(trainer, twin, optimization)  # type: ignore[assignment]
         _divert_logs(twin, _nothing, _nothing)
         self._write(twin, values)
-        return twin
-
-    def _optimization(self, twin: LightningModule) -> dict[str, Any]:
-        """Copy the optimizers and learning rate schedulers, for a step that reads them; they act on the twin alone."""
-        trainer = self._trainer
-        parameters = zip(self._pl_module.parameters(), twin.parameters(), strict=True)
-        memo = {id(one): other for one, other in parameters}
-        optimizers, schedulers = copy.deepcopy((trainer.optimizers, trainer.lr_scheduler_configs), memo)
-        return {"optimizers": optimizers, "_lightning_optimizers": optimizers, "lr_scheduler_configs": schedulers}
+        return twin, optimization
 
     @contextmanager
     def _originals_at_rest(self) -> Iterator[None]:
-        """Abort the evaluation if a copy calls a submodule of the original module."""
+        """Abort the evaluation if a copy calls a submodule of the original module, and drop gradients that it causes.
+
+        A backward pass of a copy may reach an original parameter, through a function that the module keeps.
+        """
         originals = {id(module) for module in self._pl_module.modules()}
+        gradients = [(parameter, parameter.grad) for parameter in self._pl_module.parameters()]
 
         def refuse(module: nn.Module, _inputs: Any) -> None:
             if id(module) in originals:
                 raise self.NotPossible("a copy acts on the module itself")
 
         handle = register_module_forward_pre_hook(refuse)
+        for parameter, _ in gradients:
+            parameter.grad = None
         try:
             yield
         finally:
             handle.remove()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+class _Optimization:
+    """Copies of the optimizers and learning rate schedulers for a copy of a module, and the losses of its step."""
+
+    def __init__(self, trainer: Trainer, original: LightningModule, twin: LightningModule) -> None:
+        self._trainer = trainer
+        self._original = original
+        self._twin = twin
+        self._steps_left = _MOST_STEPS
+        self.losses: list[float] = []
+
+    @cached_property
+    def _copies(self) -> tuple[list[Any], list[Any]]:
+        parameters = zip(self._original.parameters(), self._twin.parameters(), strict=True)
+        memo: dict[int, Any] = {id(one): other for one, other in parameters}
+        copies: Any = copy.deepcopy((self._trainer.optimizers, self._trainer.lr_scheduler_configs), memo)
+        for optimizer in copies[0]:
+            optimizer.step = self._step
+            optimizer.optimizer = optimizer  # this and the next, as in Lightning's wrapper of an optimizer
+            optimizer.toggle_model = partial(self._toggle_model, optimizer)
+        return copies  # type: ignore[no-any-return]
+
+    @property
+    def optimizers(self) -> list[Any]:
+        return self._copies[0]
+
+    _lightning_optimizers = optimizers
+
+    @property
+    def lr_scheduler_configs(self) -> list[Any]:
+        return self._copies[1]
+
+    def backward(self, loss: Tensor, _optimizer: Any = None, *args: Any, **kwargs: Any) -> None:
+        self.losses.append(float(loss.detach()))
+        self._twin.backward(loss, *args, **kwargs)
+
+    def _step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
+        if not self._steps_left:
+            raise LossProbe.NotPossible(f"its optimizers take more than {_MOST_STEPS} steps in a batch")
+        self._steps_left -= 1
+        return closure() if closure is not None else None
+
+    @contextmanager
+    def _toggle_model(self, optimizer: Any, sync_grad: bool = True) -> Iterator[None]:  # noqa: ARG002
+        self._twin.toggle_optimizer(optimizer)
+        yield
+        self._twin.untoggle_optimizer(optimizer)
 
 
 class _Onlooker:
@@ -221,7 +287,7 @@ class _Onlooker:
 
     _BARRED = ("optimizer", "lr_scheduler", "fit_loop", "save_checkpoint", "backward")
 
-    def __init__(self, of: Any, twin: LightningModule, optimization: Callable[[], Mapping[str, Any]]) -> None:
+    def __init__(self, of: Any, twin: LightningModule, optimization: _Optimization) -> None:
         self._of = of
         self._twin = twin
         self._optimization = optimization
@@ -231,8 +297,8 @@ class _Onlooker:
         return type(self._of)  # some modules check the type
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("optimizers", "_lightning_optimizers", "lr_scheduler_configs"):
-            return self._optimization()[name]
+        if name in ("optimizers", "_lightning_optimizers", "lr_scheduler_configs", "backward"):
+            return getattr(self._optimization, name)
         if any(barred in name for barred in self._BARRED):
             raise LossProbe.NotPossible(f"it uses `{name}` of the Trainer")
         if name in ("lightning_module", "model"):

@@ -59,7 +59,7 @@ def stale_weight(probe: LossProbe, paths: tuple[str, ...], trained: float, targe
         return probe.validation({paths: trained}, {paths: validated})
 
     def differ(one: float, other: float, drift: float = 0.0) -> bool:
-        return abs(one - other) > 4 * probe.epsilon * max(abs(one), abs(other)) + 4 * drift
+        return abs(one - other) > probe.noise((one, other), drift)
 
     found, meant = at(trained, target), at(target, target)
     if not meant:

@@ -223,6 +223,11 @@ def test_python_of_the_page_runs(tmp_path, monkeypatch):
     for block in blocks("python", text):
         exec(block.replace("Trainer(", "Trainer(**quiet, "), namespace)
     assert namespace["trainer"].lightning_module.kl_weight == 1.0
+    adversarial = namespace["adversarial"]
+    assert adversarial.lightning_module.kl_weight == 1e-6
+    assert adversarial.global_step == 8 + 16, "two epochs of a step in each batch, two of 2"
+    assert adversarial.lightning_module.free_bits == 0.001
+    assert adversarial.callback_metrics["latent/rate"] > 0
     assert namespace["beta"] == pytest.approx(1.536)
 
 

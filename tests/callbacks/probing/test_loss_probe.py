@@ -164,7 +164,7 @@ class Compiled(Stateful):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (Manual, "its training step runs the optimizer"),
+        (Manual, "its training step passes no loss to `manual_backward`"),
         (Fetches, "its training step fetches batches"),
         (Steps, "it uses `optimizer_step` of the Trainer"),
         (Fails, "a copy raised RuntimeError('a weight of 0')"),
