@@ -192,6 +192,11 @@ def validates(trainer: Trainer) -> bool:
     return trainer.enable_validation and (trainer.val_dataloaders is None or sum(trainer.num_val_batches) > 0)
 
 
+def counts_optimizer_steps(trainer: Trainer) -> bool:
+    """Return whether the run ends after a number of optimizer steps, of which a batch may take any number."""
+    return trainer.max_steps != -1 and not trainer.lightning_module.automatic_optimization
+
+
 def sum_over_processes(trainer: Trainer, values: Tensor) -> Tensor:
     """Sum a tensor over the processes of a run, in place, and return it."""
     if several_processes(trainer):

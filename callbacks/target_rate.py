@@ -173,6 +173,7 @@ class TargetRate(AttributeWriter):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         self._report(self.target(max(0, self.step(trainer) - 1)))  # for runs that rarely log
+        self._schedule.end(trainer, f"{type(self).__name__}({self.name})", self.step(trainer))
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from ..base import callbacks_of
+from ..base import callbacks_of, counts_optimizer_steps
 from ..schedules import Schedule
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class RunSchedule:
                 f"{title}: the schedule starts and ends at {resolved.final:g}, so nothing moves. Configure the module "
                 "with the final value, or give the schedule a `stop`."
             )
-        if self._run["total_steps"] is None and _counts_optimizer_steps(trainer):
+        if self._run["total_steps"] is None and counts_optimizer_steps(trainer):
             count = max(1, len(trainer.optimizers))
             total = min(int(trainer.estimated_stepping_batches), trainer.max_steps // count)
             self._warn_if_too_short(title, total, f" if each of {count} optimizers steps once in a batch")
@@ -93,7 +93,7 @@ class RunSchedule:
             title: Name of the callback.
             step: Number of batches that stepped.
         """
-        if _counts_optimizer_steps(trainer) and trainer.global_step >= trainer.max_steps:
+        if counts_optimizer_steps(trainer) and trainer.global_step >= trainer.max_steps:
             self._warn_if_too_short(title, step)
 
     def _warn_if_too_short(self, title: str, total: int, condition: str = "") -> None:
@@ -160,18 +160,13 @@ def _run_length(trainer: Trainer) -> dict[str, int | None]:
         return {"steps_per_epoch": None, "total_steps": None}  # accumulation that changes between epochs
     trainer.fit_loop.setup_data()
     total = trainer.estimated_stepping_batches
-    if _counts_optimizer_steps(trainer):
+    if counts_optimizer_steps(trainer):
         total = math.inf  # the number of optimizer steps in a batch is not known
     batches = trainer.num_training_batches / trainer.accumulate_grad_batches
     return {
         "steps_per_epoch": math.ceil(batches) if math.isfinite(batches) else None,
         "total_steps": int(total) if math.isfinite(total) and total >= 0 else None,
     }
-
-
-def _counts_optimizer_steps(trainer: Trainer) -> bool:
-    """Return whether the run ends after a number of optimizer steps, of which a batch may take any number."""
-    return trainer.max_steps != -1 and not trainer.lightning_module.automatic_optimization
 
 
 def _differs(schedule: Schedule, end: float | None, saved: dict[str, int | None], now: dict[str, int | None]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from ..base import counts_optimizer_steps
 from ..schedules import at_least, check_number
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def is_drawn(number: int, total: int | None, times: int) -> bool:
 
 def expected_passes(trainer: Trainer) -> int | None:
     """Return the number of validation passes of a fit; ``None`` if the Trainer's options don't determine it."""
+    if counts_optimizer_steps(trainer):
+        return None
     batches, between = trainer.num_training_batches, trainer.val_check_batch
     limits = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:

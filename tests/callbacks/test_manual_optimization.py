@@ -165,6 +165,13 @@ class Alternating(AdversarialVAE):
         optimizer.step()
 
 
+class Unwrapped(AdversarialVAE):
+    """Steps torch's own optimizers, one of which has a learning rate scheduler."""
+
+    def optimizers(self, use_pl_optimizer: bool = False) -> Any:
+        return super().optimizers(use_pl_optimizer)
+
+
 EACH = pytest.mark.parametrize("kind", [AdversarialVAE, DiscriminatorFirst, Closures])
 
 
@@ -205,6 +212,13 @@ def test_a_step_is_a_batch_however_many_optimizers_step_in_it(tmp_path: Path, ki
     assert logged == pytest.approx(dict(enumerate(weights)))
 
 
+def test_steps_of_torchs_own_optimizers_are_not_counted_by_lightning(tmp_path: Path) -> None:
+    module = Unwrapped()
+    trainer = fit(tmp_path, module, KLAnnealing(Linear(steps=6), "kl_weight"))
+    assert trainer.global_step == 0
+    assert module.used == pytest.approx([1e-6 * min(1.0, step / 6) for step in range(12)])
+
+
 @pytest.mark.parametrize(
     ("schedule", "options", "batches"),
     [
@@ -237,7 +251,19 @@ def test_a_schedule_that_max_steps_cuts_off_is_reported_in_batches(tmp_path: Pat
     assert len([each for each in caught if "the run stops" in str(each.message)]) == 1
 
 
-def test_a_schedule_that_max_steps_cuts_off_unforeseen_is_reported_at_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("callback", "values"),
+    [
+        (KLAnnealing(Linear(steps=6), "kl_weight"), "at 5e-07 instead of 1e-06"),
+        (
+            TargetRate(Linear(start=1.0, stop=2.0, steps=6), attribute="kl_weight", posterior="encoder", chunk=1),
+            "at 1.5 instead of 2",
+        ),
+    ],
+)
+def test_a_schedule_that_max_steps_cuts_off_unforeseen_is_reported_at_the_end(
+    tmp_path: Path, callback: Any, values: str
+) -> None:
     class ThreeSteps(AdversarialVAE):
         def on_train_batch_end(self, *_: Any) -> None:
             self.trainer.strategy._lightning_optimizers[1].zero_grad()
@@ -247,8 +273,8 @@ def test_a_schedule_that_max_steps_cuts_off_unforeseen_is_reported_at_the_end(tm
             self.optimizers()[1].step()  # type: ignore[index]
 
     module = ThreeSteps(start=0)
-    with pytest.warns(UserWarning, match=r"takes 6 steps but the run stops after 4, at 5e-07 instead of 1e-06\. Under"):
-        fit(tmp_path, module, KLAnnealing(Linear(steps=6), "kl_weight"), max_epochs=-1, max_steps=12)
+    with pytest.warns(UserWarning, match=rf"takes 6 steps but the run stops after 4, {values}\. Under manual"):
+        fit(tmp_path, module, callback, max_epochs=-1, max_steps=12)
     assert len(module.used) == 4
 
 
@@ -326,13 +352,6 @@ class Probes(Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.losses.append([*LossProbe(trainer, pl_module, batch, batch_idx).losses({})])
-
-
-class Unwrapped(AdversarialVAE):
-    """Steps torch's own optimizers, one of which has a learning rate scheduler."""
-
-    def optimizers(self, use_pl_optimizer: bool = False) -> Any:
-        return super().optimizers(use_pl_optimizer)
 
 
 class Penalizes(DiscriminatorFirst):

@@ -28,6 +28,8 @@ def test_which_passes_are_drawn(total, times, expected):
         ({"max_epochs": -1, "max_steps": 100}, 10),
         ({"max_steps": 30}, 3),
         ({"max_steps": 30, "accumulate_grad_batches": 2}, 6),
+        ({"max_steps": 30, "lightning_module": SimpleNamespace(automatic_optimization=False)}, None),
+        ({"lightning_module": SimpleNamespace(automatic_optimization=False)}, 6),
         ({"check_val_every_n_epoch": 2}, 3),
         ({"val_check_batch": 5}, 12),
         ({"val_check_batch": 15, "check_val_every_n_epoch": None}, 4),
@@ -44,6 +46,7 @@ def test_how_many_passes_there_will_be(options, expected):
         "max_steps": -1,
         "accumulate_grad_batches": 1,
         "check_val_every_n_epoch": 1,
+        "lightning_module": SimpleNamespace(automatic_optimization=True),
     }
     assert expected_passes(SimpleNamespace(**{**trainer, **options})) == expected
 
