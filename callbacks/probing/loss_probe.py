@@ -75,11 +75,9 @@ class LossProbe:
     def __call__(
         self, values: Mapping[tuple[str, ...], float], look_on: Callable[[LightningModule], object] | None = None
     ) -> float:
-        """Return the only loss of a copy; see :meth:`losses`."""
-        losses = self.losses(values, look_on)
-        if len(losses) > 1:
-            raise self.NotPossible(f"its training step has {len(losses)} losses")
-        return losses[0]
+        """Return the loss of a copy under automatic optimization; see :meth:`losses`."""
+        [loss] = self.losses(values, look_on)
+        return loss
 
     def losses(
         self, values: Mapping[tuple[str, ...], float], look_on: Callable[[LightningModule], object] | None = None
@@ -91,10 +89,10 @@ class LossProbe:
             look_on: Called with the copy before its training step.
         """
         with self._trial():
-            twin, optimization = self._copy(values)
+            twin = self._copy(values)
             if look_on is not None:
                 look_on(twin)
-            return self._train(twin, optimization)
+            return self._train(twin)
 
     def validation(
         self,
@@ -110,8 +108,8 @@ class LossProbe:
             look_on: Called with the copy before its validation.
         """
         with self._trial(), torch.enable_grad():  # which a training step may need
-            twin, optimization = self._copy(trained)
-            self._train(twin.train(), optimization)
+            twin = self._copy(trained)
+            self._train(twin.train())
             self._write(twin, validated)
             if look_on is not None:
                 look_on(twin)
@@ -149,7 +147,9 @@ class LossProbe:
             return "a copy of it would be large; `Trainer(fast_dev_run=True)` makes one"
         return None
 
-    def _train(self, twin: LightningModule, optimization: _Optimization) -> tuple[float, ...]:
+    def _train(self, twin: LightningModule) -> tuple[float, ...]:
+        optimization = _Optimization(self._trainer, self._pl_module, twin)
+        twin.trainer = _Onlooker(self._trainer, twin, optimization)  # type: ignore[assignment]
         batch = copy.deepcopy(self._batch)
         twin.on_train_batch_start(batch, self._batch_idx)
         with nullcontext() if self._in_full else self._trainer.precision_plugin.train_step_context():
@@ -189,7 +189,7 @@ class LossProbe:
                 original.write(before)
                 raise self.NotPossible("copies share the number with the module")
 
-    def _copy(self, values: Mapping[tuple[str, ...], float]) -> tuple[LightningModule, _Optimization]:
+    def _copy(self, values: Mapping[tuple[str, ...], float]) -> LightningModule:
         trainer = self._trainer
         shared: list[Any] = [trainer, *trainer.callbacks, *trainer.loggers]  # type: ignore[attr-defined]
         originals = {id(module) for module in self._pl_module.modules()}
@@ -204,11 +204,9 @@ class LossProbe:
             raise self.NotPossible("a submodule can't be copied")
         if any(_acts_on(originals, value) for module in twin.modules() for value in _flat(vars(module))):
             raise self.NotPossible("it keeps a function that acts on the original module even in a copy")
-        optimization = _Optimization(trainer, self._pl_module, twin)
-        twin.trainer = _Onlooker(trainer, twin, optimization)  # type: ignore[assignment]
         _divert_logs(twin, _nothing, _nothing)
         self._write(twin, values)
-        return twin, optimization
+        return twin
 
     @contextmanager
     def _originals_at_rest(self) -> Iterator[None]:
