@@ -97,7 +97,7 @@ class RunSchedule:
             self._warn_if_too_short(title, step)
 
     def _warn_if_too_short(self, title: str, total: int, condition: str = "") -> None:
-        if self._has_warned or not total < self.length < math.inf:
+        if self._has_warned or not 0 < total < self.length < math.inf:
             return
         self._has_warned = True
         remedy = "Shorten the schedule, or give its length as a fraction of the run."

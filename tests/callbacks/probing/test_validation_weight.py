@@ -225,7 +225,7 @@ class NeedsItsOwnBatch(Copying):
     [
         (Silent, "its validation step neither logs nor returns a number"),
         (NeedsItsOwnBatch, "a step of a copy raised KeyError"),
-        (Manual, "its training step runs the optimizer"),
+        (Manual, "its training step passes no loss to `manual_backward`"),
     ],
 )
 def test_what_can_not_be_measured(tmp_path: Path, model: Any, reason: str) -> None:
