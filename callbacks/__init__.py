@@ -12,6 +12,13 @@ from .kl_annealing import KLAnnealing as KLAnnealing
 from .latent_space import LatentSpace as LatentSpace
 from .metrics.active_units import ActiveUnits as ActiveUnits
 from .metrics.active_units import active_units as active_units
+from .metrics.categorical import CategoricalInformation as CategoricalInformation
+from .metrics.categorical import ClassUsage as ClassUsage
+from .metrics.categorical import categorical_mutual_information as categorical_mutual_information
+from .metrics.categorical import class_usage as class_usage
+from .metrics.categorical import dead_classes as dead_classes
+from .metrics.categorical import perplexity as perplexity
+from .metrics.categorical import unimix as unimix
 from .metrics.collapse_state import CollapseState as CollapseState
 from .metrics.collapse_state import collapse_state as collapse_state
 from .metrics.mutual_information import mutual_information as mutual_information
@@ -33,6 +40,8 @@ __all__ = [
     "AttributeScheduler",
     "AttributeWriter",
     "Callback",
+    "CategoricalInformation",
+    "ClassUsage",
     "CollapseDetector",
     "CollapseState",
     "Constant",
@@ -52,6 +61,11 @@ __all__ = [
     "Staged",
     "TargetRate",
     "active_units",
+    "categorical_mutual_information",
+    "class_usage",
     "collapse_state",
+    "dead_classes",
     "mutual_information",
+    "perplexity",
+    "unimix",
 ]

@@ -8,6 +8,8 @@ from .version import check_versions
 check_versions()
 
 if TYPE_CHECKING:
+    from .balancing import kl_balance as kl_balance
+    from .balancing import world_model_kl as world_model_kl
     from .checkpoints.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from .checkpoints.flush_loggers import FlushLoggers as FlushLoggers
     from .checkpoints.last_checkpoint import LastCheckpoint as LastCheckpoint
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from .vae import VAE as VAE
 
 _MODULES = {
+    "balancing": ("kl_balance", "world_model_kl"),
     "checkpoints.checkpoint_io": ("AtomicCheckpointIO",),
     "evaluation.figures": ("compare_latents",),
     "evaluation.measure": ("evaluate",),

@@ -77,15 +77,36 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
                 f"{tuple(each.event_shape)}; unwrap `Independent` with `.base_dist`. A joint distribution has no rate "
                 "per dimension."
             )
+    return kl_or_estimate(posterior, prior, z)
+
+
+def kl_or_estimate(posterior: Distribution, prior: Distribution, z: Tensor | None = None) -> Tensor:
+    """Compute ``KL(q || p)`` in closed form, or without one its estimate ``log q(z|x) - log p(z)`` at a sample.
+
+    Args:
+        posterior: ``q(z|x)``, any batch and event shape.
+        prior: ``p(z)``, of the same event shape and broadcastable to the posterior's batch shape.
+        z: A sample of the posterior.
+
+    Returns:
+        Nats, in the batch shape of the posterior.
+
+    Raises:
+        ValueError: If the prior or the sample does not fit the posterior, or a sample is needed and none was given.
+    """
     if not broadcasts_to(prior.batch_shape, posterior.batch_shape):
         raise ValueError(
             f"`prior` must broadcast to the posterior's batch shape {tuple(posterior.batch_shape)}, got "
             f"{tuple(prior.batch_shape)}."
         )
-    if z is not None and z.shape != posterior.batch_shape:
+    if prior.event_shape != posterior.event_shape:
         raise ValueError(
-            f"`z` must have the posterior's batch shape {tuple(posterior.batch_shape)}, got {tuple(z.shape)}."
+            f"`prior` must have the posterior's event shape {tuple(posterior.event_shape)}, got "
+            f"{tuple(prior.event_shape)}: as many dimensions or classes, and both in `Independent` or neither."
         )
+    shape = posterior.batch_shape + posterior.event_shape
+    if z is not None and z.shape != shape:
+        raise ValueError(f"`z` must be one sample of the posterior, of shape {tuple(shape)}, got {tuple(z.shape)}.")
     if torch.compiler.is_compiling():
         _look_up(type(posterior), type(prior))
     try:

@@ -162,7 +162,7 @@ def test_kl_refuses_a_prior_and_a_sample_that_do_not_fit_the_posterior(shape):
     posterior = td.Normal(torch.zeros(4, 2), torch.ones(4, 2))
     with pytest.raises(ValueError, match=r"`prior` must broadcast to the posterior's batch shape \(4, 2\), got"):
         kl_per_dimension(posterior, td.Normal(torch.zeros(shape), 1.0))
-    with pytest.raises(ValueError, match=r"`z` must have the posterior's batch shape \(4, 2\), got"):
+    with pytest.raises(ValueError, match=r"`z` must be one sample of the posterior, of shape \(4, 2\), got"):
         kl_per_dimension(posterior, td.Normal(torch.zeros(2), 1.0), torch.zeros(shape))
 
 

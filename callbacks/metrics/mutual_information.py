@@ -143,13 +143,25 @@ class PosteriorSample(NamedTuple):
             ValueError: If the terms have another shape.
         """
         self._check(terms)
-        control = self.log_own + 0.5 * self.z.square().sum(dim=1) - self.rates
-        power = control.square().sum()
-        slope = ((terms - terms.mean()) @ control) / power if power > 0 else power
-        return (terms - slope * control).mean()
+        return controlled_mean(terms, self.log_own + 0.5 * self.z.square().sum(dim=1) - self.rates)
 
     def _check(self, terms: Tensor) -> None:
         if terms.shape != self.log_own.shape:
             raise ValueError(
                 f"There must be a term for each of the {len(self.log_own)} samples, got shape {tuple(terms.shape)}."
             )
+
+
+def controlled_mean(terms: Tensor, control: Tensor) -> Tensor:
+    """Average terms with less noise than in their plain mean: what a control variate explains of them is removed.
+
+    Args:
+        terms: One for each sample, of shape ``(M,)``.
+        control: A quantity of each sample whose expectation is 0, of shape ``(M,)``.
+
+    Returns:
+        A scalar.
+    """
+    power = control.square().sum()
+    slope = ((terms - terms.mean()) @ control) / power if power > 0 else power
+    return (terms - slope * control).mean()
