@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from runs import header, heading, row
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
-from lightning_vae.callbacks import ActiveUnits
+from lightning_vae.callbacks import ActiveUnits, LatentMonitor
 from lightning_vae.callbacks.metrics.aggregate_posterior import AggregatePosterior
 from lightning_vae.callbacks.metrics.observation_subset import ObservationSubset
 from lightning_vae.callbacks.metrics.running_moments import RunningMoments
-from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
 
 WIDTHS = (34, 14, 16, 20)
 ROWS = 4096  # in a batch
@@ -74,11 +73,9 @@ def watchers(dim: int) -> dict[str, Callable[[Normal, torch.Tensor], Any]]:
     """Return functions that take a batch of posteriors and its indices, by name."""
     units, subset, moments = ActiveUnits(dim), ObservationSubset(2 * dim, 2048), RunningMoments(dim)
     aggregate = AggregatePosterior(dim)
-    detector, prior = ValidationPass(2048), Normal(torch.zeros(dim), torch.ones(dim))
+    detector, prior = LatentMonitor(2048), Normal(torch.zeros(dim), torch.ones(dim))
     return {
-        "the detector's whole pass": lambda posterior, index: detector.append(
-            posterior.mean, posterior.variance, kl_divergence(posterior, prior), index
-        ),
+        "the detector's whole pass": lambda posterior, index: detector.update(posterior, prior, index=index),
         "active units": lambda posterior, _: units.update(posterior.mean),
         "the evaluation's running moments": lambda posterior, _: moments.update(posterior.mean),
         "mutual information": lambda posterior, index: subset.update(

@@ -21,6 +21,8 @@ from .metrics.categorical import perplexity as perplexity
 from .metrics.categorical import unimix as unimix
 from .metrics.collapse_state import CollapseState as CollapseState
 from .metrics.collapse_state import collapse_state as collapse_state
+from .metrics.latent_monitor import LatentMonitor as LatentMonitor
+from .metrics.latent_report import LatentReport as LatentReport
 from .metrics.mutual_information import mutual_information as mutual_information
 from .pictures import Pictures as Pictures
 from .reading.distribution_reader import DistributionReader as DistributionReader
@@ -53,6 +55,8 @@ __all__ = [
     "FreeBits",
     "Join",
     "KLAnnealing",
+    "LatentMonitor",
+    "LatentReport",
     "LatentSpace",
     "Linear",
     "Pictures",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
 from .base import Callback, callbacks_of, several_processes, validates
@@ -22,18 +22,21 @@ from .drawing.media_logger import MediaLogger
 from .enforced_free_bits import EnforcedFreeBits
 from .free_bits import FreeBits
 from .kl_annealing import KLAnnealing
-from .metrics.active_units import ACTIVE, is_active
-from .metrics.collapse_state import CollapseState, collapse_state
-from .metrics.validation_pass import Measurements, ValidationPass, exact
-from .reading.batch_fields import index_of
-from .reading.distribution_reader import DistributionReader
-from .reading.distributions import read_prior
-from .reading.kl_rates import kl_per_dimension
+from .metrics.active_units import ACTIVE
+from .metrics.collapse_state import MAX_MARGINAL_KL, MIN_WIDTH, CollapseState
+from .metrics.latent_monitor import LatentMonitor
+from .metrics.latent_report import LatentReport
+from .reading.batch_fields import batch_part, index_of
+from .reading.distributions import Second
+from .reading.latent_reader import LatentReader, Places
 from .schedules import at_least, check_number
 from .target_rate import TargetRate
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+_MOST_LOGGED = 32  # dimensions whose shift and scale are logged one by one
+_MOST_DRAWN = 2048  # dimensions whose history is drawn
 
 
 class CollapseDetector(Callback):
@@ -52,9 +55,13 @@ class CollapseDetector(Callback):
     ``latent/variance_per_dimension``, with a column for each pass (every second, fourth and so on in a long run), and
     the alarm's text as ``collapse/message``. The mutual information and the marginal KL are the estimates that ``test``
     prints. The former can't exceed the logarithm of the number of observations it comes from (7.6 nats for 2048). Above
-    90 % of that, read it as "at least"; the marginal KL is then a lower bound from the moments of q(z). With a prior
-    other than N(0, I) it stays the difference. For a posterior that is not a diagonal Gaussian only the active units
-    are logged; with a prior that is not one there is no rate.
+    90 % of that, read it as "at least"; the marginal KL is then a lower bound from the moments of q(z).
+
+    TensorBoard also gets the shift and scale of q(z) in each dimension, at most 32, as ``latent_shift/0`` and
+    ``latent_scale/0``; they are printed when training ends. Categorical posteriors, one-hot with a group in each row,
+    have a dimension for each group, and log ``latent/perplexity`` (the mean over the groups) and
+    ``latent/dead_classes`` (their sum). For other posteriors that are not diagonal Gaussians there is no mutual
+    information.
 
     Latents with several axes, ``(N, k, H, W)``, have a dimension at each position. A step may have several posteriors,
     for example one for each view: each counts as a separate observation.
@@ -66,9 +73,12 @@ class CollapseDetector(Callback):
             submodule that outputs it (``"encoder"``) or of a part of its output (``"vae:latent_dist.mean"``), a pair of
             paths for its two parameters, or a callable ``(pl_module, batch) -> q(z|x)``, which is called before the
             optimizer's step and changes nothing in the run. See
-            :class:`~.reading.distribution_reader.DistributionReader`.
+            :class:`~.reading.distribution_reader.DistributionReader`. A dict of them names several groups of latents.
+        prior: Where the prior is, in the same forms as the posterior, or a fixed distribution; ``None`` for the
+            module's own attribute ``prior``. See :class:`~.reading.latent_reader.LatentReader`.
+        z: Where the module's own sample is, at which a rate without a closed form is estimated.
         second: Meaning of the second parameter where the posterior is a pair of tensors: ``"log_variance"``,
-            ``"variance"``, ``"scale"`` or ``"log_scale"``.
+            ``"variance"``, ``"scale"`` or ``"log_scale"``, or a function that turns it into the scale.
         chunk: Where the posterior is one tensor: the axis along which it is split into halves, the mean and the second
             parameter. 1 for ``(N, 2k)`` and ``(N, 2k, H, W)``, -1 for ``(N, T, 2k)`` and ``(N, k, 2)``.
         min_rate: Rate in nats below which the active dimensions together count as collapsed.
@@ -82,6 +92,18 @@ class CollapseDetector(Callback):
             callable ``(trainer, pl_module, state)`` that takes over. It runs on every process.
         name: Distinguishes several detectors, for example of two encoders: the keys become
             ``latent_<name>/active_units``, ``collapse_<name>/alarm`` and so on.
+        pool: Axes of the latents ``(N, ...)`` over which a dimension extends, such as ``(2, 3)`` for ``(N, C, H, W)``;
+            see :class:`~.metrics.latent_monitor.LatentMonitor`.
+        mask: Where the batch has a mask of the latents' positions, True where one is real: a key, an index or a
+            callable. Padding then counts for nothing.
+        min_width: Ratio of the posteriors' variance to that of q(z) below which a posterior is *deterministic*...
+        max_marginal_kl: ...if q(z) is also more than this number of nats per active dimension from the prior.
+        unimix: Share of the uniform distribution that the module mixes into categorical posteriors.
+
+    Attributes:
+        report: The measurements of the latest pass, a :class:`~.metrics.latent_report.LatentReport`.
+        shift: Mean of q(z) in each dimension or channel, of shape ``(k,)``, float64, saved with the callback's state.
+        scale: Its standard deviation. Train a second model on ``(z - shift) / scale``.
 
     Raises:
         ValueError: If an option is out of range, the posterior is not found where it should be, it has no mean, or its
@@ -97,8 +119,10 @@ class CollapseDetector(Callback):
 
     def __init__(
         self,
-        posterior: str | Sequence[str] | Callable[[LightningModule, Any], Any] | None = None,
-        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        posterior: Places = None,
+        prior: Places = None,
+        z: Places = None,
+        second: Second = "log_variance",
         chunk: int | None = None,
         min_rate: float = 0.5,
         threshold: float = ACTIVE,
@@ -107,14 +131,13 @@ class CollapseDetector(Callback):
         warmup: int = 10,
         on_alarm: Literal["warn", "stop"] | Callable[[Trainer, LightningModule, CollapseState], Any] = "warn",
         name: str | None = None,
+        pool: int | Sequence[int] | None = None,
+        mask: int | str | Callable[[Any], Any] | None = None,
+        min_width: float = MIN_WIDTH,
+        max_marginal_kl: float = MAX_MARGINAL_KL,
+        unimix: float = 0.0,
     ) -> None:
-        for option, value, least in (
-            ("min_rate", min_rate, 0),
-            ("threshold", threshold, 0),
-            ("observations", observations, 2),
-            ("patience", patience, 1),
-            ("warmup", warmup, 0),
-        ):
+        for option, value, least in (("patience", patience, 1), ("warmup", warmup, 0)):
             check_number(option, value, f"a finite number of at least {least}", at_least(least))
         if not (on_alarm in ("warn", "stop") or callable(on_alarm)):
             raise ValueError(
@@ -128,10 +151,19 @@ class CollapseDetector(Callback):
         self.warmup = warmup
         self.on_alarm = on_alarm
         self.name = name
+        self.pool = pool
+        self.mask = mask
+        self.min_width = min_width
+        self.max_marginal_kl = max_marginal_kl
+        self.unimix = unimix
+        self._monitor()  # refuses what is out of range
         self._title = f"CollapseDetector({name})" if name else "CollapseDetector"
-        self._reader = DistributionReader(posterior, second, chunk)
+        self._reader = LatentReader(posterior, prior, z, second, chunk, who=self._title)
         self._attempt = BestEffort(self._title)
-        self._pass: ValidationPass | None = None
+        self._pass: LatentMonitor | None = None
+        self.report: LatentReport | None = None
+        self.shift: Tensor | None = None
+        self.scale: Tensor | None = None
         self._watches_training = False
         self._passes = 0
         self._alarming_passes = 0
@@ -184,7 +216,7 @@ class CollapseDetector(Callback):
         self._saves_pass = self._watches_training and not several_processes(trainer)
         if self._watches_training:
             rank_zero_info(f"{self._title}: this run has no validation, so each training epoch is measured instead.")
-            if not self._begin_pass(trainer).load(self._saved_pass, pl_module.device):
+            if not self._begin_pass(trainer).load_pass(self._saved_pass, pl_module.device):
                 rank_zero_warn(
                     f"{self._title}: the checkpoint holds the begun pass of another version, which can't be read. This "
                     "epoch's measurements cover the rest of it."
@@ -224,6 +256,8 @@ class CollapseDetector(Callback):
     def on_train_end(self, trainer: Trainer, *_: Any) -> None:
         if self._passes and not is_drawn(self._passes):
             self._draw(trainer)
+        if self.report is not None and (text := self.report.text):
+            rank_zero_info(f"{self._title}: over the last pass q(z) has {text}.")
 
     @override
     def on_save_checkpoint(self, *_: Any) -> None:
@@ -237,7 +271,9 @@ class CollapseDetector(Callback):
             "reported": self._reported,
             "rates": self._rates.state(),
             "variances": self._variances.state(),
-            "begun": self._pass.state() if self._saves_pass and self._pass is not None else {},
+            "begun": self._pass.pass_state() if self._saves_pass and self._pass is not None else {},
+            "shift": self.shift,
+            "scale": self.scale,
         }
 
     @override
@@ -248,6 +284,7 @@ class CollapseDetector(Callback):
         self._rates.load(state_dict["rates"])
         self._variances.load(state_dict["variances"])
         self._saved_pass = state_dict.get("begun", {})
+        self.shift, self.scale = state_dict.get("shift"), state_dict.get("scale")
 
     # ---- a pass: begin, append, end
 
@@ -260,56 +297,51 @@ class CollapseDetector(Callback):
             )
         self.at_end(trainer, self._discard)
 
+    def _monitor(self) -> LatentMonitor:
+        options = ("observations", "pool", "min_rate", "threshold", "min_width", "max_marginal_kl", "unimix")
+        return LatentMonitor(**{name: getattr(self, name) for name in options})
+
     def _discard(self) -> None:
         self._reader.detach()
         self._pass = None
 
-    def _begin_pass(self, trainer: Trainer) -> ValidationPass:
+    def _begin_pass(self, trainer: Trainer) -> LatentMonitor:
         if self._pass is None:
-            self._pass = ValidationPass(self.observations, trainer.global_rank, trainer.world_size)
+            self._pass = self._monitor().to(trainer.strategy.root_device)
         elif self._pass.has_begun:  # the sanity check, or an epoch cut short
-            self._pass.restart()
+            self._pass.reset()
         return self._pass
 
-    @torch.no_grad()
     def _append(self, pl_module: LightningModule, batch: Any) -> None:
         assert self._pass is not None
-        if self.posterior is None and getattr(pl_module, "posterior", self) is None:
+        if self._reader.offers_none(pl_module):
             return  # this process's share of the batch was empty
-        posteriors, prior = self._reader.read(pl_module, batch), read_prior(pl_module)
-        for view, posterior in enumerate(posteriors):
-            mean, variance, rates = _mean(posterior), None, None
-            if isinstance(posterior, Normal):
-                variance = exact(posterior.scale).square()  # as exact as the rates
-                rates = _rates(posterior, prior) if isinstance(prior, Normal) else None
-            index = index_of(batch, len(mean))
+        views = self._reader.read(pl_module, batch)
+        mask = None if self.mask is None else batch_part(batch, self.mask, (), 0)
+        for view, latents in enumerate(views):
+            index = index_of(batch, next(iter(latents.values())).posterior.batch_shape[0])
             if index is not None:  # two views of an observation count as two observations
-                index = index * len(posteriors) + view
-            self._pass.append(mean, variance, rates, index)
+                index = index * len(views) + view
+            self._pass.add(latents, index, None if mask is None else dict.fromkeys(latents, mask))
 
     def _end_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._pass is not None
-        measured = self._pass.measure(trainer.strategy.reduce, pl_module.device)
-        self._pass.restart()
+        measured = self._pass.compute()
+        self._pass.reset()
         if (reason := _unusable(measured)) or measured is None:
             rank_zero_warn(f"{self._title}: {reason}")
             return
-        state = collapse_state(
-            measured.rate,
-            measured.variance,
-            measured.mutual_information,
-            measured.observations,
-            self.min_rate,
-            self.threshold,
-        )
+        self.report, self.shift, self.scale = measured, measured.shift, measured.scale
         anneals, floors = _measures_taken(trainer, pl_module)
-        state = replace(state, anneals=anneals, floors=floors)
+        state = replace(measured.collapse, anneals=anneals, floors=floors)
         is_fitting = trainer.state.fn == "fit"
         alarm = self._count(state) if is_fitting else state.alarm
         self._log(trainer, pl_module, measured, alarm)
         if is_fitting:
-            self._variances.add(measured.variance, self._passes)
-            self._rates.add(measured.rate, self._passes)
+            self._say_how(measured)
+            if len(measured.variance) <= _MOST_DRAWN:
+                self._variances.add(measured.variance, self._passes)
+                self._rates.add(measured.rate_per_dimension, self._passes)
             if is_drawn(self._passes):
                 self._draw(trainer)
         self._report(trainer, pl_module, state, alarm)
@@ -339,12 +371,34 @@ class CollapseDetector(Callback):
         elif trainer.state.fn == "fit" and self._reported and not alarm:
             rank_zero_info(f"{self._title}: the alarm has ended, the posterior is {state.name}.")
 
-    def _log(self, trainer: Trainer, pl_module: LightningModule, measured: Measurements, alarm: bool) -> None:
-        units = int(is_active(measured.variance, self.threshold).sum())
+    def _say_how(self, measured: LatentReport) -> None:
+        """Say once what a number is, where that can't be told from its name."""
+        if self._passes > 1:
+            return
+        if measured.is_estimate:
+            rank_zero_info(
+                f"{self._title}: the rate has no closed form for this posterior and prior, so `latent/rate` is the "
+                "estimate log q(z|x) - log p(z) at one sample of each observation."
+            )
+        if measured.chosen is not None:
+            rank_zero_info(
+                f"{self._title}: `latent/mutual_information` and `latent/marginal_kl` are those of {measured.chosen} "
+                "latent positions, a fixed random choice, and so lower bounds."
+            )
+        if len(measured.variance) > _MOST_DRAWN:
+            rank_zero_info(
+                f"{self._title}: {len(measured.variance)} dimensions are too many to draw one by one. Pool the axes of "
+                "positions, `pool=(2, 3)` for (N, C, H, W)."
+            )
+
+    def _log(self, trainer: Trainer, pl_module: LightningModule, measured: LatentReport, alarm: bool) -> None:
+        units = measured.active_units
         optional = {
-            "latent/rate": None if measured.rate is None else measured.rate.sum(),
+            "latent/rate": measured.rate,
             "latent/mutual_information": measured.mutual_information,
             "latent/marginal_kl": measured.marginal_kl,
+            "latent/perplexity": None if measured.perplexity is None else float(measured.perplexity.mean()),
+            "latent/dead_classes": None if measured.dead_classes is None else float(measured.dead_classes.sum()),
         }
         values: dict[str, Tensor | float] = {
             "latent/active_fraction": units / measured.variance.numel(),
@@ -354,6 +408,12 @@ class CollapseDetector(Callback):
         sync = several_processes(trainer)
         self.log_now(pl_module, {self._key("latent/active_units"): float(units)}, prog_bar=True, sync=sync)
         self.log_now(pl_module, {self._key(key): value for key, value in values.items()}, sync=sync)
+        with self._attempt("the shift and scale"):
+            logger, step = MediaLogger(trainer), self.step(trainer)
+            for name in ("shift", "scale") if logger else ():
+                numbers = getattr(measured, name)
+                for dimension, value in enumerate(() if numbers is None else numbers[:_MOST_LOGGED].tolist()):
+                    logger.scalar(self._key(f"latent_{name}/{dimension}"), value, step)
 
     def _draw(self, trainer: Trainer) -> None:
         for tag, history in (("variance", self._variances), ("rate", self._rates)):
@@ -367,37 +427,18 @@ class CollapseDetector(Callback):
         return f"{group}_{self.name}/{rest}" if self.name else key
 
 
-def _mean(posterior: Distribution) -> Tensor:
-    try:
-        return posterior.mean
-    except NotImplementedError:
-        raise ValueError(
-            f"CollapseDetector: the posterior, a {type(posterior).__name__}, has no `mean`, from whose variance the "
-            "active units are computed. Pass a callable `posterior=lambda pl_module, batch: ...` that returns a "
-            "Normal, or another distribution with a mean."
-        ) from None
-
-
-def _rates(posterior: Normal, prior: Normal) -> Tensor:
-    """Compute the rate of each observation and dimension in float64, without waiting for the device."""
-    posterior = Normal(exact(posterior.loc), exact(posterior.scale), validate_args=False)
-    # If the module has no prior, N(0, I) is made on the CPU.
-    loc, scale = (exact(each).to(posterior.loc.device, non_blocking=True) for each in (prior.loc, prior.scale))
-    return kl_per_dimension(posterior, Normal(loc, scale, validate_args=False))
-
-
-def _unusable(measured: Measurements | None) -> str:
+def _unusable(measured: LatentReport | None) -> str:
     """Return the reason why a pass can't be judged; empty if it can."""
     if measured is None:
         return (
             "this pass had no observations, or the module offered no posterior. Check that the loader gives batches in "
             "each epoch. If it does, set `self.posterior` in each step, or give its path with `posterior=`."
         )
-    if measured.observations < 2:
+    if measured.count < 2:
         return "a variance over the data needs two observations, and this pass had one."
     if not measured.variance.isfinite().all():
         return "the posterior's means are not finite, so they can't be judged."
-    if measured.rate is not None and measured.rate.isnan().any():
+    if measured.rate is not None and math.isnan(measured.rate):
         return (
             "the rate is not a number, so the posterior can't be judged: a scale or a variance was negative or zero. "
             'If that number is the log-variance, set `second="log_variance"`.'

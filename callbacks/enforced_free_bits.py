@@ -21,8 +21,9 @@ from .free_bits import checked_floor, count_at_floor
 from .probing.declared_kl import DeclaredKL
 from .probing.loss_probe import LossProbe
 from .reading.distribution_reader import DistributionReader, is_compiled
-from .reading.distributions import read_prior, widened
+from .reading.distributions import widened
 from .reading.kl_rates import kl_per_dimension, rates_under_floors
+from .reading.latent_reader import prior_with_gradient
 from .schedules import Schedule, check_number
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ class EnforcedFreeBits(AttributeScheduler):
         >>> floor = EnforcedFreeBits(0.5, posterior=("fc_mu", "fc_var"), weight="kld_weight")
         >>> trainer = Trainer(callbacks=[floor], logger=False, enable_checkpointing=False)
     """
+
+    _reader: DistributionReader
 
     def __init__(
         self,
@@ -246,7 +249,7 @@ class EnforcedFreeBits(AttributeScheduler):
 
     def _read_rates(self, pl_module: LightningModule) -> Tensor | None:
         """Compute the rates of the posterior in the loss, shape ``(B, k)``; ``None`` for a step without one."""
-        posteriors, prior = self._reader.read(pl_module, None), read_prior(pl_module)
+        posteriors, prior = self._reader.read(pl_module, None), prior_with_gradient(pl_module)
         self._reader.listen(pl_module)  # some optimizers compute the loss several times in a step
         if not posteriors:
             return None

@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
 from .control.attribute_path import PathError, paths_like
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
 from .control.tied_attributes import NumberPlace
-from .reading.distribution_reader import DistributionReader
-from .reading.distributions import read_prior
-from .reading.kl_rates import measured_rates, rates_under_floors
+from .reading.distributions import Second
+from .reading.kl_rates import rates_under_floors
+from .reading.latent_reader import LatentReader, Places, is_joint, measured_rates
 from .schedules import Constant, Schedule, at_least, check_number, integer_from
 
 if TYPE_CHECKING:
@@ -38,11 +37,10 @@ class FreeBits(AttributeScheduler):
         loss = reconstruction + beta * free_bits(kl_per_dimension, self.free_bits)
 
     with ``lightning_vae.free_bits``. Logged on logging steps: ``knobs/free_bits``, and ``latent/at_floor``, the number
-    of floored dimensions (or groups) at the floor, if the posterior can be read and has a rate for each dimension. If
-    it is not Gaussian, the rates are measured against the module's own ``prior``. In the second half of the run the
-    callback warns once if the floors together exceed the measured rate or hold more than 90 % of the dimensions: the
-    floor, and not the data, then determines the model. A single floor under the whole rate is meant to do that, and
-    gives no warning.
+    of floored dimensions (or groups) at the floor, if the posterior and the prior can be read. In the second half of
+    the run the callback warns once if the floors together exceed the measured rate or hold more than 90 % of the
+    dimensions: the floor, and not the data, then determines the model. A single floor under the whole rate is meant to
+    do that, and gives no warning.
 
     With ``accumulate_grad_batches`` each accumulated batch has a floor under its own mean. The mean of the floored
     rates is at least the floored rate of the mean.
@@ -61,6 +59,8 @@ class FreeBits(AttributeScheduler):
             keeps the module's own choice, ``free_bits_average``.
         posterior: Where to read the posterior for ``latent/at_floor``, as in :class:`CollapseDetector`; ``None`` is the
             module's own ``posterior``, if it has one.
+        prior: Where the prior is, as in :class:`CollapseDetector`; ``None`` is the module's own ``prior``.
+        z: Where the module's own sample is, at which a rate without a closed form is estimated.
         second: Meaning of the second parameter if the posterior is a pair of tensors.
         chunk: Axis along which the posterior is split into halves, if it is one tensor.
         setter: Writes the threshold instead, ``(pl_module, value) -> None``.
@@ -75,14 +75,18 @@ class FreeBits(AttributeScheduler):
         Kingma et al., "Improved Variational Inference with Inverse Autoregressive Flow", NeurIPS 2016, appendix C.8.
     """
 
+    _reader: LatentReader
+
     def __init__(
         self,
         threshold: float | Schedule | Callable[[int], float],
         attribute: str | Sequence[str] = "free_bits",
         per: Literal["dimension", "whole"] | int | None = None,
         average: Literal["batch", "sample"] | None = None,
-        posterior: str | tuple[str, str] | Callable[[Any, Any], Any] | None = None,
-        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        posterior: Places = None,
+        prior: Places = None,
+        z: Places = None,
+        second: Second = "log_variance",
         chunk: int | None = None,
         setter: Callable[[Any, float], None] | None = None,
         name: str | None = None,
@@ -90,7 +94,7 @@ class FreeBits(AttributeScheduler):
         super().__init__(checked_floor(threshold, per, average, None), attribute, setter, name)
         self.per = per
         self.average = average
-        self._reader = DistributionReader(posterior, second, chunk)
+        self._reader = LatentReader(posterior, prior, z, second, chunk, who=f"{type(self).__name__}({self.name})")
         self._warned = False
         self._latest: _AtFloor | None = None
 
@@ -107,7 +111,7 @@ class FreeBits(AttributeScheduler):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.logs_now(trainer):  # only then are the rates read
+        if self.logs_now(trainer) and self._can_read(pl_module):  # only then are the rates read
             super().on_before_optimizer_step(trainer, pl_module)
 
     @override
@@ -149,25 +153,28 @@ class FreeBits(AttributeScheduler):
                 "can't be changed, use `EnforcedFreeBits`, which needs the paths of its posterior and of its KL weight."
             ) from error
 
+    def _can_read(self, pl_module: LightningModule) -> bool:
+        """Return whether the module has a posterior, and not a method or a submodule of that name."""
+        own = getattr(pl_module, "posterior", None)
+        return self._reader.posterior is not None or not (own is None or callable(own))
+
     def _rates(self, pl_module: LightningModule, batch: Any) -> Tensor | None:
         """Compute the rate of each observation and dimension, over all posteriors; ``None`` if there is none."""
-        own = getattr(pl_module, "posterior", None)
-        if self._reader.posterior is None and (own is None or callable(own)):
-            return None  # the module has no posterior, or a method or a submodule of that name
-        posteriors, prior = self._reader.read(pl_module, batch), read_prior(pl_module)
-        if not posteriors or any(each.event_shape for each in (prior, *posteriors)):
-            return None  # a step without a posterior, or a distribution over vectors, without rates per dimension
-        offers_prior = isinstance(getattr(pl_module, "prior", None), Distribution)
-        if not offers_prior and not all(isinstance(each, Normal) for each in posteriors):
-            return None  # N(0, I) would only be a guess
-        sizes = {each.batch_shape[1:] for each in posteriors}
-        if len(sizes) > 1:
+        if not self._can_read(pl_module):
+            return None
+        views = self._reader.read(pl_module, batch)
+        if not views or any(each.prior is None for latents in views for each in latents.values()):
+            return None  # a step without a posterior, or one whose prior is not known
+        shapes = {", ".join(str(tuple(each.posterior.batch_shape[1:])) for each in view.values()) for view in views}
+        if len(shapes) > 1:
             raise ValueError(
-                "FreeBits: the posteriors of a step have latents of different shapes, "
-                f"{' and '.join(str(tuple(size)) for size in sorted(sizes))}. Select those that the floor applies to, "
-                "in a callable `posterior=lambda pl_module, batch: ...`."
+                f"FreeBits: the posteriors of a step have latents of different shapes, {' and '.join(sorted(shapes))}. "
+                "Select those that the floor applies to, in a callable `posterior=lambda pl_module, batch: ...`."
             )
-        return torch.cat([measured_rates(each, prior) for each in posteriors])
+        per = getattr(pl_module, "free_bits_per", self.per or "dimension")
+        if per != "whole" and any(is_joint(each) for view in views for each in view.values()):
+            return None  # a joint posterior or prior has no rate per dimension
+        return torch.cat([torch.cat([measured_rates(each) for each in view.values()], dim=1) for view in views])
 
     def _choose_variant(self, pl_module: LightningModule) -> None:
         for option, value in (("per", self.per), ("average", self.average)):

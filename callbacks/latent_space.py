@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributions import Distribution, Normal
+from torch.distributions import Normal
 from typing_extensions import override
 
 from .base import Callback, validates
@@ -22,8 +22,8 @@ from .drawing.panels import density_panels, scatter_panels
 from .metrics.observation_subset import evenly_spaced_rows
 from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import LABELS, OBSERVATIONS, batch_part
-from .reading.distribution_reader import DistributionReader
-from .reading.distributions import is_sequence, read_prior
+from .reading.distributions import Second, is_sequence
+from .reading.latent_reader import LatentReader, Places
 from .schedules import at_least, check_number
 
 if TYPE_CHECKING:
@@ -52,8 +52,11 @@ class LatentSpace(Callback):
 
     Args:
         posterior: Where the posterior is: ``None`` for the module's own attribute ``posterior``, the path of a
-            submodule that outputs it, a pair of paths, or a callable. See :class:`DistributionReader`.
-        second: Meaning of the second parameter: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``.
+            submodule that outputs it, a pair of paths, a callable, or a dict of them for several groups of latents. See
+            :class:`DistributionReader`. Of more than 256 dimensions a fixed random choice is drawn.
+        prior: Where the prior is, in the same forms; ``None`` is the module's own attribute ``prior``.
+        second: Meaning of the second parameter: ``"log_variance"``, ``"variance"``, ``"scale"`` or ``"log_scale"``, or
+            a function that turns it into the scale.
         chunk: The axis along which to split the posterior, if one tensor holds both parameters.
         label: Location of the labels in a batch: a key, an index or a callable. By default the usual places.
         observations: Number of validation observations to show, spread evenly over the data; the first ones if the
@@ -71,8 +74,9 @@ class LatentSpace(Callback):
 
     def __init__(
         self,
-        posterior: str | Sequence[str] | Callable[[LightningModule, Any], Any] | None = None,
-        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        posterior: Places = None,
+        prior: Places = None,
+        second: Second = "log_variance",
         chunk: int | None = None,
         label: int | str | Callable[[Any], Any] | None = None,
         observations: int = 1000,
@@ -82,7 +86,8 @@ class LatentSpace(Callback):
         self.posterior = posterior
         self.label = label
         self.observations = observations
-        self._reader = DistributionReader(posterior, second, chunk)
+        self._reader = LatentReader(posterior, prior, None, second, chunk)
+        self._unit = "prior"
         self._draw_schedule = DrawSchedule(times)
         self._attempt = BestEffort("LatentSpace")
         self._draws = False
@@ -139,10 +144,14 @@ class LatentSpace(Callback):
     ) -> None:
         if self._wants_more:
             with self._attempt("the posterior"):
-                if self.posterior is None and getattr(pl_module, "posterior", self) is None:
+                if self._reader.offers_none(pl_module):
                     return  # this process's share of the batch was empty
-                posterior = self._reader.read(pl_module, batch)[0]  # the posterior of the first view, if several
-                rows = _Rows.of(PosteriorSummary.of(posterior, read_prior(pl_module)), batch, self.label)
+                first_view = self._reader.read(pl_module, batch)[0].values()
+                self._unit = "prior" if all(isinstance(each.prior, Normal) for each in first_view) else "N(0, 1)"
+                codes = PosteriorSummary.beside(
+                    PosteriorSummary.of(each.posterior, each.prior, each.z) for each in first_view
+                )
+                rows = _Rows.of(codes, batch, self.label)
                 batches = trainer.num_val_batches
                 place, total = sum(batches[:dataloader_idx]) + batch_idx, sum(batches)
                 if math.isfinite(total):
@@ -154,8 +163,8 @@ class LatentSpace(Callback):
         self._reader.forget()
         if self._draws and self._count > 1:
             with self._attempt("the latent space"):
-                rows, prior = _Rows.joined(self._rows, self.observations), read_prior(pl_module)
-                pictures = _pictures(rows.codes, rows.labels, prior)
+                rows = _Rows.joined(self._rows, self.observations)
+                pictures = _pictures(rows.codes, rows.labels, self._unit)
                 if not trainer.sanity_checking:
                     self._latest = rows
                     self._show(MediaLogger(trainer), pictures, rows.codes, self.step(trainer))
@@ -235,15 +244,14 @@ class _Rows(NamedTuple):
         )
 
 
-def _pictures(codes: PosteriorSummary, labels: list[str] | None, prior: Distribution) -> dict[str, Tensor]:
+def _pictures(codes: PosteriorSummary, labels: list[str] | None, unit: str) -> dict[str, Tensor]:
     """Return the pictures by tag, each of shape ``(3, H, W)``, uint8."""
-    mean, scale = _in_units_of_prior(codes, prior)
+    mean, scale = codes.in_units_of_prior
     dimensions = (codes.active or codes.order[:1])[:_MAX_DENSITIES]
     titles = [codes.title(dimension) for dimension in dimensions]
-    unit = "prior" if isinstance(prior, Normal) else "N(0, 1)"
     scales = None if scale is None else scale[:, dimensions]
     planes = _planes(dimensions[:_MAX_SCATTERED], mean.shape[1])
-    names = [(f"z{across}", f"z{up}") for across, up in planes]
+    names = [(codes.name(across), codes.name(up)) for across, up in planes]
     points = torch.stack([mean[:, plane] for plane in planes])
     return {
         "latent/against_prior": density_panels(mean[:, dimensions], scales, titles, unit),
@@ -258,14 +266,6 @@ def _names(labels: Any, count: int) -> list[str] | None:
     if not is_sequence(labels) or len(labels) != count:
         return None
     return [f"{label:g}" if isinstance(label, float) else str(label) for label in labels]
-
-
-def _in_units_of_prior(codes: PosteriorSummary, prior: Distribution) -> tuple[Tensor, Tensor | None]:
-    """Return means and scales relative to a Gaussian prior's mean and scale; unchanged for other priors."""
-    if not isinstance(prior, Normal):
-        return codes.mean, codes.scale
-    centre, unit = (each.detach().float().cpu().flatten() for each in (prior.loc, prior.scale))
-    return (codes.mean - centre) / unit, None if codes.scale is None else codes.scale / unit
 
 
 def _planes(dimensions: list[int], total: int) -> list[list[int]]:

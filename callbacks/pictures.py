@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
 from .base import Callback, validates
@@ -22,8 +22,9 @@ from .drawing.traversals import interpolations, prior_samples, traversals
 from .metrics.observation_subset import evenly_spaced_rows
 from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import OBSERVATIONS, batch_part
-from .reading.distributions import as_distribution, check_form, is_sequence, read_prior
+from .reading.distributions import as_distribution, check_form, describe, is_sequence
 from .reading.isolated_eval import isolated_eval
+from .reading.latent_reader import own_prior
 from .reading.module_call import ModuleCall
 from .schedules import check_number
 
@@ -204,7 +205,7 @@ class Pictures(Callback):
         """Return the pictures by tag, each of shape ``(3, H, W)``, uint8."""
         inputs = inputs.to(pl_module.device)
         shown = _shown(inputs, pl_module)
-        prior = read_prior(pl_module)
+        prior = self._prior(pl_module)
         with isolated_eval(pl_module):
             codes = PosteriorSummary.joined(
                 [PosteriorSummary.of(self._posterior(pl_module, x), prior) for x in self._ranking]
@@ -233,6 +234,13 @@ class Pictures(Callback):
             first, last = shown[: len(between), None], shown[len(shown) // 2 :][: len(between), None]
             pictures["images/interpolations"] = gallery.rows(torch.cat([first, between, last], dim=1))
         return pictures
+
+    def _prior(self, pl_module: LightningModule) -> Distribution:
+        own = getattr(pl_module, "prior", None)
+        prior = Normal(0.0, 1.0) if own is None else own_prior(pl_module, own)
+        if not isinstance(prior, Distribution):
+            raise ValueError(f"samples need a prior that is a Distribution, and `prior` is {describe(prior)}")
+        return prior
 
     def _posterior(self, pl_module: LightningModule, x: Tensor) -> Distribution | Tensor:
         value = self._encode(pl_module, x)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.distributions import Distribution, Normal
 from typing_extensions import override
 
 from .base import callbacks_of, knobs_of, sum_over_processes
 from .control.attribute_writer import AttributeWriter, MisconfigurationException, monitors
 from .control.rate_controller import ControllerState, RateController, rate_scale
 from .control.run_schedule import RunSchedule
-from .reading.distribution_reader import DistributionReader
-from .reading.distributions import read_prior
-from .reading.kl_rates import measured_rates
+from .reading.distributions import Second
+from .reading.latent_reader import Latent, LatentReader, Places, measured_rates
 from .schedules import Constant, Schedule, at_least, check_number, is_positive
 
 if TYPE_CHECKING:
@@ -55,8 +53,10 @@ class TargetRate(AttributeWriter):
         bits: The same in bits, instead of ``nats``.
         attribute: Where the module keeps the weight: a dotted path as in :class:`KLAnnealing`, or several.
         posterior: Where to read the posterior, as in :class:`CollapseDetector`; ``None`` is the module's own
-            ``posterior``. The rate is measured against the module's own ``prior``, N(0, I) if it has none. Several
-            posteriors in a step count as that many observations.
+            ``posterior``. Several posteriors in a step count as that many observations; the rates of named groups add
+            up.
+        prior: Where the prior is, as in :class:`CollapseDetector`; ``None`` is the module's own ``prior``.
+        z: Where the module's own sample is, at which a rate without a closed form is estimated.
         second: Meaning of the second parameter if the posterior is a pair of tensors.
         chunk: Axis along which the posterior is split into halves, if it is one tensor.
         start: The weight to start from; the module's configured weight if not given.
@@ -89,13 +89,17 @@ class TargetRate(AttributeWriter):
         "TargetRate{'attribute': 'beta', 'name': 'beta'}"
     """
 
+    _reader: LatentReader
+
     def __init__(
         self,
         nats: float | Schedule | Callable[[int], float] | None = None,
         bits: float | Schedule | Callable[[int], float] | None = None,
         attribute: str | Sequence[str] = "beta",
-        posterior: str | tuple[str, str] | Callable[[Any, Any], Any] | None = None,
-        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        posterior: Places = None,
+        prior: Places = None,
+        z: Places = None,
+        second: Second = "log_variance",
         chunk: int | None = None,
         start: float | None = None,
         min_beta: float | None = None,
@@ -145,7 +149,7 @@ class TargetRate(AttributeWriter):
         self.patience = patience
         self._log_key = "knobs/target_rate" if name is None else f"knobs/target_rate_{name}"
         self._rate_key = "latent/controlled_rate" if name is None else f"latent/controlled_rate_{name}"
-        self._reader = DistributionReader(posterior, second, chunk)
+        self._reader = LatentReader(posterior, prior, z, second, chunk, who=f"{type(self).__name__}({self.name})")
         self._schedule = RunSchedule(self.schedule)
         self._first: float | None = None  # the weight that the run began with
         self._controller: RateController | None = None
@@ -203,15 +207,10 @@ class TargetRate(AttributeWriter):
         return value if self.bits is None else value * math.log(2)
 
     def _measure(self, pl_module: LightningModule, batch: Any) -> Tensor:
-        posteriors = self._reader.read(pl_module, batch)
-        if not isinstance(getattr(pl_module, "prior", None), Distribution):
-            for each in posteriors:
-                if not isinstance(each, Normal):
-                    raise ValueError(
-                        f"{type(self).__name__}({self.name}): the rate of a {type(each).__name__} needs a prior, and "
-                        f"{type(pl_module).__name__} offers none. Give it an attribute `prior`, a Distribution."
-                    )
-        return sum_and_count(posteriors, read_prior(pl_module), pl_module.device)
+        try:
+            return sum_and_count(self._reader.read(pl_module, batch), pl_module.device)
+        except ValueError as error:
+            raise ValueError(f"{type(self).__name__}({self.name}): {error}") from None
 
     def _steer(self, trainer: Trainer) -> None:
         """Update the controller with the step that has just been taken."""
@@ -330,18 +329,17 @@ class TargetRate(AttributeWriter):
                 raise MisconfigurationException(f"Two callbacks log `{self._log_key}`. Distinguish them with `name=`.")
 
 
-def sum_and_count(posteriors: Sequence[Distribution], prior: Distribution, device: torch.device) -> Tensor:
+def sum_and_count(views: Sequence[Mapping[str, Latent]], device: torch.device) -> Tensor:
     """Sum the rates of all observations, and count them.
 
     Args:
-        posteriors: q(z|x), each with the observations along its first axis.
-        prior: p(z), which broadcasts to each.
+        views: The groups of latents of each view; the rates of the groups of an observation add up.
         device: Where to return them.
 
     Returns:
         Nats and a number, float32, shape ``(2,)``.
     """
-    rates = [measured_rates(each, prior) for each in posteriors]
+    rates = [torch.stack([measured_rates(each).sum(1) for each in latents.values()]).sum(0) for latents in views]
     total = sum((each.sum() for each in rates), start=torch.zeros((), device=device))
     count = torch.full((), float(sum(len(each) for each in rates)), device=device)
     return torch.stack([total.to(device), count])

@@ -7,13 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.distributions import Normal, kl_divergence
+from torch.distributions import Normal
 
-from lightning_vae.callbacks import ActiveUnits
+from lightning_vae.callbacks import ActiveUnits, LatentMonitor
 from lightning_vae.callbacks.metrics.aggregate_posterior import AggregatePosterior
 from lightning_vae.callbacks.metrics.observation_subset import ObservationSubset
 from lightning_vae.callbacks.metrics.running_moments import RunningMoments
-from lightning_vae.callbacks.metrics.validation_pass import ValidationPass
 from lightning_vae.running_sums import RunningSums
 
 DIM, ROWS = 8, 64
@@ -22,8 +21,8 @@ Take = Callable[[Any, Normal, Tensor], None]
 
 WATCHERS: dict[str, tuple[Callable[[], Any], Take]] = {
     "detector": (
-        lambda: ValidationPass(256),
-        lambda it, q, index: it.append(q.mean, q.variance, kl_divergence(q, PRIOR), index),
+        lambda: LatentMonitor(256),
+        lambda it, q, index: it.update(q, PRIOR, index=index),
     ),
     "active units": (lambda: ActiveUnits(DIM), lambda it, q, _: it.update(q.mean)),
     "subset": (lambda: ObservationSubset(DIM, 256), lambda it, q, index: it.update(q.mean, index)),

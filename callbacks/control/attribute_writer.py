@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from ..base import Callback, averages_of, callbacks_of, knobs_of
 from ..reading.distribution_reader import DistributionReader
+from ..reading.latent_reader import LatentReader
 from .attribute_path import AttributePath
 from .conflicts import remedy, suspects
 from .tied_attributes import NumberPlace, TiedAttributes, number_place
@@ -94,7 +95,9 @@ class AttributeWriter(Callback):
         self.setter = setter
         self.name = name or _last_part(paths[-1])
         self._paths = paths if setter is None else []
-        self._reader = DistributionReader()  # for a subclass that reads the posterior of each training batch
+        self._reader: DistributionReader | LatentReader = (
+            DistributionReader()
+        )  # for a subclass that reads the posterior of each training batch
         self._place: NumberPlace | None = None  # during a fit
         self._current: float | Tensor = math.nan  # the number of this step
         self._target: float | Tensor | None = None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, Normal
 
-from ..reading.kl_rates import kl_per_dimension
+from ..reading.kl_rates import rate_parts
 from .active_units import is_active, variance_of_means
+
+_COLUMNS = ("mean", "scale", "rates", "standard", "standard_scale")
+_MOST_DIMENSIONS = 256  # that a picture chooses from: all, or a fixed random choice
+_SEED = 0x5EED
 
 
 @dataclass(frozen=True)
@@ -20,57 +25,107 @@ class PosteriorSummary:
     Attributes:
         mean: Posterior means.
         scale: Standard deviations; ``None`` if the posterior is not Gaussian.
-        rates: KL divergences from the prior; ``None`` if they have no closed form.
+        rates: KL divergences from the prior; ``None`` if they are not known for each dimension.
+        standard: Means in units of a Gaussian prior; the means for another one.
+        standard_scale: Standard deviations in the same units.
+        numbers: The dimensions' numbers in the model, if these are not all.
     """
 
     mean: Tensor
     scale: Tensor | None = None
     rates: Tensor | None = None
+    standard: Tensor | None = None
+    standard_scale: Tensor | None = None
+    numbers: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, posterior: Distribution | Tensor, prior: Distribution) -> PosteriorSummary:
-        """Summarise a posterior of batch shape ``(n, ...)``, or only its means."""
+    def of(cls, posterior: Distribution | Tensor, prior: Any, z: Tensor | None = None) -> PosteriorSummary:
+        """Summarise a posterior of batch shape ``(n, ...)``, or only its means.
+
+        Args:
+            posterior: q(z|x), or its means.
+            prior: p(z), as in :func:`~..reading.kl_rates.rate_parts`; ``None`` if it is not known.
+            z: The module's own sample.
+        """
         if isinstance(posterior, Tensor):
             return cls(_by_row(posterior))
-        scale = _by_row(posterior.stddev) if isinstance(posterior, Normal) else None
-        return cls(_by_row(posterior.mean), scale, _rates(posterior, prior))
+        mean, scale = _by_row(posterior.mean), _by_row(posterior.stddev) if isinstance(posterior, Normal) else None
+        standard, standard_scale = mean, scale
+        if isinstance(posterior, Normal) and isinstance(prior, Normal) and scale is not None:
+            centre, unit = (_by_row(each.expand(posterior.batch_shape)) for each in (prior.loc, prior.scale))
+            standard, standard_scale = (mean - centre) / unit, scale / unit
+        return cls(mean, scale, _rates(posterior, prior, z), standard, standard_scale)
+
+    @classmethod
+    def beside(cls, groups: Iterable[PosteriorSummary]) -> PosteriorSummary:
+        """Put the dimensions of several groups of latents side by side, and choose some if there are very many."""
+        groups = list(groups)
+        joined = groups[0]
+        if len(groups) > 1:
+            columns = {name: [getattr(group, name) for group in groups] for name in _COLUMNS}
+            beside: dict[str, Any] = {
+                name: None if any(each is None for each in of) else torch.cat(of, 1) for name, of in columns.items()
+            }
+            joined = cls(**beside)
+        k = joined.mean.shape[1]
+        if k <= _MOST_DIMENSIONS:
+            return joined
+        chosen = torch.randperm(k, generator=torch.Generator().manual_seed(_SEED))[:_MOST_DIMENSIONS].sort().values
+        return replace(joined._each(lambda column: column[:, chosen]), numbers=tuple(chosen.tolist()))
 
     @classmethod
     def joined(cls, parts: Sequence[PosteriorSummary]) -> PosteriorSummary:
         """Concatenate the rows of several summaries."""
-        columns = ([part.mean for part in parts], [part.scale for part in parts], [part.rates for part in parts])
-        return cls(*(torch.cat(column) if column[0] is not None else None for column in columns))  # type: ignore[arg-type]
+        columns = {name: [getattr(part, name) for part in parts] for name in _COLUMNS}
+        cat: dict[str, Any] = {name: None if of[0] is None else torch.cat(of) for name, of in columns.items()}
+        return cls(**cat, numbers=parts[0].numbers)
 
     def rows(self, numbers: Sequence[int]) -> PosteriorSummary:
         """Return some rows only."""
-        columns = (self.mean, self.scale, self.rates)
-        return PosteriorSummary(*(None if column is None else column[list(numbers)] for column in columns))  # type: ignore[arg-type]
+        return self._each(lambda column: column[list(numbers)])
+
+    @property
+    def in_units_of_prior(self) -> tuple[Tensor, Tensor | None]:
+        """Means and standard deviations relative to a Gaussian prior; unchanged for another one."""
+        return (self.mean, self.scale) if self.standard is None else (self.standard, self.standard_scale)
 
     @property
     def order(self) -> list[int]:
         """The dimensions by decreasing rate, or by decreasing variance of the mean if there is no rate."""
-        by = variance_of_means(self.mean) if self.rates is None else self.rates.mean(0)
+        by = variance_of_means(self.in_units_of_prior[0]) if self.rates is None else self.rates.mean(0)
         numbers: list[int] = by.nan_to_num().argsort(descending=True, stable=True).tolist()
         return numbers
 
     @property
     def active(self) -> list[int]:
         """The active dimensions, in the same order."""
-        active = is_active(variance_of_means(self.mean))
+        active = is_active(variance_of_means(self.in_units_of_prior[0]))
         return [number for number in self.order if active[number]]
+
+    def name(self, number: int) -> str:
+        """Return a dimension's name."""
+        return f"z{number if self.numbers is None else self.numbers[number]}"
 
     def title(self, number: int) -> str:
         """Return a dimension's name and rate."""
-        return f"z{number}" if self.rates is None else f"z{number}  {float(self.rates[:, number].mean()):.2f} nats"
+        name = self.name(number)
+        return name if self.rates is None else f"{name}  {float(self.rates[:, number].mean()):.2f} nats"
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> PosteriorSummary:
+        columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
+        changed: dict[str, Any] = {name: None if of is None else change(of) for name, of in columns.items()}
+        return replace(self, **changed)
 
 
 def _by_row(values: Tensor) -> Tensor:
     return values.detach().float().cpu().flatten(1)
 
 
-def _rates(posterior: Distribution, prior: Distribution) -> Tensor | None:
+def _rates(posterior: Distribution, prior: Any, z: Tensor | None) -> Tensor | None:
+    if prior is None:
+        return None
     try:
-        rates = kl_per_dimension(posterior, prior)
-    except (NotImplementedError, ValueError):  # no closed form, or a prior of another shape
+        rates = rate_parts(posterior, prior, z).nats
+    except ValueError:  # a prior of another shape
         return None
     return _by_row(rates) if rates.shape == posterior.mean.shape else None

@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
 from ..reading.distribution_reader import DistributionReader
-from ..reading.distributions import read_prior
 from ..reading.kl_rates import kl_per_dimension
+from ..reading.latent_reader import prior_with_gradient
 from ..reading.module_call import part_of_output
 from .loss_probe import LossProbe
 
@@ -105,10 +105,10 @@ class DeclaredKL:
 
         loss = probe({} if held is None else {(str(self.weight),): held}, look_on)
         [module] = copies
-        posteriors, prior = [each for each in reader.read(module, None) if each.mean.requires_grad], read_prior(module)
+        posteriors = [each for each in reader.read(module, None) if each.mean.requires_grad]
         if len(posteriors) != 1 or not isinstance(posteriors[0], Normal):
             raise LossProbe.NotPossible("the posterior of the step is not one diagonal Normal")
-        rates = kl_per_dimension(posteriors[0], prior).detach().flatten(1)
+        rates = kl_per_dimension(posteriors[0], prior_with_gradient(module)).detach().flatten(1)
         weight = float(self.read_weight(module))
         return loss, weight * self.factor(rates) * float(rates.sum(1).mean()), weight
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.nn import functional as F  # noqa: N812
 
-from ..reading.distributions import as_distribution, is_sequence
+from ..reading.distributions import Second, as_distribution, is_sequence
 from .loss_probe import LossProbe
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _CLOSE = 2e-4
 _LARGEST_UNCERTAINTY = 1e-3  # relative, of a rise in which a KL can be recognised
-_SECONDS = ("log_variance", "scale", "variance", "log_scale")
+_SECONDS: tuple[Second, ...] = ("log_variance", "scale", "variance", "log_scale")
 # Limits for outputs of one shape: more outputs, or more numbers to scan, are the layers of a deep network.
 _MOST_ALIKE, _MOST_NUMBERS = 8, 2**24
 _HUGE = 1e6

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+
+
+_IS_EXTRA: ContextVar[bool] = ContextVar("_IS_EXTRA", default=False)
+
+
+def is_extra_pass() -> bool:
+    """Return whether an extra forward pass is under way, which the hooks of callbacks must not count."""
+    return _IS_EXTRA.get()
 
 
 @contextmanager
@@ -25,9 +34,11 @@ def isolated(pl_module: LightningModule) -> Iterator[None]:
     with torch.random.fork_rng(devices), torch.no_grad(), _precision(pl_module):
         for buffers, before in own:
             buffers.update({name: None if each is None else copies[each] for name, each in before.items()})
+        token = _IS_EXTRA.set(True)
         try:
             yield
         finally:
+            _IS_EXTRA.reset(token)
             for buffers, before in own:
                 buffers.update(before)
 

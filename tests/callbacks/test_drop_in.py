@@ -177,6 +177,7 @@ SHAPES = [
     [lambda m, v: (m, (0.5 * v).exp())],
     [lambda m, v: (m, 0.5 * v)],
     [lambda m, v: [m, m, m, v]],
+    [lambda m, v: SimpleNamespace(mean=m, logvar=v), lambda m, v: {"mu": m, "log_std": 0.5 * v, "z": m}],
     [
         lambda m, v: SimpleNamespace(embedding=m, log_covariance=v),
         lambda m, v: {"embedding": m, "log_covariance": v},
@@ -186,6 +187,9 @@ SHAPES = [
     [lambda m, v: torch.cat([m, v], dim=1)],
     [lambda m, v: torch.stack([m, v], dim=-1), lambda m, v: torch.cat([m[:, None], v[:, None]], dim=-1)],
     [lambda m, v: (m, v)],
+    [lambda m, v: (m[:, :, None, None], v[:, :, None, None])],
+    [lambda m, v: (m[:, None], v[:, None])],
+    [lambda m, v: (m, (0.5 * v).exp().expm1().log())],
     [lambda m, v: Laplace(m, (0.5 * v).exp())],
     [lambda m, v: None],
 ]
@@ -296,3 +300,13 @@ def test_the_command_line_takes_them(language, tmp_path):
     annealing = next(each for each in cli.trainer.callbacks if isinstance(each, KLAnnealing))
     assert annealing.attribute == "model.kl_weight"
     assert annealing.schedule == Linear(fraction=0.3)
+
+
+def test_the_guide_to_latents_runs():
+    page = (Path(__file__).parents[2] / "docs" / "guides" / "latents.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE)
+    scope: dict[str, Any] = {}
+    for block in blocks:
+        exec(block, scope)
+    assert len(blocks) == 4
+    assert scope["report"].count == 100

@@ -359,7 +359,6 @@ def posed(posterior: Any, prior: Any = None) -> Posed:
 OTHERS: dict[str, Any] = {
     "MultivariateNormal": lambda mean: MultivariateNormal(mean, torch.eye(3)),
     "LowRankMultivariateNormal": lambda mean: LowRankMultivariateNormal(mean, torch.ones(3, 1), torch.ones(3)),
-    "OneHotCategorical": lambda mean: OneHotCategorical(logits=mean),
     "Gamma": lambda mean: Gamma(mean.exp(), 1.0),
     "RelaxedBernoulli": lambda mean: RelaxedBernoulli(torch.tensor(0.5), logits=mean),
     "Laplace": lambda mean: Laplace(mean, 1.0),
@@ -370,6 +369,18 @@ OTHERS: dict[str, Any] = {
 def test_no_rate_of_a_dimension_is_invented(tmp_path: Path, name: str) -> None:
     curves = logged(tmp_path, posed(OTHERS[name]), FreeBits(0.5))
     assert "latent/at_floor" not in curves
+
+
+def test_each_group_of_categories_has_a_floor(tmp_path: Path) -> None:
+    curves = logged(tmp_path, posed(lambda mean: OneHotCategorical(logits=mean)), FreeBits(0.5))
+    assert curves["latent/at_floor"] == [1.0] * 6
+
+
+def test_a_floor_under_the_whole_rate_needs_no_rate_of_a_dimension(tmp_path: Path) -> None:
+    model = posed(OTHERS["MultivariateNormal"])
+    model.free_bits_per, model.free_bits_average = "whole", "batch"
+    curves = logged(tmp_path, model, FreeBits(0.5))
+    assert curves["latent/at_floor"] == [0.0] * 6
 
 
 def test_a_prior_over_vectors_gives_no_rate_of_a_dimension(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
-from torch.distributions import Categorical, Normal, kl_divergence
+from torch.distributions import Gamma, Normal, kl_divergence
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_vae import Gaussian
@@ -459,6 +459,11 @@ class Counted(TargetRate):
             super().on_train_batch_start(*args)
         self.counts.append(mode.waits)
 
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        with CountWaits() as mode:
+            super().on_before_optimizer_step(*args)
+        self.counts.append(mode.waits)
+
     def on_train_batch_end(self, *args: Any) -> None:
         with CountWaits() as mode:
             super().on_train_batch_end(*args)
@@ -468,9 +473,10 @@ class Counted(TargetRate):
 def test_no_step_waits_for_the_device(tmp_path: Path) -> None:
     callback = Counted(1.0)
     quiet_trainer(tmp_path, callbacks=[callback], max_epochs=1, log_every_n_steps=5).fit(RecordingVAE(), loader())
-    assert callback.counts[9] > 0, "the logging step does, so the count works"
-    assert callback.counts[1] == 1, "the first step checks that the scale is positive"
-    assert [callback.counts[0], *callback.counts[2:9], *callback.counts[10:]] == [0] * 10
+    start, optimizer, end = (callback.counts[first::3] for first in range(3))
+    assert end[4] > 0, "the logging step does, so the count works"
+    assert optimizer[0] == 1, "the first step checks that the scale is positive"
+    assert [*start, *optimizer[1:], *end[:4], *end[5:]] == [0] * 16
 
 
 def test_a_broken_batch_is_passed_over(tmp_path: Path) -> None:
@@ -485,11 +491,11 @@ def test_a_broken_batch_is_passed_over(tmp_path: Path) -> None:
 
 
 def test_a_posterior_without_a_prior_is_an_error(tmp_path: Path) -> None:
-    def posterior(model: Any, batch: Tensor) -> Categorical:
-        return Categorical(torch.ones(len(batch), 3) / 3)
+    def posterior(model: Any, batch: Tensor) -> Gamma:
+        return Gamma(torch.ones(len(batch), 3), 1.0)
 
     callback = TargetRate(0.5, attribute="params.kl_weight", posterior=posterior)
-    with pytest.raises(ValueError, match="the rate of a Categorical needs a prior, and Foreign offers none"):
+    with pytest.raises(ValueError, match="The rate of a Gamma needs a prior, and the module offers none"):
         quiet_trainer(tmp_path, callbacks=[callback], max_epochs=1).fit(foreign(), loader())
 
 
@@ -641,7 +647,7 @@ def test_after_an_exception_the_weight_is_where_the_controller_had_it(tmp_path: 
         quiet_trainer(tmp_path, callbacks=[callback, Fail()], max_epochs=1).fit(model, loader())
     assert callback.weight is not None
     assert float(model.beta) == float(callback.weight)
-    assert not callback._reader._handles
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("first", [True, False])

@@ -27,6 +27,7 @@ FORMS: dict[str, Any] = {
     "list": ["reconstruction", "input", MEAN, SECOND],
     "dict": {"embedding": MEAN, "log_covariance": SECOND},
     "fields": SimpleNamespace(mu=MEAN, logvar=SECOND),
+    "others": SimpleNamespace(centre=MEAN, spread=SECOND),
     "tuple": (Normal(MEAN, SECOND), torch.zeros(1, 2)),
     "dists": [Normal(MEAN, SECOND), Normal(0.0, 1.0)],
     "nested": {
@@ -300,7 +301,7 @@ def test_a_path_that_leads_nowhere(posterior, message):
         ("net.dict:mean", "a dict with the keys 'embedding', 'log_covariance' has no 'mean'"),
         ("net.list:7", "a list of 4 .* has no '7'"),
         ("net.fields:mean", "a SimpleNamespace with the fields 'mu', 'logvar' has no 'mean'"),
-        ("net.fields", "got a SimpleNamespace with the fields 'mu', 'logvar'. Pick a part of it"),
+        ("net.others", "got a SimpleNamespace with the fields 'centre', 'spread'. Pick a part of it"),
         ("net.nested:latent.logvar.2", r"a tuple of 2 .* has no '2'"),
         (
             "net.nested:latent.dist.mean.0",

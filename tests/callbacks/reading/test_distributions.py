@@ -1,9 +1,11 @@
+from collections import OrderedDict
+from types import SimpleNamespace
+
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from torch.distributions import Independent, Laplace, MultivariateNormal, Normal
+from torch.distributions import Independent, Laplace, MultivariateNormal, Normal, OneHotCategorical
 
-from lightning_vae.callbacks.reading.distributions import as_distribution, read_prior
+from lightning_vae.callbacks.reading.distributions import as_distribution, standard_prior
 
 MEAN, SECOND = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.25, 4.0]])
 
@@ -17,14 +19,57 @@ def test_independent_is_taken_off():
     assert isinstance(as_distribution(Independent(Laplace(MEAN, SECOND), 1)), Laplace)
 
 
-def test_the_prior_is_standard_normal_unless_the_module_says_otherwise():
-    model = LightningModule()
-    assert float(read_prior(model).mean) == 0.0
-    assert float(read_prior(model).stddev) == 1.0
-    model.prior = Independent(Normal(torch.ones(2), 2 * torch.ones(2)), 1)
-    prior = read_prior(model)
-    assert isinstance(prior, Normal)
-    assert prior.stddev.tolist() == [2.0, 2.0]
+def test_the_prior_of_a_module_without_one():
+    assert (standard_prior(Normal(MEAN, SECOND)).mean, standard_prior(Normal(MEAN, SECOND)).stddev) == (0, 1)
+    uniform = standard_prior(OneHotCategorical(torch.rand(5, 2, 4)))
+    torch.testing.assert_close(uniform.probs, torch.full((5, 2, 4), 0.25))
+    assert standard_prior(Laplace(MEAN, SECOND)) is None
+
+
+class LatentDist:
+    """As diffusers' ``DiagonalGaussianDistribution``."""
+
+    def __init__(self, mean, logvar):
+        self.parameters, self.mean, self.logvar = torch.cat([mean, logvar], dim=1), mean, logvar
+        self.std, self.var = torch.exp(0.5 * logvar), torch.exp(logvar)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        LatentDist(MEAN, SECOND.log()),
+        SimpleNamespace(latent_dist=LatentDist(MEAN, SECOND.log())),
+        OrderedDict(latent_dist=LatentDist(MEAN, SECOND.log())),
+        {"mu": MEAN, "logvar": SECOND.log(), "z": MEAN},
+        SimpleNamespace(loc=MEAN, scale=SECOND.sqrt()),
+        SimpleNamespace(mean=MEAN, var=SECOND),
+        SimpleNamespace(mean=MEAN, log_std=0.5 * SECOND.log()),
+        {"dist": Independent(Normal(MEAN, SECOND.sqrt()), 1)},
+    ],
+    ids=lambda value: type(value).__name__,
+)
+@pytest.mark.parametrize("second", ["log_variance", "variance"])  # where a field has a name, the name decides
+def test_an_object_that_describes_a_gaussian_is_read_as_it_is(value, second):
+    read = as_distribution(value, second)
+    torch.testing.assert_close(read.mean, MEAN)
+    torch.testing.assert_close(read.scale, SECOND.sqrt())
+
+
+@pytest.mark.parametrize(
+    ("raw", "second"),
+    [
+        (torch.tensor([[0.3, -1.0]]), lambda raw: torch.nn.functional.softplus(raw) + 1e-4),
+        (torch.tensor([[0.3, -1.0]]), lambda raw: raw.square()),
+        (torch.tensor([[0.3, -40.0]]), lambda raw: (0.5 * raw.clamp(-20, 2)).exp()),
+    ],
+)
+def test_any_parametrisation_of_a_scale(raw, second):
+    torch.testing.assert_close(as_distribution((MEAN, raw), second, check=True).scale, second(raw))
+
+
+def test_a_function_that_gives_no_scale_is_refused():
+    with pytest.raises(ValueError, match="second parameter must be positive, got values down to -1"):
+        as_distribution((MEAN, -SECOND.clamp(max=1)), lambda raw: raw, check=True)
 
 
 @pytest.mark.parametrize(

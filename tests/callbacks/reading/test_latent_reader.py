@@ -1,0 +1,230 @@
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.distributions import Categorical as Weights
+from torch.distributions import Independent, MixtureSameFamily, Normal, OneHotCategorical, kl_divergence
+from torch.utils.data import DataLoader
+
+from lightning_vae.callbacks import CollapseDetector, FreeBits, LatentSpace, TargetRate
+from lightning_vae.callbacks.reading.latent_reader import LatentReader
+from tests.doubles import quiet_trainer
+
+STANDARD = Normal(0.0, 1.0)
+
+
+class Encoder(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).chunk(2, dim=1)
+
+
+class VampPrior(nn.Module):
+    """Of Tomczak and Welling 2018, as projects write it: it calls the encoder on pseudo-inputs."""
+
+    def __init__(self, encoder, count):
+        super().__init__()
+        self.encoder = encoder
+        self.pseudo_inputs = nn.Parameter(torch.randn(count, 6))
+
+    def log_prob(self, z):
+        mean, log_variance = self.encoder(self.pseudo_inputs + 0.0 * torch.randn(6))
+        components = Independent(Normal(mean, (0.5 * log_variance).exp()), 1)
+        return MixtureSameFamily(Weights(torch.ones(len(mean))), components).log_prob(z)
+
+
+class Model(LightningModule):
+    """A VAE whose KL is recorded as its own loss computes it, at its own sample."""
+
+    def __init__(self, prior=None, rows=8):
+        super().__init__()
+        torch.manual_seed(1)
+        self.encoder, self.decoder, self.prior_net = Encoder(6, 6), nn.Linear(3, 6), Encoder(6, 6)
+        self.latents = nn.Identity()  # hands the sample on, so that it can be seen
+        self.own = prior(self) if prior else None
+        self.kls, self.rows = [], rows
+
+    def training_step(self, batch, batch_idx):
+        mean, log_variance = self.encoder(batch)
+        self.q = Normal(mean, (0.5 * log_variance).exp())
+        z = self.latents(self.q.rsample())
+        kl = self.kl(batch, z)
+        self.kls.append(float(kl.detach().mean()))
+        return (self.decoder(z) - batch).square().sum(1).mean() + kl.mean()
+
+    def kl(self, batch, z):
+        mean, log_variance = self.prior_net(batch)
+        self.p = Normal(mean, (0.5 * log_variance).exp())
+        return kl_divergence(self.q, self.p).sum(1)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Vamp(Model):
+    def __init__(self, count=8):
+        super().__init__()
+        self.vamp = VampPrior(self.encoder, count)
+
+    def kl(self, batch, z):
+        return self.q.log_prob(z).sum(1) - self.vamp.log_prob(z)
+
+
+class Learned(Model):
+    def __init__(self):
+        super().__init__()
+        self.loc, self.log_scale = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+
+    @property
+    def prior(self):
+        return Normal(self.loc, self.log_scale.exp())
+
+    def kl(self, batch, z):
+        return kl_divergence(self.q, self.prior).sum(1)
+
+
+def fit(tmp_path, model, *callbacks, epochs=2):
+    torch.manual_seed(0)
+    data = torch.randn(16, 6)
+    trainer = quiet_trainer(tmp_path, callbacks=list(callbacks), max_epochs=epochs, log_every_n_steps=1)
+    trainer.fit(model, DataLoader(data, 8))
+    return trainer
+
+
+CASES = {
+    "a network's output": (Model, {"prior": "prior_net"}),
+    "an attribute": (Model, {"prior": lambda module, batch: module.p}),
+    "a callable": (Model, {"prior": lambda module, batch: module.prior_net(batch)}),
+    "the module's own, learned": (Learned, {}),
+    "an object with a log-density": (Vamp, {"prior": "vamp", "z": "latents"}),
+    "the same, from a callable": (Vamp, {"prior": lambda module, batch: module.vamp, "z": "latents"}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_rate_of_a_step_is_the_modules_own_kl(tmp_path, name):
+    make, places = CASES[name]
+    model, detector = make(), CollapseDetector(posterior="encoder", warmup=0, patience=9, **places)
+    trainer = fit(tmp_path, model, detector, epochs=1)
+    assert float(trainer.callback_metrics["latent/rate"]) == pytest.approx(sum(model.kls) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reading_leaves_no_trace(tmp_path, name):
+    make, places = CASES[name]
+    runs = []
+    for callbacks in (
+        [],
+        [CollapseDetector(posterior="encoder", **places), FreeBits(0.0, "kls.0", posterior="encoder", **places)],
+    ):
+        model = make()
+        model.kls.append(0.0)
+        fit(tmp_path, model, *callbacks)
+        runs.append(model.state_dict())
+    assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
+
+
+@pytest.mark.parametrize("count", [3, 8, 16])  # 8 is the number of observations in a batch
+def test_pseudo_inputs_are_no_observations(tmp_path, count):
+    model, detector = Vamp(count), CollapseDetector(posterior="encoder", prior="vamp", z="latents")
+    fit(tmp_path, model, detector, epochs=1)
+    assert detector.report.count == 16
+
+
+class WithinPrior(Vamp):
+    """The prior is called as a whole, and its pseudo-inputs come out of a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.prior = nn.ModuleDict({"inputs": nn.Linear(6, 6), "encoder": self.encoder})
+        self.prior.forward = lambda: self.encoder(self.prior["inputs"](torch.eye(8, 6)))
+
+    def kl(self, batch, z):
+        self.prior()
+        return kl_divergence(self.q, STANDARD).sum(1)
+
+
+def test_calls_within_the_prior_are_no_observations(tmp_path):
+    model, detector = WithinPrior(), CollapseDetector(posterior="encoder", prior=STANDARD)
+    fit(tmp_path, model, detector, epochs=1)
+    assert detector.report.count == 16
+
+
+class Hierarchy(Model):
+    def training_step(self, batch, batch_idx):
+        mean, log_variance = self.encoder(batch)
+        self.top = Normal(mean, (0.5 * log_variance).exp())
+        self.bottom, self.p = OneHotCategorical(logits=batch.unflatten(1, (2, 3))), Normal(mean + 1.0, 2.0)
+        self.kls.append(
+            float((kl_divergence(self.top, STANDARD) + kl_divergence(self.q2, self.p)).detach().sum(1).mean())
+        )
+        return self.decoder(self.top.rsample()).square().mean()
+
+    @property
+    def q2(self):
+        return Normal(self.top.mean * 2, 0.5)
+
+
+def test_the_rates_of_groups_add_up(tmp_path):
+    places = {
+        "posterior": {"top": "encoder", "bottom": lambda module, batch: module.q2},
+        "prior": {"top": STANDARD, "bottom": lambda module, batch: module.p},
+    }
+    model, detector = Hierarchy(), CollapseDetector(**places)
+    target = TargetRate(1.0, attribute="kls.0", start=1.0, **places)
+    model.kls.append(1.0)
+    trainer = fit(tmp_path, model, detector, target, epochs=1)
+    own = sum(model.kls[1:]) / 2
+    assert float(trainer.callback_metrics["latent/rate"]) == pytest.approx(own, rel=1e-5)
+    assert detector.report.variance.shape == (6,)
+
+
+@pytest.mark.parametrize("attribute", [nn.Linear(3, 3), lambda: STANDARD])
+def test_a_prior_that_has_to_be_called_is_not_guessed(tmp_path, attribute):
+    model = Model()
+    model.prior = attribute
+    with pytest.raises(
+        ValueError, match=r"`Model\.prior` is a .*`prior=lambda pl_module, batch: \.\.\.`.*for N\(0, I\) `prior="
+    ):
+        fit(tmp_path, model, CollapseDetector(posterior="encoder"))
+    fit(tmp_path, model, CollapseDetector(posterior="encoder", prior=STANDARD))
+
+
+def test_an_assumed_prior_is_said_once(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Model(), CollapseDetector(posterior="encoder"), epochs=3)
+    said = [record.message for record in caplog.records if "is assumed" in record.message]
+    assert said == [
+        "CollapseDetector: Model has no `prior`, so the prior N(0, I) is assumed. If it has another one, say where "
+        "with `prior=`."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"posterior": {"a": "x"}, "prior": {"b": "y"}}, "`prior` must have the groups of `posterior`, 'a', got 'b'"),
+        ({"posterior": {"a": "x", "b": "y"}, "z": "z"}, "`z` must name the sample of each group"),
+        ({"prior": 3}, "`prior` must be None, a submodule's path, a pair of paths or a callable"),
+        ({"second": "variances"}, "`second` must be one of .*, or a function from the second parameter to the scale"),
+    ],
+)
+def test_options_that_are_none_of_these(options, message):
+    with pytest.raises(ValueError, match=message):
+        LatentReader(**options)
+
+
+def test_priors_and_posteriors_that_do_not_pair_up(tmp_path):
+    class Twice(Model):
+        def kl(self, batch, z):
+            self.prior_net(batch + 1)
+            return super().kl(batch, z)
+
+    with pytest.raises(ValueError, match="there are 2 different priors and 1 posteriors"):
+        fit(tmp_path, Twice(), CollapseDetector(posterior="encoder", prior="prior_net"))
+
+
+def test_the_latent_space_of_a_conditional_prior(tmp_path):
+    model = Model()
+    model.validation_step = model.training_step
+    trainer = quiet_trainer(tmp_path, callbacks=[LatentSpace(posterior="encoder", prior="prior_net")], max_epochs=1)
+    trainer.fit(model, DataLoader(torch.randn(16, 6), 8), DataLoader(torch.randn(16, 6), 8))
