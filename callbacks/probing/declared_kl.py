@@ -172,6 +172,10 @@ def _fill_second(reader: DistributionReader, log_variance: float, module: Lightn
             second = value if reader.chunk is None else value.chunk(2, reader.chunk)[1]
         else:
             second = value[1]
+        if callable(kind):
+            raise LossProbe.NotPossible(
+                "`second` is a function, so it is not known which number gives a narrow posterior"
+            )
         log = log_variance / 2 if kind.endswith("scale") else log_variance
         second.data.fill_(log if kind.startswith("log") else math.exp(log))
 
