@@ -12,9 +12,10 @@ from typing_extensions import override
 from .base import callbacks_of, knobs_of
 from .control.attribute_scheduler import AttributeScheduler
 from .control.conflicts import remedy
-from .probing.effective_beta import WeightEffect, weight_effect
+from .probing.effective_beta import Gaussian, WeightEffect, weight_effect
 from .probing.loss_probe import LossProbe
 from .probing.validation_weight import StaleWeight, stale_weight
+from .reading.latent_reader import LatentReader
 from .schedules import Schedule
 
 if TYPE_CHECKING:
@@ -149,6 +150,8 @@ class KLAnnealing(AttributeScheduler):
         if effect.is_ignored:
             text += " " + remedy(pl_module, self._paths)
         say(textwrap.fill(text.strip(), 110, subsequent_indent="  "))
+        if effect.rate is not None and effect.rate.gaussian is not None:
+            _report_other_forms(trainer, effect.rate.gaussian, ordinal)
 
     def _report_validation(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, trained: float, target: float
@@ -206,6 +209,18 @@ def describe(effect: WeightEffect, name: str, target: float | None, ordinal: str
         would_be = f"{target:g} is" if target else "1 would be"
         text += f" `{name}` = {would_be} an effective beta of {(target or 1.0) * effect.effective_beta:.4g}."
     return text
+
+
+def _report_other_forms(trainer: Trainer, gaussian: Gaussian, ordinal: str) -> None:
+    """Warn of callbacks that take the posterior's second parameter for something else than the loss does."""
+    for each in callbacks_of(trainer):
+        reader = getattr(each, "_reader", None)
+        taken = reader.second_of(gaussian.paths) if isinstance(reader, LatentReader) and gaussian.second else None
+        if taken is not None and not callable(taken) and taken != gaussian.second:
+            rank_zero_warn(
+                f"{type(each).__name__} reads {gaussian.what.rpartition(', ')[0]} with `second={taken!r}`, but the KL "
+                f"in the loss of the {ordinal} batch takes it for {gaussian.second!r}. Set `second={gaussian.second!r}`."
+            )
 
 
 def describe_stale(stale: StaleWeight, paths: Sequence[str], trained: float, target: float) -> str:

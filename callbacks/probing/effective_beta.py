@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,22 @@ _MOST_ALIKE, _MOST_NUMBERS = 8, 2**24
 _HUGE = 1e6
 
 
+class Gaussian(NamedTuple):
+    """A Gaussian that outputs of a network may parametrise.
+
+    Attributes:
+        what: Description of it.
+        posterior: The distribution.
+        paths: Names of the outputs.
+        second: What the second output is taken for; ``None`` if the output is a ``Normal``.
+    """
+
+    what: str
+    posterior: Normal
+    paths: tuple[str, ...]
+    second: Second | None = None
+
+
 @dataclass(frozen=True)
 class Term:
     """A recognised term of a loss.
@@ -36,11 +53,13 @@ class Term:
         what: Description of the term.
         scale: Units of the loss per nat per observation.
         twice: Whether the loss contains it twice, summed as in an ELBO.
+        gaussian: The posterior, if it is a KL.
     """
 
     what: str
     scale: float
     twice: bool = False
+    gaussian: Gaussian | None = None
 
 
 @dataclass(frozen=True)
@@ -168,11 +187,12 @@ def weight_effect(
     rate = recognise_rate(outputs, effect.slope, rows, effect.uncertainty)
     if rate is None:  # perhaps a multiple of the KL: then it is the same one of another network
         others: dict[str, Tensor | Normal] = {}
-        other_zero = at(0.0, partial(_look_on, others, rows, most, is_perturbed=True))[effect.number - 1]
-        other_rise = at(effect.weight, _perturb)[effect.number - 1] - other_zero
-        other_noise = probe.noise((other_zero, other_zero + other_rise), drift)
-        uncertainty = effect.uncertainty + (other_noise / abs(other_rise) if other_rise else math.inf)
-        rate = recognise_multiple((outputs, others), (effect.slope, other_rise / effect.weight), rows, uncertainty)
+        with suppress(LossProbe.NotPossible):  # some modules can't work at other parameters
+            other_zero = at(0.0, partial(_look_on, others, rows, most, is_perturbed=True))[effect.number - 1]
+            other_rise = at(effect.weight, _perturb)[effect.number - 1] - other_zero
+            other_noise = probe.noise((other_zero, other_zero + other_rise), drift)
+            uncertainty = effect.uncertainty + (other_noise / abs(other_rise) if other_rise else math.inf)
+            rate = recognise_multiple((outputs, others), (effect.slope, other_rise / effect.weight), rows, uncertainty)
     return replace(effect, rate=rate, distortion=recognise_distortion(outputs, zero, data))
 
 
@@ -192,10 +212,10 @@ def recognise_rate(
         uncertainty: Relative uncertainty of the number. If it is large, only outputs that are ``Normal`` are
             considered: among many pairs of tensors some would fit by chance.
     """
-    for what, posterior, is_said in _gaussians(outputs):
-        if not is_said and uncertainty > _CLOSE:
+    for each in _gaussians(outputs):
+        if each.second is not None and uncertainty > _CLOSE:
             continue
-        rate, dimensions = _rate(posterior, rows), posterior.loc.numel() // rows
+        rate, dimensions = _rate(each.posterior, rows), each.posterior.loc.numel() // rows
         scales = {
             "summed over the latents, mean over the batch": 1.0,
             "mean over the latents and the batch": 1 / dimensions,
@@ -204,7 +224,8 @@ def recognise_rate(
         }
         for reduction, scale in scales.items():
             if rate and math.isclose(slope, scale * rate, rel_tol=_CLOSE + uncertainty):
-                return Term(f"the KL ({what}), {rate:.4g} nats per observation, {reduction}", scale, scale == 2)
+                what = f"the KL ({each.what}), {rate:.4g} nats per observation, {reduction}"
+                return Term(what, scale, scale == 2, each)
     return None
 
 
@@ -222,11 +243,11 @@ def recognise_multiple(
         rows: Number of observations in the batch.
         uncertainty: Relative uncertainty of the ratio. Only outputs that are ``Normal`` are considered if it is large.
     """
-    first, second = ({what: (each, is_said) for what, each, is_said in _gaussians(found)} for found in outputs)
-    for what, (posterior, is_said) in first.items():
-        if what not in second or (not is_said and uncertainty > _CLOSE):
+    first, second = ({each.what: each for each in _gaussians(found)} for found in outputs)
+    for what, each in first.items():
+        if what not in second or (each.second is not None and uncertainty > _CLOSE):
             continue
-        rate, other = _rate(posterior, rows), _rate(second[what][0], rows)
+        rate, other = _rate(each.posterior, rows), _rate(second[what].posterior, rows)
         if not rate or not other or math.isclose(rate, other, rel_tol=0.01):  # no second measurement
             continue
         factor = slopes[0] / rate
@@ -235,6 +256,7 @@ def recognise_multiple(
                 f"{factor:.3g} times the KL ({what}), {rate:.4g} nats per observation, summed over the latents, mean "
                 "over the batch",
                 factor,
+                gaussian=each,
             )
     return None
 
@@ -280,12 +302,12 @@ def _distortions(x: Tensor, output: Tensor) -> Iterator[tuple[str, float]]:
         yield "the binary cross entropy", float(F.binary_cross_entropy_with_logits(output, x, reduction="sum"))
 
 
-def _gaussians(outputs: Mapping[str, Tensor | Normal]) -> Iterator[tuple[str, Normal, bool]]:
-    """Yield every Gaussian that the outputs may parametrise, the likeliest first, and whether it is a ``Normal``."""
+def _gaussians(outputs: Mapping[str, Tensor | Normal]) -> Iterator[Gaussian]:
+    """Yield every Gaussian that the outputs may parametrise, the likeliest first."""
     alike: dict[tuple[int, ...], dict[str, Tensor]] = {}
     for name, output in outputs.items():
         if isinstance(output, Normal):
-            yield repr(name), output, True
+            yield Gaussian(repr(name), output, (name,))
         elif output.ndim > 1:
             alike.setdefault(tuple(output.shape), {})[name] = output
     searched = [
@@ -295,20 +317,20 @@ def _gaussians(outputs: Mapping[str, Tensor | Normal]) -> Iterator[tuple[str, No
     ]
     for tensors in searched:
         for (name, mean), (other, second) in itertools.permutations(tensors.items(), 2):
-            yield from _forms(f"{name!r}, {other!r}", mean, second)
+            yield from _forms(f"{name!r}, {other!r}", (name, other), mean, second)
     for tensors in searched:
         for name, tensor in tensors.items():
             for axis in (1, -1):
                 if tensor.shape[axis] % 2 == 0:
-                    yield from _forms(f"{name!r}, chunk={axis}", *tensor.chunk(2, axis))
+                    yield from _forms(f"{name!r}, chunk={axis}", (name,), *tensor.chunk(2, axis))
 
 
-def _forms(name: str, mean: Tensor, second: Tensor) -> Iterator[tuple[str, Normal, bool]]:
+def _forms(name: str, paths: tuple[str, ...], mean: Tensor, second: Tensor) -> Iterator[Gaussian]:
     for form in _SECONDS:
         if form in ("log_variance", "log_scale") or bool((second > 0).all()):
             posterior = as_distribution((mean.double(), second.double()), form)
             assert isinstance(posterior, Normal)
-            yield f"{name}, {form}", posterior, False
+            yield Gaussian(f"{name}, {form}", posterior, paths, form)
 
 
 def _perturb(pl_module: LightningModule) -> None:

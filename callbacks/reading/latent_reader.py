@@ -167,6 +167,14 @@ class LatentReader:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_batch": None, "_read": None}  # what belongs to a step can't be copied
 
+    def second_of(self, paths: Sequence[str]) -> Second | None:
+        """Return what is taken for the second parameter in the outputs of these submodules; ``None`` if unread."""
+        wanted = {path.partition(":")[0] for path in paths}
+        for reader in self._posteriors.values():
+            if wanted == {path.partition(":")[0] for path in reader.paths}:
+                return reader.second
+        return None
+
     def listen(self, pl_module: LightningModule, batch: Any = None) -> None:
         """Keep the outputs of the named submodules from now on, at the start of a step."""
         self._batch, self._read = batch, None

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -6,7 +8,7 @@ from torch.distributions import Categorical as Weights
 from torch.distributions import Independent, MixtureSameFamily, Normal, OneHotCategorical, kl_divergence
 from torch.utils.data import DataLoader
 
-from lightning_vae.callbacks import CollapseDetector, FreeBits, LatentSpace, TargetRate
+from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, LatentSpace, Linear, TargetRate
 from lightning_vae.callbacks.reading.latent_reader import LatentReader
 from tests.doubles import quiet_trainer
 
@@ -228,3 +230,37 @@ def test_the_latent_space_of_a_conditional_prior(tmp_path):
     model.validation_step = model.training_step
     trainer = quiet_trainer(tmp_path, callbacks=[LatentSpace(posterior="encoder", prior="prior_net")], max_epochs=1)
     trainer.fit(model, DataLoader(torch.randn(16, 6), 8), DataLoader(torch.randn(16, 6), 8))
+
+
+class Scaled(Model):
+    """Its heads give a mean and a standard deviation."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc_mean, self.fc_scale, self.kl_weight = nn.Linear(6, 3), nn.Linear(6, 3), 1.0
+
+    def training_step(self, batch, batch_idx):
+        mean, scale = self.fc_mean(batch), self.fc_scale(batch)
+        q = Normal(mean, scale.square() + 0.1)
+        self.out = q
+        z = q.rsample()
+        kl = 0.5 * (mean.square() + scale.exp() - 1 - scale).sum(1).mean()
+        return 0.5 * (self.decoder(z) - batch).square().sum(1).mean() + self.kl_weight * kl
+
+
+@pytest.mark.parametrize("second", ["log_scale", "log_variance"])
+def test_a_reader_that_takes_the_second_parameter_for_another_is_told(tmp_path, second):
+    callbacks = [
+        KLAnnealing(Linear(steps=4), attribute="kl_weight"),
+        FreeBits(0.0, "rows", posterior=("fc_mean", "fc_scale"), second=second),
+    ]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, Scaled(), *callbacks)
+    said = [str(each.message) for each in caught if "reads 'fc_mean', 'fc_scale'" in str(each.message)]
+    assert bool(said) == (second == "log_scale")
+    if said:
+        assert (
+            "with `second='log_scale'`, but the KL in the loss of the first batch takes it for 'log_variance'"
+            in said[0]
+        )
