@@ -219,7 +219,7 @@ def _report_other_forms(trainer: Trainer, gaussian: Gaussian, ordinal: str) -> N
         if taken is not None and not callable(taken) and taken != gaussian.second:
             rank_zero_warn(
                 f"{type(each).__name__} reads {gaussian.what.rpartition(', ')[0]} with `second={taken!r}`, but the KL "
-                f"in the loss of the {ordinal} batch takes it for {gaussian.second!r}. Set `second={gaussian.second!r}`."
+                f"of the {ordinal} batch takes it for {gaussian.second!r}. Set `second={gaussian.second!r}`."
             )
 
 

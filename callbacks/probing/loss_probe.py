@@ -92,7 +92,10 @@ class LossProbe:
             twin = self._copy(values)
             if look_on is not None:
                 look_on(twin)
-            return self._train(twin)
+            losses = self._train(twin)
+            if not losses:
+                raise self.NotPossible("its training step passes no loss to `manual_backward`")
+            return losses
 
     def validation(
         self,
@@ -155,8 +158,6 @@ class LossProbe:
         with nullcontext() if self._in_full else self._trainer.precision_plugin.train_step_context():
             output = twin.training_step(*_accepted(twin.training_step, batch, self._batch_idx))
         if not twin.automatic_optimization:
-            if not optimization.losses:
-                raise self.NotPossible("its training step passes no loss to `manual_backward`")
             return tuple(optimization.losses)
         loss = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
@@ -265,7 +266,8 @@ class _Optimization:
 
     def backward(self, loss: Tensor, _optimizer: Any = None, *args: Any, **kwargs: Any) -> None:
         self.losses.append(float(loss.detach()))
-        self._twin.backward(loss, *args, **kwargs)
+        if loss.requires_grad:  # a trial in validation has no gradients
+            self._twin.backward(loss, *args, **kwargs)
 
     def _step(self, closure: Callable[[], Any] | None = None, **_: Any) -> Any:
         if not self._steps_left:

@@ -260,7 +260,4 @@ def test_a_reader_that_takes_the_second_parameter_for_another_is_told(tmp_path, 
     said = [str(each.message) for each in caught if "reads 'fc_mean', 'fc_scale'" in str(each.message)]
     assert bool(said) == (second == "log_scale")
     if said:
-        assert (
-            "with `second='log_scale'`, but the KL in the loss of the first batch takes it for 'log_variance'"
-            in said[0]
-        )
+        assert "`second='log_scale'`, but the KL of the first batch takes it for 'log_variance'" in said[0]
