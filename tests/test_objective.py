@@ -115,9 +115,10 @@ def test_a_floor_that_is_no_number_of_nats_is_refused(threshold):
 
 def test_a_floor_may_differ_between_dimensions_and_not_between_observations():
     assert free_bits(KL, torch.tensor([1.0, 0.0, 0.0, 1.0])) == pytest.approx(1 + 2 + 0.1 + 1)
-    for shape in ((3, 4), (3,), (3, 1), (2, 4)):
-        with pytest.raises(ValueError, match=r"`threshold` must be one number, or a tensor of 4, got shape"):
-            free_bits(KL, torch.ones(shape))
+    for average in ("batch", "sample"):
+        for shape in ((3, 4), (3,), (3, 1), (2, 4)):
+            with pytest.raises(ValueError, match=r"`threshold` must be one number, or a tensor of 4, got shape"):
+                free_bits(KL, torch.ones(shape), average=average)
 
 
 def test_terms_of_different_shapes_are_refused():

@@ -177,9 +177,11 @@ def test_every_door_takes_black_images_of_any_type(door):
 
 
 NO_ZERO = {getattr(torch, "float8_e8m0fnu", None)}  # holds powers of two only
+TYPES = {torch.bool, torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn}
+TYPES |= {torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64}
 
 
-@pytest.mark.parametrize("dtype", sorted(_NUMBERS - NO_ZERO, key=str), ids=str)
+@pytest.mark.parametrize("dtype", sorted((TYPES | _NUMBERS) - NO_ZERO, key=str), ids=str)
 def test_all_types_that_hold_the_numbers_give_the_same(dtype):
     vae, x = small(levels=2), (images(3) > 8).float()
     index = torch.arange(3)
@@ -196,10 +198,12 @@ def test_the_terms_refuse_an_index_that_would_be_shared(index):
 
 
 def test_a_resumed_fit_checks_its_first_batch(tmp_path):
-    path = fitted(tmp_path, small())
+    vae = small()
+    path = fitted(tmp_path, vae)
     wrong = TensorLoader({"x": images(70) / 16}, batch_size=16)
-    with pytest.raises(ValueError, match="as if already scaled"):
-        trainer(tmp_path, max_epochs=2).fit(small(), wrong, ckpt_path=path)
+    for resumed in (small(), vae):
+        with pytest.raises(ValueError, match="as if already scaled"):
+            trainer(tmp_path, max_epochs=2).fit(resumed, wrong, ckpt_path=path)
 
 
 @pytest.mark.parametrize("door", ["elbo_terms", "encode", "reconstruct", "forward"])

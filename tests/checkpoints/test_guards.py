@@ -322,16 +322,27 @@ def test_an_iterator_that_is_used_up_ends_the_run(tmp_path):
     assert len(vae.used) == 2
 
 
-class Measuring(RecordingVAE):
-    """A VAE with evaluation steps of its own."""
+class Validating(RecordingVAE):
+    """A VAE with a validation step of its own."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        self.log("val/own", batch.square().mean(), batch_size=len(batch))
+        self.log("own", batch.square().mean(), batch_size=len(batch))
 
 
-def test_a_subclass_that_validates_by_itself_logs_only_its_own_values(tmp_path):
-    (values,) = quiet_trainer(tmp_path).validate(Measuring(), vectors(4), verbose=False)
-    assert list(values) == ["val/own"]
+class Evaluating(RecordingVAE):
+    """A VAE with a test step of its own."""
+
+    test_step = Validating.validation_step  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize(
+    ("vae", "stage", "other"), [(Validating, "validate", "test"), (Evaluating, "test", "validate")]
+)
+def test_a_subclass_with_a_step_of_its_own_logs_only_its_own_values(tmp_path, vae, stage, other):
+    (values,) = getattr(quiet_trainer(tmp_path), stage)(vae(), vectors(4), verbose=False)
+    assert list(values) == ["own"]
+    with pytest.raises(MisconfigurationException, match="got no batch from a loader"):
+        getattr(quiet_trainer(tmp_path), other)(vae(), DataLoader(Stream(0)))
 
 
 def test_a_run_that_is_limited_to_no_batch_is_none(tmp_path):

@@ -97,13 +97,13 @@ class Trained(Callback):
 Trained.__module__ = VAE.__module__
 
 
-def run(folder, *callbacks, vae=VAE, loaders=1, **options):
+def run(folder, *callbacks, vae=VAE, loaders=1, rows=12, **options):
     """Train, and return whether a step was made before it failed, and its error."""
     trained = Trained()
     options = {"max_epochs": 1, "enable_checkpointing": True, **options}
     trainer = quiet_trainer(folder, callbacks=[*callbacks, trained], **options)
     try:
-        trainer.fit(vae((2,), latent_dim=2), vectors(), [vectors()] * loaders or None)
+        trainer.fit(vae((2,), latent_dim=2), vectors(), [vectors(rows)] * loaders or None)
     except MisconfigurationException as error:
         return trained.has_stepped, str(error)
     return trained.has_stepped, ""
@@ -163,9 +163,10 @@ def test_a_value_that_need_not_be_logged_is_not_refused(tmp_path, callbacks, vae
 # ---- values of a validation that does not happen
 
 
-NO_VALIDATION = [{"limit_val_batches": 0}, {"loaders": 0}, {"check_val_every_n_epoch": 2}]
+NO_VALIDATION = [{"limit_val_batches": 0}, {"loaders": 0}, {"rows": 0}, {"check_val_every_n_epoch": 2}]
 
 
+@pytest.mark.filterwarnings("ignore:Total length of")
 @pytest.mark.parametrize("options", NO_VALIDATION)
 @pytest.mark.parametrize(
     ("callbacks", "name"),
@@ -186,7 +187,7 @@ def test_without_validation_what_need_not_find_its_value_is_not_refused(tmp_path
     assert run(tmp_path, EarlyStopping("val/loss", strict=False), loaders=0) == (True, "")
 
 
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key", "ignore:Total length of")
 @pytest.mark.parametrize("options", NO_VALIDATION)
 def test_without_validation_a_checkpoint_beside_one_that_saves_is_not_refused(tmp_path, options):
     callbacks = [ModelCheckpoint(tmp_path, monitor="val/loss"), LastCheckpoint(tmp_path)]

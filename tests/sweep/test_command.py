@@ -305,7 +305,8 @@ class Stream(IterableDataset):
 
 
 FEW = ["sweep", "--config", LINEAR, f"--data={FewForTheTest.__module__}.FewForTheTest", "--trainer.max_epochs=1",
-       "--trainer.log_every_n_steps=1", "--lr_scheduler=null", "--model.latent_dim=2"]  # fmt: skip
+       "--trainer.log_every_n_steps=1", "--lr_scheduler=null", "--model.latent_dim=2",
+       "--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers", "ignore:.*does not have many")

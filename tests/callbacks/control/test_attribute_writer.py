@@ -226,15 +226,15 @@ def test_a_schedule_that_gives_no_number_is_an_error(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, callbacks=[annealing], max_epochs=1).fit(ForeignModule(), loader())
 
 
+class Buffered(Warmed):
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.validated.append(float(self.buffer))
+
+
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_averaging_does_not_average_the_number(tmp_path: Path, first: bool, use_buffers: bool) -> None:
     """Case "averaged weights average beta": validation and checkpoints hold the target of somebody's buffer."""
-
-    class Buffered(Warmed):
-        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
-            self.validated.append(float(self.buffer))
-
     model = Buffered()
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
     annealing = KLAnnealing(Linear(fraction=0.5), "buffer", probe=False)
@@ -248,6 +248,17 @@ def test_weight_averaging_does_not_average_the_number(tmp_path: Path, first: boo
     files = list(tmp_path.glob("*.ckpt"))
     assert len(files) == 9
     assert {float(torch.load(file, weights_only=True)["state_dict"]["buffer"]) for file in files} == {1.0}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_validation_of_averaged_weights_sees_the_target_in_a_run_that_saves_nothing(
+    tmp_path: Path, first: bool
+) -> None:
+    model = Buffered()
+    callbacks = [KLAnnealing(Linear(fraction=0.5), "buffer", probe=False), weight_averaging(decay=0.5)]
+    trainer = quiet_trainer(tmp_path, callbacks=callbacks if first else callbacks[::-1], max_epochs=2)
+    trainer.fit(model, loader(), loader(4))
+    assert set(model.validated) == {1.0}
 
 
 @pytest.mark.parametrize("how", ["a save in between", "an exception"])
@@ -337,15 +348,16 @@ def test_after_a_batch_that_is_skipped_the_module_holds_the_target(tmp_path: Pat
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_weight_averaging_copies_no_average_of_the_number_at_the_end(tmp_path: Path, first: bool) -> None:
+@pytest.mark.parametrize("saves", [True, False])
+def test_weight_averaging_copies_no_average_of_the_number_at_the_end(tmp_path: Path, first: bool, saves: bool) -> None:
     callbacks = [KLAnnealing(Linear(steps=6), probe=False), weight_averaging(decay=0.5)]
-    saves = SavesWeights(tmp_path / "weights.ckpt", "on_train_end")
-    callbacks = [*(callbacks if first else callbacks[::-1]), saves]
+    callbacks = callbacks if first else callbacks[::-1]
+    callbacks += [SavesWeights(tmp_path / "weights.ckpt", "on_train_end")] if saves else []
     trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1)
     trainer.fit(BufferedModule(), loader())
     trainer.save_checkpoint(tmp_path / "after.ckpt")  # of the average
-    for name in ("weights", "after"):
-        assert float(torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["state_dict"]["beta"]) == 1.0, name
+    for path in tmp_path.glob("*.ckpt"):
+        assert float(torch.load(path, weights_only=True)["state_dict"]["beta"]) == 1.0, path
 
 
 @pytest.mark.parametrize("first", [True, False])

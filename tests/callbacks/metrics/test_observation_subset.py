@@ -47,6 +47,7 @@ def test_subsets_merge_and_a_row_of_both_counts_once():
 
 
 def test_smallest_keys_keeps_each_key_once():
-    rows = torch.tensor([[7.0, 70.0], [2.0, 20.0], [7.0, 71.0], [math.inf, 0.0], [5.0, 50.0]])
+    rows = torch.tensor([[7.0, 70.0], [2.0, 20.0], [7.0, 71.0], [math.inf, 0.0], [5.0, 50.0], [2.0, 21.0]])
     assert smallest_keys(rows, 2).tolist() == [[2.0, 20.0], [5.0, 50.0]]
+    assert smallest_keys(rows, 3).tolist() == [[2.0, 20.0], [5.0, 50.0], [7.0, 70.0]]
     assert smallest_keys(rows, 4)[:, 0].tolist() == [2.0, 5.0, 7.0, math.inf]

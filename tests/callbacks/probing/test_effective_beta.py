@@ -372,12 +372,16 @@ def test_where_the_first_batch_is_too_early_the_second_is_measured(
 
 @pytest.mark.parametrize("batches", [1, 4])
 def test_what_neither_batch_allows_is_said_once(tmp_path: Path, say: list[str], batches: int) -> None:
+    steps: list[int] = []
+
     class Lacks(Foreign):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            steps.append(batch_idx)
             assert isinstance(self.trainer.fit_loop, object)  # barred on a copy
             return super().training_step(batch, batch_idx)
 
     fit(tmp_path, Lacks(), batches=batches)
+    assert steps == [0, 0, 1, 1, 2, 3][: 2 * batches], "a copy's and the module's own, until it is said"
     assert "the effect on the loss can't be measured (it uses `fit_loop` of the Trainer)" in told(say)
 
 

@@ -195,7 +195,8 @@ def test_a_step_that_reads_and_changes_its_optimizer_gets_a_copy_of_it(tmp_path:
             optimizer.param_groups[0]["lr"] *= 0.5  # type: ignore[union-attr]
             if isinstance(optimizer, torch.optim.Optimizer) and batch_idx == 0:
                 optimizer.step()
-            assert scheduler.optimizer is not None  # type: ignore[union-attr]
+            assert optimizer.param_groups[0]["params"][0] is next(self.parameters())  # type: ignore[union-attr]
+            assert scheduler.optimizer.param_groups is optimizer.param_groups  # type: ignore[union-attr]
             rate = optimizer.param_groups[0]["lr"]  # type: ignore[union-attr]
             return self.layer[0](batch).square().mean() * rate
 
