@@ -264,11 +264,17 @@ def main(project: Project) -> None:
     print(json.dumps(measured))
 
 
-def measure(project: Project) -> dict[str, Any]:
-    example = re.search(rf"^### {project.name}\n.*?```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL | re.M)
-    namespace: dict[str, Any] = {}
+def run_example(name: str) -> dict[str, Any]:
+    """Run the documented example under a heading, and return its names."""
+    example = re.search(rf"^### {name}\n.*?```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL | re.M)
+    names: dict[str, Any] = {}
     seed_everything(0, verbose=False)
-    exec(compile(example[1], project.name, "exec"), namespace)
+    exec(compile(example[1], name, "exec"), names)
+    return names
+
+
+def measure(project: Project) -> dict[str, Any]:
+    namespace = run_example(project.name)
     callbacks = namespace["trainer"].callbacks
     attribute = next(each.attribute for each in callbacks if isinstance(each, KLAnnealing))
     posterior = next(each.posterior for each in callbacks if isinstance(each, CollapseDetector))

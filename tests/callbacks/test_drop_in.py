@@ -21,6 +21,7 @@ from tests.doubles import loader, quiet_trainer
 
 PAGE = (Path(__file__).parents[2] / "docs" / "guides" / "drop_in.md").read_text()
 PROJECTS = ("scvi-tools", "disent", "lightning-uq-box")
+PROJECTS += ("A probabilistic U-Net", "SysVI", "hvae-backbone", "diffusers")
 
 
 def section(title: str) -> str:
