@@ -38,6 +38,10 @@ GIVEN: dict[str, dict[str, Any]] = {
         "observations": 3,
     },
     "compare_latents": {"models": {"one": small_vae()}, "loader": []},
+    "ClassUsage": {"groups": 2, "classes": 2},
+    "categorical_mutual_information": {"probs": torch.ones(2, 1, 1)},
+    "dead_classes": {"usage": torch.ones(1, 1)},
+    "unimix": {"probs": torch.ones(1)},
     "evaluate": {"vae": small_vae(), "loader": []},
     "free_bits": {"kl_per_dimension": MEANS, "threshold": 0.5},
     "knn_accuracy": {"means": MEANS, "labels": LABELS},
@@ -55,8 +59,9 @@ ONE_OF = (
     (("nats", "bits"), 1.0),
 )
 # Results and measurements; where something is, which a number may say; and what the VAE checks and passes on.
-NO_OPTIONS = {"Evaluation", "LinearVAEOptimum", "AggregateMoments", "Averages", "MixtureEstimates", "is_saturated"}
-NO_NUMBERS = {"label", "x", "mutual_information", "own", "schedule"}
+RESULTS = {"AggregateMoments", "Averages", "Evaluation", "LatentReport", "LinearVAEOptimum", "MixtureEstimates"}
+NO_OPTIONS = {*RESULTS, "is_saturated"}
+NO_NUMBERS = {"label", "x", "mask", "mutual_information", "information_rate", "marginal_kl_per_unit", "own", "schedule"}
 OF_THE_VAE = {"latent_dim", "levels"}
 NAMED = ("FreeBitsPer", "Shape")  # types of numbers
 

@@ -14,6 +14,7 @@ from torch.nn.functional import embedding_bag
 from torch.special import entr
 from torchmetrics import Metric
 
+from ..schedules import at_least, check_number, integer_from
 from .mutual_information import SEED, controlled_mean
 
 DEAD = 0.01
@@ -45,8 +46,7 @@ def unimix(probs: Tensor, share: float = 0.01) -> Tensor:
         >>> unimix(torch.tensor([1.0, 0.0]), share=0.5)
         tensor([0.7500, 0.2500])
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"`share` must be from 0 to 1, got {share}.")
+    check_number("share", share, "from 0 to 1", lambda value: 0 <= value <= 1)
     return (1 - share) * probs + share / probs.shape[-1]
 
 
@@ -118,10 +118,8 @@ def dead_classes(usage: Tensor, threshold: float = DEAD, share: float = 0.0) -> 
         tensor([1, 0])
     """
     _check_usage(usage)
-    if not threshold >= 0:
-        raise ValueError(f"`threshold` must be at least 0, got {threshold}.")
-    if not 0 <= share < 1:
-        raise ValueError(f"`share` must be from 0 to below 1, got {share}.")
+    check_number("threshold", threshold, "at least 0", at_least(0))
+    check_number("share", share, "from 0 to below 1", lambda value: 0 <= value < 1)
     classes = usage.shape[1]
     return (usage - share / classes < (1 - share) * threshold / classes).sum(-1)
 
@@ -173,6 +171,7 @@ def categorical_mutual_information(
         >>> categorical_mutual_information(torch.eye(2)[:, None])  # log 2
         CategoricalInformation(mutual_information=tensor(0.6931, dtype=torch.float64), exact=True)
     """
+    check_number("seed", seed, "an integer", integer_from())
     probs = _probabilities(probs, logits)
     probs = probs / probs.sum(-1, keepdim=True)
     count, groups, classes = probs.shape
@@ -217,8 +216,7 @@ class ClassUsage(Metric):
     def __init__(self, groups: int, classes: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         for name, value, least in (("groups", groups, 1), ("classes", classes, 2)):
-            if value < least:
-                raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+            check_number(name, value, f"at least {least}", integer_from(least))
         self.groups = groups
         self.classes = classes
         self.add_state("total", torch.zeros(groups, classes, dtype=torch.float64), dist_reduce_fx="sum")

@@ -147,7 +147,10 @@ def collapse_state(
         >>> collapse_state(torch.tensor([2.0, 0.0]), torch.tensor([0.9, 0.0]), 1.9, observations=2048).name
         'pruned'
     """
-    for name, value in (("observations", observations), ("min_rate", min_rate)):
+    numbers = {
+        "observations": observations, "min_rate": min_rate, "min_width": min_width, "max_marginal_kl": max_marginal_kl
+    }  # fmt: skip
+    for name, value in numbers.items():
         check_number(name, value, "a finite number of at least 0", at_least(0))
     if variance_of_means.ndim != 1 or not variance_of_means.numel() or not variance_of_means.isfinite().all():
         raise ValueError(f"`variance_of_means` must be k finite numbers, of shape (k,), got {variance_of_means}.")

@@ -14,6 +14,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from ..reading.distributions import as_distribution, standard_prior, widened
 from ..reading.kl_rates import kl_per_dimension
 from ..reading.latent_reader import Latent
+from ..schedules import at_least, check_number
 from .active_units import ACTIVE
 from .collapse_state import MAX_MARGINAL_KL, MIN_WIDTH
 from .latent_layout import LatentLayout, mask_like
@@ -114,16 +115,14 @@ class LatentMonitor(WrapperMetric):
             ("min_width", min_width, 0),
             ("max_marginal_kl", max_marginal_kl, 0),
         ):
-            if isinstance(value, bool) or not least <= value < math.inf:
-                raise ValueError(f"`{option}` must be a finite number of at least {least}, got {value}.")
+            check_number(option, value, f"a finite number of at least {least}", at_least(least))
         self.observations = observations
         self.pool = pool
         self.min_rate = min_rate
         self.threshold = threshold
         self.min_width = min_width
         self.max_marginal_kl = max_marginal_kl
-        if not 0 <= unimix < 1:
-            raise ValueError(f"`unimix` must be at least 0 and below 1, got {unimix}.")
+        check_number("unimix", unimix, "at least 0 and below 1", lambda value: 0 <= value < 1)
         self.unimix = unimix
         self._layout = LatentLayout(pool)
         self._begin()
