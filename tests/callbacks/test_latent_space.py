@@ -73,6 +73,18 @@ def test_what_cant_be_read_is_said_once_and_training_goes_on(tmp_path, callback,
         assert not model.enc._forward_hooks
 
 
+def test_after_the_pass_of_the_first_error_nothing_more_is_tried(tmp_path):
+    tried = []
+
+    def posterior(module, batch):
+        tried.append(module.steps)
+        raise ValueError("no posterior")
+
+    with pytest.warns(UserWarning, match="LatentSpace: the posterior can't be shown .*no posterior"):
+        run(tmp_path, LatentSpace(posterior), Foreign())
+    assert set(tried) == {2}, "the first of three epochs"
+
+
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")

@@ -579,14 +579,15 @@ def test_a_decoder_that_wants_a_class_is_named_once_and_drawing_stops(tmp_path, 
     assert any(each.startswith("Pictures:") for each in warned) == (sanity > 0)
 
 
-def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_logger_that_fails_does_not_end_the_run(tmp_path, monkeypatch, sanity):
     def fail(*_):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(MediaLogger, "__init__", fail)
     callbacks = [Pictures(), LatentSpace(), Dashboard()]
     with pytest.warns(UserWarning, match="can't be shown") as said:
-        trainer, _ = run(tmp_path, callbacks, small_vae(), images((1, 8, 8)))
+        trainer, _ = run(tmp_path, callbacks, small_vae(), images((1, 8, 8)), num_sanity_val_steps=sanity)
     assert trainer.current_epoch == 2
     texts = [str(each.message) for each in said]
     assert {name for name in ("Pictures", "LatentSpace", "Dashboard") if any(f"{name}: the" in t for t in texts)} == {

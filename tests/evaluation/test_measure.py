@@ -399,6 +399,11 @@ def test_data_without_variance_get_no_verdict(batch_size):
         varied[row, 0] = 0.4
         result = evaluate(vae, loader(varied, batch_size), importance_samples=1, samples=10)
         assert result.assessment.verdict is not None
+    for row in range(0, 40, 4):  # batches that are constant each, one unlike the others
+        varied = x.clone()
+        varied[row : row + 4] = 0.4
+        result = evaluate(vae, loader(varied, batch_size), importance_samples=1, samples=10)
+        assert result.assessment.verdict is not None
 
 
 def test_no_observations():
@@ -475,6 +480,7 @@ NAMES = ("sandal", "boot", "shirt")
     [
         lambda x, label: (x, label),
         lambda x, label: (x, label[None]),  # batches of shape (B, 1)
+        lambda x, label: {"x": x, "label": label[None, None]},
         lambda x, label: (x, NAMES[label]),
         lambda x, label: {"x": x, "label": NAMES[label]},
         lambda x, label: {"x": x, "y": label[None]},

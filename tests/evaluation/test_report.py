@@ -78,8 +78,11 @@ def test_what_can_not_be_evaluated_is_refused_before_a_step(tmp_path):
         quiet_trainer(tmp_path, callbacks=[EvaluationReport()], max_epochs=1, limit_test_batches=0).fit(
             module, digits()
         )
+    vae, steps = optimal_linear_vae(x, 1, 0.1), []
+    vae.test_step = lambda *_: steps.append(1)
     with pytest.raises(ValueError, match="`loader` is read twice"):
-        run_test(tmp_path, optimal_linear_vae(x, 1, 0.1), iter([x]))
+        run_test(tmp_path, vae, iter([x]))
+    assert steps == []
     with pytest.raises(ValueError, match=r"already taken, got \['nll'\]"):
         EvaluationReport(metrics={"nll": len})
 

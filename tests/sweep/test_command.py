@@ -408,6 +408,10 @@ BROKEN = {
         "`loader` is read twice",
     ),
     "an empty test set": ([*FEW[1:], "--data.size=0"], "`loader` is empty"),
+    "a share of an empty test set": (
+        [*FEW[1:], "--data.size=0", "--trainer.limit_test_batches=0.5"],
+        "`loader` is empty",
+    ),
     "a beta that is wrong once the variance is known": (
         ["--config", LINEAR, "--model.likelihood.variance=learned", "--betas=[1, -1]"],
         "`beta` must be a finite number",

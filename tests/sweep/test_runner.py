@@ -125,8 +125,9 @@ def test_a_process_that_was_stopped_has_failed_and_the_others_go_on(evaluate, tm
     """Lightning ends a fit that gets SIGTERM with exit code 0."""
 
     def start(point, *_):
-        if point is done:
+        if point is done and evaluate:
             point.is_evaluated()
+        elif point is done:
             point.checkpoint = tmp_path / "best.ckpt"
         process = subprocess.Popen([sys.executable, "-S", "-c", ""], stdin=subprocess.PIPE)
         return Running(point, process, time.monotonic(), 0)
@@ -153,10 +154,9 @@ def test_what_interrupts_the_pool_ends_its_processes(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(runner, "start", start)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as _kept:  # and with it the pool's frames, which must not be needed
         runner.run([Point(tmp_path / label) for label in "abc"], 2, interrupted)
-    assert len(processes) == 2
-    assert all(process.returncode is not None for process in processes)
+    assert [process.returncode for process in processes] == [0, 1]  # by itself, as its input is closed
 
 
 def test_a_process_that_does_not_end_with_the_pool_is_killed(tmp_path, monkeypatch):

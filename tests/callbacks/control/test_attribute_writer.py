@@ -288,10 +288,13 @@ class SavesWeights(Callback):
 
     def __init__(self, path: Path, hook: str) -> None:
         self.path = path
+        self.around: list[tuple[float, float]] = []  # the number before and after each save
         setattr(self, hook, self.save)
 
-    def save(self, trainer: Any, *_: Any) -> None:
+    def save(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        before = float(pl_module.beta)
         trainer.save_checkpoint(self.path, weights_only=True)
+        self.around.append((before, float(pl_module.beta)))
 
 
 class BufferedModule(ForeignModule):
@@ -315,6 +318,7 @@ def test_saves_within_a_batch_hold_the_target_and_move_nothing(
         trainer = quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=2)
         trainer.fit(model, loader())
         assert "save_checkpoint" not in vars(trainer)
+        assert all(before == after for each in saves for before, after in each.around)
         used.append(model.used)
     assert used[0] == used[1]
     loaded = torch.load(path, weights_only=True)

@@ -104,6 +104,7 @@ UNLIKE: list[dict[str, float]] = [
     {"beta": 0.5, "gamma": 0.6},
     {"min_beta": 0.1, "max_beta": 1.0, "warmup": 400.0},
     {"max_beta": 0.1, "beta": 1.0},
+    {"min_kl": 1.0, "max_kl_epochs": 400},
 ]
 ALIKE: list[dict[str, float]] = [
     {"beta": 0.5, "copy": 0.5},

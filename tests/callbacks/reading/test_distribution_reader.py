@@ -659,6 +659,18 @@ def test_any_sequence_of_parameters(wrap):
     assert len(read(lambda *_: wrap([pair, pair]))) == 2
 
 
+def test_of_several_captures_in_a_step_the_first_counts():
+    """Some optimizers compute the loss several times in a step, with other weights each time."""
+    scales = iter([1.0, 2.0, 3.0])
+    reader = DistributionReader(lambda module, batch: Normal(batch, next(scales)))
+    model, batch = Views(), torch.zeros(5, 3)
+    for expected in (1.0, 2.0):
+        reader.listen(model, batch)
+        reader.capture(model)
+        reader.capture(model)
+        assert [float(each.scale.unique()) for each in reader.read(model, batch)] == [expected]
+
+
 def test_a_text_is_no_pair_of_paths():
     with pytest.raises(ValueError, match="`posterior` must be"):
         DistributionReader(["mean", "second", "third"])
