@@ -479,7 +479,12 @@ def test_two_floors_under_one_posterior_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_shows_when_fitting_starts(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    model = Foreign()
+    class Encoded(Foreign):
+        def encode(self, x: Tensor) -> Any:
+            assert "did you mean" not in message.lower(), "a path that leads nowhere shows before the first batch"
+            return super().encode(x)
+
+    model = Encoded()
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, model, EnforcedFreeBits(**{"threshold": 0.5, "posterior": "encoder", "weight": 0.7, **options}))
     assert not model.encoder._forward_hooks

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
 from lightning_vae.callbacks import EnforcedFreeBits
+from lightning_vae.callbacks.probing.declared_kl import _Noise
 from tests.callbacks.foreign_vae import PLACES, THRESHOLD, Foreign, fit, refused
 
 
@@ -208,27 +209,64 @@ def test_a_kl_that_is_estimated_from_a_sample_is_refused(tmp_path: Path, second:
     )
 
 
-@pytest.mark.parametrize(
-    "draw",
-    [
-        lambda mean, scale: mean + scale * torch.randn(scale.shape),
-        lambda mean, scale: mean + scale * torch.empty_like(scale).normal_(),
-        lambda mean, scale: mean + scale * torch.normal(0.0, 1.0, size=scale.shape),
-        lambda mean, scale: mean + scale * torch.normal(mean=torch.zeros_like(scale), std=1.0),
-        lambda mean, scale: Normal(mean, scale).rsample(),
-        lambda mean, scale: mean + scale * torch.as_tensor(np.random.randn(*scale.shape)).to(scale),
-    ],
-    ids=["randn", "normal_", "normal", "normal of tensors", "rsample", "numpy"],
-)
-def test_a_declaration_is_tried_however_the_posterior_is_sampled(tmp_path: Path, caplog: Any, draw: Any) -> None:
+SAMPLES = {
+    "randn": lambda mean, scale: mean + scale * torch.randn(scale.shape),
+    "normal_": lambda mean, scale: mean + scale * torch.empty_like(scale).normal_(),
+    "normal": lambda mean, scale: mean + scale * torch.normal(0.0, 1.0, size=scale.shape),
+    "normal of tensors": lambda mean, scale: mean + scale * torch.normal(mean=torch.zeros_like(scale), std=1.0),
+    "rsample": lambda mean, scale: Normal(mean, scale).rsample(),
+    # Noise that can't be replaced does not matter if it is scaled to nothing.
+    "numpy": lambda mean, scale: mean + scale * torch.as_tensor(np.random.randn(*scale.shape)).to(scale),
+}
+
+
+@pytest.mark.parametrize("sample", SAMPLES)
+def test_a_declaration_is_tried_however_the_posterior_is_sampled(tmp_path: Path, caplog: Any, sample: str) -> None:
     class Draws(Foreign):
         def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
             mean, scale = self.encode(batch)
             kl = (0.5 * (scale**2 + mean**2 - 1) - scale.log()).sum(1).mean()
-            return (self.decoder(draw(mean, scale)) - batch).square().sum(1).mean() + self.weight * kl  # type: ignore[no-any-return]
+            reconstruction = self.decoder(SAMPLES[sample](mean, scale))  # type: ignore[no-untyped-call]
+            return (reconstruction - batch).square().sum(1).mean() + self.weight * kl  # type: ignore[no-any-return]
 
     with caplog.at_level("INFO"):
         fit(tmp_path, Draws(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.7))
     assert "on trust" not in caplog.text
-    with pytest.raises(MisconfigurationException, match=r"rises by .* as each log-variance falls"):
+    range_of = "from -20 to -28" if sample == "numpy" else "from 0 to -4"
+    with pytest.raises(MisconfigurationException, match=rf"rises by .* as each log-variance falls {range_of}"):
         fit(tmp_path, Draws(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.71))
+
+
+def test_gaussian_noise_is_replaced_and_nothing_else() -> None:
+    mean = torch.tensor([1.0, 2.0], requires_grad=True)
+    with _Noise(2.0):
+        assert torch.randn(2, requires_grad=True).tolist() == torch.randn_like(mean).tolist() == [2.0, 2.0]
+        assert torch.normal(mean, torch.tensor([1.0, 3.0])).tolist() == [3.0, 8.0]
+        assert torch.normal(3.0, 0.5, size=(2,)).tolist() == torch.empty(2).normal_(3.0, std=0.5).tolist() == [4.0, 4.0]
+        assert torch.rand(1) < 1
+    assert torch.randn(100).std() > 0.5
+
+
+def test_rounding_of_a_large_loss_is_no_contradiction(tmp_path: Path, caplog: Any) -> None:
+    class Large(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + 3e5
+
+    for seed in range(5):
+        torch.manual_seed(seed)
+        with caplog.at_level("INFO"):
+            fit(tmp_path, Large(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.7), max_steps=1)
+    assert "on trust" not in caplog.text
+
+
+def test_a_small_kl_is_tried_in_full_precision(tmp_path: Path) -> None:
+    floor = EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=1.02e-2)
+    with pytest.raises(MisconfigurationException, match="rises by"):
+        fit(tmp_path, Foreign(weight=1e-2), floor, precision="bf16-mixed")
+
+
+def test_a_weight_that_the_loss_ignores_is_refused_also_if_the_log_variance_can_not_be_followed(tmp_path: Path) -> None:
+    model: Any = Clamps()
+    model.change, model.unused = lambda second: 5 * (second / 5).tanh(), 1.0
+    with pytest.raises(MisconfigurationException, match=r"rises by 0 for a weight of 1, and the declared KL term by"):
+        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, posterior="encoder", weight="unused"))
