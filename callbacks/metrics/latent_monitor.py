@@ -23,6 +23,7 @@ from .latent_sums import LatentSums
 from .observation_subset import ObservationSubset
 
 _MOST_DIMENSIONS = 1024  # that the mutual information is estimated from
+_MOST_CLASSES = 2**14  # of all groups together
 _MOST_NUMBERS = 2**21  # of one kind that are converted, or wait to be folded, at a time: 16 MiB
 _SEED = 0x5EED
 _GAUSSIAN, _CATEGORICAL, _OTHER = 1, 2, 3  # kinds of posteriors
@@ -209,7 +210,7 @@ class LatentMonitor(WrapperMetric):
             return report(
                 self._layout,
                 sums,
-                kept.rows if self._kind != _OTHER and not self._is_incomplete else None,
+                kept.rows if self._kept_columns > 1 and not self._is_incomplete else None,
                 self._chosen,
                 classes=self._classes,
                 unimix=self.unimix,
@@ -336,9 +337,10 @@ class LatentMonitor(WrapperMetric):
 
     @property
     def _kept_columns(self) -> int:
+        """The length of a kept row: what the mutual information needs, if it can be estimated, and the rate."""
         columns = self._layout.columns
         if self._kind == _CATEGORICAL:
-            return columns + 1 if columns <= 2**14 else 1
+            return columns + 1 if columns <= _MOST_CLASSES else 1
         return 1 if self._kind == _OTHER else 2 * min(columns, _MOST_DIMENSIONS) + 1
 
     def _fold(self) -> None:

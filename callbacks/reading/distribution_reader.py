@@ -63,7 +63,8 @@ class DistributionReader:
             - ``None``: the module's own attribute ``posterior``.
             - A path: the output of that submodule (``"encoder"``, ``"model.encoder"``), or a part of it after a colon:
               indices, keys and fields with dots between them (``"encoder:0"``, ``"vae:latent_dist.mean"``).
-              Where there is no submodule of that name, the module's attribute, as it is at the end of the step.
+              Where there is no submodule of that name, the module's attribute, as it is at the end of the step; it
+              must exist when fitting starts.
             - A pair of paths: the mean and the second parameter (``("fc_mu", "fc_var")``, ``("model:2", "model:3")``).
             - A callable ``(pl_module, batch) -> q(z|x)``. It is called without gradients, in the module's mode, and
               before the optimizer's step: see :meth:`capture`. It moves neither buffers, such as the statistics of a

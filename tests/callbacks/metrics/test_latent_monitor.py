@@ -196,6 +196,14 @@ def test_categories():
     torch.testing.assert_close(report.variance, probs.var(0, correction=0).sum(1))
 
 
+def test_very_many_classes_have_no_mutual_information():
+    monitor = LatentMonitor()
+    monitor.update(OneHotCategorical(logits=torch.randn(3, 2, 2**14)))
+    report = monitor.compute()
+    assert report.rate is not None
+    assert report.mutual_information is None
+
+
 def test_another_posterior_without_a_prior_has_active_units_alone():
     monitor = LatentMonitor()
     monitor.update(Laplace(torch.tensor([[-1.0, 5.0], [1.0, 5.0]]), 1.0))
