@@ -18,7 +18,7 @@ from lightning_vae import free_bits
 from lightning_vae.callbacks import EnforcedFreeBits, FreeBits, KLAnnealing, Linear
 from lightning_vae.callbacks.enforced_free_bits import shortfall
 from lightning_vae.callbacks.reading.kl_rates import kl_per_dimension
-from tests.callbacks.foreign_vae import LATENTS, PLACES, THRESHOLD, TO_SCALE, Foreign, fit, refused
+from tests.callbacks.foreign_vae import LATENTS, PLACES, THRESHOLD, TO_SCALE, Encoder, Foreign, fit, refused
 from tests.doubles import RecordingVAE, loader, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:FreeBits. .* floors hold their dimension")
@@ -67,8 +67,9 @@ def test_any_form_of_the_posterior(tmp_path: Path, form: str, second: Any, preci
 @pytest.mark.parametrize(("per", "threshold"), [("dimension", THRESHOLD), ("whole", 40.0)])
 @pytest.mark.parametrize("form", list(PLACES))
 def test_under_bfloat16_what_is_missed_of_the_gradient_is_its_rounding(
-    tmp_path: Path, form: str, per: Any, threshold: float, size: float
+    tmp_path: Path, caplog: Any, form: str, per: Any, threshold: float, size: float
 ) -> None:
+    caplog.set_level("INFO")
     torch.manual_seed(0)
     model = Foreign(form)
     with torch.no_grad():
@@ -81,6 +82,7 @@ def test_under_bfloat16_what_is_missed_of_the_gradient_is_its_rounding(
         fit(tmp_path, each, *callbacks, precision="bf16-mixed", max_steps=1)
     found, expected = (torch.cat([part.flatten() for part in each.gradients[0]]) for each in (model, twin))
     assert (found - expected).norm() < 0.01 * expected.norm()
+    assert "EnforcedFreeBits: bfloat16 rounds the module's own KL" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["pair", "map"])
@@ -174,6 +176,30 @@ def test_a_module_with_a_backward_and_a_prior_of_its_own(tmp_path: Path) -> None
     assert relative_error(model.gradients, twin.gradients) < 1e-5
 
 
+def test_two_posteriors_may_each_have_a_floor(tmp_path: Path) -> None:
+    class Two(Foreign):
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.style = Encoder()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            mean, log_variance = self.style(batch)
+            kl = 0.5 * (log_variance.exp() + mean**2 - 1 - log_variance)
+            rate = kl.sum(1).mean() if self.own_floor is None else free_bits(kl, self.free_bits)
+            return super().training_step(batch, batch_idx) + 0.3 * rate
+
+    torch.manual_seed(0)
+    model, twin = Two(), Two(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    floors = [
+        EnforcedFreeBits(THRESHOLD, "encoder", "weight", name="content"),
+        EnforcedFreeBits(THRESHOLD, "style", 0.3, name="style"),
+    ]
+    fit(tmp_path, model, *floors)
+    fit(tmp_path, twin, FreeBits(THRESHOLD))
+    assert relative_error(model.gradients, twin.gradients) < 1e-5
+
+
 def test_an_optimizer_that_computes_the_loss_several_times_in_a_step(tmp_path: Path) -> None:
     class Quasi(Foreign):
         def configure_optimizers(self) -> Any:
@@ -263,6 +289,30 @@ def test_a_step_that_is_skipped(tmp_path: Path) -> None:
     assert relative_error(model.gradients, twin.gradients) < 1e-5
 
 
+def test_a_step_without_the_posterior_has_no_floor(tmp_path: Path) -> None:
+    class Alternates(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            if batch_idx % 2 == 0:
+                return super().training_step(batch, batch_idx)
+            return self.decoder(torch.ones(1, LATENTS)).square().mean()  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model, twin = Alternates(), Alternates(own_floor={})
+    twin.load_state_dict(model.state_dict())
+    options = {"logger": CSVLogger(tmp_path), "log_every_n_steps": 1}
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"), **options)
+    fit(tmp_path, twin, FreeBits(THRESHOLD))
+    assert relative_error(model.gradients, twin.gradients) < 1e-5
+
+
+def test_a_floor_under_each_observation_is_not_averaged_over_processes(tmp_path: Path, monkeypatch: Any) -> None:
+    for name, value in {"several_processes": lambda _: True, "mean_over_processes": None}.items():
+        monkeypatch.setattr(f"lightning_vae.callbacks.enforced_free_bits.{name}", value)
+    fit(tmp_path, Foreign(), EnforcedFreeBits(THRESHOLD, "encoder", "weight", average="sample"))
+    with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+        fit(tmp_path, Foreign(), EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+
+
 def test_a_resumed_run_goes_on_under_the_same_floor(tmp_path: Path) -> None:
     """The second half of a run, resumed from the end of the first, has the gradients of the whole run."""
 
@@ -306,17 +356,44 @@ def test_rate_plus_shortfall_is_the_floored_rate_also_at_the_floor(per: Any, ave
         torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.parametrize("per", ["dimension", "whole"])
+def test_the_shares_of_two_processes_have_the_shortfall_of_the_whole_batch(per: Any) -> None:
+    torch.manual_seed(0)
+    kl = torch.rand(6, 4).mul(0.8).requires_grad_()
+    threshold = 0.4 if per == "dimension" else 2.0
+    whole = shortfall(kl, threshold, per, "batch")
+    shares = [shortfall(share, threshold, per, "batch", kl.detach().mean(0)) for share in kl.split(3)]
+    for share in shares:
+        torch.testing.assert_close(share, whole)
+    of_shares, of_whole = (torch.autograd.grad(each, kl)[0] for each in (sum(shares) / 2, whole))
+    torch.testing.assert_close(of_shares, of_whole)
+    assert whole > 0
+
+
+@pytest.mark.parametrize("form", list(PLACES))
+def test_the_rates_of_a_posterior_in_half_precision_are_computed_in_full(tmp_path: Path, form: str) -> None:
+    class Watching(Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            assert floor._rates is not None
+            assert floor._rates.dtype == torch.float32
+
+    floor = EnforcedFreeBits(THRESHOLD, weight="weight", **PLACES[form])
+    fit(tmp_path, Foreign(form), floor, Watching(), precision="bf16-mixed", max_steps=1)
+
+
 # ---- what it logs, and leaves behind
 
 
-def test_it_logs_what_free_bits_logs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("per", "average"), [("dimension", "batch"), (2, "sample")])
+def test_it_logs_what_free_bits_logs(tmp_path: Path, per: Any, average: Any) -> None:
     curves = []
     torch.manual_seed(0)
-    model, twin = Foreign(), Foreign(own_floor={})
+    model, twin = Foreign(), Foreign(own_floor={"per": per, "average": average})
     twin.load_state_dict(model.state_dict())
+    twin.free_bits_per, twin.free_bits_average = per, average
     schedule = Linear(start=0.2, stop=0.8, steps=6)
     for each, floor in (
-        (model, EnforcedFreeBits(schedule, "encoder", "weight")),
+        (model, EnforcedFreeBits(schedule, "encoder", "weight", per=per, average=average)),
         (twin, FreeBits(schedule, posterior="encoder")),
     ):
         logger = CSVLogger(tmp_path)
@@ -364,6 +441,10 @@ def test_the_hooks_are_removed_after_an_exception(tmp_path: Path, clears: bool) 
 
 def test_no_graph_outlives_its_step(tmp_path: Path) -> None:
     class Watching(Callback):
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            assert floor._rates is not None
+            assert not floor._rates.requires_grad
+
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             assert floor._reader._outputs is None
             assert floor._rates is None
@@ -472,6 +553,7 @@ def test_two_floors_under_one_posterior_are_refused(tmp_path: Path) -> None:
     [
         ({"weight": "wieght"}, r"the weight's path leads nowhere.*has no 'wieght'. Did you mean 'weight'"),
         ({"weight": "decoder"}, "`weight='decoder'` must lead to a number or a tensor of one element, got Sequential"),
+        ({"weight": "encode"}, "`weight='encode'` is a method that can't be called without arguments"),
         ({"posterior": "encodr"}, "has no submodule 'encodr'. Did you mean 'encoder'"),
         ({"posterior": "decoder"}, "must be a torch.distributions.Distribution or a pair of tensors"),
         ({"per": 3}, "`per` as a number of dimensions must divide the number of latent dimensions, got 3 for 4"),
@@ -479,14 +561,14 @@ def test_two_floors_under_one_posterior_are_refused(tmp_path: Path) -> None:
     ],
 )
 def test_what_shows_when_fitting_starts(tmp_path: Path, options: dict[str, Any], message: str) -> None:
-    class Encoded(Foreign):
-        def encode(self, x: Tensor) -> Any:
-            assert "did you mean" not in message.lower(), "a path that leads nowhere shows before the first batch"
-            return super().encode(x)
+    class Starts(Callback):
+        def on_train_start(self, *_: Any) -> None:
+            assert "Did you mean" not in message, "a path that leads nowhere shows earlier"
 
-    model = Encoded()
+    model = Foreign()
+    floor = EnforcedFreeBits(**{"threshold": 0.5, "posterior": "encoder", "weight": 0.7, **options})
     with pytest.raises(ValueError, match=message):
-        fit(tmp_path, model, EnforcedFreeBits(**{"threshold": 0.5, "posterior": "encoder", "weight": 0.7, **options}))
+        fit(tmp_path, model, floor, Starts())
     assert not model.encoder._forward_hooks
 
 
