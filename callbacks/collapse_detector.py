@@ -362,7 +362,7 @@ class CollapseDetector(Callback):
         if trainer.strategy.reduce_boolean_decision(alarm and state.name != self._reported, all=False):
             message = _message(self._title, state)
             with self._attempt("the message"):
-                MediaLogger(trainer).text(self._key("collapse/message"), message, self.step(trainer))
+                MediaLogger(trainer).text(self._key("collapse/message"), message, self._point(trainer))
             if callable(self.on_alarm):
                 self.on_alarm(trainer, pl_module, state)
                 return
@@ -409,7 +409,7 @@ class CollapseDetector(Callback):
         self.log_now(pl_module, {self._key("latent/active_units"): float(units)}, prog_bar=True, sync=sync)
         self.log_now(pl_module, {self._key(key): value for key, value in values.items()}, sync=sync)
         with self._attempt("the shift and scale"):
-            logger, step = MediaLogger(trainer), self.step(trainer)
+            logger, step = MediaLogger(trainer), self._point(trainer)
             for name in ("shift", "scale") if logger else ():
                 numbers = getattr(measured, name)
                 for dimension, value in enumerate(() if numbers is None else numbers[:_MOST_LOGGED].tolist()):
@@ -419,7 +419,11 @@ class CollapseDetector(Callback):
         for tag, history in (("variance", self._variances), ("rate", self._rates)):
             with self._attempt(f"the {tag} per dimension"):
                 if (picture := history.picture()) is not None:
-                    MediaLogger(trainer).image(self._key(f"latent/{tag}_per_dimension"), picture, self.step(trainer))
+                    MediaLogger(trainer).image(self._key(f"latent/{tag}_per_dimension"), picture, self._point(trainer))
+
+    def _point(self, trainer: Trainer) -> int:
+        """Return the step to draw at: for a training epoch its last one, so that a resumed run doesn't purge it."""
+        return self.step(trainer) - self._watches_training
 
     def _key(self, key: str) -> str:
         """Return the key to log under: ``latent/...``, or ``latent_<name>/...``."""
