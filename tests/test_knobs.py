@@ -67,7 +67,7 @@ def test_an_assignment_leaves_the_other_hyperparameters_alone():
 
 @pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
 def test_an_assignment_refuses_what_the_constructor_refuses(value):
-    """Case "beta set to nonsense"."""
+    """Case `beta_set_to_nonsense`."""
     vae = small(beta=2.0)
     with pytest.raises(ValueError, match=f"`beta` must be a finite number of at least 0, got {value}"):
         vae.beta = value
@@ -148,7 +148,7 @@ def test_a_configured_knob_wins_over_the_checkpoint_that_a_fit_goes_on_from(tmp_
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize("annealed", [True, False])
 def test_under_weight_averaging_validation_and_checkpoints_keep_the_target(tmp_path, use_buffers, first, annealed):
-    """Case "averaged weights average beta", on the VAE. A mean of 0.1's in float32 is not 0.1."""
+    """Case `averaged_weights_average_beta`, on the VAE. A mean of 0.1's in float32 is not 0.1."""
     seen = []
 
     class Watch(pl.Callback):

@@ -241,7 +241,7 @@ STARTERS = [
 
 @pytest.mark.parametrize(("make", "name"), STARTERS)
 def test_loading_is_no_start(make, name):
-    """Case "partial load collapses": after part of a checkpoint, or one without a batch, the data set the start."""
+    """Case `partial_load_collapses`: after part of a checkpoint, or one without a batch, the data set the start."""
     x, output = torch.full((10, 3), 0.3), torch.zeros(10, 3)
     right = make()
     right(output, x)

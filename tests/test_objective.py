@@ -99,7 +99,7 @@ def test_terms_and_loss_in_their_signs():
 
 @pytest.mark.parametrize("shape", [(), (4,), (3, 4, 2, 2)])
 def test_rates_that_are_not_one_for_each_observation_and_dimension_are_refused(shape):
-    """Case "free bits of another shape"."""
+    """Case `free_bits_of_another_shape`."""
     for function in (lambda rates: free_bits(rates, 0.25), group_rates):
         with pytest.raises(ValueError, match=r"`kl_per_dimension` must .* of shape \(B, k\), got .*`flatten\(1\)`"):
             function(torch.rand(shape))

@@ -119,7 +119,7 @@ def test_any_sequence_and_any_mapping_is_a_batch(batch):
 
 @pytest.mark.parametrize("batch", [{"image": images(3), "labels": torch.arange(3)}, UserDict(image=1, labels=2)])
 def test_a_mapping_without_the_data_is_explained_by_its_keys(batch):
-    """Case "batch without the key x"."""
+    """Case `batch_without_the_key_x`."""
     with pytest.raises(ValueError, match=r"`shape` is .* a mapping with 'image', 'labels'.*with the key 'x'"):
         small().training_step(batch, 0)
 
@@ -157,7 +157,7 @@ DOORS = {
     ],
 )
 def test_every_door_refuses_the_same_data_in_the_same_words(door, x, message):
-    """Cases "encode takes the wrong scale" and "elbo terms broadcasts"."""
+    """Cases `encode_takes_the_wrong_scale` and `elbo_terms_broadcasts`."""
     vae = small()
     for mode in (True, False):
         with pytest.raises(ValueError, match=message):

@@ -509,7 +509,7 @@ def test_terms_of_a_subclass_are_one_row_for_each_observation(wrong):
 
 
 def test_any_sequence_is_a_shape(tmp_path):
-    """Case "sequences of hydra"."""
+    """Case `sequences_of_hydra`."""
     vae = VAE(UserList([1, 4, 4]), LEVELS, latent_dim=3)
     assert vae.shape == vae.hparams["shape"] == SHAPE
     run = trainer(tmp_path, max_epochs=1)
@@ -564,7 +564,7 @@ def check_independent(vae, twin):
 @pytest.mark.parametrize("options", [{}, {"beta": 4.0, "likelihood": OPTIMAL}, {"free_bits": 0.5}])
 @pytest.mark.filterwarnings("ignore:`beta` is 4 with a likelihood")
 def test_a_module_can_be_copied_after_a_step_of_a_plain_loop(tmp_path, options):
-    """Case "no deepcopy after a step"."""
+    """Case `no_deepcopy_after_a_step`."""
     vae = small(**options)
     vae.training_step(images(5), 0).backward()
     assert vae.posterior is not None
@@ -604,7 +604,7 @@ def test_a_module_can_be_copied_in_any_hook(tmp_path, averaged):
 @pytest.mark.parametrize("make", [small, lambda: VAE((6,), latent_dim=2), lambda: VAE((3, 8, 8), 256, latent_dim=2,
     encoder=ConvEncoder, decoder=ConvDecoder)], ids=["mlp", "vectors", "conv"])  # fmt: skip
 def test_the_model_and_its_networks_are_exported_for_any_batch(make):
-    """Case "no forward"."""
+    """Case `no_forward`."""
     vae = make().eval()
     x = torch.randint(0, vae.levels or 2, (4, *vae.shape))
     x = x if vae.levels else x.float()

@@ -368,7 +368,7 @@ def test_a_changed_target_is_said_once(tmp_path: Path) -> None:
 def test_a_foreign_module_configured_with_another_weight_at_resume_trains_on_at_that_weight(
     tmp_path: Path, kind: str
 ) -> None:
-    """Case "other weight at resume is ignored"."""
+    """Case `other_weight_at_resume_is_ignored`."""
 
     def module(beta: float) -> ForeignModule:
         model = ForeignModule(beta=beta)

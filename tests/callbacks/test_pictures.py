@@ -556,7 +556,7 @@ class Conditional(LightningModule):
 
 @pytest.mark.parametrize("sanity", [0, 2])
 def test_a_decoder_that_wants_a_class_is_named_once_and_drawing_stops(tmp_path, sanity):
-    """Case "picture that fails loses an epoch"."""
+    """Case `picture_that_fails_loses_an_epoch`."""
 
     class First(Callback):
         def on_train_start(self, *_):

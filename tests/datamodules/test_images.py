@@ -227,7 +227,7 @@ def reds(datamodule: Images) -> list[set[int]]:
 
 
 def test_links_are_followed_and_circles_are_not(tmp_path, said):
-    """Case "symlinked class folder"."""
+    """Case `symlinked_class_folder`."""
     folder_of(tmp_path / "set" / "cat")
     folder_of(tmp_path / "elsewhere")
     save(tmp_path / "alone.png")
@@ -296,7 +296,7 @@ def test_the_folders_of_a_test_root_are_named_too(tmp_path, said):
 
 
 def test_one_more_image_moves_no_other(tmp_path):
-    """Case "one more image redeals the splits"."""
+    """Case `one_more_image_redeals_the_splits`."""
     folder_of(tmp_path, 60)
     before = reds(ready(Images(tmp_path, size=6)))
     save(tmp_path / "005.png", colour=(255, 0, 0))
@@ -322,7 +322,7 @@ def test_an_empty_split_says_what_to_do(tmp_path):
 @pytest.mark.parametrize("classes", [("",), ("cat", "dog")])
 @pytest.mark.parametrize("names", [("train", "val", "test"), ("Training", "validation", "Test")])
 def test_folders_of_splits_are_used_as_splits(tmp_path, classes, names):
-    """Case "folders of splits taken for classes"."""
+    """Case `folders_of_splits_taken_for_classes`."""
     for red, name in enumerate(names):
         for label, folder in enumerate(classes):
             for number in range(3):
@@ -372,7 +372,7 @@ def test_two_sources_of_test_images_are_refused(tmp_path):
 @pytest.mark.parametrize(("background", "colour"), [("white", [255, 255, 255]), ("#ff0010", [255, 0, 16])])
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_is_put_on_the_background(tmp_path, said, background, colour, mode):
-    """Case "transparent drawings are black"."""
+    """Case `transparent_drawings_are_black`."""
     for number in range(8):
         image = Image.new(mode, (6, 6), {"RGBA": (0, 0, 0, 0), "LA": (0, 0), "P": 0}[mode])
         image.save(tmp_path / f"{number}.png", **({"transparency": 0} if mode == "P" else {}))
@@ -383,7 +383,7 @@ def test_transparency_is_put_on_the_background(tmp_path, said, background, colou
 
 @pytest.mark.parametrize("budget", [0, 1])
 def test_all_broken_files_are_named_and_left_out_on_request(tmp_path, said, budget):
-    """Case "broken image while streaming"."""
+    """Case `broken_image_while_streaming`."""
     folder_of(tmp_path, 40)
     (tmp_path / "07.png").write_bytes(b"no image")
     (tmp_path / "08.png").write_bytes((tmp_path / "08.png").read_bytes()[:-25])  # its header is sound

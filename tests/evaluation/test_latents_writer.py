@@ -173,7 +173,7 @@ def test_what_can_not_be_written_is_an_error(output, loaders, message):
 
 
 def test_rows_are_named_by_the_data_module(tmp_path):
-    """Case "latents without names"."""
+    """Case `latents_without_names`."""
 
     class Data(LightningDataModule):
         class_names = ("cat", "dog")

@@ -489,7 +489,7 @@ NAMES = ("sandal", "boot", "shirt")
     ],
 )
 def test_the_probes_find_classes_beside_the_observations(items):
-    """Case "labels beside the observations"."""
+    """Case `labels_beside_the_observations`."""
     vae, x, label = three_clusters()
     data = [items(*pair) for pair in zip(x, label, strict=True)]
     subset = torch.utils.data.random_split(data, [60, 0])[0]  # type: ignore[arg-type, var-annotated]

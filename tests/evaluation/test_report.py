@@ -37,7 +37,7 @@ def run_test(tmp_path, vae, loaders, **options):
 
 
 def test_a_loader_without_a_length_is_evaluated(tmp_path, capsys):
-    """Case "test needs a length"."""
+    """Case `test_needs_a_length`."""
     x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     vae = optimal_linear_vae(x, 2, 0.1)
     with pytest.warns(UserWarning, match="Without a logger"):

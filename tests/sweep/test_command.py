@@ -312,7 +312,7 @@ FEW = ["sweep", "--config", LINEAR, f"--data={FewForTheTest.__module__}.FewForTh
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers", "ignore:.*does not have many")
 @pytest.mark.parametrize("size", [pytest.param(6, marks=pytest.mark.exhaustive), 1])
 def test_a_point_with_few_test_observations_is_measured(size, calls, capsys):
-    """Case "sweep trains what it cant evaluate"."""
+    """Case `sweep_trains_what_it_cant_evaluate`."""
     main([*FEW, f"--data.size={size}"])
     assert kinds(calls) == ["fit", "test"]
     (row,) = table("results")

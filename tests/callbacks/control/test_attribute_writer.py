@@ -234,7 +234,7 @@ class Buffered(Warmed):
 @pytest.mark.parametrize("use_buffers", [True, False])
 @pytest.mark.parametrize("first", [True, False])
 def test_weight_averaging_does_not_average_the_number(tmp_path: Path, first: bool, use_buffers: bool) -> None:
-    """Case "averaged weights average beta": validation and checkpoints hold the target of somebody's buffer."""
+    """Case `averaged_weights_average_beta`: validation and checkpoints hold the target of somebody's buffer."""
     model = Buffered()
     save = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=2)
     annealing = KLAnnealing(Linear(fraction=0.5), "buffer", probe=False)

@@ -642,7 +642,7 @@ def test_a_small_rate_of_half_precision_is_not_rounded_again(dtype: torch.dtype)
 
 @pytest.mark.parametrize("paths", [UserList(["mean", "second"]), ["mean", "second"]])
 def test_any_sequence_of_paths(paths):
-    """Case "sequences of hydra"."""
+    """Case `sequences_of_hydra`."""
     model, batch = Views(), torch.randn(2, 5, 2)
     reader = DistributionReader(paths)
     assert type(reader.key) is list
