@@ -1,4 +1,4 @@
-"""What else may set a number of the module, and what to do about it."""
+"""Find what else sets a number of the module, and the remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a pass over the data says about the latents, and the verdict."""
+"""The measurements of one pass over the data, and the verdict on them."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class LatentReport:
 
     @property
     def remedy(self) -> str:
-        """What to try next."""
+        """The remedy to try next."""
         return self.collapse.remedy
 
     @property
@@ -134,7 +134,7 @@ def report(
         classes: Number of classes of each categorical group, 1 for other latents.
         unimix: Share of the uniform distribution in categorical posteriors.
         is_estimate: Whether rates are estimates.
-        thresholds: What the verdict depends on.
+        thresholds: The thresholds of the verdict.
     """
     count, rates, standard = sums.rates[0], sums.rates[1:] / sums.rates[0], sums.standard
     each = standard[0].clamp(min=1)
@@ -203,7 +203,7 @@ def report(
 
 
 class _Information(NamedTuple):
-    """What the kept observations say of the rate's two parts, ``None`` if they can't."""
+    """The two parts of the rate, estimated from the kept observations; ``None`` where there is no estimate."""
 
     mutual_information: float | None
     marginal_kl: float | None

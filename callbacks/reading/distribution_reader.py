@@ -205,7 +205,7 @@ class DistributionReader:
             values = self._called(pl_module, batch) if self._captured is None else self._captured
             self._batch = self._captured = None
             return values
-        return separate(_own_posterior(pl_module))
+        return _separate(_own_posterior(pl_module))
 
     def unhook(self) -> None:
         """Remove every hook until the next :meth:`listen`; a module saved as an object would otherwise contain them.
@@ -227,7 +227,7 @@ class DistributionReader:
     def _called(self, pl_module: LightningModule, batch: Any) -> list[Any]:
         assert callable(self.posterior)
         with isolated(pl_module):
-            return separate(self.posterior(pl_module, batch))
+            return _separate(self.posterior(pl_module, batch))
 
     def _keep(self, path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._within_prior or self._outputs is None or is_extra_pass():
@@ -287,7 +287,7 @@ def _sample_beside(value: Any, distribution: Distribution) -> Tensor | None:
     return samples[0] if len(samples) == 1 else None
 
 
-def separate(value: Any) -> list[Any]:
+def _separate(value: Any) -> list[Any]:
     """Return the distributions of a value that holds one or several."""
     return list(value) if is_several(value) else [value]
 

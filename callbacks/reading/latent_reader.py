@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
 Place = str | Sequence[str] | Callable[[Any, Any], Any] | Distribution | None
-"""Where a distribution is, as in :class:`~.distribution_reader.DistributionReader`, or a distribution that is fixed."""
+"""The place of a distribution, see :class:`~.distribution_reader.DistributionReader`, or a fixed distribution."""
 Places = Place | Mapping[str, Place]
 """One place, or one for each named group of latents."""
 
@@ -154,7 +154,7 @@ class LatentReader:
 
     @property
     def posterior(self) -> Any:
-        """Where the posterior is, as given; the places by group, if there are several."""
+        """The place of the posterior, as given; a dict of places if there are several groups."""
         places = {name: reader.posterior for name, reader in self._posteriors.items()}
         return places.get("", places)
 
@@ -260,6 +260,7 @@ class LatentReader:
     def _prior(self, name: str, pl_module: LightningModule, batch: Any, posteriors: list[Distribution]) -> list[Any]:
         if name in self._priors:
             if (density := _density_at(pl_module, self._priors[name])) is not None:
+                self._priors[name].forget()  # it is asked, and not called as a whole
                 return [density]
             values = self._priors[name].values(pl_module, batch)
             where = f"`prior={self._priors[name].key!r}`"

@@ -459,7 +459,7 @@ def test_the_target_rate_is_steered_by_each_batch(tmp_path: Path, kind: Any) -> 
     state, weights = ControllerState.start(math.log(1e-3), "cpu"), []
     for rates in module.encoded:
         weights.append(float(state.log_weight.exp()))
-        # What is encoded after the first optimizer's step is of other weights.
+        # After the first optimizer's step the encoder has other weights.
         of_step = rates[:1] if kind is Closures else rates
         state = controller(state, torch.tensor(of_step).mean(), 2.0)
     assert module.used == pytest.approx(weights, rel=1e-5)

@@ -1,4 +1,4 @@
-"""What callbacks and schedulers monitor, checked before the first step."""
+"""Checks of monitors before the first step."""
 
 import copy
 from contextlib import nullcontext
@@ -85,7 +85,7 @@ Plateau.__module__ = Forgiving.__module__ = VAE.__module__  # as if a config had
 
 
 class Trained(Callback):
-    """Whether a run has made a step."""
+    """Notes that a run has made a step."""
 
     def __init__(self):
         self.has_stepped = False

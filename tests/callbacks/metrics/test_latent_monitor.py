@@ -107,6 +107,7 @@ def test_sequences_of_varying_length_with_padding(pool):
 
 def test_padding_and_batching_change_nothing():
     posterior, mask = gaussians(12, 4, 2), torch.rand(12, 4) > 0.3
+    posterior = Normal(0.1 * posterior.loc, 1.0 + posterior.scale)  # far from the limit of the mutual information
     padded = Normal(posterior.loc.where(mask[..., None], 1e3), posterior.scale)
     whole, parts = LatentMonitor(), LatentMonitor()
     whole.update(posterior, mask=mask)
@@ -223,6 +224,10 @@ def test_a_deterministic_encoder_is_a_state_of_its_own():
     wide = measured(Normal(mean, torch.full_like(mean, 0.5)), batch=100)
     assert wide.state == "healthy"
     assert measured(Normal(mean, torch.full_like(mean, 1e-6)), batch=100, min_width=0.0).state == "healthy"
+    for factor, state in ((0.9, "deterministic"), (1.1, "healthy")):
+        limit = factor * report.marginal_kl / report.active_units
+        again = measured(Normal(mean, torch.full_like(mean, 1e-6)), batch=100, max_marginal_kl=limit)
+        assert again.state == state
 
 
 def test_very_many_dimensions_are_estimated_from_a_choice():
@@ -295,7 +300,10 @@ def share(rank, folder):
         results.append(
             (report.variance, report.rate_per_dimension, report.shift, report.scale, report.mutual_information)
         )
-    torch.save(results, f"{folder}/{rank}.pt")
+    by_place = LatentMonitor(observations=16)
+    for first in range(0, 20, 5):
+        by_place.update(part(gaussians(40, 2), slice(rank + 2 * first, rank + 2 * first + 10, 2)))
+    torch.save([results, by_place.compute().mutual_information], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -307,7 +315,10 @@ def test_two_processes_equal_one(tmp_path):
         alone.update(gaussians(10, length, 2, seed=number), gaussians(1, 1, 2, seed=9), index=index)
     report = alone.compute()
     for rank in range(2):
-        for variance, rate, shift, scale, information in torch.load(tmp_path / f"{rank}.pt"):
+        results, by_place = torch.load(tmp_path / f"{rank}.pt")
+        # Without an index, observations count in the order of DistributedSampler: every second one.
+        assert by_place == pytest.approx(measured(gaussians(40, 2), observations=16).mutual_information)
+        for variance, rate, shift, scale, information in results:
             torch.testing.assert_close(variance, report.variance)
             torch.testing.assert_close(rate, report.rate_per_dimension)
             torch.testing.assert_close(shift, report.shift)

@@ -23,3 +23,23 @@ def test_the_active_dimensions_are_those_that_are_counted():
     means = torch.tensor([[0.006, 0.0], [0.206, 0.0]])  # their variance is above 0.01, and rounds to it in float32
     assert PosteriorSummary.of(means, Normal(0.0, 1.0)).active == [0]
     assert active_units(means) == 1
+
+
+def test_dimensions_are_measured_in_units_of_a_gaussian_prior():
+    mean, loc, scale = torch.randn(50, 3), torch.randn(50, 3), torch.rand(50, 3) + 0.5
+    codes = PosteriorSummary.of(Normal(mean, 0.5), Normal(loc, scale))
+    standard, standard_scale = codes.in_units_of_prior
+    torch.testing.assert_close(standard, (mean - loc) / scale)
+    torch.testing.assert_close(standard_scale, 0.5 / scale)
+    same = PosteriorSummary.of(Normal(loc, 0.5), Normal(loc, scale))
+    assert same.active == []  # the means vary, as much as the prior's
+
+
+def test_of_very_many_dimensions_some_are_chosen_and_keep_their_names():
+    few, many = Normal(torch.randn(5, 2), 1.0), Normal(torch.randn(5, 3, 10, 10), 1.0)
+    beside = PosteriorSummary.beside(PosteriorSummary.of(each, Normal(0.0, 1.0)) for each in (few, many))
+    whole = torch.cat([few.loc, many.loc.flatten(1)], dim=1)
+    assert beside.mean.shape == beside.rates.shape == (5, 256)
+    assert torch.equal(beside.mean, whole[:, list(beside.numbers)])
+    assert beside.name(255) == f"z{beside.numbers[255]}"
+    assert PosteriorSummary.joined([beside, beside]).numbers == beside.numbers

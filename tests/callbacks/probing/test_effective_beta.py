@@ -96,7 +96,7 @@ class Foreign(pl.LightningModule):
 
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What KLAnnealing says without warning."""
+    """The texts of KLAnnealing that are no warnings."""
     said: list[str] = []
     monkeypatch.setattr("lightning_vae.callbacks.kl_annealing.rank_zero_info", said.append)
     return said

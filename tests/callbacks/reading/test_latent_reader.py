@@ -3,12 +3,14 @@ import warnings
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.distributions import Categorical as Weights
-from torch.distributions import Independent, MixtureSameFamily, Normal, OneHotCategorical, kl_divergence
+from torch.distributions import Independent, MixtureSameFamily, Normal, kl_divergence
 from torch.utils.data import DataLoader
 
-from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, LatentSpace, Linear, TargetRate
+from lightning_vae.callbacks import Callback, CollapseDetector, FreeBits, KLAnnealing, LatentSpace, Linear, TargetRate
 from lightning_vae.callbacks.reading.latent_reader import LatentReader
 from tests.doubles import quiet_trainer
 
@@ -37,13 +39,12 @@ class VampPrior(nn.Module):
 class Model(LightningModule):
     """A VAE whose KL is recorded as its own loss computes it, at its own sample."""
 
-    def __init__(self, prior=None, rows=8):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(1)
         self.encoder, self.decoder, self.prior_net = Encoder(6, 6), nn.Linear(3, 6), Encoder(6, 6)
         self.latents = nn.Identity()  # hands the sample on, so that it can be seen
-        self.own = prior(self) if prior else None
-        self.kls, self.rows = [], rows
+        self.kls, self.floor = [], 0.0
 
     def training_step(self, batch, batch_idx):
         mean, log_variance = self.encoder(batch)
@@ -57,6 +58,9 @@ class Model(LightningModule):
         mean, log_variance = self.prior_net(batch)
         self.p = Normal(mean, (0.5 * log_variance).exp())
         return kl_divergence(self.q, self.p).sum(1)
+
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
@@ -84,11 +88,11 @@ class Learned(Model):
         return kl_divergence(self.q, self.prior).sum(1)
 
 
-def fit(tmp_path, model, *callbacks, epochs=2):
+def fit(tmp_path, model, *callbacks, epochs=2, validates=False, **options):
     torch.manual_seed(0)
-    data = torch.randn(16, 6)
-    trainer = quiet_trainer(tmp_path, callbacks=list(callbacks), max_epochs=epochs, log_every_n_steps=1)
-    trainer.fit(model, DataLoader(data, 8))
+    loader = DataLoader(torch.randn(16, 6), 8)
+    trainer = quiet_trainer(tmp_path, callbacks=list(callbacks), max_epochs=epochs, log_every_n_steps=1, **options)
+    trainer.fit(model, loader, loader if validates else None)
     return trainer
 
 
@@ -116,10 +120,9 @@ def test_reading_leaves_no_trace(tmp_path, name):
     runs = []
     for callbacks in (
         [],
-        [CollapseDetector(posterior="encoder", **places), FreeBits(0.0, "kls.0", posterior="encoder", **places)],
+        [CollapseDetector(posterior="encoder", **places), FreeBits(0.0, "floor", posterior="encoder", **places)],
     ):
         model = make()
-        model.kls.append(0.0)
         fit(tmp_path, model, *callbacks)
         runs.append(model.state_dict())
     assert all(torch.equal(runs[0][key], runs[1][key]) for key in runs[0])
@@ -132,8 +135,8 @@ def test_pseudo_inputs_are_no_observations(tmp_path, count):
     assert detector.report.count == 16
 
 
-class WithinPrior(Vamp):
-    """The prior is called as a whole, and its pseudo-inputs come out of a layer."""
+class WithinPrior(Model):
+    """The prior is called as a whole, and its pseudo-inputs come out of a layer: without gradients nothing shows it."""
 
     def __init__(self):
         super().__init__()
@@ -145,17 +148,49 @@ class WithinPrior(Vamp):
         return kl_divergence(self.q, STANDARD).sum(1)
 
 
-def test_calls_within_the_prior_are_no_observations(tmp_path):
-    model, detector = WithinPrior(), CollapseDetector(posterior="encoder", prior=STANDARD)
-    fit(tmp_path, model, detector, epochs=1)
+@pytest.mark.parametrize("validates", [True, False])
+def test_calls_within_the_prior_are_no_observations(tmp_path, validates):
+    detector = CollapseDetector(posterior="encoder", prior=STANDARD)
+    fit(tmp_path, WithinPrior(), detector, epochs=1, validates=validates)
     assert detector.report.count == 16
+
+
+class FixedInputs(Model):
+    """Its pseudo-inputs are observations that it keeps: no gradient shows them."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("pseudo_inputs", torch.randn(8, 6))
+
+    def kl(self, batch, z):
+        self.encoder(self.pseudo_inputs)
+        return kl_divergence(self.q, STANDARD).sum(1)
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_buffers_are_no_observations(tmp_path, validates):
+    detector = CollapseDetector(posterior="encoder", prior=STANDARD)
+    fit(tmp_path, FixedInputs(), detector, epochs=1, validates=validates)
+    assert detector.report.count == 16
+
+
+def test_a_model_saved_amid_a_pass_has_no_hooks_of_a_prior_that_is_asked(tmp_path):
+    class Saves(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            trainer.save_checkpoint(tmp_path / "amid.ckpt")
+            hooks.append([len(module._forward_hooks) for module in pl_module.modules()])
+
+    hooks = []
+    detector = CollapseDetector(posterior="encoder", prior="vamp", z="latents")
+    fit(tmp_path, Vamp(count=3), detector, Saves(), epochs=1, validates=True)
+    assert not any(map(any, hooks))
 
 
 class Hierarchy(Model):
     def training_step(self, batch, batch_idx):
         mean, log_variance = self.encoder(batch)
         self.top = Normal(mean, (0.5 * log_variance).exp())
-        self.bottom, self.p = OneHotCategorical(logits=batch.unflatten(1, (2, 3))), Normal(mean + 1.0, 2.0)
+        self.p = Normal(mean + 1.0, 2.0)
         self.kls.append(
             float((kl_divergence(self.top, STANDARD) + kl_divergence(self.q2, self.p)).detach().sum(1).mean())
         )
@@ -226,10 +261,11 @@ def test_priors_and_posteriors_that_do_not_pair_up(tmp_path):
 
 
 def test_the_latent_space_of_a_conditional_prior(tmp_path):
-    model = Model()
-    model.validation_step = model.training_step
-    trainer = quiet_trainer(tmp_path, callbacks=[LatentSpace(posterior="encoder", prior="prior_net")], max_epochs=1)
-    trainer.fit(model, DataLoader(torch.randn(16, 6), 8), DataLoader(torch.randn(16, 6), 8))
+    logger = TensorBoardLogger(tmp_path)
+    callback = LatentSpace(posterior="encoder", prior="prior_net")
+    fit(tmp_path, Model(), callback, epochs=1, validates=True, logger=logger)
+    tags = EventAccumulator(logger.log_dir).Reload().Tags()["images"]
+    assert {"latent/against_prior", "latent/by_label"} <= set(tags)
 
 
 class Scaled(Model):
@@ -252,7 +288,7 @@ class Scaled(Model):
 def test_a_reader_that_takes_the_second_parameter_for_another_is_told(tmp_path, second):
     callbacks = [
         KLAnnealing(Linear(steps=4), attribute="kl_weight"),
-        FreeBits(0.0, "rows", posterior=("fc_mean", "fc_scale"), second=second),
+        FreeBits(0.0, "floor", posterior=("fc_mean", "fc_scale"), second=second),
     ]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
