@@ -6,9 +6,18 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, Independent, MultivariateNormal, Normal, kl_divergence
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    kl_divergence,
+)
 
 from .distributions import describe
+
+_WHOLE = (MultivariateNormal, LowRankMultivariateNormal)
 
 
 def kl_per_dimension(posterior: Distribution, prior: Distribution) -> Tensor:
@@ -133,7 +142,7 @@ def _aligned(posterior: Distribution, prior: Any) -> tuple[Distribution, Any]:
         except (RuntimeError, ValueError, NotImplementedError):
             return posterior, prior  # refused by its shape
         prior = Independent(prior, own - other, validate_args=False)
-    if isinstance(posterior, MultivariateNormal) or isinstance(prior, MultivariateNormal):
+    if isinstance(posterior, _WHOLE) or isinstance(prior, _WHOLE):
         return _as_whole(posterior, posterior.mean), _as_whole(prior, posterior.mean)
     return posterior, prior
 

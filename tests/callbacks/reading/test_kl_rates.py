@@ -4,6 +4,7 @@ from torch.distributions import (
     Categorical,
     Distribution,
     Independent,
+    LowRankMultivariateNormal,
     MixtureSameFamily,
     MultivariateNormal,
     Normal,
@@ -85,6 +86,14 @@ def test_a_full_covariance_has_one_part_in_closed_form_under_every_spelling_of_t
     expected = 0.5 * (covariance.trace() + FULL.loc.square().sum(1) - 3 - covariance.logdet())
     assert not is_estimate
     torch.testing.assert_close(nats, expected[:, None])
+
+
+def test_a_covariance_of_low_rank_has_a_closed_form_too() -> None:
+    posterior = LowRankMultivariateNormal(FULL.loc, TRIL[:, :1], torch.ones(3).double())
+    nats, is_estimate = rate_parts(posterior, Normal(0.0, 1.0))
+    whole = MultivariateNormal(FULL.loc, TRIL[:, :1] @ TRIL[:, :1].T + torch.eye(3).double())
+    assert not is_estimate
+    torch.testing.assert_close(nats, kl_divergence(whole, VECTOR)[:, None])
 
 
 def test_a_factorised_posterior_under_a_full_covariance_has_one_part() -> None:
