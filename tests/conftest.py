@@ -18,9 +18,6 @@ os.environ.setdefault("GLOO_SOCKET_IFNAME", next(name for _, name in socket.if_n
 # The models of the tests are small: threads cost them more than they give.
 torch.set_num_threads(1)
 
-# A first backward pass that comes after torch.compile starts threads, with which no process can be forked.
-torch.zeros((), requires_grad=True).backward()
-
 # How many examples hypothesis tries, the same ones each time: `--hypothesis-profile=thorough` for 1,300. It is not
 # there where the callbacks are tested on what they alone need.
 if find_spec("hypothesis"):

@@ -1,8 +1,7 @@
-"""Two processes against one: all their runs in one pair of forked processes, as each start costs."""
+"""Two processes against one: all their runs in one pair of processes, as each start costs."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,13 +15,13 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.multiprocessing.spawn import start_processes
 from torch.utils.data import DataLoader
 
 from lightning_vae import VAE, Gaussian, mean_over_processes
 from lightning_vae.callbacks import CollapseDetector, EnforcedFreeBits, KLAnnealing, Linear, TargetRate
 from lightning_vae.datamodules import TensorLoader
 from tests.doubles import quiet_trainer
+from tests.processes import in_two_processes
 
 LATENTS = 4
 FLOORS = {
@@ -185,10 +184,7 @@ def metrics(trainer: Any) -> dict[str, float]:
 
 
 def one_of_two(rank: int, root: Path) -> None:
-    os.environ["LOCAL_RANK"] = str(rank)  # so that Lightning starts no further process
-    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/store", rank=rank, world_size=2)
     torch.save(dict(scenarios(root, rank)), root / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +193,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str
     root = tmp_path_factory.mktemp("processes")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Forked, as spawned processes import torch and Lightning anew.
-        start_processes(one_of_two, args=(root,), nprocs=2, start_method="fork")
+        in_two_processes(one_of_two, root)
         return [dict(scenarios(root)), *(torch.load(root / f"{rank}.pt") for rank in range(2))]
 
 

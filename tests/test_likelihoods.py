@@ -6,10 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import distributions as td
-from torch.multiprocessing.spawn import start_processes
 
 from lightning_vae import Bernoulli, ContinuousBernoulli, DiscretisedLogistic, Gaussian, Likelihood
 from lightning_vae.likelihoods import default_likelihood
+from tests.processes import in_two_processes
 
 
 def test_bernoulli_is_normalised():
@@ -98,7 +98,6 @@ def test_optimal_variance_is_the_batchs_in_training_and_a_saved_running_mean_at_
 
 
 def _share(rank, folder):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     x, output = errors()
     part = slice(0, 30) if rank == 0 else slice(30, 37)
     variances = [
@@ -108,7 +107,6 @@ def _share(rank, folder):
     bernoulli = Bernoulli((3,), start_at_mean=True)
     bernoulli(output[part], (x[part] > 0).float())
     (folder / f"{rank}.txt").write_text(repr([*variances, *bernoulli.offset.tolist()]))
-    torch.distributed.destroy_process_group()
 
 
 def errors():
@@ -116,9 +114,8 @@ def errors():
     return torch.randn(37, 3, generator=generator), torch.randn(37, 3, generator=generator)
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
 def test_what_starts_from_a_batch_starts_from_the_global_one(tmp_path):
-    start_processes(_share, args=(tmp_path,), nprocs=2, start_method="fork")
+    in_two_processes(_share, tmp_path)
     x, output = errors()
     mse = (x - output).square().mean().item()
     on = (x > 0).sum(dim=0)

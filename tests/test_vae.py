@@ -32,6 +32,7 @@ from lightning_vae.callbacks import CollapseDetector, KLAnnealing, Linear
 from lightning_vae.datamodules import Digits, TensorLoader
 from lightning_vae.noise import _POSTERIOR_SEED, uniform_by_index
 from tests.image_vae import LEVELS, SHAPE, LaplaceEncoder, images, loader, rows, small, small_like, trainer
+from tests.processes import in_two_processes
 
 OPTIMAL = functools.partial(Gaussian, variance="optimal")
 
@@ -381,11 +382,13 @@ class Sharer(VAE):
         )
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def share(rank, folder):
+    run = trainer(folder, devices=2, strategy="ddp", max_epochs=1, num_sanity_val_steps=0)
+    run.fit(Sharer(folder), loader(64, batch_size=8), loader(71, batch_size=8))
+
+
 def test_two_processes_validate_as_one(tmp_path):
-    # Forked, as spawned processes import torch and Lightning anew.
-    run = trainer(tmp_path, devices=2, strategy="ddp_fork", max_epochs=1, num_sanity_val_steps=0)
-    run.fit(Sharer(tmp_path), loader(64, batch_size=8), loader(71, batch_size=8))
+    in_two_processes(share, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one["metrics"] == pytest.approx(other["metrics"])
     assert len({*one["seeds"], *other["seeds"]}) == 2 * 4, "noise of its own for each process and batch"

@@ -1,7 +1,6 @@
 import csv
 import json
 import pickle
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.callbacks.metrics.mutual_information import mutual_information
 from lightning_vae.callbacks.metrics.observation_subset import random_keys
 from tests.doubles import quiet_trainer
+from tests.processes import in_two_processes
 
 
 def detect(*args, **options):
@@ -630,21 +630,25 @@ class Stream(IterableDataset[Any]):
         return iter(self.items)
 
 
+def fit_until_it_stops(rank, folder, **options):
+    detector = detect(observations=350, on_alarm="stop")
+    model = Shared(folder, states=["healthy", "offset", "offset"])
+    (folder / f"rows{rank}.json").write_text(json.dumps(rows_of(fit(folder, detector, model, epochs=9, **options))))
+
+
+def fit_with_another(rank, folder):
+    fit_until_it_stops(rank, folder, strategy="ddp", devices=2, use_distributed_sampler=False)
+
+
+@pytest.mark.filterwarnings("ignore:CollapseDetector. the posterior is offset")
 def test_two_processes_equal_one_and_stop_together(tmp_path):
-    states = ["healthy", "offset", "offset"]
-    runs = []
-    for name, options in (
-        ("one", {}),
-        ("two", {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False}),
-    ):
-        folder = tmp_path / name
-        folder.mkdir()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            detector = detect(observations=350, on_alarm="stop")
-            runs.append(rows_of(fit(folder, detector, Shared(folder, states=states), epochs=9, **options)))
-    assert [row["latent/active_units"] for row in runs[0]] == [4, 1, 1]
-    for one, two in zip(*runs, strict=True):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    fit_until_it_stops(0, tmp_path / "one")
+    in_two_processes(fit_with_another, tmp_path / "two")
+    alone, together = (json.loads((tmp_path / name / "rows0.json").read_text()) for name in ("one", "two"))
+    assert [row["latent/active_units"] for row in alone] == [4, 1, 1]
+    for one, two in zip(alone, together, strict=True):
         assert two == pytest.approx(one, rel=1e-6)
     ends = [json.loads((tmp_path / "two" / f"{rank}.json").read_text()) for rank in range(2)]
     assert ends[0] == ends[1]

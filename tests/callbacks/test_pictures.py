@@ -16,6 +16,7 @@ from lightning_vae.callbacks import Dashboard, LatentSpace, Pictures
 from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.callbacks.metrics.observation_subset import evenly_spaced_rows
 from tests.doubles import quiet_trainer
+from tests.processes import in_two_processes
 
 TAGS = {"images/reconstructions", "images/samples", "images/interpolations", "images/traversals"}
 # What a project may do all the same.
@@ -451,13 +452,15 @@ def test_pickle_and_yaml_defaults():
         assert type(pickle.loads(pickle.dumps(callback))) is type(callback)
 
 
-@pytest.mark.filterwarnings("ignore")  # what Lightning says of processes that are forked
-def test_two_processes_draw_once_and_wait_for_nobody(tmp_path):
+def draw(rank, folder):
     callbacks = [Pictures(), LatentSpace(), Dashboard()]
-    logger = TensorBoardLogger(tmp_path, "board", version=0)
-    data = images((1, 8, 8), rows=32)
-    run(tmp_path, callbacks, small_vae(), data, logger=logger, strategy="ddp_fork", devices=2)
-    events = EventAccumulator(logger.log_dir, size_guidance={"images": 0}).Reload()
+    logger = TensorBoardLogger(folder, "board", version=0)
+    run(folder, callbacks, small_vae(), images((1, 8, 8), rows=32), logger=logger, strategy="ddp", devices=2)
+
+
+def test_two_processes_draw_once_and_wait_for_nobody(tmp_path):
+    in_two_processes(draw, tmp_path)
+    events = EventAccumulator(str(tmp_path / "board" / "version_0"), size_guidance={"images": 0}).Reload()
     assert set(events.Tags()["images"]) == ALL
     assert len(events.Images("images/samples")) == 2
 

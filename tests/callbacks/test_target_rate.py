@@ -20,6 +20,7 @@ from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules import linear_vae_optimum
 from lightning_vae.objective import limited_rate_loss
 from tests.doubles import RecordingVAE, loader, quiet_trainer, weight_averaging
+from tests.processes import in_two_processes
 from tests.test_yardstick import SPECTRUM, VARIANCE, LinearVAE
 
 pytestmark = [
@@ -423,12 +424,13 @@ class Sharing(RecordingVAE):
         torch.save({"betas": betas(self), "rates": self.rates}, self.folder / f"{self.global_rank}.pt")
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def share(rank: int, folder: Path) -> None:
+    callbacks = [TargetRate(0.5, smoothing=0.0)]
+    quiet_trainer(folder, devices=2, strategy="ddp", callbacks=callbacks, max_epochs=2).fit(Sharing(folder), loader(24))
+
+
 def test_two_processes_have_one_weight_from_the_rate_of_both(tmp_path: Path) -> None:
-    # Forked, as spawned processes import torch and Lightning anew.
-    options = {"devices": 2, "strategy": "ddp_fork", "max_epochs": 2}
-    trainer = quiet_trainer(tmp_path, callbacks=[TargetRate(0.5, smoothing=0.0)], **options)
-    trainer.fit(Sharing(tmp_path), loader(24))
+    in_two_processes(share, tmp_path)
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one["rates"] != other["rates"]
     assert one["betas"] == other["betas"]

@@ -4,8 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed as dist
-from torch.multiprocessing import start_processes
 
 from lightning_vae.callbacks.metrics.observation_subset import random_keys
 from lightning_vae.estimators import (
@@ -15,6 +13,7 @@ from lightning_vae.estimators import (
     RunningMoments,
     aggregate_moments,
 )
+from tests.processes import in_two_processes
 
 
 def normal(*shape, seed=0):
@@ -22,7 +21,6 @@ def normal(*shape, seed=0):
 
 
 def share(rank: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     part = slice(0, 70) if rank == 0 else slice(70, 100)
     values = normal(100, 3)
     metrics = RunningMoments(3), AggregatePosterior(3), ImportanceWeightedLikelihood(), ObservationSubset(3, 40)
@@ -32,11 +30,10 @@ def share(rank: int, folder: Path) -> None:
     metrics[3].update(values[part], torch.arange(100)[part] * 37 % 101)
     found = list(metrics[0].compute()), vars(metrics[1].compute()), list(metrics[2].compute()), metrics[3].compute()
     torch.save(list(found), folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    start_processes(share, args=(tmp_path,), nprocs=2, start_method="fork")
+    in_two_processes(share, tmp_path)
     values = normal(100, 3)
     likelihood = ImportanceWeightedLikelihood()
     likelihood.update(values.T)

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import distributed as dist
 from torch import distributions as td
 from torch import nn
-from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_vae import VAE, DiscretisedLogistic, Gaussian, LinearDecoder, LinearEncoder
@@ -23,6 +21,7 @@ from lightning_vae.evaluation.measure import evaluate
 from lightning_vae.evaluation.record import Evaluation
 from lightning_vae.noise import sample_by_index
 from tests.doubles import digits, optimal_linear_vae, quiet_trainer, small_vae
+from tests.processes import in_two_processes
 
 SPECTRUM = (5.0, 3.0, 1.5, 0.8, 0.3, 0.1)
 VARIANCE = 0.4
@@ -231,17 +230,14 @@ def unnumbered(rank=0, processes=1):
 
 
 def share(rank: int, folder: Path, numbered: bool) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     # TensorLoader takes its share by itself.
     result = measured(digits(101, 16) if numbered else unnumbered(rank, 2))
     (folder / f"{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("numbered", [True, False])
 def test_two_processes_equal_one(tmp_path, numbered):
-    start_processes(share, args=(tmp_path, numbered), nprocs=2, start_method="fork")
+    in_two_processes(share, tmp_path, numbered)
     alone = measured(digits(101, 16) if numbered else unnumbered())
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())

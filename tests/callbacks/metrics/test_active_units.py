@@ -1,13 +1,11 @@
 import pickle
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.multiprocessing.spawn import start_processes
 
 from lightning_vae.callbacks.metrics.active_units import ActiveUnits, active_units, variance_of_means
+from tests.processes import in_two_processes
 
 
 def hard_means(rows: int = 1000) -> torch.Tensor:
@@ -72,8 +70,6 @@ def test_state_has_a_constant_size_and_pickles():
 
 
 def share(rank: int, folder: Path) -> None:
-    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(seconds=30)  # to fail and not to stand still
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=patience)
     means = hard_means()
     uneven, lopsided = ActiveUnits(dim=3), ActiveUnits(dim=3)
     uneven.update(means[:300] if rank == 0 else means[300:])
@@ -82,12 +78,10 @@ def share(rank: int, folder: Path) -> None:
     for metric in (uneven, lopsided):
         metric.sync()
     torch.save([uneven.variance, lopsided.variance], folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    # Forked, as spawned processes import torch and Lightning anew.
-    start_processes(share, args=(tmp_path,), nprocs=2, start_method="fork")
+    in_two_processes(share, tmp_path)
     for rank in range(2):
         for variance in torch.load(tmp_path / f"{rank}.pt"):
             torch.testing.assert_close(variance, two_pass(hard_means()), rtol=1e-12, atol=0)

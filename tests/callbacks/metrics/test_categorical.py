@@ -1,15 +1,12 @@
 import math
 import pickle
 import re
-from datetime import timedelta
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributions import Independent, OneHotCategorical, kl_divergence
-from torch.multiprocessing.spawn import start_processes
 
 from lightning_vae import free_bits, kl_balance, world_model_kl
 from lightning_vae.callbacks import (
@@ -22,6 +19,7 @@ from lightning_vae.callbacks import (
 )
 from lightning_vae.callbacks.metrics import categorical
 from lightning_vae.callbacks.reading.kl_rates import kl_per_dimension
+from tests.processes import in_two_processes
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "collapse.md"
 # Three observations, two groups, three classes: a rate of 0.54496 nats, of which 0.46164 are information.
@@ -211,19 +209,15 @@ def test_a_stream_of_nothing_has_no_usage():
 
 
 def share(rank: int, folder: Path) -> None:
-    rendezvous, patience = f"file://{folder}/rendezvous", timedelta(seconds=30)  # to fail and not to stand still
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=2, timeout=patience)
     probs = posteriors(100, 3, 4)
     uneven, lopsided = ClassUsage(3, 4), ClassUsage(3, 4)
     uneven.update(probs[:30] if rank == 0 else probs[30:])
     lopsided.update(probs if rank == 0 else probs[:0])
     torch.save([uneven.compute(), lopsided.compute()], folder / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    # Forked, because a spawned process has to import torch and Lightning again.
-    start_processes(share, args=(tmp_path,), nprocs=2, start_method="fork")
+    in_two_processes(share, tmp_path)
     for rank in range(2):
         for usage in torch.load(tmp_path / f"{rank}.pt"):
             torch.testing.assert_close(usage, class_usage(posteriors(100, 3, 4)), rtol=1e-13, atol=0)

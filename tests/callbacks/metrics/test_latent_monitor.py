@@ -1,8 +1,5 @@
-from datetime import timedelta
-
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributions import (
@@ -15,12 +12,12 @@ from torch.distributions import (
     OneHotCategorical,
     kl_divergence,
 )
-from torch.multiprocessing import start_processes
 from torch.utils.data import DataLoader
 
 from lightning_vae.callbacks import CollapseDetector, LatentMonitor
 from lightning_vae.callbacks.metrics.mutual_information import mutual_information
 from tests.doubles import quiet_trainer
+from tests.processes import in_two_processes
 
 STANDARD = Normal(0.0, 1.0)
 
@@ -286,9 +283,6 @@ def test_latents_of_another_shape():
 
 
 def share(rank, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
     results = []
     for owner in (None, 0):  # both have batches, or one has none at all
         monitor = LatentMonitor(observations=16, pool=1)
@@ -304,11 +298,10 @@ def share(rank, folder):
     for first in range(0, 20, 5):
         by_place.update(part(gaussians(40, 2), slice(rank + 2 * first, rank + 2 * first + 10, 2)))
     torch.save([results, by_place.compute().mutual_information], f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
 
 
 def test_two_processes_equal_one(tmp_path):
-    start_processes(share, args=(tmp_path,), nprocs=2, start_method="fork")
+    in_two_processes(share, tmp_path)
     alone = LatentMonitor(observations=16, pool=1)
     for number, length in enumerate((3, 5, 4, 5)):
         index = torch.arange(10 * number, 10 * number + 10)

@@ -6,11 +6,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.multiprocessing.spawn import start_processes
 
 from lightning_vae.datamodules import BatchLoader, TensorLoader
 from lightning_vae.datamodules.loaders import batch_loader as batch_loader_module
 from tests.datamodules.doubles import flat, indices, numbers
+from tests.processes import in_two_processes
 
 
 @pytest.fixture
@@ -133,17 +133,13 @@ def test_more_processes_than_observations(as_rank):
         list(TensorLoader(numbers(2), batch_size=4, shuffle=True))
 
 
-def _write_indices(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _write_indices(rank: int, folder: Path) -> None:
     loader = TensorLoader(numbers(13), batch_size=3, shuffle=True)
-    Path(folder, f"{rank}.txt").write_text(repr(indices(loader)))
-    torch.distributed.destroy_process_group()
+    (folder / f"{rank}.txt").write_text(repr(indices(loader)))
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # Python 3.12's, about any fork
 def test_two_real_processes_split_the_set(tmp_path):
-    # Forked: spawned processes would import torch and Lightning again, which takes seconds.
-    start_processes(_write_indices, args=(str(tmp_path),), nprocs=2, start_method="fork")
+    in_two_processes(_write_indices, tmp_path)
     first, second = (eval((tmp_path / f"{rank}.txt").read_text()) for rank in (0, 1))
     assert [len(batch) for batch in first] == [3, 4]
     assert [len(batch) for batch in second] == [3, 3]
