@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -116,4 +117,7 @@ def leave_processes() -> None:
     tensor while the interpreter exits aborts the process. Lightning itself cleans up only after NCCL.
     """
     if in_group():
+        # Before torch 2.8 the group holds the interpreter's lock while it waits for its threads, and a thread that is
+        # freeing a tensor needs that lock.
+        time.sleep(0.1)
         torch.distributed.destroy_process_group()

@@ -1,8 +1,6 @@
-"""Two processes of one group. Each test that needs them comes here, so that no test forks its own process.
+"""Two processes of one group, for all tests that need them.
 
-A fork copies the locks of the threads that it leaves behind, and a test run has many of them: its own, TensorBoard's,
-those of a backward pass. Sooner or later one is held at that moment, and the child stands still. A fork server has no
-threads, and imports torch and Lightning only once.
+A fork server starts them: it has no threads whose locks a fork would copy, and imports torch and Lightning only once.
 """
 
 from __future__ import annotations
@@ -17,6 +15,8 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.multiprocessing.spawn import start_processes
+
+from lightning_vae.distributed import leave_processes
 
 multiprocessing.set_forkserver_preload(["lightning.pytorch", "torch.distributed"])
 
@@ -38,4 +38,4 @@ def _member(rank: int, function: Callable[..., None], folder: Path, args: tuple[
     patience = timedelta(seconds=120)  # to fail and not to stand still
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=patience)
     function(rank, folder, *args)
-    dist.destroy_process_group()
+    leave_processes()
