@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .checkpoints.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from .checkpoints.flush_loggers import FlushLoggers as FlushLoggers
     from .checkpoints.last_checkpoint import LastCheckpoint as LastCheckpoint
+    from .conditions import Condition as Condition
     from .distributed import mean_over_processes as mean_over_processes
     from .evaluation.figures import compare_latents as compare_latents
     from .evaluation.measure import evaluate as evaluate
@@ -49,6 +50,7 @@ _MODULES = {
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
     "observations": ("Observations",),
+    "conditions": ("Condition",),
     "distributed": ("mean_over_processes",),
     "vae": ("VAE",),
 }

@@ -66,7 +66,7 @@ class Likelihood(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Under `bf16-true`, rounding would undo each optimizer step of a learned scale.
-        super()._apply(_at_least_float32(fn), recurse)  # type: ignore[no-untyped-call]
+        super()._apply(at_least_float32(fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def _independent(self, distribution: td.Distribution) -> td.Distribution:
@@ -345,7 +345,7 @@ def warn_of_feedback(beta: float, likelihood: Likelihood) -> None:
         )
 
 
-def _at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+def at_least_float32(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     """Wrap the function of ``nn.Module._apply``: move tensors as ``fn`` does, but never to half precision."""
 
     def apply(tensor: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Your own network needs only the same constructor, ``Encoder(shape, latent_dim, ...)`` or
 ``Decoder(latent_dim, shape, ...)``, and the same output: an encoder returns the pair (mean, log-variance), each
 ``(B, latent_dim)``, or both in one tensor of ``2 * latent_dim`` columns; a decoder returns the likelihood's parameter,
-``(B, *shape)``.
+``(B, *shape)``. In a conditional model the constructors get ``condition_dim`` too, and the networks are called with
+``(x, c)`` and ``(z, c)``. Under a posterior head the encoder gets ``outputs``, the number of columns to return.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-from torch import Tensor, nn, zeros
+from torch import Tensor, cat, nn, zeros
 
 from .checks import check_number, integer_from
 
@@ -31,17 +32,20 @@ class LinearEncoder(nn.Module):
     Args:
         shape: Shape of one observation.
         latent_dim: Number of latent dimensions.
+        condition_dim: Size of the condition c, 0 without.
+        outputs: Columns to return, for a posterior head; ``None`` for the mean and the log-variance.
     """
 
-    def __init__(self, shape: Shape, latent_dim: int) -> None:
+    def __init__(self, shape: Shape, latent_dim: int, condition_dim: int = 0, outputs: int | None = None) -> None:
         super().__init__()
-        self.mean = nn.Linear(math.prod(shape), latent_dim)
-        self.log_variance = nn.Parameter(zeros(latent_dim))
+        self.mean = nn.Linear(math.prod(shape) + condition_dim, outputs or latent_dim)
+        self.log_variance = None if outputs else nn.Parameter(zeros(latent_dim))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``."""
-        mean: Tensor = self.mean(x.flatten(1))
-        return mean, self.log_variance.expand_as(mean)
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``; or to the outputs."""
+        features = x.flatten(1)
+        mean: Tensor = self.mean(features if c is None else _joined(features, c))
+        return mean if self.log_variance is None else (mean, self.log_variance.expand_as(mean))
 
 
 class LinearDecoder(nn.Module):
@@ -50,16 +54,17 @@ class LinearDecoder(nn.Module):
     Args:
         latent_dim: Number of latent dimensions.
         shape: Shape of one observation.
+        condition_dim: Size of the condition c, 0 without.
     """
 
-    def __init__(self, latent_dim: int, shape: Shape) -> None:
+    def __init__(self, latent_dim: int, shape: Shape, condition_dim: int = 0) -> None:
         super().__init__()
-        self.map = nn.Linear(latent_dim, math.prod(shape))
+        self.map = nn.Linear(latent_dim + condition_dim, math.prod(shape))
         self.shape = tuple(shape)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
-        output: Tensor = self.map(z).unflatten(1, self.shape)
+        output: Tensor = self.map(z if c is None else _joined(z, c)).unflatten(1, self.shape)
         return output
 
 
@@ -71,21 +76,31 @@ class MLPEncoder(nn.Module):
         latent_dim: Number of latent dimensions.
         hidden: Widths of the hidden layers, in order.
         activation: What follows each hidden layer, ``"relu"`` or ``"tanh"``.
+        condition_dim: Size of the condition c, 0 without.
+        outputs: Columns to return, for a posterior head; ``None`` for the mean and the log-variance.
 
     Raises:
         ValueError: On another activation, or a width below 1.
     """
 
     def __init__(
-        self, shape: Shape, latent_dim: int, hidden: Sequence[int] = (400,), activation: Activation = "relu"
+        self,
+        shape: Shape,
+        latent_dim: int,
+        hidden: Sequence[int] = (400,),
+        activation: Activation = "relu",
+        condition_dim: int = 0,
+        outputs: int | None = None,
     ) -> None:
         super().__init__()
-        self.layers = _mlp([math.prod(shape), *hidden, 2 * latent_dim], activation)
+        self.layers = _mlp([math.prod(shape) + condition_dim, *hidden, outputs or 2 * latent_dim], activation)
+        self.is_split = outputs is None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``."""
-        mean, log_variance = self.layers(x.flatten(1)).chunk(2, dim=1)
-        return mean, log_variance
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...] | Tensor:
+        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``; or to the outputs."""
+        features = x.flatten(1)
+        output: Tensor = self.layers(features if c is None else _joined(features, c))
+        return output.chunk(2, dim=1) if self.is_split else output
 
 
 class MLPDecoder(nn.Module):
@@ -96,21 +111,27 @@ class MLPDecoder(nn.Module):
         shape: Shape of one observation.
         hidden: Widths of the hidden layers, in order.
         activation: What follows each hidden layer, ``"relu"`` or ``"tanh"``.
+        condition_dim: Size of the condition c, 0 without.
 
     Raises:
         ValueError: On another activation, or a width below 1.
     """
 
     def __init__(
-        self, latent_dim: int, shape: Shape, hidden: Sequence[int] = (400,), activation: Activation = "relu"
+        self,
+        latent_dim: int,
+        shape: Shape,
+        hidden: Sequence[int] = (400,),
+        activation: Activation = "relu",
+        condition_dim: int = 0,
     ) -> None:
         super().__init__()
-        self.layers = _mlp([latent_dim, *hidden, math.prod(shape)], activation)
+        self.layers = _mlp([latent_dim + condition_dim, *hidden, math.prod(shape)], activation)
         self.shape = tuple(shape)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
-        output: Tensor = self.layers(z).unflatten(1, self.shape)
+        output: Tensor = self.layers(z if c is None else _joined(z, c)).unflatten(1, self.shape)
         return output
 
 
@@ -122,26 +143,38 @@ class ConvEncoder(nn.Module):
         latent_dim: Number of latent dimensions.
         channels: Channels of each convolution; each halves height and width, rounding up.
         hidden: Width of the fully connected layer.
+        condition_dim: Size of the condition c, 0 without. Each of its numbers is one more channel, constant.
+        outputs: Columns to return, for a posterior head; ``None`` for the mean and the log-variance.
 
     Raises:
         ValueError: If the observations are not images, or a width is below 1.
     """
 
-    def __init__(self, shape: Shape, latent_dim: int, channels: Sequence[int] = (32, 64), hidden: int = 256) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        latent_dim: int,
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        condition_dim: int = 0,
+        outputs: int | None = None,
+    ) -> None:
         super().__init__()
         sizes = _conv_sizes(shape, channels, hidden)
         layers: list[nn.Module] = []
-        for previous, current in pairwise([shape[0], *channels]):
+        for previous, current in pairwise([shape[0] + condition_dim, *channels]):
             layers += [nn.Conv2d(previous, current, kernel_size=3, stride=2, padding=1), nn.ReLU()]
         features = channels[-1] * math.prod(sizes[-1])
-        self.layers = nn.Sequential(
-            *layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, 2 * latent_dim)
-        )
+        last = nn.Linear(hidden, outputs or 2 * latent_dim)
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), last)
+        self.is_split = outputs is None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``."""
-        mean, log_variance = self.layers(x).chunk(2, dim=1)
-        return mean, log_variance
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...] | Tensor:
+        """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``; or to the outputs."""
+        if c is not None:
+            x = _joined(x, c[:, :, None, None].expand(-1, -1, *x.shape[2:]))
+        output: Tensor = self.layers(x)
+        return output.chunk(2, dim=1) if self.is_split else output
 
 
 class ConvDecoder(nn.Module):
@@ -153,16 +186,24 @@ class ConvDecoder(nn.Module):
         channels: Channels of each transposed convolution, in :class:`ConvEncoder`'s order: they are used from last to
             first.
         hidden: Width of the fully connected layer.
+        condition_dim: Size of the condition c, 0 without.
 
     Raises:
         ValueError: If the observations are not images, or a width is below 1.
     """
 
-    def __init__(self, latent_dim: int, shape: Shape, channels: Sequence[int] = (32, 64), hidden: int = 256) -> None:
+    def __init__(
+        self,
+        latent_dim: int,
+        shape: Shape,
+        channels: Sequence[int] = (32, 64),
+        hidden: int = 256,
+        condition_dim: int = 0,
+    ) -> None:
         super().__init__()
         sizes = _conv_sizes(shape, channels, hidden)
         layers: list[nn.Module] = [
-            nn.Linear(latent_dim, hidden),
+            nn.Linear(latent_dim + condition_dim, hidden),
             nn.ReLU(),
             nn.Linear(hidden, channels[-1] * math.prod(sizes[-1])),
             nn.ReLU(),
@@ -181,10 +222,15 @@ class ConvDecoder(nn.Module):
             ]
         self.layers = nn.Sequential(*layers[:-1])
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
         """Map ``(B, latent_dim)`` to ``(B, *shape)``."""
-        output: Tensor = self.layers(z)
+        output: Tensor = self.layers(z if c is None else _joined(z, c))
         return output
+
+
+def _joined(features: Tensor, c: Tensor) -> Tensor:
+    """Append the condition to features along their second axis."""
+    return cat([features, c.to(features)], dim=1)
 
 
 def _mlp(widths: Sequence[int], activation: str) -> nn.Sequential:

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution, kl, kl_divergence
+from torch.distributions import Distribution, Independent, kl, kl_divergence
 
 from .checks import check_number
 
@@ -78,6 +78,23 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
                 "per dimension."
             )
     return kl_or_estimate(posterior, prior, z)
+
+
+def rate_parts(posterior: Distribution, prior: Distribution, z: Tensor) -> Tensor:
+    """Compute the rate of each observation in as many parts as prior and posterior have in common.
+
+    Args:
+        posterior: ``q(z|x)``, of batch shape ``(B, k)``; or over whole vectors, of batch shape ``(B,)``.
+        prior: ``p(z)``, of batch shape ``(k,)`` or ``(B, k)``; or over whole vectors, ``()`` or ``(B,)``.
+        z: A sample of the posterior, for an estimate where there is no closed form.
+
+    Returns:
+        Nats, shape ``(B, k)`` where both are factorised, else ``(B, 1)``.
+    """
+    if not posterior.event_shape and not prior.event_shape:
+        return kl_per_dimension(posterior, prior, z)
+    whole, whole_prior = (each if each.event_shape else Independent(each, 1, False) for each in (posterior, prior))
+    return kl_or_estimate(whole, whole_prior, z)[:, None]
 
 
 def kl_or_estimate(posterior: Distribution, prior: Distribution, z: Tensor | None = None) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .likelihoods import Likelihood
 from .networks import Shape
+from .objective import broadcasts_to
 
 LABELS = ("label", "labels", "y", "target", "targets", "class")
 """Keys of the labels in a mapping; the same as in ``callbacks/reading/batch_fields.py``, which can't be imported."""
@@ -33,6 +34,11 @@ class Observations:
         index: Index of each observation in its data set, int64, shape ``(B,)``. It fixes the observation's noise.
         label: Class or attributes of each observation as the batch holds them, a tensor or a sequence of length B;
             ``None`` if it has none.
+        condition: What p(x|c) is conditioned on, shape ``(B, columns)``; see :class:`lightning_vae.Condition`. ``None``
+            for a model without a condition.
+        mask: True where a number of x is there and False where it is missing, shape ``(B, *shape)``; ``None`` if all
+            are there. Missing numbers are 0 in ``x``.
+        is_training: Whether binarisation and posterior sample have fresh noise, which the index does not fix.
     """
 
     x: Tensor
@@ -40,18 +46,26 @@ class Observations:
     observed: Tensor
     index: Tensor
     label: Any = None
+    condition: Tensor | None = None
+    mask: Tensor | None = None
+    is_training: bool = False
 
     def __len__(self) -> int:
         return len(self.x)
 
     def __getitem__(self, rows: slice) -> Self:
-        label = None if self.label is None else self.label[rows]
-        return type(self)(self.x[rows], self.scaled[rows], self.observed[rows], self.index[rows], label)
+        held = {each.name: getattr(self, each.name) for each in fields(self)}
+        return type(self)(**{name: value if _is_whole(value) else value[rows] for name, value in held.items()})
 
     def split(self, size: int) -> Iterator[Self]:
         """Yield the observations in parts of at most ``size``."""
         for start in range(0, len(self), size):
             yield self[start : start + size]
+
+
+def _is_whole(value: Any) -> bool:
+    """Return whether a field of a record has no rows."""
+    return value is None or isinstance(value, bool)
 
 
 def data_of(batch: Any, shape: Shape) -> Tensor:
@@ -118,6 +132,32 @@ def check_type(what: str, tensor: Tensor) -> None:
         raise ValueError(
             f"{what} must be integers or floating-point numbers in a dense tensor, got {kind}. Convert the tensor."
         )
+
+
+def without_missing(x: Tensor, batch: Any) -> tuple[Tensor, Tensor | None]:
+    """Replace the numbers that a batch says are missing by 0, whatever they hold.
+
+    Args:
+        x: The data, shape ``(B, *shape)``.
+        batch: The batch. A mapping has the mask under ``"mask"``: True where a number is there.
+
+    Returns:
+        The data, and the mask of the same shape; ``None`` if the batch has none.
+
+    Raises:
+        ValueError: If the mask is no boolean tensor that broadcasts to the data.
+    """
+    mask = batch.get("mask") if isinstance(batch, Mapping) else None
+    if mask is None:
+        return x, None
+    given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or not broadcasts_to(mask.shape, x.shape):
+        raise ValueError(
+            f"`mask` must be a boolean tensor of the data's shape {tuple(x.shape)}, True where a number is there, got "
+            f"{given}."
+        )
+    mask = mask.to(x.device).expand_as(x)
+    return x.masked_fill(~mask, 0), mask
 
 
 def index_and_label_of(batch: Any, size: int) -> tuple[Tensor | None, Any]:

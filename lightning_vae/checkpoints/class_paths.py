@@ -30,28 +30,31 @@ def describe(part: Any) -> Any:
     return {"instance_of": _path(part if callable(part) and not isinstance(part, nn.Module | partial) else type(part))}
 
 
-def build(name: str, part: Any, *args: Any) -> nn.Module:
+def build(name: str, part: Any, *args: Any, of: type[nn.Module] = nn.Module, **options: Any) -> Any:
     """Build a part of the model.
 
     Args:
         name: Name of the model's argument, for messages.
-        part: What was given for it: an ``nn.Module``, or a class, callable or description to call with ``args``.
-        args: Positional arguments of the constructor.
+        part: What was given for it: an ``nn.Module``, or a class, callable or description to call with the arguments.
+        *args: Positional arguments of the constructor.
+        of: The class that it must derive from.
+        **options: Keyword arguments of the constructor.
 
     Raises:
         ValueError: If the part can't be built from its description, or building fails.
-        TypeError: If the result is not an ``nn.Module``.
+        TypeError: If the result is of another class.
     """
     if isinstance(part, Mapping):
         part = partial(_constructor(name, part), **part.get("init_args", {}))
     try:
-        built = part if isinstance(part, nn.Module) or not callable(part) else part(*args)
+        built = part if isinstance(part, nn.Module) or not callable(part) else part(*args, **options)
     except (TypeError, RuntimeError) as error:  # other arguments, or numbers that don't fit
-        given = ", ".join(map(str, args))
+        given = ", ".join([*map(str, args), *(f"{option}={value}" for option, value in options.items())])
         raise ValueError(f"`{name}`: {_name(part)} can't be built with {given}: {error}") from error
-    if not isinstance(built, nn.Module):
+    if not isinstance(built, of):
+        wanted = "an nn.Module" if of is nn.Module else f"a lightning_vae.{of.__name__}"
         raise TypeError(
-            f"`{name}` must be an nn.Module, or a class or callable that makes one, got {type(built).__name__}."
+            f"`{name}` must be {wanted}, or a class or callable that makes one, got {type(built).__name__}."
         )
     return built
 

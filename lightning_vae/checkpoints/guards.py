@@ -205,11 +205,13 @@ def check_last_batch(trainer: Trainer, module: Any) -> None:
     if not has_norm or _last_size(trainer.train_dataloader, trainer.num_training_batches) != 1:
         return
     dtype = next(module.encoder.parameters()).dtype
+    condition = [] if module.condition is None else [torch.zeros(1, module.condition.dim, dtype=dtype)]
     inputs = ((module.encoder, module.shape), (module.decoder, (module.latent_dim,)))
     try:
         with torch.no_grad(), torch.random.fork_rng():
             for network, shape in inputs:
-                copy.deepcopy(network)(torch.zeros(1, *shape, dtype=dtype, device=module.device))
+                given = [torch.zeros(1, *shape, dtype=dtype), *condition]
+                copy.deepcopy(network)(*(each.to(module.device) for each in given))
     except ValueError as error:
         if "Expected more than 1 value per channel" not in str(error):
             raise

@@ -56,7 +56,9 @@ class MixtureEstimates(NamedTuple):
         return is_saturated(float(self.lower), self.observations)
 
 
-def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> MixtureEstimates:
+def mixture_estimates(
+    mean: Tensor, variance: Tensor, seed: int = SEED, rates: Tensor | None = None
+) -> MixtureEstimates:
     r"""Estimate mutual information, marginal KL and total correlation from M diagonal Gaussian posteriors.
 
     With one sample :math:`z_n \sim q(z|x_n)` of each:
@@ -76,6 +78,9 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> Mixtu
         mean: Means of the posteriors, of shape ``(M, k)``, M at least 2.
         variance: Their variances, of shape ``(M, k)``.
         seed: Seed of the samples, which are drawn on the CPU.
+        rates: Rate of each posterior under a prior other than N(0, I), in nats, of shape ``(M,)``. The bounds from the
+            moments of q(z) hold for N(0, I) only. Without them the upper bound is that of the sample, and a saturated
+            marginal KL is the rate less the mutual information, which is too large.
 
     Raises:
         ValueError: If there are fewer than two posteriors, the shapes differ, or a variance is not positive.
@@ -100,10 +105,13 @@ def mixture_estimates(mean: Tensor, variance: Tensor, seed: int = SEED) -> Mixtu
         raise ValueError(f"`variance` must be positive, got values down to {float(variance.min()):.4g}.")
     sample = PosteriorSample.draw(mean, variance, seed)
     log_mixture = sample.log_mixture()
-    lower, marginal_kl, saturated = decompose_rate(sample, log_mixture)
-    rate = sample.rates.mean()
+    lower, marginal_kl, saturated = decompose_rate(sample, log_mixture, rates)
+    rate = (sample.rates if rates is None else rates).mean()
 
-    by_moments = marginal_kl if saturated else cross_fitted_marginal_kl(mean, variance)
+    if rates is not None:
+        by_moments = rate.new_zeros(())  # the marginal KL is at least 0
+    else:
+        by_moments = marginal_kl if saturated else cross_fitted_marginal_kl(mean, variance)
     if saturated:
         total_correlation = gaussian_total_correlation(aggregate_moments(mean, variance).covariance)
     else:

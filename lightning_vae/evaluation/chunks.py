@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor
+from torch import distributions as td
 
 from ..observations import Observations
 from ..vae import VAE
@@ -36,19 +38,64 @@ def decoded_at_once(vae: VAE) -> int:
     return max(1, _NUMBERS_AT_ONCE.get(vae.device.type, _ELSEWHERE) // math.prod(vae.shape))
 
 
-def in_parts(vae: VAE, z: Tensor, observed: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield latents of shape ``(S, B, k)`` in flat chunks, each latent with its observation of the B."""
+@dataclass(frozen=True)
+class Target:
+    """What latents are decoded for.
+
+    Attributes:
+        observed: The data, on which the likelihood is evaluated, shape ``(B, *shape)``.
+        condition: The columns of the condition, shape ``(B, columns)``; ``None`` without.
+        mask: True where a number is there, shape ``(B, *shape)``; ``None`` if all are.
+    """
+
+    observed: Tensor
+    condition: Tensor | None = None
+    mask: Tensor | None = None
+
+    @classmethod
+    def of(cls, observations: Observations) -> Self:
+        """Return the part of a record that is decoded for."""
+        return cls(observations.observed, observations.condition, observations.mask)
+
+    def __getitem__(self, rows: Tensor) -> Self:
+        return type(self)(
+            self.observed[rows],
+            None if self.condition is None else self.condition[rows],
+            None if self.mask is None else self.mask[rows],
+        )
+
+    def log_prob(self, decoded: td.Distribution) -> Tensor:
+        """Compute log p(x|z) of the numbers that are there, in nats, float64, shape ``(B,)``."""
+        log_prob: Any = decoded.log_prob
+        value: Tensor = log_prob(self.observed) if self.mask is None else log_prob(self.observed, self.mask)
+        return value.double()
+
+
+def in_parts(vae: VAE, z: Tensor, target: Target) -> Iterator[tuple[td.Distribution, Target]]:
+    """Decode latents of shape ``(S, B, k)`` in flat chunks: p(x|z) with the part of the target that it is for."""
     flat = z.flatten(0, 1)
     for part in torch.arange(len(flat), device=z.device).split(decoded_at_once(vae)):
-        yield flat[part], observed[part % len(observed)]
+        chunk = target[part % len(target.observed)]
+        yield decode(vae, flat[part], chunk.condition), chunk
 
 
-def log_likelihood(vae: VAE, observed: Tensor, z: Tensor) -> Tensor:
+def decode(vae: VAE, z: Tensor, condition: Tensor | None) -> td.Distribution:
+    """Return p(x|z), or p(x|z, c)."""
+    return vae.decode(z) if condition is None else vae.decode(z, condition)
+
+
+def log_likelihood(vae: VAE, target: Target, z: Tensor) -> Tensor:
     """Compute log p(x|z) for each of ``(S, B)`` latents, z of shape ``(S, B, k)``, in nats, float64."""
-    parts = [vae.decode(part).log_prob(x).double() for part, x in in_parts(vae, z, observed)]
-    return torch.cat(parts).view(len(z), -1)
+    return torch.cat([chunk.log_prob(decoded) for decoded, chunk in in_parts(vae, z, target)]).view(len(z), -1)
 
 
-def decoded_means(vae: VAE, z: Tensor) -> list[Tensor]:
+def decoded_means(vae: VAE, z: Tensor, condition: Tensor | None = None) -> list[Tensor]:
     """Decode latents of shape ``(N, k)`` to flat means, in chunks."""
-    return [vae.decode(part).mean.flatten(1) for part in z.split(decoded_at_once(vae))]
+    size = decoded_at_once(vae)
+    conditions = [None] * len(z) if condition is None else condition.split(size)
+    return [decode(vae, *pair).mean.flatten(1) for pair in zip(z.split(size), conditions, strict=False)]
+
+
+def prior_units(prior: td.Distribution) -> tuple[Tensor | float, Tensor | float]:
+    """Return the mean and the scale of a diagonal Gaussian prior, in which latents are measured; else 0 and 1."""
+    return (prior.loc, prior.scale) if isinstance(prior, td.Normal) else (0.0, 1.0)

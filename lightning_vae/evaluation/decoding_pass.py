@@ -15,7 +15,7 @@ from ..distributed import sum_over_processes
 from ..estimators.importance import ImportanceWeightedLikelihood
 from ..noise import sample_by_index
 from ..vae import VAE
-from .chunks import batches, decoded_at_once, in_parts, log_likelihood
+from .chunks import Target, batches, decoded_at_once, in_parts, log_likelihood, prior_units
 from .encoding_pass import Encoded
 from .record import LikelihoodEstimate, Terms
 
@@ -37,26 +37,29 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
     likelihood, pruned = (ImportanceWeightedLikelihood().to(device) for _ in range(2))
     averages = RunningMoments(5).to(device)
     active = moments.active()
-    mean, scale = (values.to(vae.prior.loc) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
+    mean, scale = (values.to(vae.working_dtype) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
+    prunes = not active.all() and len(encoded.latents.rate_per_dimension) == vae.latent_dim
     for observations in batches(vae, loader, max(1, _WEIGHTS_AT_ONCE // number)):
-        observed, index, posterior = observations.observed, observations.index, vae.encode(observations)
+        target, index, posterior = Target.of(observations), observations.index, vae.encode(observations)
+        prior = vae.prior_given(observations.condition)
+        loc, unit = prior_units(prior)
         log_weights, log_pruned, distortion = [], [], torch.zeros(len(index), dtype=torch.float64, device=device)
         chunk = max(1, decoded_at_once(vae) // len(index))
         for start in range(0, number, chunk):
             draws = range(start, min(start + chunk, number))
             z = torch.stack([sample_by_index(posterior, index, draw) for draw in draws])
-            likelihoods = log_likelihood(vae, observed, z)
+            likelihoods = log_likelihood(vae, target, z)
             distortion -= likelihoods.sum(dim=0)
-            ratio = (vae.prior.log_prob(z) - posterior.log_prob(z)).double()
+            ratio = log_ratio(prior, posterior, z)
             log_weights.append(likelihoods + ratio.sum(dim=2))
-            if not active.all():
+            if prunes:
                 # The same noise, but around the mean over the data: it carries no information about this x.
-                blind = mean + scale * (z - posterior.mean) / posterior.stddev
-                without = log_likelihood(vae, observed, torch.where(active, z, blind))
+                blind = loc + unit * (mean + scale * (z - posterior.mean) / posterior.stddev)
+                without = log_likelihood(vae, target, torch.where(active, z, blind))
                 log_pruned.append(without + (ratio * active).sum(dim=2))
         likelihood.update(torch.cat(log_weights))
         pruned.update(torch.cat(log_pruned or log_weights))
-        columns = [distortion / number, *_slopes(vae, observed, posterior, index)]
+        columns = [distortion / number, *_slopes(vae, target, posterior, prior, index)]
         averages.update(torch.stack(columns, dim=1))
     if (again := int(sum_over_processes(averages.state[0, 0].clone()))) != encoded.count:
         raise ValueError(
@@ -69,7 +72,7 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
         nll_error=float(whole.standard_error),
         importance_samples=number,
         effective_sample_size=float(whole.effective_sample_size),
-        nll_active_only=-float(without_inactive.value) if encoded.count > 1 else math.nan,
+        nll_active_only=-float(without_inactive.value) if encoded.count > 1 and (prunes or active.all()) else math.nan,
     )
 
 
@@ -91,12 +94,27 @@ def _terms(averages: RunningMoments, rate: float) -> Terms:
     )
 
 
-def _slopes(vae: VAE, observed: Tensor, posterior: td.Distribution, index: Tensor) -> Iterator[Tensor]:
+def log_ratio(prior: td.Distribution, posterior: td.Distribution, z: Tensor) -> Tensor:
+    """Compute log p(z) - log q(z|x) at latents of shape ``(S, B, k)``, in nats, float64.
+
+    Returns:
+        Shape ``(S, B, k)`` where both are factorised, else ``(S, B, 1)``.
+    """
+    of_prior, of_posterior = prior.log_prob(z).double(), posterior.log_prob(z).double()
+    if of_prior.ndim == of_posterior.ndim == z.ndim:
+        return of_prior - of_posterior
+    whole = (each.sum(dim=2) if each.ndim == z.ndim else each for each in (of_prior, of_posterior))
+    return next(whole)[..., None] - next(whole)[..., None]
+
+
+def _slopes(
+    vae: VAE, target: Target, posterior: td.Distribution, prior: td.Distribution, index: Tensor
+) -> Iterator[Tensor]:
     r"""Differentiate distortion and rate by the log of a factor c on each posterior's standard deviations.
 
     At an optimum of ``distortion + beta * rate`` in the posterior's width, the ratio of the two derivatives is
-    ``-beta``. The rate's is in closed form, ``sum_j (variance_j - 1)``, for a Gaussian posterior and NaN for others;
-    the distortion's is a central difference with common noise.
+    ``-beta``. The rate's is in closed form for a Gaussian posterior and prior, ``sum_j (variance_j - 1)`` in units of
+    the prior, and NaN for others; the distortion's is a central difference with common noise.
 
     Yields:
         For each observation: the derivatives of distortion and rate by log c at c = 1, in nats; the squared error; and
@@ -104,23 +122,23 @@ def _slopes(vae: VAE, observed: Tensor, posterior: td.Distribution, index: Tenso
     """
     z = torch.stack([sample_by_index(posterior, index, draw) for draw in range(_WIDTH_SAMPLES)])
     step = _WIDTH_STEP * (z - posterior.mean)
-    wider, narrower = log_likelihood(vae, observed, z + step), log_likelihood(vae, observed, z - step)
+    wider, narrower = log_likelihood(vae, target, z + step), log_likelihood(vae, target, z - step)
     yield (narrower - wider).mean(dim=0) / (2 * _WIDTH_STEP)
 
-    narrowing = (posterior.variance.double() - 1).sum(dim=1)
-    yield narrowing if isinstance(posterior, td.Normal) else torch.full_like(narrowing, math.nan)
+    narrowing = ((posterior.variance / torch.as_tensor(prior.variance)).double() - 1).sum(dim=1)
+    is_gaussian = isinstance(posterior, td.Normal) and isinstance(prior, td.Normal)
+    yield narrowing if is_gaussian else torch.full_like(narrowing, math.nan)
 
-    errors, claimed = zip(
-        *(_error_and_variance(vae.decode(part), x) for part, x in in_parts(vae, z, observed)), strict=True
-    )
+    errors, claimed = zip(*(_error_and_variance(*pair) for pair in in_parts(vae, z, target)), strict=True)
     yield torch.cat(errors).view(len(z), -1).mean(dim=0)
     yield torch.cat(claimed).view(len(z), -1).mean(dim=0)
 
 
-def _error_and_variance(decoded: td.Distribution, x: Tensor) -> tuple[Tensor, Tensor]:
+def _error_and_variance(decoded: td.Distribution, target: Target) -> tuple[Tensor, Tensor]:
     """Return each observation's squared error and the variance that the likelihood claims, NaN if it has none."""
-    error = (decoded.mean - x).double().square().flatten(1).sum(dim=1)
+    x, there = target.observed, 1 if target.mask is None else target.mask
+    error = ((decoded.mean - x).double().square() * there).flatten(1).sum(dim=1)
     try:
-        return error, decoded.variance.double().expand_as(x).flatten(1).sum(dim=1)
+        return error, (decoded.variance.double().expand_as(x) * there).flatten(1).sum(dim=1)
     except NotImplementedError:
         return error, torch.full_like(error, math.nan)

@@ -17,13 +17,13 @@ from ..callbacks.metrics.aggregate_posterior import AggregateMoments, AggregateP
 from ..callbacks.metrics.observation_subset import ObservationSubset
 from ..callbacks.metrics.running_moments import RunningMoments
 from ..distributed import sum_over_processes
-from ..estimators.mixture import mixture_estimates
+from ..estimators.mixture import MixtureEstimates, mixture_estimates
 from ..estimators.probes import knn_accuracy, linear_probe_accuracy
 from ..noise import sample_by_index
-from ..objective import kl_per_dimension
+from ..objective import rate_parts
 from ..observations import Observations
 from ..vae import VAE
-from .chunks import batches
+from .chunks import batches, prior_units
 from .record import LEAST_COMPARED, Labels, Latents
 
 
@@ -35,13 +35,15 @@ class Kept:
         index: Their indices in the data set, of shape ``(M,)``.
         mean: Posterior means, of shape ``(M, k)``.
         z: Samples of the posteriors, of shape ``(M, k)``.
-        x: The data in the networks' scale, of shape ``(M, numbers)``.
+        x: The data in the networks' scale, of shape ``(M, numbers)``; NaN for missing numbers.
+        condition: The columns of the condition, of shape ``(M, columns)``; ``None`` without.
     """
 
     index: Tensor
     mean: Tensor
     z: Tensor
     x: Tensor
+    condition: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -69,34 +71,41 @@ class Encoded:
 
 def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int) -> Encoded:
     """Collect the moments of all posteriors, and the posteriors of two subsets."""
-    k, device, size = vae.latent_dim, vae.device, math.prod(vae.shape)
+    k, parts, device, size = vae.latent_dim, vae.rate_parts, vae.device, math.prod(vae.shape)
+    columns = 0 if vae.condition is None else vae.condition.columns
     aggregate = AggregatePosterior(k).to(device)
-    rates_and_widths = RunningMoments(2 * k).to(device)
-    posteriors = ObservationSubset(2 * k + 1, observations).to(device)
-    data = ObservationSubset(1 + 2 * k + size, samples).to(device)
-    is_gaussian, warned = True, False
+    rates_and_widths = RunningMoments(parts + k).to(device)
+    posteriors = ObservationSubset(2 * k + 2, observations).to(device)
+    data = ObservationSubset(1 + 2 * k + size + columns, samples).to(device)
+    is_gaussian, is_standard, warned = True, True, False
     first, varies = None, torch.zeros((), dtype=torch.float64, device=device)
     for part in batches(vae, loader):
-        x, index, posterior = part.scaled, part.index, vae.encode(part)
+        index, posterior, prior = part.index, vae.encode(part), vae.prior_given(part.condition)
+        x = part.scaled if part.mask is None else part.scaled.masked_fill(~part.mask, math.nan)
         first = x[:1] if first is None else first
         varies = varies.maximum((x != first).any())
         is_gaussian = is_gaussian and isinstance(posterior, td.Normal)
+        is_standard = is_standard and isinstance(prior, td.Normal)
         try:
             mean, variance = posterior.mean, posterior.variance
         except NotImplementedError:
             kind = type(posterior).__name__
             raise ValueError(f"`encoder` must give a posterior with a mean and a variance, got {kind}.") from None
         z = sample_by_index(posterior, index)
+        row = [index[:, None].double(), mean, z, x.flatten(1), *([] if part.condition is None else [part.condition])]
+        loc, unit = prior_units(prior)
+        mean, variance = (mean - loc) / unit, variance / unit**2
         aggregate.update(mean, variance)
-        rates = kl_per_dimension(posterior, vae.prior, z)
-        rates_and_widths.update(torch.cat([rates.double(), posterior.stddev.double()], dim=1))
+        rates = rate_parts(posterior, prior, z)
+        rates_and_widths.update(torch.cat([rates.double(), variance.sqrt().double()], dim=1))
         classes = _classes(part)
         if classes is None and part.label is not None and not warned:
             rank_zero_warn(_no_classes(part.label))
             warned = True
         labels = torch.full_like(index, -1) if classes is None else classes
-        posteriors.update(torch.cat([mean, variance, labels[:, None].double()], dim=1), index)
-        data.update(torch.cat([index[:, None].double(), mean, z, x.flatten(1)], dim=1), index)
+        rate = rates.sum(dim=1, keepdim=True).double()
+        posteriors.update(torch.cat([mean, variance, rate, labels[:, None].double()], dim=1), index)
+        data.update(torch.cat(row, dim=1), index)
 
     share = aggregate.state[0, 0]
     count = int(sum_over_processes(share.clone()))
@@ -105,12 +114,16 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     moments, averages = aggregate.compute(), rates_and_widths.compute().mean
     if not (moments.mean.isfinite().all() and moments.posterior_variance.isfinite().all()):
         raise ValueError("The posteriors are not finite: are there NaNs in the data, or did training diverge?")
-    mean, variance, labels = posteriors.compute().split([k, k, 1], dim=1)
-    rates, widths = averages.split(k)
-    latents = _latents(moments, rates, widths, (mean, variance) if is_gaussian else None, count)
-    index, means, z, x = data.compute().split([1, k, k, size], dim=1)
-    dtype = vae.prior.loc.dtype
-    kept = Kept(index[:, 0].long(), means.to(dtype), z.to(dtype), x.to(dtype))
+    mean, variance, rate, labels = posteriors.compute().split([k, k, 1, 1], dim=1)
+    rates, widths = averages.split([parts, k])
+    own_rates = None if is_standard else rate[:, 0]
+    mixture = None
+    if is_gaussian and len(mean) >= LEAST_COMPARED:
+        mixture = mixture_estimates(mean, variance, rates=own_rates)
+    latents = _latents(moments, rates, widths, mixture, count)
+    index, *rows, condition = data.compute().split([1, k, k, size, columns], dim=1)
+    means, z, x = (each.to(vae.working_dtype) for each in rows)
+    kept = Kept(index[:, 0].long(), means, z, x, condition if columns else None)
     constant = not sum_over_processes(varies) and bool((x == x[:1]).all())  # within each process, and among them
     return Encoded(count, constant, float(share), moments, latents, _labels(mean, labels[:, 0].long()), kept)
 
@@ -145,20 +158,19 @@ def _no_classes(label: Any) -> str:
 
 
 def _latents(
-    moments: AggregateMoments, rates: Tensor, widths: Tensor, posteriors: tuple[Tensor, Tensor] | None, count: int
+    moments: AggregateMoments, rates: Tensor, widths: Tensor, mixture: MixtureEstimates | None, count: int
 ) -> Latents:
     """Describe the latent space.
 
     Args:
         moments: Moments of the aggregate posterior.
-        rates: Mean rate of each dimension.
+        rates: Mean of each part of the rate.
         widths: Mean standard deviation of each dimension's posterior.
-        posteriors: Means and variances of some diagonal Gaussian posteriors; ``None`` for other kinds of posteriors.
+        mixture: Estimates from some posteriors; ``None`` if they are no diagonal Gaussians, or too few.
         count: Number of observations.
     """
     active = moments.active()
     units = int(active.sum())
-    mixture = mixture_estimates(*posteriors) if posteriors and len(posteriors[0]) >= LEAST_COMPARED else None
     nan = math.nan
     return Latents(
         active_units=units if count > 1 else None,
@@ -173,7 +185,7 @@ def _latents(
         aggregate_mean_square=float(moments.mean.square().mean()),
         aggregate_variance_mean=float(moments.covariance.diagonal().mean()),
         rate_per_dimension=tuple(rates.tolist()),
-        variance_per_dimension=tuple(moments.variance_of_means.tolist()) if count > 1 else (nan,) * len(rates),
+        variance_per_dimension=tuple(moments.variance_of_means.tolist()) if count > 1 else (nan,) * len(widths),
     )
 
 

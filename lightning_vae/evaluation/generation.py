@@ -10,7 +10,7 @@ from torch import Tensor
 from ..estimators.probes import nearest_distance
 from ..noise import uniform_by_index
 from ..vae import VAE
-from .chunks import decoded_means, log_likelihood
+from .chunks import Target, decoded_means, log_likelihood
 from .encoding_pass import Kept
 from .record import LEAST_COMPARED, Generation
 
@@ -23,27 +23,55 @@ def generate(vae: VAE, kept: Kept) -> Generation:
     number = len(kept.x)
     if number < 2:
         return Generation(math.nan, math.nan, math.nan)
-    observed = vae.likelihood.observe(kept.x.view(number, *vae.shape), kept.index)
-    distortion = -log_likelihood(vae, observed, kept.z[None]).mean()
+    there = ~kept.x.isnan()
+    is_whole = bool(there.all())
+    mask = None if is_whole else there.view(number, *vae.shape)
+    observed = vae.likelihood.observe(kept.x.nan_to_num(nan=0.0).view(number, *vae.shape), kept.index)
+    target = Target(observed, kept.condition, mask)
+    distortion = -log_likelihood(vae, target, kept.z[None]).mean()
     # The subset is in random order, so neighbours in it have nothing in common.
     others = torch.stack([kept.z.roll(shift, dims=0) for shift in range(1, min(_SHIFTS, number - 1) + 1)])
-    shuffled = -log_likelihood(vae, observed, others).mean()
+    shuffled = -log_likelihood(vae, target, others).mean()
 
     # Equal observations count once: an observation's own reconstruction would lie too close to its duplicate.
     first = _first_of_each(kept.x)
     data, z_own, mean = kept.x[first], kept.z[first], kept.mean[first]
-    if number < LEAST_COMPARED or len(data) < 3:
+    condition = None if kept.condition is None else kept.condition[first]
+    if number < LEAST_COMPARED or len(data) < 3 or not is_whole:  # distances need whole observations
         return Generation(float(shuffled - distortion), math.nan, math.nan)
     place = torch.arange(len(data), device=data.device)
     beside = (place + 1) % len(data)
-    prior = vae.prior.icdf(uniform_by_index(place, vae.latent_dim, seed=_PRIOR_SEED))
+    prior = prior_sample(vae, place, condition, _PRIOR_SEED)
     midpoints = (mean + mean[beside]) / 2
     # Each is compared with the same number of observations: all but the two that a midpoint came from.
     excluded = torch.stack([place, beside], dim=1)
     own, samples, between = (
-        nearest_distance(torch.cat(decoded_means(vae, z)), data, excluded).mean() for z in (z_own, prior, midpoints)
+        nearest_distance(torch.cat(decoded_means(vae, z, condition)), data, excluded).mean()
+        for z in (z_own, prior, midpoints)
     )
     return Generation(float(shuffled - distortion), float(samples / own), float(between / own))
+
+
+def prior_sample(vae: VAE, place: Tensor, condition: Tensor | None, seed: int) -> Tensor:
+    """Draw a latent from the prior for each place, the same ones each time.
+
+    Args:
+        vae: The model.
+        place: Numbers of the samples, int64, shape ``(N,)``.
+        condition: The columns of the condition, shape ``(N, columns)``; ``None`` without.
+        seed: Seed of the draw.
+
+    Returns:
+        Shape ``(N, k)``.
+    """
+    prior = vae.prior_given(condition)
+    try:
+        z: Tensor = prior.icdf(uniform_by_index(place, vae.latent_dim, seed=seed))
+    except NotImplementedError:
+        with torch.random.fork_rng(devices=[vae.device] if vae.device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            z = prior.sample(torch.Size() if prior.batch_shape[:1] == place.shape else place.shape)
+    return z
 
 
 def _first_of_each(rows: Tensor) -> Tensor:

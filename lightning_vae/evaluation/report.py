@@ -18,8 +18,9 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from ..noise import uniform_by_index
 from ..vae import VAE
+from .chunks import decode
+from .generation import prior_sample
 from .measure import OwnMetric, check_model, check_own_metrics, check_rereadable, check_sizes, evaluate
 
 _COLUMNS = 8
@@ -154,9 +155,11 @@ def draw(vae: VAE, batch: object) -> dict[str, Tensor]:
     if len(vae.shape) != 3 or vae.shape[0] not in (1, 3):
         return {}
     observations = vae.observe(batch)[: 4 * _COLUMNS]
-    reconstructions = vae.decode(vae.encode(observations.x).mean).mean
-    places = torch.arange(_COLUMNS**2, device=vae.device)
-    samples = vae.decode(vae.prior.icdf(uniform_by_index(places, vae.latent_dim, seed=_SEED))).mean
+    condition, places = observations.condition, torch.arange(_COLUMNS**2, device=vae.device)
+    posterior = vae.encode(observations.x) if condition is None else vae.encode(observations.x, condition)
+    reconstructions = decode(vae, posterior.mean, condition).mean
+    own = None if condition is None else condition[places % len(condition)]
+    samples = decode(vae, prior_sample(vae, places, own, _SEED), own).mean
     pairs = [
         row
         for images in zip(observations.scaled.split(_COLUMNS), reconstructions.split(_COLUMNS), strict=True)

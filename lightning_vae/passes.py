@@ -1,0 +1,124 @@
+"""What a model does in the passes over data of validation, test and prediction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from .checkpoints.guards import without_batches
+from .distributed import rank_and_processes, sum_over_processes
+from .module import RunModule
+from .objective import ELBOTerms, FreeBitsAverage, FreeBitsPer, free_bits, limited_rate_loss, weighted_loss
+from .observations import Observations
+from .running_sums import RunningSums, mean, named_terms
+
+
+class PassModule(RunModule):
+    """Base class of a model that reports the terms of its loss over a whole pass.
+
+    Its loss is the model's own: a subclass says how a batch is observed and what its terms are.
+
+    Attributes:
+        rate_parts: Number of parts of the rate.
+    """
+
+    latent_dim: int
+    rate_parts: int
+    beta: Tensor
+    free_bits: Tensor
+    free_bits_per: FreeBitsPer
+    free_bits_average: FreeBitsAverage
+    posterior: Any
+    working_dtype: torch.dtype
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._evaluation_sums: dict[int, RunningSums] = {}
+        self._count = 0  # observations so far in the pass
+
+    def observe(self, batch: Any, first: int = 0) -> Observations:
+        """Return a batch as the model sees it at evaluation."""
+        raise NotImplementedError
+
+    def encode(self, x: Any) -> Any:
+        """Return the posterior."""
+        raise NotImplementedError
+
+    def _checked_terms(self, x: Any, size: int) -> ELBOTerms:
+        raise NotImplementedError
+
+    @override
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        observations = self._observe_next(batch, batch_idx)
+        if batch_idx == 0:
+            self._evaluation_sums[dataloader_idx] = RunningSums(self.rate_parts + 2)
+        if not len(observations):  # this process's share of a last batch may be empty
+            self.posterior = None
+            return
+        distortion, rates = self._checked_terms(observations, len(observations))
+        # A floor on each sample is a sum over observations; a floor on the mean needs the whole pass.
+        floored = self._floored_rate(rates) * len(observations)
+        sums = torch.cat([rates.sum(0), distortion.sum()[None], floored[None]])
+        self._evaluation_sums[dataloader_idx].add(sums, len(observations))
+
+    test_step = validation_step
+
+    @override
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Any]:
+        """Return the posterior means with the indices and labels of the observations.
+
+        Returns:
+            ``"mean"``, shape ``(B, k)``; ``"index"``, ``(B,)``, from the batch or counted; and ``"label"`` if the batch
+            has it.
+        """
+        observations = self._observe_next(batch, batch_idx)
+        empty = observations.observed.new_empty(0, self.latent_dim)
+        result = {"mean": self.encode(observations).mean if len(observations) else empty, "index": observations.index}
+        return result if observations.label is None else {**result, "label": observations.label}
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val", len(self.trainer.num_val_batches))
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test", len(self.trainer.num_test_batches))
+
+    def _observe_next(self, batch: Any, batch_idx: int) -> Observations:
+        """Observe the next batch of a pass, numbering the observations in order of arrival."""
+        first = self._count if batch_idx else 0
+        observations = self.observe(batch, first)
+        self._count = first + len(observations)
+        return observations
+
+    def _log_evaluation(self, stage: str, loaders: int) -> None:
+        _, processes = rank_and_processes(self.trainer)
+        for number in range(loaders):
+            sums = self._evaluation_sums.pop(number, RunningSums(self.rate_parts + 2)).flush()
+            # The same type and device in every process, even in one whose share was empty.
+            sums = sums.to(self.device, self.working_dtype)
+            sums = sum_over_processes(sums) if processes > 1 else sums
+            if not sums[-1]:
+                step = self.test_step if stage == "test" else self.validation_step
+                if getattr(step, "__func__", None) is PassModule.validation_step:
+                    raise without_batches("validate" if stage == "val" else stage)
+                continue  # a subclass's own step, which logs by itself
+            means = mean(sums)
+            rates, distortion, floored = means[:-2], means[-2], means[-1]
+            if self.free_bits_average == "batch":
+                floored = self._floored_rate(rates[None])
+            rate = rates.sum()
+            if self.rate_limit is None:
+                loss = weighted_loss(distortion, floored, self.beta)
+            else:
+                loss = limited_rate_loss(distortion, rate, *self.rate_limit)
+            values = named_terms(stage, torch.stack([distortion, rate, floored, loss]))
+            if loaders > 1:  # named as Lightning does
+                values = {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
+            self.log_dict(values, batch_size=1, sync_dist=processes > 1, add_dataloader_idx=False)
+
+    def _floored_rate(self, rates: Tensor) -> Tensor:
+        return free_bits(rates, self.free_bits, self.free_bits_per, self.free_bits_average)
