@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
     from .likelihoods import Gaussian as Gaussian
     from .likelihoods import Likelihood as Likelihood
+    from .multi_sample import MultiSampleBound as MultiSampleBound
+    from .multi_sample import multi_sample_bound as multi_sample_bound
     from .networks import ConvDecoder as ConvDecoder
     from .networks import ConvEncoder as ConvEncoder
     from .networks import LinearDecoder as LinearDecoder
@@ -36,6 +38,11 @@ if TYPE_CHECKING:
     from .objective import kl_per_dimension as kl_per_dimension
     from .objective import weighted_loss as weighted_loss
     from .observations import Observations as Observations
+    from .terms import DIP as DIP
+    from .terms import MMD as MMD
+    from .terms import Step as Step
+    from .terms import Term as Term
+    from .terms import TotalCorrelation as TotalCorrelation
     from .vae import VAE as VAE
 
 _MODULES = {
@@ -46,12 +53,14 @@ _MODULES = {
     "evaluation.record": ("Evaluation",),
     "checkpoints.flush_loggers": ("FlushLoggers",),
     "checkpoints.last_checkpoint": ("LastCheckpoint",),
+    "multi_sample": ("MultiSampleBound", "multi_sample_bound"),
     "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
     "observations": ("Observations",),
     "conditions": ("Condition",),
     "distributed": ("mean_over_processes",),
+    "terms": ("DIP", "MMD", "Step", "Term", "TotalCorrelation"),
     "vae": ("VAE",),
 }
 __all__ = [name for names in _MODULES.values() for name in names]

@@ -117,18 +117,18 @@ def _kl_with_scaled_gradients(
     posterior: Distribution, prior: Distribution, to_posterior: float, to_prior: float, z: Tensor | None
 ) -> Tensor:
     # One KL of scaled parameters has the gradients of two KLs with stopped ones, for half the work and unrounded.
-    z = z if z is None else _scale_gradient("z", z, to_posterior)
-    scaled = _scale_gradient("posterior", posterior, to_posterior), _scale_gradient("prior", prior, to_prior)
+    z = z if z is None else scale_gradient("z", z, to_posterior)
+    scaled = scale_gradient("posterior", posterior, to_posterior), scale_gradient("prior", prior, to_prior)
     return kl_or_estimate(*scaled, z)
 
 
-def _scale_gradient(name: str, value: Any, factor: float) -> Any:
+def scale_gradient(name: str, value: Any, factor: float) -> Any:
     """Return a tensor, or a distribution with all its tensors, as it is but with scaled gradients."""
     if isinstance(value, Tensor):
         return _ScaledGradient.apply(value, factor) if factor else value.detach()
     if isinstance(value, Distribution):
         scaled = copy(value)
-        vars(scaled).update({key: _scale_gradient(name, each, factor) for key, each in vars(value).items()})
+        vars(scaled).update({key: scale_gradient(name, each, factor) for key, each in vars(value).items()})
         return scaled
     if value is None or isinstance(value, bool | int | float | Size):
         return value

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import lightning_vae
-from lightning_vae import callbacks, checks, datamodules, estimators
+from lightning_vae import callbacks, checks, datamodules, estimators, terms
 from lightning_vae.callbacks import schedules
 from tests.doubles import small_vae
 
@@ -37,6 +37,10 @@ GIVEN: dict[str, dict[str, Any]] = {
         "mutual_information": 0.1,
         "observations": 3,
     },
+    "dip_penalty": {"covariance": torch.eye(2)},
+    "inverse_multiquadric": {"squared_distance": MEANS},
+    "minibatch_weights": {"batch_size": 2, "data_size": 4},
+    "rbf": {"squared_distance": MEANS},
     "compare_latents": {"models": {"one": small_vae()}, "loader": []},
     "ClassUsage": {"groups": 2, "classes": 2},
     "categorical_mutual_information": {"probs": torch.ones(2, 1, 1)},
@@ -58,8 +62,8 @@ ONE_OF = (
     (("at_steps", "at_epochs", "at_fractions"), [1]),
     (("nats", "bits"), 1.0),
 )
-# Results and measurements; where something is, which a number may say; and what the VAE checks and passes on.
-RESULTS = {"AggregateMoments", "Averages", "Evaluation", "LatentReport", "LinearVAEOptimum", "MixtureEstimates"}
+# Results, measurements and records; where something is, which a number may say; and what the VAE checks and passes on.
+RESULTS = {"AggregateMoments", "Averages", "Evaluation", "LatentReport", "LinearVAEOptimum", "MixtureEstimates", "Step"}
 NO_OPTIONS = {*RESULTS, "is_saturated"}
 NO_NUMBERS = {"label", "x", "mask", "mutual_information", "information_rate", "marginal_kl_per_unit", "own", "schedule"}
 OF_THE_VAE = {"latent_dim", "levels"}
@@ -68,7 +72,7 @@ NAMED = ("FreeBitsPer", "Shape")  # types of numbers
 
 def options() -> Iterator[Any]:
     """Every public option that takes a number, with what is needed to try it."""
-    for module in (lightning_vae, callbacks, datamodules, estimators):
+    for module in (lightning_vae, callbacks, datamodules, estimators, terms):
         for name, thing in sorted(vars(module).items()):
             if name.startswith("_") or not callable(thing) or inspect.isabstract(thing) or name in NO_OPTIONS:
                 continue

@@ -14,6 +14,7 @@ from ..callbacks.metrics.running_moments import Averages as Averages
 from ..callbacks.metrics.running_moments import RunningMoments as RunningMoments
 from .closed_forms import gaussian_total_correlation as gaussian_total_correlation
 from .closed_forms import shannon_distortion as shannon_distortion
+from .ex_post import ExPostDensity as ExPostDensity
 from .importance import ImportanceWeightedLikelihood as ImportanceWeightedLikelihood
 from .importance import LogLikelihood as LogLikelihood
 from .importance import effective_sample_size as effective_sample_size

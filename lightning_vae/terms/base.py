@@ -1,0 +1,79 @@
+"""The base class of a term, and what a term sees of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.distributions import Distribution
+from typing_extensions import override
+
+from ..objective import checked_number
+from ..observations import Observations
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One batch on its way through the model: all that a term may use.
+
+    Attributes:
+        observations: The batch as the model sees it.
+        posterior: q(z|x) of the batch: batch shape ``(B, k)``, or ``(B,)`` where it is joint.
+        prior: p(z) or p(z|c), broadcastable to the posterior.
+        z: One sample of the posterior per observation, shape ``(B, k)``.
+        likelihood: p(x|z) at ``z``, batch shape ``(B,)``, in the networks' scale.
+        data_size: Number of observations in the data set that the batch is from; ``None`` if it is not known.
+    """
+
+    observations: Observations
+    posterior: Distribution
+    prior: Distribution
+    z: Tensor
+    likelihood: Distribution
+    data_size: int | None = None
+
+
+class Term(nn.Module):
+    """Base class of a term, which the loss adds with a weight.
+
+    A term of one's own derives from it and defines ``forward``. It may hold networks and parameters.
+
+    Args:
+        weight: Weight of the term in the loss. 0 leaves the training as it is without the term.
+
+    Raises:
+        ValueError: If the weight is negative or not finite.
+    """
+
+    def __init__(self, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = checked_number("weight", weight)
+
+    @override
+    def forward(self, step: Step) -> Tensor:
+        """Compute the unweighted term.
+
+        Args:
+            step: The batch on its way through the model.
+
+        Returns:
+            A scalar, averaged over the batch, in nats unless the term says otherwise. Its gradient trains the model.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define `forward(step)`, which returns a scalar.")
+
+
+def check_several(name: str, count: int) -> None:
+    """Check that a batch holds at least the two observations that a statistic over the batch needs.
+
+    Args:
+        name: Name of the term.
+        count: Number of observations.
+
+    Raises:
+        ValueError: If there are fewer.
+    """
+    if count < 2:
+        raise ValueError(
+            f"`{name}` compares the observations of a batch, so a batch must hold at least 2, got {count}. Set "
+            "`drop_last=True` in the DataLoader, or another `batch_size`."
+        )
