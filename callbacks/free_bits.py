@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from .base import knobs_of
 from .control.attribute_path import PathError, paths_like
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
@@ -186,6 +187,16 @@ class FreeBits(AttributeScheduler):
                     f"decides. Leave it out and choose in the loss: `{_LINE[:-1]}, {option}={value!r})`."
                 )
             setattr(pl_module, f"free_bits_{option}", value)
+        kind, knobs = type(pl_module).__name__, knobs_of(pl_module)
+        if knobs and "free_bits" in self._paths and "free_bits" not in knobs:
+            raise MisconfigurationException(
+                f"FreeBits: the loss of {kind} has no floor, as a multi-sample bound has none."
+            )
+        if self.per != "whole" and getattr(pl_module, "has_joint_rate", False) and pl_module.free_bits_per != "whole":
+            raise MisconfigurationException(
+                f"FreeBits: the rate of {kind} has no parts for the dimensions, because its prior or posterior is "
+                "joint. Set `per='whole'`."
+            )
 
 
 def checked_floor(

@@ -33,7 +33,7 @@ class RunModule(KnobModule):
         """Add a batch to the training means, and log them where Lightning logs.
 
         Args:
-            terms: Means of distortion, rate, floored rate and loss, shape ``(4,)``.
+            terms: Means of distortion, rate, floored rate, loss, and the added terms.
             count: Number of observations.
         """
         trainer = trainer_of(self)

@@ -32,7 +32,12 @@ class MultiSampleBound(NamedTuple):
 
 
 def multi_sample_bound(
-    posterior: Distribution, prior: Distribution, log_likelihood: Callable[[Tensor], Tensor], samples: int
+    posterior: Distribution,
+    prior: Distribution,
+    log_likelihood: Callable[[Tensor], Tensor],
+    samples: int,
+    z: Tensor | None = None,
+    beta: Tensor | float = 1.0,
 ) -> MultiSampleBound:
     r"""Compute the importance-weighted bound from K samples, and a loss whose gradient has little noise at any K.
 
@@ -47,6 +52,10 @@ def multi_sample_bound(
         -\sum_k \tilde w_k \, \nabla_\theta \log w_k \quad \text{for decoder and prior}, \qquad
         -\sum_k \tilde w_k^2 \, \frac{\partial \log w_k}{\partial z_k} \, \nabla_\phi z_k \quad \text{for the encoder.}
 
+    With a weight on the rate, as in annealing, :math:`\log w_k = \log p(x|z_k) + \beta (\log p(z_k) - \log q(z_k|x))`,
+    and the encoder's :math:`\tilde w_k^2` becomes :math:`(1 - \beta) \tilde w_k + \beta \tilde w_k^2`. At K = 1 this is
+    distortion + beta * rate; above, it is a bound of log p(x) at beta = 1 only.
+
     Both are unbiased. The first is that of the plain bound. The plain gradient of the encoder drowns in noise as K
     grows (Rainforth et al. 2018). The second does not, and is exactly 0 for each sample where the posterior is exact.
 
@@ -56,6 +65,8 @@ def multi_sample_bound(
         prior: p(z) or p(z|c), which broadcasts to it; the joint one of a factorised posterior too.
         log_likelihood: Function from latents of shape ``(K, B, k)`` to log p(x|z), shape ``(K, B)``.
         samples: Number of samples K.
+        z: The samples, shape ``(K, B, k)``, as at evaluation, where noise is fixed; ``None`` draws them.
+        beta: Weight of the rate.
 
     Raises:
         ValueError: If ``samples`` is out of range, the posterior has no reparameterised samples or parameters that are
@@ -68,20 +79,25 @@ def multi_sample_bound(
     """
     check_number("samples", samples, "an integer of at least 1", integer_from(1))
     _check_reparameterised(posterior)
-    drawn = posterior.rsample(Size((samples,)))
+    drawn = posterior.rsample(Size((samples,))) if z is None else z
     z = drawn.view_as(drawn)  # the hook below is for this use of the samples alone
-    log_weights, log_likelihoods = _log_weights(posterior, prior, log_likelihood, z)
+    log_weights, log_likelihoods = _log_weights(posterior, prior, log_likelihood, z, beta)
 
     bound = log_weights.detach().logsumexp(0) - math.log(samples)
     normalised = log_weights.detach().softmax(0)
+    share = 1 - beta + beta * normalised
     if z.requires_grad:
-        z.register_hook(lambda gradient: gradient * normalised.view(*normalised.shape, *[1] * (gradient.ndim - 2)))
+        z.register_hook(lambda gradient: gradient * share.view(*share.shape, *[1] * (gradient.ndim - 2)))
     weighted = (normalised * log_weights).sum(0)
     return MultiSampleBound(bound, weighted.detach() - weighted - bound, drawn, log_likelihoods)
 
 
 def _log_weights(
-    posterior: Distribution, prior: Distribution, log_likelihood: Callable[[Tensor], Tensor], z: Tensor
+    posterior: Distribution,
+    prior: Distribution,
+    log_likelihood: Callable[[Tensor], Tensor],
+    z: Tensor,
+    beta: Tensor | float,
 ) -> tuple[Tensor, Tensor]:
     """Return the log-weights, without the score of the posterior, and the log-likelihoods in them, each ``(K, B)``."""
     shape = z.shape[:2]
@@ -94,7 +110,8 @@ def _log_weights(
     log_prior = _summed("prior", prior.log_prob(z), shape)
     # Without gradients in its own parameters, the posterior's density still depends on them through z.
     fixed: Distribution = scale_gradient("posterior", posterior, 0.0)
-    return log_likelihoods + log_prior - _summed("posterior", fixed.log_prob(z), shape), log_likelihoods
+    log_ratio = log_prior - _summed("posterior", fixed.log_prob(z), shape)
+    return log_likelihoods + beta * log_ratio, log_likelihoods
 
 
 def _summed(name: str, log_density: Tensor, shape: torch.Size) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from .checkpoints.guards import without_batches
@@ -23,10 +24,13 @@ class PassModule(RunModule):
 
     Attributes:
         rate_parts: Number of parts of the rate.
+        terms: The terms that are added to the loss, by name.
     """
 
     latent_dim: int
+    importance_samples: int
     rate_parts: int
+    terms: nn.ModuleDict
     beta: Tensor
     free_bits: Tensor
     free_bits_per: FreeBitsPer
@@ -38,6 +42,7 @@ class PassModule(RunModule):
         super().__init__()
         self._evaluation_sums: dict[int, RunningSums] = {}
         self._count = 0  # observations so far in the pass
+        self._loader = 0  # number of the loader that the pass is in
 
     def observe(self, batch: Any, first: int = 0) -> Observations:
         """Return a batch as the model sees it at evaluation."""
@@ -50,18 +55,34 @@ class PassModule(RunModule):
     def _checked_terms(self, x: Any, size: int) -> ELBOTerms:
         raise NotImplementedError
 
+    def _bound(self, observations: Observations) -> Tensor | None:
+        """Return the multi-sample bound that is trained on, shape ``(B,)``; ``None`` for the ELBO."""
+        raise NotImplementedError
+
+    def _added_terms(self) -> list[Tensor]:
+        """Compute the terms that are added to the loss, unweighted, of the batch whose ELBO was computed last."""
+        raise NotImplementedError
+
+    def _weighted(self, terms: Iterable[Tensor]) -> Any:
+        """Sum added terms with their weights."""
+        return sum(getattr(self, f"{name}_weight") * term for name, term in zip(self.terms, terms, strict=True))
+
     @override
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         observations = self._observe_next(batch, batch_idx)
+        self._loader = dataloader_idx
         if batch_idx == 0:
-            self._evaluation_sums[dataloader_idx] = RunningSums(self.rate_parts + 2)
+            self._evaluation_sums[dataloader_idx] = self._new_sums()
         if not len(observations):  # this process's share of a last batch may be empty
             self.posterior = None
             return
         distortion, rates = self._checked_terms(observations, len(observations))
         # A floor on each sample is a sum over observations; a floor on the mean needs the whole pass.
         floored = self._floored_rate(rates) * len(observations)
-        sums = torch.cat([rates.sum(0), distortion.sum()[None], floored[None]])
+        added = [term * len(observations) for term in self._added_terms()]
+        bound = self._bound(observations)
+        columns = [distortion.sum(), floored, *added, *([] if bound is None else [bound.sum()])]
+        sums = torch.cat([rates.sum(0), torch.stack(columns)])
         self._evaluation_sums[dataloader_idx].add(sums, len(observations))
 
     test_step = validation_step
@@ -97,7 +118,7 @@ class PassModule(RunModule):
     def _log_evaluation(self, stage: str, loaders: int) -> None:
         _, processes = rank_and_processes(self.trainer)
         for number in range(loaders):
-            sums = self._evaluation_sums.pop(number, RunningSums(self.rate_parts + 2)).flush()
+            sums = (self._evaluation_sums.pop(number, None) or self._new_sums()).flush()
             # The same type and device in every process, even in one whose share was empty.
             sums = sums.to(self.device, self.working_dtype)
             sums = sum_over_processes(sums) if processes > 1 else sums
@@ -107,18 +128,24 @@ class PassModule(RunModule):
                     raise without_batches("validate" if stage == "val" else stage)
                 continue  # a subclass's own step, which logs by itself
             means = mean(sums)
-            rates, distortion, floored = means[:-2], means[-2], means[-1]
+            rates, (distortion, floored, *others) = means[: self.rate_parts], means[self.rate_parts :]
+            added, bound = others[: len(self.terms)], others[len(self.terms) :]
             if self.free_bits_average == "batch":
                 floored = self._floored_rate(rates[None])
             rate = rates.sum()
             if self.rate_limit is None:
-                loss = weighted_loss(distortion, floored, self.beta)
+                loss = -bound[0] if bound else weighted_loss(distortion, floored, self.beta)
             else:
                 loss = limited_rate_loss(distortion, rate, *self.rate_limit)
-            values = named_terms(stage, torch.stack([distortion, rate, floored, loss]))
+            if added:
+                loss = loss + self._weighted(added)
+            values = named_terms(stage, torch.stack([distortion, rate, floored, loss, *added]), list(self.terms))
             if loaders > 1:  # named as Lightning does
                 values = {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
             self.log_dict(values, batch_size=1, sync_dist=processes > 1, add_dataloader_idx=False)
+
+    def _new_sums(self) -> RunningSums:
+        return RunningSums(self.rate_parts + 2 + len(self.terms) + (self.importance_samples > 1))
 
     def _floored_rate(self, rates: Tensor) -> Tensor:
         return free_bits(rates, self.free_bits, self.free_bits_per, self.free_bits_average)

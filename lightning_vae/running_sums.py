@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,32 +21,38 @@ def term_names(stage: str) -> list[str]:
     return [f"{stage}/{name}" for name in (*_TERMS, "elbo")]
 
 
-def named_terms(stage: str, terms: Tensor) -> dict[str, Tensor]:
+def named_terms(stage: str, terms: Tensor, added: Sequence[str] = ()) -> dict[str, Tensor]:
     """Return the terms of the loss by the names they are logged under, with the ELBO.
 
     Args:
         stage: ``"train"``, ``"val"`` or ``"test"``.
-        terms: Distortion, rate, floored rate and loss, shape ``(4,)``.
+        terms: Distortion, rate, floored rate and loss, then the terms that a model adds.
+        added: Names of those.
     """
-    distortion, rate, *others = terms
-    return dict(zip(term_names(stage), (distortion, rate, *others, -(distortion + rate)), strict=True))
+    distortion, rate, floored, loss, *others = terms
+    named = dict(zip(term_names(stage), (distortion, rate, floored, loss, -(distortion + rate)), strict=True))
+    return named | {f"{stage}/term_{name}": value for name, value in zip(added, others, strict=True)}
 
 
 class TrainingMeans:
     """Keep the means of the loss terms during training: since they were last logged, and over the epoch.
 
     A non-finite term is detected when the means are read, so the steps in between pay nothing for it.
+
+    Args:
+        added: Names of the terms that a model adds to the loss.
     """
 
-    def __init__(self) -> None:
-        self._sums = RunningSums(len(_TERMS))
+    def __init__(self, added: Sequence[str] = ()) -> None:
+        self._added = tuple(added)
+        self._sums = RunningSums(len(_TERMS) + len(self._added))
         self._step = 0
 
     def add(self, terms: Tensor, count: int | Tensor, step: int) -> None:
         """Add one batch.
 
         Args:
-            terms: Means of distortion, rate, floored rate and loss, shape ``(4,)``.
+            terms: Means of distortion, rate, floored rate, loss, and the added terms.
             count: Number of observations.
             step: Number of batches that stepped before.
         """
@@ -54,11 +61,11 @@ class TrainingMeans:
 
     def since_last_logged(self) -> dict[str, Tensor]:
         """Return the means since the last call by the names they are logged under, on the CPU."""
-        return named_terms("train", mean(self._sums.flush()).cpu())
+        return named_terms("train", mean(self._sums.flush()).cpu(), self._added)
 
     def epoch(self, has_ended: bool) -> dict[str, Tensor]:
         """Return the epoch's means by the names they are logged under; see :meth:`RunningSums.epoch`."""
-        return named_terms("train", mean(self._sums.epoch(has_ended)))
+        return named_terms("train", mean(self._sums.epoch(has_ended)), self._added)
 
     def check_finite(self, batches_per_step: int) -> None:
         """Check that the terms since the last logging are finite.
@@ -71,8 +78,9 @@ class TrainingMeans:
         """
         if found := self._sums.first_not_finite():
             term, batches = found
+            name = (*_TERMS, *(f"term_{each}" for each in self._added))[term]
             raise FloatingPointError(
-                f"`train/{_TERMS[term]}` is not a finite number since step {self._step - batches // batches_per_step}, "
+                f"`train/{name}` is not a finite number since step {self._step - batches // batches_per_step}, "
                 f"so training ends at step {self._step}; nothing has been saved since. A run resumed from the last "
                 "checkpoint will fail here again unless something changes: set `gradient_clip_val`, or start over with "
                 "a lower learning rate."

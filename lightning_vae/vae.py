@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch import distributions as td
 from typing_extensions import override
 
 from .checkpoints.class_paths import build, describe
@@ -15,36 +14,33 @@ from .checkpoints.exact_resume import trainer_of
 from .checks import check_number, integer_from
 from .compiling import CompiledMethod, CompileMode
 from .conditions import Condition
-from .distributed import batch_means, rank_and_processes
-from .likelihoods import Likelihood, default_likelihood, warn_of_feedback
-from .networks import MLPDecoder, MLPEncoder, Shape
+from .distributed import batch_means, mean_over_processes
+from .likelihoods import Likelihood, warn_of_feedback
+from .model import LatentModel, log_prob_of
+from .multi_sample import multi_sample_bound
+from .networks import Shape
 from .noise import sample_by_index
 from .objective import (
     ELBOTerms,
     FreeBitsAverage,
     FreeBitsPer,
+    check_single,
     group_rates,
     rate_parts,
     weighted_loss,
 )
 from .observations import (
     Observations,
-    check_data,
-    check_finite,
-    check_index,
     check_scale,
-    check_type,
     data_of,
-    has_values,
-    index_and_label_of,
-    without_missing,
 )
-from .passes import PassModule
-from .posteriors import posterior_of, widen
-from .priors import Prior, StandardNormal
+from .priors import Prior
+from .running_sums import TrainingMeans
+from .terms import Step, Term
+from .training_data import data_size, first_observations
 
 
-class VAE(PassModule):
+class VAE(LatentModel):
     r"""Train a variational autoencoder on the ELBO, with a weight on its rate and a floor under it.
 
     .. math::
@@ -93,6 +89,10 @@ class VAE(PassModule):
             classes=10)``. The networks are then constructed with ``condition_dim=`` too, and called with ``(x, c)`` and
             ``(z, c)``.
         prior: Constructor of the prior, called with ``(latent_dim, condition_dim)``; N(0, I) by default.
+        terms: Constructors of terms to add to the loss, by name, each called without arguments. The weight of a term is
+            the knob ``<name>_weight``.
+        importance_samples: Number K of samples of the bound to train on: 1 for the ELBO, more for the multi-sample
+            bound (IWAE), which has no floor.
 
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
@@ -111,9 +111,6 @@ class VAE(PassModule):
 
     beta: Tensor
     free_bits: Tensor
-    likelihood: Likelihood
-    condition: Condition | None
-    prior_module: Prior
     chosen_options = ("free_bits_per", "free_bits_average")
 
     def __init__(
@@ -131,6 +128,8 @@ class VAE(PassModule):
         compile: CompileMode = False,  # noqa: A002
         condition: Callable[[], Condition] | None = None,
         prior: Callable[[int, int], Prior] | None = None,
+        terms: Mapping[str, Callable[[], Term]] | None = None,
+        importance_samples: int = 1,
     ) -> None:
         super().__init__()
         given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
@@ -139,38 +138,54 @@ class VAE(PassModule):
         if levels is not None:
             check_number("levels", levels, "an integer of at least 2, or None for real-valued data", integer_from(2))
         check_number("latent_dim", latent_dim, "an integer of at least 1", integer_from(1))
+        check_number("importance_samples", importance_samples, "an integer of at least 1", integer_from(1))
+        for name in terms or {}:
+            if not name.isidentifier():
+                raise ValueError(f"`terms` must have names that are Python names, such as 'mmd', got {name!r}.")
+        if compile and (terms or importance_samples > 1):
+            raise ValueError("`compile` compiles the ELBO only: leave it out with `terms` and `importance_samples`.")
+        if importance_samples > 1 and terms:
+            raise ValueError("`importance_samples` above 1 can't be combined with `terms`: they are added to the ELBO.")
+        if importance_samples > 1 and free_bits:
+            raise ValueError(
+                f"`importance_samples` is {importance_samples}: the multi-sample bound has no floor of the rate, got "
+                f"`free_bits={free_bits}`. Leave it out, or train on the ELBO."
+            )
         if free_bits_average not in ("batch", "sample"):
             raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
 
         parts = {
             "encoder": encoder, "decoder": decoder, "likelihood": likelihood, "condition": condition, "prior": prior
         }  # fmt: skip
-        self.save_hyperparameters(ignore=[name for name, part in parts.items() if isinstance(part, nn.Module)])
+        self.save_hyperparameters(ignore=["terms", *(n for n, part in parts.items() if isinstance(part, nn.Module))])
         described = {name: describe(self.hparams.get(name, part)) for name, part in parts.items()}
+        described["terms"] = {name: describe(term) for name, term in (terms or {}).items()} or None
         # These load with `weights_only=True`, as do lists and tuples.
         self._update_hparams(described if isinstance(given, list | tuple) else {**described, "shape": shape})
 
-        self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
-        self.condition = None if condition is None else build("condition", condition, of=Condition)
-        condition_dim = 0 if self.condition is None else self.condition.dim
-        sizes: dict[str, Any] = {"condition_dim": condition_dim} if condition_dim else {}
-        self.encoder = build("encoder", MLPEncoder if encoder is None else encoder, shape, latent_dim, **sizes)
-        self.decoder = build("decoder", MLPDecoder if decoder is None else decoder, latent_dim, shape, **sizes)
-        make = default_likelihood if likelihood is None else likelihood
-        self.likelihood = build("likelihood", make, shape, levels, of=Likelihood)
-        make_prior = StandardNormal if prior is None else prior
-        self.prior_module = build("prior", make_prior, latent_dim, condition_dim, of=Prior)
-        self.rate_parts = 1 if self.prior_module.is_joint else latent_dim
+        self._build(shape, levels, latent_dim, **parts)
+        self.terms = nn.ModuleDict(
+            {name: build(f"terms.{name}", term, of=Term) for name, term in (terms or {}).items()}
+        )
+        weights: Any = {f"{name}_weight": (term.weight, 1.0) for name, term in self.terms.items()}
         group_rates(torch.zeros(1, self.rate_parts), free_bits_per)  # raises on a value that does not fit
+        if self.has_joint_rate and free_bits and free_bits_per != "whole":
+            raise ValueError(
+                f"`free_bits_per` must be 'whole' under a joint prior or posterior, whose rate has no parts for the "
+                f"dimensions, got {free_bits_per!r}."
+            )
         self.free_bits_per, self.free_bits_average = free_bits_per, free_bits_average
         self._compiled_loss = CompiledMethod(compile)
 
-        self._register_knobs(beta=(beta, 1.0), free_bits=(free_bits, 0.0))
+        self._register_knobs(beta=(beta, 1.0), free_bits=(free_bits, 0.0), **weights)
+        if importance_samples > 1:
+            del self.knobs["free_bits"]  # the bound has no floor
+        self.training_means = TrainingMeans(list(self.terms))
         warn_of_feedback(float(self.beta), self.likelihood)
-        self.posterior: td.Distribution | None = None
-        self._prior: td.Distribution | None = None  # of the batch processed last, if it is not always the same
-        self._checks_next, self._is_checked = True, False  # the training data; those that `elbo_terms` is given
-        self._note_dtype()
+        self._has_terms = bool(self.terms)
+        self._step: Step | None = None  # of the batch processed last, for the terms
+        self.importance_samples = importance_samples
+        self._checks_next = True  # the training data
 
     # ---- the loss
 
@@ -197,7 +212,8 @@ class VAE(PassModule):
     def _training_data(self, batch: Any, checks: bool) -> Tensor | Observations:
         """Return a batch's data; as a record with fresh noise if the model or the batch has more than data."""
         x = data_of(batch, self.shape)
-        if self.condition is None and not (isinstance(batch, Mapping) and "mask" in batch):
+        needs_record = self.condition is not None or self._has_terms
+        if not needs_record and not (isinstance(batch, Mapping) and "mask" in batch):
             if checks:
                 check_scale(x, self.levels, self.likelihood)
             return x
@@ -205,11 +221,16 @@ class VAE(PassModule):
 
     def _loss(self, x: Tensor | Observations) -> tuple[Tensor, Tensor, int | Tensor]:
         """Compute the loss, the terms to log, and the number of observations that they average."""
+        if self.importance_samples > 1:
+            return self._multi_sample_loss(x)
         terms = self._checked_terms(x, len(x))
         means = batch_means(terms, self.free_bits, self.free_bits_per, self.free_bits_average)
         loss = weighted_loss(means.distortion, means.floored_rate, self.beta)
+        added = self._added_terms() if self._has_terms else []
+        if added:
+            loss = loss + self._weighted(added)
         with torch.no_grad():
-            return loss, torch.stack([means.distortion, means.rate, means.floored_rate, loss]), means.size
+            return loss, torch.stack([means.distortion, means.rate, means.floored_rate, loss, *added]), means.size
 
     def _checked_terms(self, x: Tensor | Observations, size: int) -> ELBOTerms:
         """Return :meth:`elbo_terms`, which a subclass may override, after checking the shapes of its result."""
@@ -239,53 +260,57 @@ class VAE(PassModule):
             ValueError: If the data or the index have another shape or type, or the data are in another scale. Checking
                 the scale waits for the device, except in ``training_step``, which checks the first batch of a fit.
         """
-        if isinstance(x, Observations):
-            observed, index, c, mask = self._observed(x), x.index, self._embedded(x.condition), x.mask
-            index = None if x.is_training else index
-        else:
-            scaled, c, mask = self._checked(x), self._embedded(None), None
-            if index is not None:
-                check_index(index, len(x))
-                index = index.long()
-            observed = self.likelihood.observe(scaled, index)
+        observed, index, c, mask = self._inputs(x, index)
         self.posterior = posterior = self._encode(observed, c)
+        prior = self._step_prior(c)
         z = posterior.rsample() if index is None else sample_by_index(posterior, index)
         likelihood = self._decode(z, c, observed if self.training and index is None else None)
-        log_prob: Any = likelihood.log_prob
-        distortion = -(log_prob(observed) if mask is None else log_prob(observed, mask))
-        return ELBOTerms(distortion, rate_parts(posterior, self._step_prior(c), z))
+        if self._has_terms and isinstance(x, Observations):
+            self._step = Step(x, posterior, prior, z, likelihood, data_size(trainer_of(self), self._loader))
+        return ELBOTerms(-log_prob_of(likelihood, observed, mask), rate_parts(posterior, prior, z))
 
-    def _embedded(self, columns: Tensor | None) -> Tensor | None:
-        """Return the condition c, shape ``(B, dim)``; ``None`` for a model without one."""
-        if self.condition is None:
-            return None
-        if columns is None:
-            raise ValueError(
-                "The model is conditional, so data alone are not enough: pass `vae.observe(batch)`, whose batch holds "
-                "the condition too, or `condition=`."
-            )
-        c: Tensor = self.condition(columns.to(self.device))
-        return c.to(self._network_dtype)
+    def _added_terms(self) -> list[Tensor]:
+        """Compute the terms that are added to the loss, unweighted, of the batch whose ELBO was computed last."""
+        step, self._step = self._step, None
+        if step is None:
+            return []
+        # Numbers that a term draws are its own: the posterior's noise is the same with the term and without it.
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(torch.randint(2**62, ())))
+            values = {name: term(step) for name, term in self.terms.items()}
+        for name, value in values.items():
+            check_single(f"terms.{name}", value)
+        return list(values.values())
 
-    def _step_prior(self, c: Tensor | None) -> td.Distribution:
-        prior: td.Distribution = self.prior_module(c)
-        if type(self.prior_module) is not StandardNormal:
-            self._prior = prior
-        return prior
+    def _multi_sample_loss(self, x: Tensor | Observations) -> tuple[Tensor, Tensor, int | Tensor]:
+        """Compute the result of :meth:`_loss` for the multi-sample bound."""
+        loss, terms = self._multi_sample(x)
+        means = batch_means(terms, 0.0)
+        loss = mean_over_processes(loss[:, None])[0]
+        with torch.no_grad():
+            return loss, torch.stack([means.distortion, means.rate, means.rate, loss]), means.size
 
-    def _encode(self, observed: Tensor, c: Tensor | None = None) -> td.Distribution:
-        x = observed.to(self._network_dtype)
-        output = self.encoder(x) if c is None else self.encoder(x, c)
-        return posterior_of(output, observed.shape[0], self.latent_dim)
+    def _bound(self, observations: Observations) -> Tensor | None:
+        return -self._multi_sample(observations)[0] if self.importance_samples > 1 else None
 
-    def _decode(self, z: Tensor, c: Tensor | None = None, observed: Tensor | None = None) -> td.Distribution:
-        z = z.to(self._network_dtype)
-        output = widen(self.decoder(z) if c is None else self.decoder(z, c))
-        if output.shape != (z.shape[0], *self.shape):  # `len(z)` would fix the batch size of an export
-            raise ValueError(f"`decoder` must give shape {(z.shape[0], *self.shape)}, got {tuple(output.shape)}.")
-        # During training a likelihood may compute its scale from the data that it will be evaluated on.
-        likelihood: td.Distribution = self.likelihood(output, observed)
-        return likelihood
+    def _multi_sample(self, x: Tensor | Observations) -> tuple[Tensor, ELBOTerms]:
+        """Compute the loss of the multi-sample bound, shape ``(B,)``, and the ELBO's terms of its samples."""
+        observed, index, c, mask = self._inputs(x, None)
+        self.posterior = posterior = self._encode(observed, c)
+        prior, number = self._step_prior(c), self.importance_samples
+        # One row for each sample of each observation.
+        rows: list[Any] = [
+            None if each is None else each.repeat(number, *[1] * (each.ndim - 1)) for each in (observed, c, mask)
+        ]
+        is_fresh = self.training and index is None
+
+        def log_likelihood(z: Tensor) -> Tensor:
+            decoded = self._decode(z.flatten(0, 1), rows[1], rows[0] if is_fresh else None)
+            return log_prob_of(decoded, rows[0], rows[2]).view(number, -1)
+
+        z = None if index is None else torch.stack([sample_by_index(posterior, index, draw) for draw in range(number)])
+        found = multi_sample_bound(posterior, prior, log_likelihood, number, z, self.beta)
+        return found.loss, ELBOTerms(-found.log_likelihood.mean(0), rate_parts(posterior, prior, found.z[0]))
 
     def _graph_loss(self, x: Tensor | Observations) -> tuple[Tensor, Tensor, int | Tensor]:
         """Compute the result of :meth:`_loss` as one graph."""
@@ -306,146 +331,16 @@ class VAE(PassModule):
         return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
 
     @override
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.posterior = self._prior = None  # callbacks have read them, and their graphs hold memory
+    def on_train_start(self) -> None:
+        if number := self.prior_module.wants:
+            self.prior_module.start(first_observations(self.trainer, number, self._scaled_of))
 
-    # ---- the model
-
-    @property
-    def prior(self) -> td.Distribution:
-        """p(z), batch shape ``(k,)`` if it is factorised; for p(z|c), that of the batch processed last."""
-        prior: td.Distribution = self.prior_module(None) if self._prior is None else self._prior
-        return prior
-
-    def prior_given(self, condition: Tensor | None) -> td.Distribution:
-        """Return p(z); or p(z|c) of each row of a record's ``condition``."""
-        prior: td.Distribution = self.prior_module(self._embedded(condition))
-        return prior
-
-    def observe(self, batch: Any, first: int = 0) -> Observations:
-        """Return a batch as the model sees it at evaluation, on the model's device.
-
-        Args:
-            batch: A tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and optionally
-                ``"index"``, ``"label"``, ``"condition"`` and ``"mask"``; the data in their own scale.
-            first: Number of observations that this process has seen in earlier batches. It numbers the observations of
-                a batch without ``"index"``, in the way ``DistributedSampler`` assigns them to several processes. The
-                scale of the data is checked in the batch at 0.
-
-        Raises:
-            ValueError: If the batch holds no observations of the model's shape, or they are in another scale.
-        """
-        return self._observations(batch, data_of(batch, self.shape), checks=first == 0, first=first)
-
-    def _observations(
-        self, batch: Any, x: Tensor, checks: bool, first: int = 0, is_training: bool = False
-    ) -> Observations:
-        x, mask = without_missing(x, batch)
-        if checks:
-            check_scale(x, self.levels, self.likelihood)
-        index, label = index_and_label_of(batch, len(x))
-        if index is None:
-            rank, processes = rank_and_processes(trainer_of(self))
-            index = torch.arange(first, first + len(x), device=self.device) * processes + rank
-        condition = None if self.condition is None else self.condition.of_batch(batch, len(x), checks).to(self.device)
-        x, index = x.to(self.device), index.to(self.device).long()
-        mask = None if mask is None else mask.to(self.device)
-        scaled = self._scaled(x)
-        label = label.to(self.device) if isinstance(label, Tensor) else label
-        observed = self.likelihood.observe(scaled, None if is_training else index)
-        return Observations(x, scaled, observed, index, label, condition, mask, is_training)
-
-    def encode(self, x: Tensor | Observations, condition: Any = None) -> td.Distribution:
-        """Return the posterior q(z|x), or q(z|x, c), with batch shape ``(B, k)``.
-
-        Args:
-            x: The result of :meth:`observe`; or data in their own scale, shape ``(B, *shape)``, which are not
-                binarised: the encoder then sees the mean of their binarisations.
-            condition: What the model is conditioned on, if ``x`` does not hold it; see :meth:`sample`.
-
-        Raises:
-            ValueError: If the data have another shape, type or scale, or the encoder's output has the wrong shape.
-        """
-        c = self._embedded(self._condition_of(x, condition))
-        return self._encode(self._observed(x) if isinstance(x, Observations) else self._checked(x), c)
-
-    def _condition_of(self, x: Tensor | Observations, condition: Any) -> Tensor | None:
-        """Return the columns of the condition: those that a caller gives, else those of the record."""
-        if self.condition is None:
-            if condition is not None:
-                raise ValueError("`condition` is given, but the model has none: construct it with `condition=`.")
-            return None
-        if condition is None and isinstance(x, Observations):
-            return x.condition
-        return self.condition.read(condition, len(x))
-
-    def decode(self, z: Tensor, condition: Any = None) -> td.Distribution:
-        """Return the likelihood p(x|z), with batch shape ``(B,)`` and event shape ``shape``, in the networks' scale.
-
-        Args:
-            z: Latents, shape ``(B, k)``.
-            condition: What the model is conditioned on, for all latents or for each; see :meth:`sample`.
-
-        Raises:
-            ValueError: If the latents have another shape or type or are not finite, or the decoder's output has the
-                wrong shape.
-        """
-        if not isinstance(z, Tensor) or z.shape[1:] != (self.latent_dim,):
-            given = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
-            raise ValueError(f"`z` must have shape (B, {self.latent_dim}), got {given}.")
-        check_type("The latents `z`", z)
-        if has_values(z):
-            check_finite("The latents `z`", z)
-        return self._decode(z, self._embedded(self._condition_of(z, condition)))
+    def _scaled_of(self, batch: Any) -> Tensor:
+        return self._observations(batch, data_of(batch, self.shape), checks=False, is_training=True).scaled
 
     @override
-    def forward(self, x: Tensor, condition: Any = None) -> Tensor:
-        """Return :meth:`reconstruct`, so that ``vae(x)`` and ``torch.export`` work."""
-        return self.reconstruct(x, condition)
-
-    def reconstruct(self, x: Tensor | Observations, condition: Any = None, decoded_as: Any = None) -> Tensor:
-        """Return the mean of p(x|z) at the posterior's mean, in the data's own scale, shape ``(B, *shape)``.
-
-        For the discretised logistic it is the location, clamped to the range of the data.
-
-        Args:
-            x: As in :meth:`encode`.
-            condition: As in :meth:`encode`.
-            decoded_as: Another condition to decode under: what the observation would look like under it.
-        """
-        columns = self._condition_of(x, condition)
-        own = () if columns is None else (columns,)
-        z = self.encode(x, *own).mean
-        return self.to_data_scale(self.decode(z, *(own if decoded_as is None else (decoded_as,))).mean)
-
-    def sample(self, n: int, condition: Any = None) -> Tensor:
-        """Draw ``n`` latents from the prior and return the means of p(x|z), as :meth:`reconstruct` does.
-
-        For noisy draws of x: ``vae.decode(vae.prior.sample((n,))).sample()``.
-
-        Args:
-            n: Number of samples.
-            condition: What a conditional model is conditioned on, for all samples or for each: a class, an integer or
-                integers of shape ``(n,)``; covariates, of shape ``(covariates,)`` or ``(n, covariates)``; a dict of
-                both under ``"label"`` and ``"condition"``.
-
-        Returns:
-            Images or vectors in the data's own scale, shape ``(n, *shape)``.
-
-        Raises:
-            ValueError: If ``n`` is not an integer of at least 0.
-        """
-        check_number("n", n, "an integer of at least 0", integer_from(0))
-        columns = self._condition_of(torch.empty(n, 0), condition)
-        prior = self.prior_given(columns)
-        z = prior.sample(torch.Size(() if prior.batch_shape[:-1] == (n,) else (n,)))
-        return self.to_data_scale(self.decode(z, *(() if columns is None else (columns,))).mean)
-
-    def to_data_scale(self, x: Tensor) -> Tensor:
-        """Convert data from the networks' scale to their own."""
-        return x if self.levels is None else x * (self.levels - 1)
-
-    # ---- copies, scales and types
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.posterior = self._prior = None  # callbacks have read them, and their graphs hold memory
 
     @override
     def setup(self, stage: str) -> None:
@@ -454,33 +349,4 @@ class VAE(PassModule):
 
     def __getstate__(self) -> dict[str, Any]:
         # The posterior of a training step has a graph, which can't be copied.
-        return {**super().__getstate__(), "posterior": None, "_prior": None, "_is_checked": False}
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
-        self._note_dtype()
-        return self
-
-    def _note_dtype(self) -> None:
-        """Record the dtype of the networks, and that of everything else, which is never half precision."""
-        # Looking it up in each step would take as long as a small layer.
-        self._network_dtype = next((each.dtype for each in self.encoder.parameters()), torch.float32)
-        self.working_dtype = torch.float64 if self._network_dtype == torch.float64 else torch.float32
-
-    def _observed(self, x: Observations) -> Tensor:
-        """Return the encoder's input, after checking that it is not that of a model of another shape."""
-        check_data(x.observed, self.shape)
-        return x.observed
-
-    def _checked(self, x: Tensor) -> Tensor:
-        """Convert data to the networks' scale, after the checks of :meth:`training_step`."""
-        if not self._is_checked:
-            check_data(x, self.shape)
-            check_scale(x, self.levels, self.likelihood)
-        return self._scaled(x)
-
-    def _scaled(self, x: Tensor) -> Tensor:
-        """Convert data to the networks' scale."""
-        x = x.to(self.working_dtype)
-        return x if self.levels is None else x / (self.levels - 1)
+        return {**super().__getstate__(), "posterior": None, "_prior": None, "_step": None, "_is_checked": False}

@@ -42,20 +42,20 @@ def standard(k=1):
     return td.Normal(torch.zeros(k).double(), torch.ones(k).double())
 
 
-def expectation(samples, nodes):
+def expectation(samples, nodes, beta=1.0):
     """The expected bound and the expected gradients in mean and log-variance, on a grid over the noise."""
     points, weights = np.polynomial.hermite_e.hermegauss(nodes)
     noise = torch.tensor(list(itertools.product(points, repeat=samples)), dtype=torch.float64).T
     products = list(itertools.product(weights / weights.sum(), repeat=samples))
     chance = torch.tensor(products, dtype=torch.float64).prod(1)
     parameters = [torch.tensor(each, dtype=torch.float64, requires_grad=True) for each in (MEAN, LOG_VARIANCE)]
-    result = multi_sample_bound(drawn_posterior(*parameters, noise), standard(), log_likelihood, samples)
+    result = multi_sample_bound(drawn_posterior(*parameters, noise), standard(), log_likelihood, samples, beta=beta)
     gradient = torch.autograd.grad(-(chance @ result.loss), parameters)
 
     # The plain bound, by automatic differentiation of its definition.
     posterior = drawn_posterior(*parameters, noise)
     z = posterior.rsample()
-    log_weights = log_likelihood(z) + (standard().log_prob(z) - posterior.log_prob(z))[..., 0]
+    log_weights = log_likelihood(z) + beta * (standard().log_prob(z) - posterior.log_prob(z))[..., 0]
     plain = torch.autograd.grad(chance @ (log_weights.logsumexp(0) - math.log(samples)), parameters)
     return float(chance @ result.bound), torch.stack(gradient), torch.stack(plain)
 
@@ -73,6 +73,14 @@ def test_the_bound_and_its_gradient_in_expectation(samples, nodes, bound, gradie
     assert value == pytest.approx(bound, abs=6e-6)
     assert own.tolist() == pytest.approx(gradient, abs=6e-6)
     torch.testing.assert_close(own, plain, rtol=0, atol=1e-12 if nodes == 120 else 1e-7)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 2.0])
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_gradient_is_unbiased_at_any_weight_of_the_rate(samples, beta):
+    value, own, plain = expectation(samples, 120, beta)
+    torch.testing.assert_close(own, plain, rtol=0, atol=1e-9)  # the grid
+    assert math.isfinite(value)
 
 
 def test_at_the_exact_posterior_every_sample_is_the_likelihood_and_the_encoders_gradient_is_0():

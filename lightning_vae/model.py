@@ -1,0 +1,295 @@
+"""The model of a VAE: its networks, prior and likelihood, from data to latents and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch import distributions as td
+from typing_extensions import override
+
+from .checkpoints.class_paths import build
+from .checkpoints.exact_resume import trainer_of
+from .checks import check_number, integer_from
+from .conditions import Condition
+from .distributed import rank_and_processes
+from .likelihoods import Likelihood, default_likelihood
+from .networks import MLPDecoder, MLPEncoder, Shape
+from .observations import (
+    Observations,
+    check_data,
+    check_finite,
+    check_index,
+    check_scale,
+    check_type,
+    data_of,
+    has_values,
+    index_and_label_of,
+    without_missing,
+)
+from .passes import PassModule
+from .posteriors import posterior_of, widen
+from .priors import Prior, StandardNormal
+
+
+class LatentModel(PassModule):
+    """Base class of a VAE: q(z|x, c), p(z|c) and p(x|z, c), without the loss that trains them.
+
+    Attributes:
+        posterior: q(z|x) of the batch processed last, which callbacks read.
+        prior_module: The prior as a module.
+        has_joint_rate: Whether the rate has no parts for the dimensions, as under a mixture.
+    """
+
+    likelihood: Likelihood
+    condition: Condition | None
+    prior_module: Prior
+
+    def _build(
+        self,
+        shape: Shape,
+        levels: int | None,
+        latent_dim: int,
+        encoder: Any,
+        decoder: Any,
+        likelihood: Any,
+        condition: Any,
+        prior: Any,
+    ) -> None:
+        """Build the parts, each from its constructor."""
+        self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
+        self.condition = None if condition is None else build("condition", condition, of=Condition)
+        condition_dim = 0 if self.condition is None else self.condition.dim
+        sizes: dict[str, Any] = {"condition_dim": condition_dim} if condition_dim else {}
+        self.encoder = build("encoder", MLPEncoder if encoder is None else encoder, shape, latent_dim, **sizes)
+        self.decoder = build("decoder", MLPDecoder if decoder is None else decoder, latent_dim, shape, **sizes)
+        make = default_likelihood if likelihood is None else likelihood
+        self.likelihood = build("likelihood", make, shape, levels, of=Likelihood)
+        make_prior = StandardNormal if prior is None else prior
+        self.prior_module = build("prior", make_prior, latent_dim, condition_dim, of=Prior)
+        self.prior_module.connect(shape, self._encode)
+        self.has_joint_rate = self.prior_module.is_joint
+        self.rate_parts = 1 if self.has_joint_rate else latent_dim
+        self.posterior: td.Distribution | None = None
+        self._prior: td.Distribution | None = None  # of the batch processed last, if it is not always the same
+        self._is_checked = False  # whether the data that `elbo_terms` is given are
+        self._note_dtype()
+
+    @property
+    def prior(self) -> td.Distribution:
+        """p(z), batch shape ``(k,)`` if it is factorised; for p(z|c), that of the batch processed last."""
+        prior: td.Distribution = self.prior_module(None) if self._prior is None else self._prior
+        return prior
+
+    def prior_given(self, condition: Tensor | None) -> td.Distribution:
+        """Return p(z); or p(z|c) of each row of a record's ``condition``."""
+        prior: td.Distribution = self.prior_module(self._embedded(condition))
+        return prior
+
+    def observe(self, batch: Any, first: int = 0) -> Observations:
+        """Return a batch as the model sees it at evaluation, on the model's device.
+
+        Args:
+            batch: A tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and optionally
+                ``"index"``, ``"label"``, ``"condition"`` and ``"mask"``; the data in their own scale.
+            first: Number of observations that this process has seen in earlier batches. It numbers the observations of
+                a batch without ``"index"``, in the way ``DistributedSampler`` assigns them to several processes. The
+                scale of the data is checked in the batch at 0.
+
+        Raises:
+            ValueError: If the batch holds no observations of the model's shape, or they are in another scale.
+        """
+        return self._observations(batch, data_of(batch, self.shape), checks=first == 0, first=first)
+
+    def _observations(
+        self, batch: Any, x: Tensor, checks: bool, first: int = 0, is_training: bool = False
+    ) -> Observations:
+        x, mask = without_missing(x, batch)
+        if checks:
+            check_scale(x, self.levels, self.likelihood)
+        index, label = index_and_label_of(batch, len(x))
+        if index is None:
+            rank, processes = rank_and_processes(trainer_of(self))
+            index = torch.arange(first, first + len(x), device=self.device) * processes + rank
+        condition = None if self.condition is None else self.condition.of_batch(batch, len(x), checks).to(self.device)
+        x, index = x.to(self.device), index.to(self.device).long()
+        mask = None if mask is None else mask.to(self.device)
+        scaled = self._scaled(x)
+        label = label.to(self.device) if isinstance(label, Tensor) else label
+        observed = self.likelihood.observe(scaled, None if is_training else index)
+        return Observations(x, scaled, observed, index, label, condition, mask, is_training)
+
+    def encode(self, x: Tensor | Observations, condition: Any = None) -> td.Distribution:
+        """Return the posterior q(z|x), or q(z|x, c), with batch shape ``(B, k)``.
+
+        Args:
+            x: The result of :meth:`observe`; or data in their own scale, shape ``(B, *shape)``, which are not
+                binarised: the encoder then sees the mean of their binarisations.
+            condition: What the model is conditioned on, if ``x`` does not hold it; see :meth:`sample`.
+
+        Raises:
+            ValueError: If the data have another shape, type or scale, or the encoder's output has the wrong shape.
+        """
+        c = self._embedded(self._condition_of(x, condition))
+        return self._encode(self._observed(x) if isinstance(x, Observations) else self._checked(x), c)
+
+    def _condition_of(self, x: Tensor | Observations, condition: Any) -> Tensor | None:
+        """Return the columns of the condition: those that a caller gives, else those of the record."""
+        if self.condition is None:
+            if condition is not None:
+                raise ValueError("`condition` is given, but the model has none: construct it with `condition=`.")
+            return None
+        if condition is None and isinstance(x, Observations):
+            return x.condition
+        return self.condition.read(condition, len(x))
+
+    def decode(self, z: Tensor, condition: Any = None) -> td.Distribution:
+        """Return the likelihood p(x|z), with batch shape ``(B,)`` and event shape ``shape``, in the networks' scale.
+
+        Args:
+            z: Latents, shape ``(B, k)``.
+            condition: What the model is conditioned on, for all latents or for each; see :meth:`sample`.
+
+        Raises:
+            ValueError: If the latents have another shape or type or are not finite, or the decoder's output has the
+                wrong shape.
+        """
+        if not isinstance(z, Tensor) or z.shape[1:] != (self.latent_dim,):
+            given = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(f"`z` must have shape (B, {self.latent_dim}), got {given}.")
+        check_type("The latents `z`", z)
+        if has_values(z):
+            check_finite("The latents `z`", z)
+        return self._decode(z, self._embedded(self._condition_of(z, condition)))
+
+    @override
+    def forward(self, x: Tensor, condition: Any = None) -> Tensor:
+        """Return :meth:`reconstruct`, so that ``vae(x)`` and ``torch.export`` work."""
+        return self.reconstruct(x, condition)
+
+    def reconstruct(self, x: Tensor | Observations, condition: Any = None, decoded_as: Any = None) -> Tensor:
+        """Return the mean of p(x|z) at the posterior's mean, in the data's own scale, shape ``(B, *shape)``.
+
+        For the discretised logistic it is the location, clamped to the range of the data.
+
+        Args:
+            x: As in :meth:`encode`.
+            condition: As in :meth:`encode`.
+            decoded_as: Another condition to decode under: what the observation would look like under it.
+        """
+        columns = self._condition_of(x, condition)
+        own = () if columns is None else (columns,)
+        z = self.encode(x, *own).mean
+        return self.to_data_scale(self.decode(z, *(own if decoded_as is None else (decoded_as,))).mean)
+
+    def sample(self, n: int, condition: Any = None) -> Tensor:
+        """Draw ``n`` latents from the prior and return the means of p(x|z), as :meth:`reconstruct` does.
+
+        For noisy draws of x: ``vae.decode(vae.prior.sample((n,))).sample()``.
+
+        Args:
+            n: Number of samples.
+            condition: What a conditional model is conditioned on, for all samples or for each: a class, an integer or
+                integers of shape ``(n,)``; covariates, of shape ``(covariates,)`` or ``(n, covariates)``; a dict of
+                both under ``"label"`` and ``"condition"``.
+
+        Returns:
+            Images or vectors in the data's own scale, shape ``(n, *shape)``.
+
+        Raises:
+            ValueError: If ``n`` is not an integer of at least 0.
+        """
+        check_number("n", n, "an integer of at least 0", integer_from(0))
+        columns = self._condition_of(torch.empty(n, 0), condition)
+        prior = self.prior_given(columns)
+        z = prior.sample(torch.Size(() if prior.batch_shape[:-1] == (n,) else (n,)))
+        return self.to_data_scale(self.decode(z, *(() if columns is None else (columns,))).mean)
+
+    def to_data_scale(self, x: Tensor) -> Tensor:
+        """Convert data from the networks' scale to their own."""
+        return x if self.levels is None else x * (self.levels - 1)
+
+    # ---- what a step computes with
+
+    def _inputs(
+        self, x: Tensor | Observations, index: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return what a step computes with: the data as observed, the index that fixes the noise, c, and the mask."""
+        if isinstance(x, Observations):
+            return self._observed(x), None if x.is_training else x.index, self._embedded(x.condition), x.mask
+        scaled, c = self._checked(x), self._embedded(None)
+        if index is not None:
+            check_index(index, len(x))
+            index = index.long()
+        return self.likelihood.observe(scaled, index), index, c, None
+
+    def _embedded(self, columns: Tensor | None) -> Tensor | None:
+        """Return the condition c, shape ``(B, dim)``; ``None`` for a model without one."""
+        if self.condition is None:
+            return None
+        if columns is None:
+            raise ValueError(
+                "The model is conditional, so data alone are not enough: pass `vae.observe(batch)`, whose batch holds "
+                "the condition too, or `condition=`."
+            )
+        c: Tensor = self.condition(columns.to(self.device))
+        return c.to(self._network_dtype)
+
+    def _step_prior(self, c: Tensor | None) -> td.Distribution:
+        prior: td.Distribution = self.prior_module(c)
+        if type(self.prior_module) is not StandardNormal:
+            self._prior = prior
+        return prior
+
+    def _encode(self, observed: Tensor, c: Tensor | None = None) -> td.Distribution:
+        x = observed.to(self._network_dtype)
+        output = self.encoder(x) if c is None else self.encoder(x, c)
+        return posterior_of(output, observed.shape[0], self.latent_dim)
+
+    def _decode(self, z: Tensor, c: Tensor | None = None, observed: Tensor | None = None) -> td.Distribution:
+        z = z.to(self._network_dtype)
+        output = widen(self.decoder(z) if c is None else self.decoder(z, c))
+        if output.shape != (z.shape[0], *self.shape):  # `len(z)` would fix the batch size of an export
+            raise ValueError(f"`decoder` must give shape {(z.shape[0], *self.shape)}, got {tuple(output.shape)}.")
+        # During training a likelihood may compute its scale from the data that it will be evaluated on.
+        likelihood: td.Distribution = self.likelihood(output, observed)
+        return likelihood
+
+    # ---- scales and types
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._note_dtype()
+        return self
+
+    def _note_dtype(self) -> None:
+        """Record the dtype of the networks, and that of everything else, which is never half precision."""
+        # Looking it up in each step would take as long as a small layer.
+        self._network_dtype = next((each.dtype for each in self.encoder.parameters()), torch.float32)
+        self.working_dtype = torch.float64 if self._network_dtype == torch.float64 else torch.float32
+
+    def _observed(self, x: Observations) -> Tensor:
+        """Return the encoder's input, after checking that it is not that of a model of another shape."""
+        check_data(x.observed, self.shape)
+        return x.observed
+
+    def _checked(self, x: Tensor) -> Tensor:
+        """Convert data to the networks' scale, after the checks of :meth:`training_step`."""
+        if not self._is_checked:
+            check_data(x, self.shape)
+            check_scale(x, self.levels, self.likelihood)
+        return self._scaled(x)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Convert data to the networks' scale."""
+        x = x.to(self.working_dtype)
+        return x if self.levels is None else x / (self.levels - 1)
+
+
+def log_prob_of(likelihood: Any, observed: Tensor, mask: Tensor | None) -> Tensor:
+    """Compute log p(x|z) of the numbers that are there, in nats, shape ``(B,)``."""
+    log_prob: Tensor = likelihood.log_prob(observed) if mask is None else likelihood.log_prob(observed, mask)
+    return log_prob
