@@ -19,12 +19,19 @@ if TYPE_CHECKING:
     from .evaluation.measure import evaluate as evaluate
     from .evaluation.record import Evaluation as Evaluation
     from .likelihoods import Bernoulli as Bernoulli
+    from .likelihoods import Categorical as Categorical
+    from .likelihoods import Columns as Columns
     from .likelihoods import ContinuousBernoulli as ContinuousBernoulli
     from .likelihoods import DiscretisedLogistic as DiscretisedLogistic
+    from .likelihoods import DiscretisedLogisticMixture as DiscretisedLogisticMixture
     from .likelihoods import Gaussian as Gaussian
+    from .likelihoods import Laplace as Laplace
     from .likelihoods import Likelihood as Likelihood
     from .multi_sample import MultiSampleBound as MultiSampleBound
     from .multi_sample import multi_sample_bound as multi_sample_bound
+    from .likelihoods import NegativeBinomial as NegativeBinomial
+    from .likelihoods import Poisson as Poisson
+    from .likelihoods import StudentT as StudentT
     from .networks import ConvDecoder as ConvDecoder
     from .networks import ConvEncoder as ConvEncoder
     from .networks import LinearDecoder as LinearDecoder
@@ -54,7 +61,20 @@ _MODULES = {
     "checkpoints.flush_loggers": ("FlushLoggers",),
     "checkpoints.last_checkpoint": ("LastCheckpoint",),
     "multi_sample": ("MultiSampleBound", "multi_sample_bound"),
-    "likelihoods": ("Bernoulli", "ContinuousBernoulli", "DiscretisedLogistic", "Gaussian", "Likelihood"),
+    "likelihoods": (
+        "Bernoulli",
+        "Categorical",
+        "Columns",
+        "ContinuousBernoulli",
+        "DiscretisedLogistic",
+        "DiscretisedLogisticMixture",
+        "Gaussian",
+        "Laplace",
+        "Likelihood",
+        "NegativeBinomial",
+        "Poisson",
+        "StudentT",
+    ),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
     "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
     "observations": ("Observations",),

@@ -63,12 +63,16 @@ class LatentModel(PassModule):
         self.condition = None if condition is None else build("condition", condition, of=Condition)
         condition_dim = 0 if self.condition is None else self.condition.dim
         sizes: dict[str, Any] = {"condition_dim": condition_dim} if condition_dim else {}
-        self.encoder = build("encoder", MLPEncoder if encoder is None else encoder, shape, latent_dim, **sizes)
-        self.decoder = build("decoder", MLPDecoder if decoder is None else decoder, latent_dim, shape, **sizes)
         make = default_likelihood if likelihood is None else likelihood
-        self.likelihood = build("likelihood", make, shape, levels, of=Likelihood)
-        make_prior = StandardNormal if prior is None else prior
-        self.prior_module = build("prior", make_prior, latent_dim, condition_dim, of=Prior)
+        built: Likelihood = build("likelihood", make, shape, levels, of=Likelihood)
+        make = MLPEncoder if encoder is None else encoder
+        self.encoder = build("encoder", make, built.features_shape, latent_dim, **sizes)
+        make = MLPDecoder if decoder is None else decoder
+        self.decoder = build("decoder", make, latent_dim, built.output_shape, **sizes)
+        self.likelihood = built
+        self._has_features = type(built).features is not Likelihood.features
+        make = StandardNormal if prior is None else prior
+        self.prior_module = build("prior", make, latent_dim, condition_dim, of=Prior)
         self.prior_module.connect(shape, self._encode)
         self.has_joint_rate = self.prior_module.is_joint
         self.rate_parts = 1 if self.has_joint_rate else latent_dim
@@ -107,8 +111,10 @@ class LatentModel(PassModule):
         self, batch: Any, x: Tensor, checks: bool, first: int = 0, is_training: bool = False
     ) -> Observations:
         x, mask = without_missing(x, batch)
+        if mask is not None:
+            self.likelihood.check_mask()
         if checks:
-            check_scale(x, self.levels, self.likelihood)
+            check_scale(x, self.levels, self.likelihood, mask)
         index, label = index_and_label_of(batch, len(x))
         if index is None:
             rank, processes = rank_and_processes(trainer_of(self))
@@ -133,7 +139,9 @@ class LatentModel(PassModule):
             ValueError: If the data have another shape, type or scale, or the encoder's output has the wrong shape.
         """
         c = self._embedded(self._condition_of(x, condition))
-        return self._encode(self._observed(x) if isinstance(x, Observations) else self._checked(x), c)
+        if isinstance(x, Observations):
+            return self._encode(self._observed(x), c, x.mask)
+        return self._encode(self._checked(x), c)
 
     def _condition_of(self, x: Tensor | Observations, condition: Any) -> Tensor | None:
         """Return the columns of the condition: those that a caller gives, else those of the record."""
@@ -243,18 +251,23 @@ class LatentModel(PassModule):
             self._prior = prior
         return prior
 
-    def _encode(self, observed: Tensor, c: Tensor | None = None) -> td.Distribution:
-        x = observed.to(self._network_dtype)
+    def _encode(self, observed: Tensor, c: Tensor | None = None, mask: Tensor | None = None) -> td.Distribution:
+        x = self.likelihood.features(observed, mask) if self._has_features or mask is not None else observed
+        x = x.to(self._network_dtype)
         output = self.encoder(x) if c is None else self.encoder(x, c)
         return posterior_of(output, observed.shape[0], self.latent_dim)
 
-    def _decode(self, z: Tensor, c: Tensor | None = None, observed: Tensor | None = None) -> td.Distribution:
+    def _decode(
+        self, z: Tensor, c: Tensor | None = None, observed: Tensor | None = None, mask: Tensor | None = None
+    ) -> td.Distribution:
         z = z.to(self._network_dtype)
         output = widen(self.decoder(z) if c is None else self.decoder(z, c))
-        if output.shape != (z.shape[0], *self.shape):  # `len(z)` would fix the batch size of an export
-            raise ValueError(f"`decoder` must give shape {(z.shape[0], *self.shape)}, got {tuple(output.shape)}.")
+        shape = (z.shape[0], *self.likelihood.output_shape)  # `len(z)` would fix the batch size of an export
+        if output.shape != shape:
+            raise ValueError(f"`decoder` must give shape {shape}, got {tuple(output.shape)}.")
         # During training a likelihood may compute its scale from the data that it will be evaluated on.
-        likelihood: td.Distribution = self.likelihood(output, observed)
+        given = (output, observed) if mask is None else (output, observed, mask)
+        likelihood: td.Distribution = self.likelihood(*given)
         return likelihood
 
     # ---- scales and types

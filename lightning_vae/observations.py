@@ -213,7 +213,7 @@ def _is_sequence(value: Any) -> bool:
     return isinstance(value, tuple | list) or (isinstance(value, Sequence) and not isinstance(value, str | bytes))
 
 
-def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
+def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood, mask: Tensor | None = None) -> None:
     """Check that data are in the scale that a model expects.
 
     This synchronises with the device. While torch traces a graph there are no values to check.
@@ -222,6 +222,7 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
         x: The data in their own scale.
         levels: Number of integer levels of the raw data, ``None`` for data in the networks' scale.
         likelihood: The model's.
+        mask: True where a number is there; ``None`` if none is missing. Missing numbers are 0.
 
     Raises:
         ValueError: If they are not finite, already scaled, or outside the likelihood's range.
@@ -245,6 +246,7 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood) -> None:
             f"`levels` is {levels}, so the data should be integers from 0 to {levels - 1}, but a batch holds values "
             f"from {low:g} to {high:g}. Pass levels=None for data that are already scaled."
         )
+    likelihood.check_values(x, mask)
 
 
 def check_finite(what: str, tensor: Tensor) -> tuple[float, float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributions as td
 
-from .likelihoods import at_least_float32
+from .likelihoods.base import at_least_float32
 
 
 class Prior(nn.Module):

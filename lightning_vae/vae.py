@@ -261,10 +261,10 @@ class VAE(LatentModel):
                 the scale waits for the device, except in ``training_step``, which checks the first batch of a fit.
         """
         observed, index, c, mask = self._inputs(x, index)
-        self.posterior = posterior = self._encode(observed, c)
+        self.posterior = posterior = self._encode(observed, c, mask)
         prior = self._step_prior(c)
         z = posterior.rsample() if index is None else sample_by_index(posterior, index)
-        likelihood = self._decode(z, c, observed if self.training and index is None else None)
+        likelihood = self._decode(z, c, observed if self.training and index is None else None, mask)
         if self._has_terms and isinstance(x, Observations):
             self._step = Step(x, posterior, prior, z, likelihood, data_size(trainer_of(self), self._loader))
         return ELBOTerms(-log_prob_of(likelihood, observed, mask), rate_parts(posterior, prior, z))
@@ -296,7 +296,7 @@ class VAE(LatentModel):
     def _multi_sample(self, x: Tensor | Observations) -> tuple[Tensor, ELBOTerms]:
         """Compute the loss of the multi-sample bound, shape ``(B,)``, and the ELBO's terms of its samples."""
         observed, index, c, mask = self._inputs(x, None)
-        self.posterior = posterior = self._encode(observed, c)
+        self.posterior = posterior = self._encode(observed, c, mask)
         prior, number = self._step_prior(c), self.importance_samples
         # One row for each sample of each observation.
         rows: list[Any] = [
@@ -305,7 +305,7 @@ class VAE(LatentModel):
         is_fresh = self.training and index is None
 
         def log_likelihood(z: Tensor) -> Tensor:
-            decoded = self._decode(z.flatten(0, 1), rows[1], rows[0] if is_fresh else None)
+            decoded = self._decode(z.flatten(0, 1), rows[1], rows[0] if is_fresh else None, rows[2])
             return log_prob_of(decoded, rows[0], rows[2]).view(number, -1)
 
         z = None if index is None else torch.stack([sample_by_index(posterior, index, draw) for draw in range(number)])

@@ -35,7 +35,7 @@ def batches(vae: VAE, loader: Iterable[Any], most: float = math.inf) -> Iterator
 
 def decoded_at_once(vae: VAE) -> int:
     """Return the number of latents that are decoded at once."""
-    return max(1, _NUMBERS_AT_ONCE.get(vae.device.type, _ELSEWHERE) // math.prod(vae.shape))
+    return max(1, _NUMBERS_AT_ONCE.get(vae.device.type, _ELSEWHERE) // math.prod(vae.likelihood.output_shape))
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,12 @@ def _bases(options: Namespace, rest: Sequence[str], base: Path) -> tuple[list[_B
                 plan.check_run(built)
                 if not options.print_commands:  # the data may be only where the commands will run
                     plan.rehearse(built)
-            if several and isinstance(likelihood, Gaussian) and likelihood.learns_scale:
+            if (
+                several
+                and isinstance(likelihood, Gaussian)
+                and likelihood.learns_scale
+                and not likelihood.learns_each_scale
+            ):
                 reference = plan.points(configuration, options.seeds, base)[0]
                 for beta in betas:  # refuse a wrong one before the reference is trained
                     _configure(files, {**choice, BETA: beta}, rest)
