@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from .likelihoods import Gaussian as Gaussian
     from .likelihoods import Laplace as Laplace
     from .likelihoods import Likelihood as Likelihood
-    from .multi_sample import MultiSampleBound as MultiSampleBound
-    from .multi_sample import multi_sample_bound as multi_sample_bound
     from .likelihoods import NegativeBinomial as NegativeBinomial
     from .likelihoods import Poisson as Poisson
     from .likelihoods import StudentT as StudentT
+    from .multi_sample import MultiSampleBound as MultiSampleBound
+    from .multi_sample import multi_sample_bound as multi_sample_bound
     from .networks import ConvDecoder as ConvDecoder
     from .networks import ConvEncoder as ConvEncoder
     from .networks import LinearDecoder as LinearDecoder
