@@ -43,8 +43,21 @@ if TYPE_CHECKING:
     from .objective import free_bits as free_bits
     from .objective import group_rates as group_rates
     from .objective import kl_per_dimension as kl_per_dimension
+    from .objective import rate_parts as rate_parts
     from .objective import weighted_loss as weighted_loss
     from .observations import Observations as Observations
+    from .posteriors import BatchNormMeans as BatchNormMeans
+    from .posteriors import CategoricalGroups as CategoricalGroups
+    from .posteriors import DiagonalGaussian as DiagonalGaussian
+    from .posteriors import FullCovariance as FullCovariance
+    from .posteriors import PosteriorHead as PosteriorHead
+    from .priors import ConditionalNormal as ConditionalNormal
+    from .priors import LearnedNormal as LearnedNormal
+    from .priors import MixturePrior as MixturePrior
+    from .priors import Prior as Prior
+    from .priors import StandardNormal as StandardNormal
+    from .priors import UniformCategorical as UniformCategorical
+    from .priors import VampPrior as VampPrior
     from .terms import DIP as DIP
     from .terms import MMD as MMD
     from .terms import Step as Step
@@ -76,9 +89,19 @@ _MODULES = {
         "StudentT",
     ),
     "networks": ("ConvDecoder", "ConvEncoder", "LinearDecoder", "LinearEncoder", "MLPDecoder", "MLPEncoder"),
-    "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "weighted_loss"),
+    "objective": ("ELBOTerms", "elbo", "free_bits", "group_rates", "kl_per_dimension", "rate_parts", "weighted_loss"),
     "observations": ("Observations",),
     "conditions": ("Condition",),
+    "posteriors": ("BatchNormMeans", "CategoricalGroups", "DiagonalGaussian", "FullCovariance", "PosteriorHead"),
+    "priors": (
+        "ConditionalNormal",
+        "LearnedNormal",
+        "MixturePrior",
+        "Prior",
+        "StandardNormal",
+        "UniformCategorical",
+        "VampPrior",
+    ),
     "distributed": ("mean_over_processes",),
     "terms": ("DIP", "MMD", "Step", "Term", "TotalCorrelation"),
     "vae": ("VAE",),

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MixtureSameFamily,
+    MultivariateNormal,
+    OneHotCategorical,
+)
+from torch.nn import functional as F  # noqa: N812
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
@@ -34,22 +44,81 @@ def uniform_by_index(index: Tensor, size: int, seed: int = 0) -> Tensor:
     return _shifted(bits, 9).to(torch.float32).add_(0.5).div_(2**23)
 
 
-def sample_by_index(posterior: Distribution, index: Tensor, number: int = 0) -> Tensor:
-    """Sample a posterior by inverse transform of noise tied to the observation.
+def sample_by_index(distribution: Distribution, index: Tensor, number: int = 0, seed: int = _POSTERIOR_SEED) -> Tensor:
+    """Sample latents by inverse transform of noise tied to the observation.
+
+    A Gaussian with a full covariance is transformed by its Cholesky factor. The class of each group of categories is
+    that whose cumulative probability the noise falls into, and so is the component of a mixture. A distribution
+    without such a transform is sampled with fresh noise.
 
     Args:
-        posterior: q(z|x), with batch shape ``(B, k)``. If it has no inverse CDF, it is sampled with fresh noise.
+        distribution: q(z|x), with the observations along its first axis; or p(z), which has no such axis.
         index: Indices of the observations, int64, shape ``(B,)``.
         number: Which of the observation's independent samples to draw; the ELBO at evaluation uses the first.
+        seed: Different seeds give independent draws; the default is that of the posterior.
 
     Returns:
-        Latents, shape ``(B, k)``.
+        Latents, shape ``(B, k)``; ``(B, G, C)`` for groups of categories.
     """
-    uniform = uniform_by_index(index, posterior.batch_shape[-1], seed=_POSTERIOR_SEED + number)
+    uniform = uniform_by_index(index, _draws(distribution), seed=seed + number)
     try:
-        return posterior.icdf(uniform)
+        return _inverse_transform(distribution, uniform)
     except NotImplementedError:
-        return posterior.rsample()
+        is_prior = len(distribution.batch_shape + distribution.event_shape) == 1
+        draw = distribution.rsample if distribution.has_rsample else distribution.sample
+        return draw(index.shape if is_prior else torch.Size())
+
+
+def component(mixture: MixtureSameFamily, chosen: Tensor) -> Distribution:
+    """Return the chosen components of a mixture as one distribution.
+
+    Args:
+        mixture: A mixture without a batch of its own, of ``Independent`` or joint components.
+        chosen: Numbers of the components, any shape.
+
+    Raises:
+        NotImplementedError: If the mixture has a batch.
+    """
+    if mixture.batch_shape:
+        raise NotImplementedError("A batch of mixtures has no components in common.")
+    base = mixture.component_distribution
+    while isinstance(base, Independent):
+        base = base.base_dist
+    parameters = {name: value[chosen] for name, value in vars(base).items() if name in base.arg_constraints}
+    made: Distribution = type(base)(**parameters, validate_args=False)
+    return made
+
+
+def _draws(distribution: Distribution) -> int:
+    """Return how many uniform numbers make one sample."""
+    if isinstance(distribution, Independent):
+        return _draws(distribution.base_dist)
+    if isinstance(distribution, MixtureSameFamily):
+        return _draws(distribution.component_distribution) + 1
+    shape = distribution.batch_shape if isinstance(distribution, OneHotCategorical) else ()
+    return (shape or distribution.batch_shape + distribution.event_shape)[-1]
+
+
+def _inverse_transform(distribution: Distribution, uniform: Tensor) -> Tensor:
+    if isinstance(distribution, Independent):
+        return _inverse_transform(distribution.base_dist, uniform)
+    if isinstance(distribution, MultivariateNormal | LowRankMultivariateNormal):
+        noise = (math.sqrt(2) * torch.erfinv(2 * uniform - 1)).to(distribution.loc)  # as torch's `Normal.icdf`
+        return distribution.loc + (distribution.scale_tril @ noise[..., None]).squeeze(-1)
+    if isinstance(distribution, OneHotCategorical):
+        probs = distribution.probs
+        one_hot = F.one_hot(_class_of(probs, uniform), probs.shape[-1]).to(probs)
+        return one_hot + (probs - probs.detach()) if distribution.has_rsample else one_hot
+    if isinstance(distribution, MixtureSameFamily):
+        chosen = _class_of(distribution.mixture_distribution.probs, uniform[:, -1])
+        return _inverse_transform(component(distribution, chosen), uniform[:, :-1])
+    return distribution.icdf(uniform)
+
+
+def _class_of(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Return the classes whose cumulative probabilities uniform numbers fall into, in the shape of the numbers."""
+    # The last sum is 1 but for rounding, and is left out.
+    return (uniform[..., None] > probs.cumsum(-1)[..., :-1]).sum(-1)
 
 
 def _mix(key: Tensor) -> Tensor:

@@ -6,13 +6,22 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Size, Tensor
-from torch.distributions import Distribution, Independent, kl, kl_divergence
+from torch.distributions import (
+    Distribution,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    kl,
+    kl_divergence,
+)
 
 from .checks import check_number
 
 FreeBitsPer = Literal["dimension", "whole"] | int
 FreeBitsAverage = Literal["batch", "sample"]
 _LARGEST = torch.finfo(torch.float32).max
+_WHOLE = (MultivariateNormal, LowRankMultivariateNormal)
 
 
 class ELBOTerms(NamedTuple):
@@ -80,21 +89,70 @@ def kl_per_dimension(posterior: Distribution, prior: Distribution, z: Tensor | N
     return kl_or_estimate(posterior, prior, z)
 
 
-def rate_parts(posterior: Distribution, prior: Distribution, z: Tensor) -> Tensor:
-    """Compute the rate of each observation in as many parts as prior and posterior have in common.
+def rate_parts(posterior: Distribution, prior: Distribution, z: Tensor | None = None) -> Tensor:
+    r"""Compute the rate of each observation, in as many parts as the posterior and the prior have in common.
+
+    .. math::
+        \mathrm{KL}\bigl(q(z|x) \,\|\, p(z)\bigr) \quad \text{or} \quad \log q(z|x) - \log p(z), \; z \sim q(z|x)
+
+    in closed form where there is one, and otherwise estimated at the sample, where it may be negative. Two Gaussians
+    have a closed form, whichever of them has a full covariance. A mixture has none.
 
     Args:
-        posterior: ``q(z|x)``, of batch shape ``(B, k)``; or over whole vectors, of batch shape ``(B,)``.
-        prior: ``p(z)``, of batch shape ``(k,)`` or ``(B, k)``; or over whole vectors, ``()`` or ``(B,)``.
-        z: A sample of the posterior, for an estimate where there is no closed form.
+        posterior: ``q(z|x)``: batch shape ``(B, k)``; ``(B, G)`` with event shape ``(C,)`` for groups of categories; or
+            ``(B,)`` with event shape ``(k,)`` if it is joint. ``Independent`` counts as the distribution in it.
+        prior: ``p(z)``, broadcastable to it: factorised, or joint with batch shape ``()`` or ``(B,)`` and event shape
+            ``(k,)``.
+        z: A sample of the posterior, for a pair without a closed form.
 
     Returns:
-        Nats, shape ``(B, k)`` where both are factorised, else ``(B, 1)``.
+        Nats: shape ``(B, k)`` or ``(B, G)`` where both factorise alike, ``(B, 1)`` where one of them is joint.
+
+    Raises:
+        ValueError: If the prior or the sample does not fit the posterior, or a sample is needed and none was given.
+
+    Example::
+
+        >>> posterior = Normal(torch.zeros(3, 2), torch.ones(3, 2))
+        >>> rate_parts(posterior, Normal(torch.zeros(2), 1.0)).shape
+        torch.Size([3, 2])
+        >>> rate_parts(posterior, MultivariateNormal(torch.zeros(2), torch.eye(2))).shape
+        torch.Size([3, 1])
     """
-    if not posterior.event_shape and not prior.event_shape:
-        return kl_per_dimension(posterior, prior, z)
-    whole, whole_prior = (each if each.event_shape else Independent(each, 1, False) for each in (posterior, prior))
-    return kl_or_estimate(whole, whole_prior, z)[:, None]
+    if posterior.event_shape or prior.event_shape:
+        posterior, prior = _with_equal_events(posterior, prior)
+    rates = kl_or_estimate(posterior, prior, z)
+    return rates if rates.ndim == 2 else rates[:, None]
+
+
+def _with_equal_events(posterior: Distribution, prior: Distribution) -> tuple[Distribution, Distribution]:
+    """Return both as distributions over whole vectors if one of them is: their rate is then that of the vector."""
+    posterior, prior = _unwrapped(posterior), _unwrapped(prior)
+    own, other = len(posterior.event_shape), len(prior.event_shape)
+    if own < other < own + len(posterior.batch_shape):  # the observations stay an axis of the batch
+        posterior = Independent(posterior, other - own, validate_args=False)
+    elif other < own and len(posterior.batch_shape) == 1:
+        shape = posterior.batch_shape + posterior.event_shape
+        if broadcasts_to(prior.batch_shape, shape):  # refused otherwise
+            prior = prior.expand(prior.batch_shape[:-1] + posterior.event_shape)
+            prior = Independent(prior, 1, validate_args=False)
+    if isinstance(posterior, _WHOLE) or isinstance(prior, _WHOLE):
+        posterior, prior = _as_whole(posterior), _as_whole(prior)
+    return posterior, prior
+
+
+def _unwrapped(distribution: Distribution) -> Distribution:
+    while isinstance(distribution, Independent):
+        distribution = distribution.base_dist
+    return distribution
+
+
+def _as_whole(distribution: Distribution) -> Distribution:
+    """Return independent Gaussians over a vector as one Gaussian."""
+    base = _unwrapped(distribution)
+    if isinstance(distribution, Independent) and isinstance(base, Normal):
+        return MultivariateNormal(base.loc, scale_tril=base.scale.diag_embed(), validate_args=False)
+    return distribution
 
 
 def kl_or_estimate(posterior: Distribution, prior: Distribution, z: Tensor | None = None) -> Tensor:
@@ -124,6 +182,8 @@ def kl_or_estimate(posterior: Distribution, prior: Distribution, z: Tensor | Non
     shape = posterior.batch_shape + posterior.event_shape
     if z is not None and z.shape != shape:
         raise ValueError(f"`z` must be one sample of the posterior, of shape {tuple(shape)}, got {tuple(z.shape)}.")
+    if isinstance(posterior, _WHOLE) and isinstance(prior, _WHOLE):
+        return _kl_of_gaussians(posterior, prior)
     if torch.compiler.is_compiling():
         _look_up(type(posterior), type(prior))
     try:
@@ -135,6 +195,16 @@ def kl_or_estimate(posterior: Distribution, prior: Distribution, z: Tensor | Non
                 "pass `z`, a sample of the posterior, for an estimate."
             ) from None
         return posterior.log_prob(z) - prior.log_prob(z)
+
+
+def _kl_of_gaussians(posterior: Distribution, prior: Distribution) -> Tensor:
+    """Compute the KL divergence of Gaussians with full covariances; torch's own formula can't be compiled."""
+    own, other = posterior.scale_tril, prior.scale_tril  # type: ignore[attr-defined]
+    shift = (posterior.mean - prior.mean)[..., None]
+    squares = torch.linalg.solve_triangular(other, torch.cat([own, shift], dim=-1), upper=False).square().sum((-2, -1))
+    log_ratio = other.diagonal(dim1=-2, dim2=-1).log().sum(-1) - own.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    rate: Tensor = 0.5 * (squares - shift.shape[-2]) + log_ratio
+    return rate
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
