@@ -12,6 +12,7 @@ from torch.distributions import (
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
+    OneHotCategorical,
     kl,
     kl_divergence,
 )
@@ -128,6 +129,11 @@ def rate_parts(posterior: Distribution, prior: Distribution, z: Tensor | None = 
 def _with_equal_events(posterior: Distribution, prior: Distribution) -> tuple[Distribution, Distribution]:
     """Return both as distributions over whole vectors if one of them is: their rate is then that of the vector."""
     posterior, prior = _unwrapped(posterior), _unwrapped(prior)
+    if isinstance(posterior, OneHotCategorical) != isinstance(prior, OneHotCategorical):
+        raise ValueError(
+            f"`posterior` and `prior` must both be over categories or neither, got {type(posterior).__name__} and "
+            f"{type(prior).__name__}."
+        )
     own, other = len(posterior.event_shape), len(prior.event_shape)
     if own < other < own + len(posterior.batch_shape):  # the observations stay an axis of the batch
         posterior = Independent(posterior, other - own, validate_args=False)

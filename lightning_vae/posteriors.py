@@ -83,8 +83,8 @@ class DiagonalGaussian(PosteriorHead):
 
     Args:
         latent_dim: Number of latent dimensions k.
-        bound: Bound b of the log-variance v, which becomes :math:`b \tanh(v / b)`: smooth, and nearly v where v is small.
-            ``None`` for no bound. NVAE bounds the logarithm of the scale by 5, which is 10 here.
+        bound: Bound b of the log-variance v, which becomes :math:`b \tanh(v / b)`: smooth, and nearly v where that is
+            small. ``None`` for no bound. NVAE bounds the logarithm of the scale by 5, which is 10 here.
 
     Raises:
         ValueError: If an option is out of range.

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import distributions as td
 
-from lightning_vae import elbo, free_bits, group_rates, kl_per_dimension, weighted_loss
+from lightning_vae import elbo, free_bits, group_rates, kl_per_dimension, rate_parts, weighted_loss
 from lightning_vae.objective import ELBOTerms, limited_rate_loss
 
 KL = torch.tensor([[0.1, 2.0, 0.0, 0.4], [0.3, 4.0, 0.2, 0.8], [0.2, 0.0, 0.1, 0.0]])
@@ -171,3 +171,127 @@ def test_kl_refuses_a_prior_and_a_sample_that_do_not_fit_the_posterior(shape):
 def test_kl_takes_a_prior_that_fits(shape):
     posterior = td.Normal(torch.zeros(4, 2), torch.ones(4, 2))
     assert torch.equal(kl_per_dimension(posterior, td.Normal(torch.zeros(shape), 1.0)), torch.zeros(4, 2))
+
+
+# ---- rates in parts
+
+_RNG = np.random.default_rng(2)
+
+
+def positive_definite(*batch):
+    root = _RNG.standard_normal((*batch, 3, 3))
+    return torch.from_numpy(root @ root.swapaxes(-1, -2) + 0.1 * np.eye(3))
+
+
+def vectors(*batch):
+    return torch.from_numpy(_RNG.standard_normal((*batch, 3)))
+
+
+def diagonal(*batch):
+    return td.Normal(vectors(*batch), torch.from_numpy(_RNG.uniform(0.3, 2, (*batch, 3))))
+
+
+def low_rank():
+    return td.LowRankMultivariateNormal(vectors(5), vectors(5)[..., None], vectors(5).exp())
+
+
+def moments(distribution):
+    whole = isinstance(distribution, td.MultivariateNormal | td.LowRankMultivariateNormal)
+    covariance = distribution.covariance_matrix if whole else distribution.variance.expand(5, 3).diag_embed()
+    return distribution.mean.expand(5, 3).numpy(), covariance.expand(5, 3, 3).numpy()
+
+
+WHOLE = {
+    "full": td.MultivariateNormal(vectors(5), positive_definite(5)),
+    "low rank": low_rank(),
+    "diagonal": diagonal(5),
+    "wrapped": td.Independent(diagonal(5), 1),
+}
+OVER_VECTORS = {
+    "full": td.MultivariateNormal(vectors(), positive_definite()),
+    "full, conditional": td.MultivariateNormal(vectors(5), positive_definite(5)),
+    "diagonal": diagonal(),
+    "diagonal, conditional": diagonal(5),
+    "diagonal, one for all": td.Normal(torch.tensor(0.5).double(), 2.0),
+    "wrapped": td.Independent(diagonal(), 1),
+}
+
+
+@pytest.mark.parametrize("prior", OVER_VECTORS.values(), ids=OVER_VECTORS)
+@pytest.mark.parametrize("posterior", WHOLE.values(), ids=WHOLE)
+def test_the_rate_of_any_two_gaussians_is_their_closed_form(posterior, prior):
+    """KL = 1/2 (tr(P^-1 S) + (m - n)' P^-1 (m - n) - k + log det P / det S)."""
+    expected = []
+    for mean, covariance, other, scale in zip(*moments(posterior), *moments(prior), strict=True):
+        shift, ratio = mean - other, np.linalg.solve(scale, covariance)
+        squares = shift @ np.linalg.solve(scale, shift)
+        expected.append(0.5 * (np.trace(ratio) + squares - 3 - np.linalg.slogdet(ratio)[1]))
+    rates = rate_parts(posterior, prior)
+    joint = (td.MultivariateNormal, td.LowRankMultivariateNormal)
+    assert rates.shape == (5, 1 if isinstance(posterior, joint) or isinstance(prior, joint) else 3)
+    np.testing.assert_allclose(rates.sum(1), expected, rtol=1e-10)
+
+
+def test_the_rate_of_factorised_distributions_is_that_of_each_dimension():
+    posterior, prior = diagonal(5), diagonal()
+    assert torch.equal(rate_parts(posterior, prior), kl_per_dimension(posterior, prior))
+    wrapped = rate_parts(td.Independent(posterior, 1), td.Independent(prior, 1))
+    assert torch.equal(wrapped, kl_per_dimension(posterior, prior))
+    z, prior = posterior.sample(), td.StudentT(3.0, vectors(), 1.0)
+    assert torch.equal(rate_parts(posterior, prior, z), kl_per_dimension(posterior, prior, z))
+
+
+def mixture_of(components):
+    return td.MixtureSameFamily(td.Categorical(torch.ones(2).double()), components)
+
+
+@pytest.mark.parametrize("posterior", [*WHOLE.values(), td.Laplace(vectors(5), 1.0)], ids=[*WHOLE, "laplace"])
+def test_the_rate_under_a_mixture_is_the_estimate_at_the_sample(posterior):
+    z = posterior.sample()
+    own = posterior.log_prob(z)
+    for components in (td.Independent(diagonal(2), 1), td.MultivariateNormal(vectors(2), positive_definite(2))):
+        prior = mixture_of(components)
+        rates = rate_parts(posterior, prior, z)
+        assert rates.shape == (5, 1)
+        torch.testing.assert_close(rates[:, 0], own.reshape(5, -1).sum(1) - prior.log_prob(z))
+        with pytest.raises(ValueError, match="has no known closed form; pass `z`"):
+            rate_parts(posterior, prior)
+
+
+def test_the_rate_of_groups_of_categories_has_a_part_for_each_group():
+    probs = torch.tensor([[[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]]]).double()
+    posterior, prior = td.OneHotCategorical(probs), td.OneHotCategorical(torch.ones(2, 3).double())
+    expected = [[np.log(3) - 1.5 * np.log(2), 0]]
+    np.testing.assert_allclose(rate_parts(posterior, prior), expected, atol=1e-15)
+    wrapped = td.Independent(posterior, 1), td.Independent(prior, 1)
+    np.testing.assert_allclose(rate_parts(*wrapped), expected, atol=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("posterior", "prior", "message"),
+    [
+        (diagonal(5), td.MultivariateNormal(torch.zeros(2), torch.eye(2)), r"event shape \(3,\), got \(2,\)"),
+        (diagonal(5), td.MultivariateNormal(torch.zeros(4, 3), torch.eye(3)), r"batch shape \(5,\), got \(4,\)"),
+        (WHOLE["full"], td.Normal(torch.zeros(2), 1.0), r"batch shape \(5,\), got \(2,\)"),
+        (WHOLE["full"], td.Normal(torch.zeros(4, 3), 1.0), r"batch shape \(5,\), got \(4, 3\)"),
+        (WHOLE["full"], td.MultivariateNormal(torch.zeros(2), torch.eye(2)), r"event shape \(3,\), got \(2,\)"),
+        (td.OneHotCategorical(torch.ones(5, 2, 3)), diagonal(), "must both be over categories or neither, got OneHot"),
+        (td.OneHotCategorical(torch.ones(5, 2, 3)), OVER_VECTORS["full"], "must both be over categories or neither"),
+        (diagonal(5), td.OneHotCategorical(torch.ones(3)), "must both be over categories or neither, got Normal and"),
+        (
+            td.OneHotCategorical(torch.ones(5, 2, 3)),
+            td.OneHotCategorical(torch.ones(3, 3)),
+            r"batch shape \(5, 2\), got \(3,\)",
+        ),
+    ],
+)
+def test_a_rate_of_distributions_that_do_not_fit_is_refused(posterior, prior, message):
+    with pytest.raises(ValueError, match=message):
+        rate_parts(posterior, prior, posterior.sample())
+
+
+@pytest.mark.parametrize("posterior", [diagonal(5), WHOLE["full"]], ids=["diagonal", "full"])
+def test_a_rate_at_something_else_than_one_sample_is_refused(posterior):
+    for shape in ((3,), (4, 3), (2, 5, 3), (5, 1)):
+        with pytest.raises(ValueError, match=r"`z` must be one sample of the posterior, of shape \(5, 3\), got"):
+            rate_parts(posterior, mixture_of(td.Independent(diagonal(2), 1)), torch.zeros(shape).double())
