@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -30,8 +31,8 @@ from .observations import (
     without_missing,
 )
 from .passes import PassModule
-from .posteriors import posterior_of, widen
-from .priors import Prior, StandardNormal
+from .posteriors import PosteriorHead, posterior_of, widen
+from .priors import Prior, StandardNormal, UniformCategorical
 
 
 class LatentModel(PassModule):
@@ -45,6 +46,7 @@ class LatentModel(PassModule):
 
     likelihood: Likelihood
     condition: Condition | None
+    head: PosteriorHead | None
     prior_module: Prior
 
     def _build(
@@ -57,25 +59,36 @@ class LatentModel(PassModule):
         likelihood: Any,
         condition: Any,
         prior: Any,
+        posterior: Any,
     ) -> None:
         """Build the parts, each from its constructor."""
         self.shape, self.levels, self.latent_dim = shape, levels, latent_dim
         self.condition = None if condition is None else build("condition", condition, of=Condition)
         condition_dim = 0 if self.condition is None else self.condition.dim
         sizes: dict[str, Any] = {"condition_dim": condition_dim} if condition_dim else {}
+        self.head = None if posterior is None else build("posterior", posterior, latent_dim, of=PosteriorHead)
+        columns = {} if self.head is None else {"outputs": self.head.outputs}
         make = default_likelihood if likelihood is None else likelihood
         built: Likelihood = build("likelihood", make, shape, levels, of=Likelihood)
         make = MLPEncoder if encoder is None else encoder
-        self.encoder = build("encoder", make, built.features_shape, latent_dim, **sizes)
+        self.encoder = build("encoder", make, built.features_shape, latent_dim, **sizes, **columns)
         make = MLPDecoder if decoder is None else decoder
         self.decoder = build("decoder", make, latent_dim, built.output_shape, **sizes)
         self.likelihood = built
         self._has_features = type(built).features is not Likelihood.features
-        make = StandardNormal if prior is None else prior
+        classes = None if self.head is None else self.head.classes
+        usual = StandardNormal if classes is None else partial(UniformCategorical, classes=classes)
+        make = usual if prior is None else prior
         self.prior_module = build("prior", make, latent_dim, condition_dim, of=Prior)
+        if self.prior_module.classes != classes:
+            raise ValueError(
+                f"`prior` and `posterior` must both be over groups of as many classes, or neither, got "
+                f"{self.prior_module.classes or 'no'} and {classes or 'no'} classes."
+            )
         self.prior_module.connect(shape, self._encode)
-        self.has_joint_rate = self.prior_module.is_joint
-        self.rate_parts = 1 if self.has_joint_rate else latent_dim
+        self.has_joint_rate = self.prior_module.is_joint or (self.head is not None and self.head.is_joint)
+        parts = latent_dim if self.head is None else self.head.parts
+        self.rate_parts = 1 if self.has_joint_rate else parts
         self.posterior: td.Distribution | None = None
         self._prior: td.Distribution | None = None  # of the batch processed last, if it is not always the same
         self._is_checked = False  # whether the data that `elbo_terms` is given are
@@ -189,7 +202,7 @@ class LatentModel(PassModule):
         """
         columns = self._condition_of(x, condition)
         own = () if columns is None else (columns,)
-        z = self.encode(x, *own).mean
+        z = self.encode(x, *own).mean.flatten(1)
         return self.to_data_scale(self.decode(z, *(own if decoded_as is None else (decoded_as,))).mean)
 
     def sample(self, n: int, condition: Any = None) -> Tensor:
@@ -212,7 +225,7 @@ class LatentModel(PassModule):
         check_number("n", n, "an integer of at least 0", integer_from(0))
         columns = self._condition_of(torch.empty(n, 0), condition)
         prior = self.prior_given(columns)
-        z = prior.sample(torch.Size(() if prior.batch_shape[:-1] == (n,) else (n,)))
+        z = prior.sample(torch.Size(() if columns is not None and prior.batch_shape[:1] == (n,) else (n,))).flatten(1)
         return self.to_data_scale(self.decode(z, *(() if columns is None else (columns,))).mean)
 
     def to_data_scale(self, x: Tensor) -> Tensor:
@@ -255,12 +268,15 @@ class LatentModel(PassModule):
         x = self.likelihood.features(observed, mask) if self._has_features or mask is not None else observed
         x = x.to(self._network_dtype)
         output = self.encoder(x) if c is None else self.encoder(x, c)
-        return posterior_of(output, observed.shape[0], self.latent_dim)
+        if self.head is None:
+            return posterior_of(output, observed.shape[0], self.latent_dim)
+        posterior: td.Distribution = self.head(output)
+        return posterior
 
     def _decode(
         self, z: Tensor, c: Tensor | None = None, observed: Tensor | None = None, mask: Tensor | None = None
     ) -> td.Distribution:
-        z = z.to(self._network_dtype)
+        z = (z if z.ndim == 2 else z.flatten(1)).to(self._network_dtype)
         output = widen(self.decoder(z) if c is None else self.decoder(z, c))
         shape = (z.shape[0], *self.likelihood.output_shape)  # `len(z)` would fix the batch size of an export
         if output.shape != shape:

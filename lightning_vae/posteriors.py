@@ -14,7 +14,7 @@ from torch import distributions as td
 from typing_extensions import override
 
 from .checks import check_number, integer_from, is_positive
-from .likelihoods import at_least_float32
+from .likelihoods.base import at_least_float32
 
 
 class WideModule(nn.Module):

@@ -34,6 +34,7 @@ from .observations import (
     check_scale,
     data_of,
 )
+from .posteriors import PosteriorHead
 from .priors import Prior
 from .running_sums import TrainingMeans
 from .terms import Step, Term
@@ -89,6 +90,9 @@ class VAE(LatentModel):
             classes=10)``. The networks are then constructed with ``condition_dim=`` too, and called with ``(x, c)`` and
             ``(z, c)``.
         prior: Constructor of the prior, called with ``(latent_dim, condition_dim)``; N(0, I) by default.
+        posterior: Constructor of a posterior head, called with ``latent_dim``. The encoder is then constructed with
+            ``outputs=`` too, the number of columns that the head needs. ``None`` for a diagonal Gaussian, or the
+            distribution that an encoder of one's own gives.
         terms: Constructors of terms to add to the loss, by name, each called without arguments. The weight of a term is
             the knob ``<name>_weight``.
         importance_samples: Number K of samples of the bound to train on: 1 for the ELBO, more for the multi-sample
@@ -128,6 +132,7 @@ class VAE(LatentModel):
         compile: CompileMode = False,  # noqa: A002
         condition: Callable[[], Condition] | None = None,
         prior: Callable[[int, int], Prior] | None = None,
+        posterior: Callable[[int], PosteriorHead] | None = None,
         terms: Mapping[str, Callable[[], Term]] | None = None,
         importance_samples: int = 1,
     ) -> None:
@@ -155,7 +160,8 @@ class VAE(LatentModel):
             raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
 
         parts = {
-            "encoder": encoder, "decoder": decoder, "likelihood": likelihood, "condition": condition, "prior": prior
+            "encoder": encoder, "decoder": decoder, "likelihood": likelihood, "condition": condition, "prior": prior,
+            "posterior": posterior,
         }  # fmt: skip
         self.save_hyperparameters(ignore=["terms", *(n for n, part in parts.items() if isinstance(part, nn.Module))])
         described = {name: describe(self.hparams.get(name, part)) for name, part in parts.items()}

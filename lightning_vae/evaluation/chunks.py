@@ -72,8 +72,8 @@ class Target:
 
 
 def in_parts(vae: VAE, z: Tensor, target: Target) -> Iterator[tuple[td.Distribution, Target]]:
-    """Decode latents of shape ``(S, B, k)`` in flat chunks: p(x|z) with the part of the target that it is for."""
-    flat = z.flatten(0, 1)
+    """Decode S latents of each observation in flat chunks: p(x|z) with the part of the target that it is for."""
+    flat = z.flatten(0, 1).flatten(1)
     for part in torch.arange(len(flat), device=z.device).split(decoded_at_once(vae)):
         chunk = target[part % len(target.observed)]
         yield decode(vae, flat[part], chunk.condition), chunk
@@ -85,7 +85,7 @@ def decode(vae: VAE, z: Tensor, condition: Tensor | None) -> td.Distribution:
 
 
 def log_likelihood(vae: VAE, target: Target, z: Tensor) -> Tensor:
-    """Compute log p(x|z) for each of ``(S, B)`` latents, z of shape ``(S, B, k)``, in nats, float64."""
+    """Compute log p(x|z) for each of ``(S, B)`` latents, in nats, float64."""
     return torch.cat([chunk.log_prob(decoded) for decoded, chunk in in_parts(vae, z, target)]).view(len(z), -1)
 
 

@@ -38,7 +38,7 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
     averages = RunningMoments(5).to(device)
     active = moments.active()
     mean, scale = (values.to(vae.working_dtype) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
-    prunes = not active.all() and len(encoded.latents.rate_per_dimension) == vae.latent_dim
+    prunes = not active.all() and encoded.is_gaussian and not vae.has_joint_rate
     for observations in batches(vae, loader, max(1, _WEIGHTS_AT_ONCE // number)):
         target, index, posterior = Target.of(observations), observations.index, vae.encode(observations)
         prior = vae.prior_given(observations.condition)
@@ -95,16 +95,15 @@ def _terms(averages: RunningMoments, rate: float) -> Terms:
 
 
 def log_ratio(prior: td.Distribution, posterior: td.Distribution, z: Tensor) -> Tensor:
-    """Compute log p(z) - log q(z|x) at latents of shape ``(S, B, k)``, in nats, float64.
+    """Compute log p(z) - log q(z|x) at S samples of each posterior, in nats, float64.
 
     Returns:
-        Shape ``(S, B, k)`` where both are factorised, else ``(S, B, 1)``.
+        Shape ``(S, B, parts)`` where both factorise alike, else ``(S, B, 1)``.
     """
-    of_prior, of_posterior = prior.log_prob(z).double(), posterior.log_prob(z).double()
-    if of_prior.ndim == of_posterior.ndim == z.ndim:
-        return of_prior - of_posterior
-    whole = (each.sum(dim=2) if each.ndim == z.ndim else each for each in (of_prior, of_posterior))
-    return next(whole)[..., None] - next(whole)[..., None]
+    logs = [each.log_prob(z).double() for each in (prior, posterior)]
+    if logs[0].ndim != logs[1].ndim or logs[0].ndim == 2:
+        logs = [each.flatten(2).sum(2, keepdim=True) if each.ndim > 2 else each[..., None] for each in logs]
+    return logs[0] - logs[1]
 
 
 def _slopes(
@@ -121,13 +120,16 @@ def _slopes(
         the variance that the likelihood claims, NaN if it has none. Each of shape ``(B,)``, float64.
     """
     z = torch.stack([sample_by_index(posterior, index, draw) for draw in range(_WIDTH_SAMPLES)])
-    step = _WIDTH_STEP * (z - posterior.mean)
-    wider, narrower = log_likelihood(vae, target, z + step), log_likelihood(vae, target, z - step)
-    yield (narrower - wider).mean(dim=0) / (2 * _WIDTH_STEP)
+    unknown = torch.full(index.shape, math.nan, dtype=torch.float64, device=index.device)
+    if isinstance(posterior, td.OneHotCategorical):
+        yield unknown
+    else:
+        step = _WIDTH_STEP * (z - posterior.mean)
+        wider, narrower = log_likelihood(vae, target, z + step), log_likelihood(vae, target, z - step)
+        yield (narrower - wider).mean(dim=0) / (2 * _WIDTH_STEP)
 
-    narrowing = ((posterior.variance / torch.as_tensor(prior.variance)).double() - 1).sum(dim=1)
     is_gaussian = isinstance(posterior, td.Normal) and isinstance(prior, td.Normal)
-    yield narrowing if is_gaussian else torch.full_like(narrowing, math.nan)
+    yield ((posterior.variance / prior.variance).double() - 1).sum(dim=1) if is_gaussian else unknown
 
     errors, claimed = zip(*(_error_and_variance(*pair) for pair in in_parts(vae, z, target)), strict=True)
     yield torch.cat(errors).view(len(z), -1).mean(dim=0)

@@ -58,6 +58,7 @@ class Encoded:
         latents: The latent space, for the record.
         labels: Accuracies of predicting the labels from the posterior means, for the record.
         kept: Some observations, to be decoded from latents other than their own.
+        is_gaussian: Whether the posteriors are diagonal Gaussians.
     """
 
     count: int
@@ -67,6 +68,7 @@ class Encoded:
     latents: Latents
     labels: Labels
     kept: Kept
+    is_gaussian: bool
 
 
 def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int) -> Encoded:
@@ -87,13 +89,19 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
         is_gaussian = is_gaussian and isinstance(posterior, td.Normal)
         is_standard = is_standard and isinstance(prior, td.Normal)
         try:
-            mean, variance = posterior.mean, posterior.variance
+            mean, variance = posterior.mean.flatten(1), posterior.variance.flatten(1)
         except NotImplementedError:
             kind = type(posterior).__name__
             raise ValueError(f"`encoder` must give a posterior with a mean and a variance, got {kind}.") from None
         z = sample_by_index(posterior, index)
-        row = [index[:, None].double(), mean, z, x.flatten(1), *([] if part.condition is None else [part.condition])]
-        loc, unit = prior_units(prior)
+        row = [
+            index[:, None].double(),
+            mean,
+            z.flatten(1),
+            x.flatten(1),
+            *([] if part.condition is None else [part.condition]),
+        ]
+        loc, unit = prior_units(prior)  # of categories, none
         mean, variance = (mean - loc) / unit, variance / unit**2
         aggregate.update(mean, variance)
         rates = rate_parts(posterior, prior, z)
@@ -125,7 +133,9 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     means, z, x = (each.to(vae.working_dtype) for each in rows)
     kept = Kept(index[:, 0].long(), means, z, x, condition if columns else None)
     constant = not sum_over_processes(varies) and bool((x == x[:1]).all())  # within each process, and among them
-    return Encoded(count, constant, float(share), moments, latents, _labels(mean, labels[:, 0].long()), kept)
+    return Encoded(
+        count, constant, float(share), moments, latents, _labels(mean, labels[:, 0].long()), kept, is_gaussian
+    )
 
 
 def _classes(observations: Observations) -> Tensor | None:

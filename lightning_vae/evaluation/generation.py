@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..estimators.probes import nearest_distance
-from ..noise import uniform_by_index
+from ..noise import sample_by_index
 from ..vae import VAE
 from .chunks import Target, decoded_means, log_likelihood
 from .encoding_pass import Kept
@@ -64,14 +64,7 @@ def prior_sample(vae: VAE, place: Tensor, condition: Tensor | None, seed: int) -
     Returns:
         Shape ``(N, k)``.
     """
-    prior = vae.prior_given(condition)
-    try:
-        z: Tensor = prior.icdf(uniform_by_index(place, vae.latent_dim, seed=seed))
-    except NotImplementedError:
-        with torch.random.fork_rng(devices=[vae.device] if vae.device.type == "cuda" else []):
-            torch.manual_seed(seed)
-            z = prior.sample(torch.Size() if prior.batch_shape[:1] == place.shape else place.shape)
-    return z
+    return sample_by_index(vae.prior_given(condition), place, seed=seed).flatten(1)
 
 
 def _first_of_each(rows: Tensor) -> Tensor:

@@ -1,0 +1,162 @@
+"""Priors, posterior heads and likelihoods in a model that is fitted, evaluated, saved and sampled from."""
+
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from lightning_vae import (
+    VAE,
+    BatchNormMeans,
+    Bernoulli,
+    CategoricalGroups,
+    Condition,
+    ConditionalNormal,
+    ConvDecoder,
+    ConvEncoder,
+    DiagonalGaussian,
+    FullCovariance,
+    Gaussian,
+    Laplace,
+    LearnedNormal,
+    MixturePrior,
+    VampPrior,
+    evaluate,
+)
+from lightning_vae.callbacks import CollapseDetector, FreeBits
+from lightning_vae.datamodules import Digits
+from tests.doubles import quiet_trainer
+
+MODELS = {
+    "a learned normal": {"prior": LearnedNormal},
+    "p(z|c)": {"prior": ConditionalNormal, "condition": partial(Condition, classes=10)},
+    "a mixture": {"prior": partial(MixturePrior, components=5)},
+    "pseudo-inputs": {"prior": partial(VampPrior, components=7)},
+    "pseudo-inputs from the data": {"prior": partial(VampPrior, components=7, pseudo_inputs="data")},
+    "a bounded log-variance": {"posterior": partial(DiagonalGaussian, bound=5.0)},
+    "normalised means": {"posterior": BatchNormMeans},
+    "a full covariance": {"posterior": FullCovariance},
+    "a full covariance under a mixture": {"posterior": FullCovariance, "prior": partial(MixturePrior, components=5)},
+    "categories": {"posterior": partial(CategoricalGroups, classes=4), "latent_dim": 8},
+    "a likelihood with two outputs": {"likelihood": partial(Gaussian, variance="per_pixel")},
+    "heavy tails given a class": {"likelihood": Laplace, "condition": partial(Condition, classes=10, embedding=3)},
+}
+
+
+def model(name, **options):
+    torch.manual_seed(0)
+    options = {"latent_dim": 3, "likelihood": Bernoulli, **MODELS[name], **options}
+    return VAE((1, 8, 8), 17, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_part_is_fitted_evaluated_saved_and_sampled_from(tmp_path, name):
+    vae, data = model(name), Digits(batch_size=100)
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=4, callbacks=[CollapseDetector(warmup=9)])
+    trainer.fit(vae, data)
+    found = trainer.callback_metrics
+    assert torch.isfinite(found["val/loss"])
+    assert float(found["latent/rate"]) == pytest.approx(float(found["val/rate"]), rel=2e-2, abs=0.05)
+
+    [tested] = trainer.test(vae, data, verbose=False)
+    result = evaluate(vae, data.test_dataloader(), importance_samples=5)
+    assert result.elbo == pytest.approx(tested["test/elbo"], rel=0.03, abs=0.6)  # other samples of the posterior
+    assert result.nll < -result.elbo + 0.5
+
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = VAE.load_from_checkpoint(tmp_path / "a.ckpt").eval()
+    vae.eval()
+    condition = {} if vae.condition is None else {"condition": 3}
+    torch.manual_seed(1)
+    samples = vae.sample(5, **condition)
+    torch.manual_seed(1)
+    torch.testing.assert_close(loaded.sample(5, **condition), samples)
+    assert samples.shape == (5, 1, 8, 8)
+    observations = vae.observe(next(iter(data.test_dataloader())))
+    torch.testing.assert_close(loaded.reconstruct(observations), vae.reconstruct(observations))
+
+
+@pytest.mark.parametrize("name", ["a mixture", "pseudo-inputs", "a full covariance"])
+def test_a_floor_per_dimension_needs_parts(tmp_path, name):
+    with pytest.raises(ValueError, match="`free_bits_per` must be 'whole' under a joint prior or posterior"):
+        model(name, free_bits=0.1)
+    vae = model(name, free_bits=2.0, free_bits_per="whole")
+    trainer = quiet_trainer(tmp_path, max_epochs=1, limit_train_batches=2)
+    trainer.fit(vae, Digits(batch_size=100))
+    assert trainer.callback_metrics["val/floored_rate"] >= 2
+    with pytest.raises(MisconfigurationException, match="no parts for the dimensions"):
+        quiet_trainer(tmp_path, max_epochs=1, callbacks=[FreeBits(0.1)]).fit(model(name), Digits())
+    quiet_trainer(tmp_path, max_steps=1, callbacks=[FreeBits(0.1, per="whole")]).fit(model(name), Digits())
+
+
+def test_the_rate_under_all_observations_as_pseudo_inputs_is_the_mutual_information():
+    torch.manual_seed(0)
+    vae = VAE((5,), latent_dim=2, prior=partial(VampPrior, components=40, pseudo_inputs="data")).double().eval()
+    x = torch.randn(40, 5).double()
+    vae.prior_module.start(x)
+    observations = vae.observe({"x": x, "index": torch.arange(40)})
+    rate = vae.elbo_terms(observations).rate
+    from lightning_vae.noise import sample_by_index
+
+    posterior = vae.encode(observations)
+    z = sample_by_index(posterior, observations.index)
+    each = posterior.log_prob(z[:, None]).sum(2)
+    expected = posterior.log_prob(z).sum(1) - (each.logsumexp(1) - torch.tensor(40.0).double().log())
+    torch.testing.assert_close(rate, expected, rtol=0, atol=1e-12)
+
+
+def test_a_copy_of_a_model_with_pseudo_inputs_encodes_them_itself():
+    import copy
+
+    vae = model("pseudo-inputs").eval()
+    other = copy.deepcopy(vae)
+    with torch.no_grad():
+        for parameter in other.encoder.parameters():
+            parameter.add_(1)
+    z = torch.zeros(1, 3)
+    assert not torch.allclose(vae.prior.log_prob(z), other.prior.log_prob(z))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prior": ConditionalNormal}, "`condition_dim` must be at least 1"),
+        ({"prior": VampPrior, "condition": partial(Condition, classes=3)}, "VampPrior can't be used with a condition"),
+        ({"posterior": partial(CategoricalGroups, classes=2), "prior": LearnedNormal}, "both be over groups"),
+        ({"posterior": partial(CategoricalGroups, classes=3)}, "`classes` must divide `latent_dim`"),
+        ({"prior": torch.nn.Linear(1, 1)}, "`prior` must be a lightning_vae.Prior"),
+        ({"posterior": torch.nn.Linear(1, 1)}, "`posterior` must be a lightning_vae.PosteriorHead"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        VAE((6,), latent_dim=4, **options)
+
+
+def test_convolutions_take_a_head_and_a_condition():
+    vae = VAE(
+        (3, 9, 13), latent_dim=4, encoder=ConvEncoder, decoder=ConvDecoder, posterior=FullCovariance,
+        condition=partial(Condition, covariates=2), likelihood=partial(Gaussian, variance=1.0),
+    )  # fmt: skip
+    batch = {"x": torch.rand(5, 3, 9, 13), "condition": torch.randn(5, 2)}
+    assert vae.elbo_terms(vae.observe(batch)).elbo.shape == (5,)
+
+
+def test_missing_numbers_count_for_nothing(tmp_path):
+    vae = VAE((6,), latent_dim=2, likelihood=partial(Gaussian, variance=1.0)).eval()
+    x, mask = torch.randn(4, 6), torch.rand(4, 6) < 0.6
+    terms = [
+        vae.elbo_terms(vae.observe({"x": x.where(mask, torch.tensor(stand_in)), "mask": mask}))
+        for stand_in in (0.0, 5.0, float("nan"))
+    ]
+    for other in terms[1:]:
+        assert torch.equal(terms[0].distortion, other.distortion)
+        assert torch.equal(terms[0].rate, other.rate)
+    observations = vae.observe({"x": x.where(mask, torch.tensor(0.0)), "mask": mask})
+    posterior = vae.encode(observations)
+    from lightning_vae.noise import sample_by_index
+
+    mean = vae.decode(sample_by_index(posterior, observations.index)).mean
+    numbers = torch.distributions.Normal(mean, 1.0).log_prob(x) * mask
+    torch.testing.assert_close(terms[0].distortion, -numbers.sum(1))
