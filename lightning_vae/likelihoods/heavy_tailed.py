@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch import distributions as td
-from typing_extensions import override
 
 from ..checks import check_number, is_positive
 from ..networks import Shape
@@ -120,13 +120,34 @@ class StudentT(_LocationScale):
     def forward(self, output: Tensor, x: Tensor | None = None, mask: Tensor | None = None) -> td.Distribution:
         """Return Student's t distribution with this location."""
         degrees = 1 + self.log_excess.clamp(max=self.max_log_excess).exp()
-        return self._independent(_StudentT(degrees, output, self._scale_of(output, x, mask), validate_args=False))
+        return self._independent(_StudentT(degrees, output, self._scale_of(output, x, mask)))
 
 
-class _StudentT(td.StudentT):
-    """Student's t with more than one degree of freedom: torch's own mean looks for those without."""
+class _StudentT(td.Distribution):
+    """Student's t with more than one degree of freedom; torch's own makes the host wait for the device."""
+
+    def __init__(self, df: Tensor, loc: Tensor, scale: Tensor) -> None:
+        self.df: Tensor
+        self.loc: Tensor
+        self.scale: Tensor
+        self.df, self.loc, self.scale = torch.broadcast_tensors(df, loc, scale)
+        super().__init__(self.loc.shape, validate_args=False)
 
     @property
-    @override
     def mean(self) -> Tensor:
         return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        finite: Tensor = self.scale.square() * self.df / (self.df - 2)
+        return finite.where(self.df > 2, math.inf)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        half = (self.df + 1) / 2
+        constant = half.lgamma() - (self.df / 2).lgamma() - 0.5 * (math.pi * self.df).log() - self.scale.log()
+        distance: Tensor = ((value - self.loc) / self.scale).square() / self.df
+        return constant - half * distance.log1p()
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        squares: Tensor = td.Chi2(self.df, validate_args=False).sample(torch.Size(sample_shape)) / self.df
+        return self.loc + self.scale * torch.randn_like(squares) / squares.sqrt()

@@ -169,6 +169,17 @@ def test_a_decoder_is_built_for_what_the_likelihood_needs(name, networks):
         torch.testing.assert_close(draws, draws.round())
 
 
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", CASES)
+def test_a_model_with_any_likelihood_is_exported(name):
+    """So its means need no value on the host, which would also wait for the device in each step."""
+    case = CASES[name]
+    vae = VAE((2, 3, 1), case.levels, 2, likelihood=case.constructor).eval()
+    x = torch.zeros(4, 2, 3, 1)
+    model = torch.export.export(vae, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},)).module()
+    torch.testing.assert_close(model(x[:3]), vae.reconstruct(x[:3]))
+
+
 def test_a_decoder_of_another_shape_is_refused():
     vae = VAE((3,), 5, 2, decoder=lambda latent_dim, shape: MLPDecoder(latent_dim, (3,)), likelihood=Categorical)
     with pytest.raises(ValueError, match=r"`decoder` must give shape \(7, 15\), got \(7, 3\)"):

@@ -13,9 +13,11 @@ def test_the_densities_are_those_of_scipy():
     expected = laplace.logpdf(x, output, 0.4).sum(1)
     actual = Laplace((3,), scale=0.4).double()(output).log_prob(x)
     torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=1e-6, atol=0)
-    expected = t.logpdf(x, 2.5, output, 0.4).sum(1)
-    actual = StudentT((3,), degrees_of_freedom=2.5, scale=0.4).double()(output).log_prob(x)
-    torch.testing.assert_close(actual, torch.from_numpy(expected), rtol=1e-6, atol=0)
+    for degrees in (1.5, 2.5, 40):
+        expected = t.logpdf(x, degrees, output, 0.4).sum(1)
+        distribution = StudentT((3,), degrees_of_freedom=degrees, scale=0.4).double()(output)
+        torch.testing.assert_close(distribution.log_prob(x), torch.from_numpy(expected), rtol=1e-6, atol=0)
+        assert distribution.variance[0, 0].item() == pytest.approx(t.var(degrees, scale=0.4), rel=1e-6)
 
 
 def test_the_degrees_of_freedom_are_learned_from_5_on_and_bounded():

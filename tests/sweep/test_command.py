@@ -170,6 +170,14 @@ def test_a_learned_variance_is_fixed_at_its_value_at_beta_1(calls, capsys):
 
 
 @pytest.mark.exhaustive
+def test_many_learned_variances_are_not_fixed_at_one(capsys):
+    main([*SWEEP, "--betas", "[0.5, 1]", "--model.likelihood.variance=per_dimension", "--print_commands"])
+    said = capsys.readouterr().out
+    assert "the scale of Gaussian can't be fixed. It differs between betas" in said
+    assert said.count("fit") == 2
+
+
+@pytest.mark.exhaustive
 def test_options_of_text_and_of_one_last_name_are_kept_apart(calls):
     main([*SWEEP, "--model.encoder=MLPEncoder", "--model.decoder=MLPDecoder", "--vary=model.encoder.hidden=[[4]]",
           "--vary=model.decoder.hidden=[[8]]", "--vary=data.seed=[3]", "--vary=optimizer=[SGD]"])  # fmt: skip
