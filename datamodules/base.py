@@ -1,10 +1,12 @@
 """Base class of the data modules, and functions to split a data set."""
 
 import hashlib
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -221,6 +223,63 @@ def split_of_name(name: str, fractions: Mapping[str, float], seed: int) -> str:
             return split
         position = (position - fraction) / (1 - fraction)
     return "train"
+
+
+def check_apart(path: str | Path, val_path: str | Path | None, test_path: str | Path | None) -> dict[str, Path]:
+    """Return the path of each split that has a file of its own, and check that no two are the same file.
+
+    Args:
+        path: The file of the training split, and of each split without a file.
+        val_path: The file of the validation split.
+        test_path: The file of the test split.
+
+    Raises:
+        ValueError: If two paths lead to the same file.
+    """
+    options = {"train": path, "val": val_path, "test": test_path}
+    paths = {split: Path(each).expanduser() for split, each in options.items() if each is not None}
+    splits: dict[str, str] = {}
+    for split, each in paths.items():
+        before = splits.setdefault(os.path.realpath(each), split)
+        if before != split:
+            other = "path" if before == "train" else f"{before}_path"
+            raise ValueError(
+                f"`{split}_path` and `{other}` are the same file, {each}, so a model would be judged on rows that it"
+                f" was trained on. Leave out `{split}_path`, or name another file."
+            )
+    return paths
+
+
+def split_rows(size: int, fractions: Mapping[str, float], seed: int, path: str | Path) -> dict[str, Tensor]:
+    """Split the rows of a file by a hash of their numbers, so that a row that is appended moves no other.
+
+    Args:
+        size: Number of rows.
+        fractions: By split, its share of what the splits before it have left. The rest is `"train"`.
+        seed: Seed of the split.
+        path: The file, for the error.
+
+    Returns:
+        By split, the numbers of its rows in ascending order.
+
+    Raises:
+        ValueError: If a split would be empty.
+    """
+    rows: dict[str, list[int]] = {name: [] for name in ("train", *fractions)}
+    for row in range(size):
+        rows[split_of_name(str(row), fractions, seed)].append(row)
+    if empty := [name for name, numbers in rows.items() if not numbers]:
+        options = ", ".join(f"`{name}_fraction` {fraction}" for name, fraction in fractions.items())
+        raise ValueError(
+            f"{' and '.join(empty)} would have none of the {size} rows of {path}"
+            + (
+                f", with {options}. A hash of each row's number decides, so a small set may miss a split: choose other"
+                " fractions or another `seed`, add rows, or give `val_path` and `test_path`."
+                if fractions
+                else ". Add rows."
+            )
+        )
+    return {name: torch.tensor(numbers) for name, numbers in rows.items()}
 
 
 def split_tensors(tensors: Tensors, fraction: float, seed: int) -> dict[str, Tensors]:

@@ -1,0 +1,401 @@
+"""Arrays in NumPy's files."""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor
+from typing_extensions import override
+
+from ..checks import check_number, integer_from
+from .base import (
+    DataModule,
+    Tensors,
+    check_apart,
+    check_fraction,
+    class_counts,
+    shortened,
+    sizes,
+    split_rows,
+)
+from .loaders.array_files import ArrayFile, ArrayRows, Form, find_arrays
+from .loaders.batch_loader import BatchLoader, DataError
+from .loaders.stream_loader import StreamLoader
+from .loaders.tensor_loader import TensorLoader
+
+_CHANNELS = (1, 3)  # numbers of channels that tell which axis has them
+_CHUNK = 2**22  # numbers that are checked at once
+
+
+class Arrays(DataModule):
+    """Arrays in a `.npy` file, an `.npz` archive or a folder of `.npy` files: images, vectors or series.
+
+    The first axis is that of the observations. Integers from 0 to 255 (uint8) have 256 `levels` and booleans 2, which
+    the models scale to [0, 1]; `levels` says another number. All other numbers are float32, in their own scale.
+
+    Images are `(C, H, W)`. Of arrays with four axes, the channels are on the second or on the last axis, whichever is 1
+    or 3 long; if both or neither are, `layout` must say it. Arrays of uint8 or booleans with three axes are grey
+    images, unless an axis is 1 or 3 long. Vectors `(N, d)` and series of floats `(N, steps, values)` stay as they are.
+
+    An archive or a folder holds several arrays by name: the data, and if there are any a `label` (integers or words,
+    one an observation) and a `condition` (one or more numbers an observation). Files are never unpickled.
+
+    The split of a row depends only on its number, the seed and the fractions. So a row that is appended moves no
+    other, and the sizes of the splits are approximate. `val_path` and `test_path` give splits as files of their own.
+
+    Before the first step all values are checked, and rows with NaN, infinity or a number outside the levels are named.
+    Arrays within `memory_budget` are kept in memory. Larger ones are mapped: each batch reads its rows from the file.
+
+    Args:
+        path: A `.npy` file, an `.npz` file, or a folder of `.npy` files. `~` is the home folder.
+        layout: `"channels_first"`, `"channels_last"`, or `"grey"` for images without an axis of channels. By default it
+            is recognised where only one is possible.
+        levels: Number of integer levels of the data. By default 256 for uint8, 2 for booleans, and none otherwise.
+        x: Name of the data in the archive or folder. By default `x`, or the only array.
+        label: Name of the labels. By default `label` if there is such an array.
+        condition: Name of the conditions. By default `condition` if there is such an array.
+        missing: Whether NaN marks a missing value. A batch then has a `"mask"`, True where a value is there.
+        val_path: The validation data, with arrays of the same names. By default a part of `path`.
+        test_path: The test data, with arrays of the same names. By default a part of `path`.
+        val_fraction: Approximate share kept for validation, of the rows that are not for the test.
+        test_fraction: Approximate share kept for the test.
+        memory_budget: Memory in GiB that the data of all splits may take as tensors.
+        num_workers: Processes that read ahead for each loader, if the data exceed the memory budget; 0 for none.
+        batch_size: Observations in a batch of one process.
+        seed: Seed of the splits and the training order.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        DataError: If a file is damaged, or would have to be unpickled.
+        ValueError: If an option is out of range, or an array is not what it is said to be.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        layout: Literal["channels_first", "channels_last", "grey"] | None = None,
+        levels: int | None = None,
+        x: str | None = None,
+        label: str | None = None,
+        condition: str | None = None,
+        missing: bool = False,
+        val_path: str | Path | None = None,
+        test_path: str | Path | None = None,
+        val_fraction: float = 0.1,
+        test_fraction: float = 0.1,
+        memory_budget: float = 2.0,
+        num_workers: int = 2,
+        batch_size: int = 128,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed)
+        check_number("memory_budget", memory_budget, "at least 0 GiB", lambda gib: gib >= 0)
+        check_number("num_workers", num_workers, "at least 0", integer_from(0))
+        check_fraction("val_fraction", val_fraction)
+        check_fraction("test_fraction", test_fraction)
+        if levels is not None:
+            check_number("levels", levels, "at least 2", integer_from(2))
+        if layout not in (None, "channels_first", "channels_last", "grey"):
+            raise ValueError(f'`layout` must be "channels_first", "channels_last" or "grey", got {layout!r}.')
+        self._paths = check_apart(path, val_path, test_path)
+        self.path = self._paths["train"]
+        self.missing = missing
+        self.val_fraction = val_fraction
+        self.test_fraction = test_fraction
+        self.memory_budget = memory_budget
+        self.num_workers = num_workers
+
+        self._found = {split: find_arrays(path) for split, path in self._paths.items()}
+        first = self._found["train"]
+        self._keys = {"x": _key_of_data(first, x)}
+        for name, key in (("label", label), ("condition", condition)):
+            if key is not None or (name in first and name not in self._keys.values()):
+                self._keys[name] = _checked_key(name, key or name, first)
+        data = first[self._keys["x"]]
+        self.levels = {"u1": 256, "b1": 2}.get(data.dtype.str[1:]) if levels is None else levels
+        self._form = _form(data, layout, self.levels, missing)
+        self.shape = self._form.shape(data.shape[1:])
+        self._rows: dict[str, ArrayRows] = {}
+        self._identity: dict[str, Any] = {}
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Check and split the data, print what they are, and read those of a stage if all splits fit in memory.
+
+        Args:
+            stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
+
+        Raises:
+            DataError: If a file is damaged, or rows hold values that can't be used.
+            ValueError: If the files don't fit each other, a split is empty, or compressed data exceed the memory
+                budget.
+        """
+        if not self._rows:
+            self._rows = self._find()
+        if self._fits_in_memory():
+            super().setup(stage)
+
+    @override
+    def file_names(self, stage: str) -> Sequence[str]:
+        return self._rows["test" if stage == "predict" else stage].names
+
+    @override
+    def _report(self, found: Any) -> None:
+        """Leave it to `_find`, which knows the files."""
+
+    @override
+    def _fingerprint(self) -> dict[str, Any]:
+        return self._identity
+
+    @override
+    def _read_train(self) -> dict[str, Tensors]:
+        return {split: self._rows[split].tensors() for split in ("train", "val")}
+
+    @override
+    def _read_test(self) -> dict[str, Tensors]:
+        return {"test": self._rows["test"].tensors()}
+
+    @override
+    def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
+        if self._fits_in_memory():
+            return TensorLoader(self._tensors(split), self.batch_size, shuffle=shuffle, seed=self.seed)
+        rows, workers = self._rows[split], self.num_workers
+        return StreamLoader(rows, self.batch_size, shuffle=shuffle, seed=self.seed, num_workers=workers)
+
+    def _size(self) -> int:
+        """Return the bytes that the data of all splits take as tensors."""
+        numbers = sum(math.prod(found[self._keys["x"]].shape) for found in self._found.values())
+        return numbers * (self._form.dtype.itemsize + self.missing)
+
+    def _excess(self) -> str:
+        return f"The data take {self._size() / 2**30:.3g} GiB, more than `memory_budget` ({self.memory_budget})"
+
+    def _fits_in_memory(self) -> bool:
+        return self._size() <= self.memory_budget * 2**30
+
+    def _find(self) -> dict[str, ArrayRows]:
+        """Check the files, split them, and print what was found."""
+        data = {split: self._checked(found, split) for split, found in self._found.items()}
+        others = {split: self._others(found) for split, found in self._found.items()}
+        self._number_labels(others)
+        checksums, missing = {}, 0
+        for split, file in data.items():
+            checksums[split], count = _inspect(file, self._form, self.levels)
+            missing += count
+        fractions = {"test": self.test_fraction, "val": self.val_fraction}
+        fractions = {split: share for split, share in fractions.items() if split not in data}
+        numbers = {split: torch.arange(len(file)) for split, file in data.items()}
+        numbers |= split_rows(len(data["train"]), fractions, self.seed, data["train"].path)
+        rows, tensors = {}, {}
+        for split in ("train", "val", "test"):
+            home = split if split in data else "train"
+            tensors[split] = {name: values[numbers[split]] for name, values in others[home].items()}
+            rows[split] = ArrayRows(data[home], self._form, numbers[split], tensors[split])
+            checksum = zlib.crc32(numbers[split].numpy().data, checksums[home])
+            for name in sorted(tensors[split]):
+                checksum = zlib.crc32(tensors[split][name].numpy().data, checksum)
+            self._identity[split] = {"observations": len(rows[split]), "checksum": f"{checksum:08x}"}
+        self._identity |= {"classes": list(self.class_names), "shape": list(self.shape), "levels": self.levels}
+
+        self._say(rows, missing)
+        return rows
+
+    def _say(self, rows: Mapping[str, ArrayRows], missing: int) -> None:
+        """Print what the data are, how they are split and what is missing or not used."""
+        file = rows["train"].file
+        layout = f", {self._form.layout.replace('_', ' ')}" if len(file.shape) > 2 else ""
+        kind = f"{self.levels} levels" if self.levels else "real numbers"
+        lines = [
+            f"{type(self).__name__}: {self.path} has {sizes({split: len(each) for split, each in rows.items()})}.",
+            f"Data: {self._keys['x']}, {file.dtype} of shape {file.shape}{layout}, as {self.shape} with {kind}.",
+        ]
+        if derived := [split for split in ("val", "test") if split not in self._paths]:
+            chosen = " and ".join(derived)
+            lines.append(f"A hash of each row's number has chosen {chosen}, so the shares are approximate.")
+        if "label" in self._keys:
+            labels = torch.cat([each.others["label"] for each in rows.values()])
+            lines.append(class_counts(labels, self.class_names))
+        if "condition" in self._keys:
+            columns = rows["train"].others["condition"].shape[1]
+            lines.append(f"Condition: {self._keys['condition']}, numbers an observation: {columns}.")
+        if self.missing:
+            total = sum(len(each) for each in rows.values()) * math.prod(self.shape)
+            lines.append(f"Missing: {missing} of {total} values.")
+        if unused := [name for name in self._found["train"] if name not in self._keys.values()]:
+            lines.append(f"Not used: {shortened(unused)}.")
+        if not self._fits_in_memory():
+            lines.append(f"{self._excess()}, so rows are read from the file during the run.")
+        rank_zero_info("\n  ".join(lines))
+
+    def _checked(self, found: Mapping[str, ArrayFile], split: str) -> ArrayFile:
+        """Return the data of a file, which must fit those of `path`."""
+        file, first = (each.get(self._keys["x"]) for each in (found, self._found["train"]))
+        assert first is not None
+        if file is None:
+            _checked_key("x", self._keys["x"], found)
+        assert file is not None
+        if file.shape[1:] != first.shape[1:] or file.dtype.kind != first.dtype.kind:
+            raise ValueError(
+                f"`{split}_path` must hold {first.dtype} of shape {first.shape[1:]} an observation, as `path` does, got"
+                f" {file.dtype} of shape {file.shape[1:]} in {file}. Save both alike."
+            )
+        if not len(file):
+            raise ValueError(f"{file} has no observations. Name another file.")
+        if file.offset is None and not self._fits_in_memory():
+            raise ValueError(
+                f"{file} is compressed, so its rows can't be read one by one. {self._excess()}. Save it with"
+                " `numpy.savez`, or as .npy files in a folder, or raise the budget."
+            )
+        return file
+
+    def _others(self, found: Mapping[str, ArrayFile]) -> dict[str, Any]:
+        """Return the labels, as NumPy has them, and the conditions of a file."""
+        others: dict[str, Any] = {}
+        for name in ("label", "condition"):
+            if name in self._keys:
+                file = found[_checked_key(name, self._keys[name], found)]
+                if len(file) != len(found[self._keys["x"]]):
+                    raise ValueError(
+                        f"`{name}` must have a row for each of the {len(found[self._keys['x']])} observations, got"
+                        f" shape {file.shape} in {file}."
+                    )
+                others[name] = _labels(file) if name == "label" else _conditions(file)
+        return others
+
+    def _number_labels(self, others: Mapping[str, dict[str, Any]]) -> None:
+        """Turn labels into tensors; words into their numbers in alphabetical order over all files."""
+        if "label" not in self._keys:
+            return
+        every = [each["label"] for each in others.values()]
+        if every[0].dtype.kind == "U":
+            self.class_names = np.unique(np.concatenate(every)).tolist()
+            for each in others.values():
+                each["label"] = np.searchsorted(self.class_names, each["label"])
+        for each in others.values():
+            each["label"] = torch.from_numpy(each["label"].astype(np.int64))
+
+
+def _key_of_data(found: Mapping[str, ArrayFile], key: str | None) -> str:
+    if key is None and "x" not in found and len(found) > 1:
+        raise ValueError(f"`x` must name the data among {shortened(found)}, because none is called x.")
+    return _checked_key("x", key or ("x" if "x" in found else next(iter(found))), found)
+
+
+def _checked_key(name: str, key: str, found: Mapping[str, ArrayFile]) -> str:
+    if key not in found:
+        path = next(iter(found.values())).path
+        raise ValueError(f"`{name}` is {key!r}, which {path} does not have. It has {shortened(sorted(found))}.")
+    return key
+
+
+def _form(file: ArrayFile, layout: str | None, levels: int | None, missing: bool) -> Form:
+    if len(file.shape) < 2 or 0 in file.shape[1:]:
+        raise ValueError(
+            f"{file} must have the observations on its first axis and their values on others, got shape {file.shape}."
+            " Reshape it: one number an observation is `(N, 1)`."
+        )
+    if file.dtype.kind not in "buif":
+        raise ValueError(f"{file} must hold integers, floats or booleans, got {file.dtype}. Convert it.")
+    if missing and file.dtype.kind != "f":
+        raise ValueError(
+            f"`missing` takes NaN for a missing value, and {file} holds {file.dtype}, which has no NaN. Save floats, or"
+            " leave out `missing`."
+        )
+    dtype = torch.float32
+    if file.dtype.kind != "f" and levels is not None:
+        dtype = torch.uint8 if levels <= 256 else torch.int32
+    return Form(layout or _layout(file), dtype, missing)
+
+
+def _layout(file: ArrayFile) -> str:
+    """Return where the channels are, if only one place is possible."""
+    axes, inner = len(file.shape) - 1, file.shape[1:]
+    if axes == 1 or (axes == 2 and file.dtype.kind == "f"):
+        return "channels_first"
+    if axes == 2 and file.dtype.str[1:] in ("u1", "b1") and not any(side in _CHANNELS for side in inner):
+        return "grey"
+    if axes == 3 and (inner[0] in _CHANNELS) != (inner[-1] in _CHANNELS):
+        return "channels_first" if inner[0] in _CHANNELS else "channels_last"
+    raise ValueError(
+        f'`layout` must be given for {file.dtype} of shape {file.shape}: "channels_first" (the array as it is),'
+        ' "channels_last", or "grey" for images without an axis of channels.'
+    )
+
+
+def _inspect(file: ArrayFile, form: Form, levels: int | None) -> tuple[int, int]:
+    """Check all values of an array, a part at a time.
+
+    Returns:
+        A checksum of the values, and how many are missing.
+
+    Raises:
+        DataError: If values are not finite or outside the levels, with the rows' numbers.
+    """
+    array, step = file.open(), max(1, _CHUNK // math.prod(file.shape[1:]))
+    checksum, missing, faults = 0, 0, []
+    for start in range(0, len(file), step):
+        rows = array[start : start + step]
+        checksum = zlib.crc32(np.ascontiguousarray(rows).data, checksum)
+        tensors = form(rows)
+        x = tensors["x"].flatten(1)
+        fits = x.isfinite().all(dim=1)
+        if levels is not None:
+            fits &= _is_level(rows, levels)
+        faults += (~fits).nonzero().flatten().add(start).tolist()
+        missing += int((~tensors["mask"]).sum()) if form.missing else 0
+    if faults:
+        has_nan = file.dtype.kind == "f" and not form.missing and np.isnan(array[faults[0]]).any()
+        allowed = "finite numbers" if levels is None else f"integers from 0 to {levels - 1}"
+        remedy = "Set `missing` if NaN marks a missing value, or r" if has_nan else "R"
+        raise DataError(
+            f"{file} must hold {allowed}, but {len(faults)} of {len(file)} rows {'have NaN' if has_nan else 'do not'}:"
+            f" {shortened(map(str, faults))}. {remedy}emove or fix these rows"
+            f"{'' if levels is None else ', or set `levels`'}."
+        )
+    return checksum, missing
+
+
+def _is_level(rows: np.ndarray[Any, Any], levels: int) -> Tensor:
+    """Return which rows hold nothing but integers from 0 to `levels - 1`, apart from NaN."""
+    raw = rows.reshape(len(rows), -1)  # as in the file, because a conversion to uint8 would wrap
+    fits = np.isnan(raw) | ((raw >= 0) & (raw < levels) & (raw == np.floor(raw)))
+    return torch.from_numpy(fits.all(axis=1))
+
+
+def _labels(file: ArrayFile) -> np.ndarray[Any, Any]:
+    label = file.open()
+    if label.shape != (len(file),) and label.shape != (len(file), 1):
+        raise ValueError(f"`label` must have one class an observation, got shape {file.shape} in {file}.")
+    label = label.reshape(len(file))
+    if label.dtype.kind == "S":
+        label = np.char.decode(label, "utf-8", "replace")
+    if label.dtype.kind == "f" and np.isfinite(label).all() and (label == np.floor(label)).all():
+        label = label.astype(np.int64)
+    if label.dtype.kind not in "buiU":
+        raise ValueError(
+            f"`label` must hold integers or words, got {label.dtype} in {file}. Numbers that are no classes are a"
+            " `condition`."
+        )
+    return label
+
+
+def _conditions(file: ArrayFile) -> Tensor:
+    values = file.open()
+    if values.dtype.kind not in "buif" or values.ndim not in (1, 2):
+        raise ValueError(
+            f"`condition` must hold one or more numbers an observation, got {values.dtype} of shape {file.shape} in"
+            f" {file}."
+        )
+    condition = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(len(file), -1)
+    faults = (~condition.isfinite().all(dim=1)).nonzero().flatten().tolist()
+    if faults:
+        raise DataError(
+            f"`condition` must hold finite numbers, but {len(faults)} rows of {file} don't: row"
+            f" {shortened(map(str, faults))}. Remove or fix these rows."
+        )
+    return condition
