@@ -1,5 +1,6 @@
 """Data sets that a VAE trains on, as LightningDataModules."""
 
+from .arrays import Arrays
 from .base import DataModule
 from .cifar10 import CIFAR10
 from .digits import Digits
@@ -12,12 +13,14 @@ from .loaders.tensor_loader import TensorLoader
 from .mnist import KMNIST, MNIST, FashionMNIST
 from .omniglot import Omniglot
 from .svhn import SVHN
+from .table import Table
 
 __all__ = [
     "CIFAR10",
     "KMNIST",
     "MNIST",
     "SVHN",
+    "Arrays",
     "BatchLoader",
     "DataError",
     "DataModule",
@@ -28,6 +31,7 @@ __all__ = [
     "LinearVAEOptimum",
     "Omniglot",
     "StreamLoader",
+    "Table",
     "TensorLoader",
     "linear_vae_optimum",
 ]

@@ -115,12 +115,25 @@ class Table(DataModule):
             raise ValueError(f"{self.path} has no column left for the data. Leave some in.")
         self.shape = (len(self._columns),)
         self.column_names = tuple(found)
-        self.kinds: list[str | int] = [_offered(column) for column in self._columns]
+        self.kinds: tuple[str | int, ...] = tuple(_offered(column) for column in self._columns)
         self.categories = {column.name: list(column.categories) for column in self._columns if column.categories}
         self.condition_names = tuple(name for column in self._condition for name in _names(column))
         self.class_names = self._label.categories if self._label else ()
         self._data, self._places = self._split(files)
         self.loc, self.scale = self._moments()
+
+    @override
+    def setup(self, stage: str) -> None:
+        """Read the splits that a stage needs, and set the scale of the model's likelihood if it takes one.
+
+        Args:
+            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`. Only `"fit"` sets the scale: later it comes from the
+                checkpoint.
+        """
+        super().setup(stage)
+        likelihood = getattr(getattr(self.trainer, "lightning_module", None), "likelihood", None)
+        if stage == "fit" and hasattr(likelihood, "set_scale"):
+            likelihood.set_scale(self.loc, self.scale)
 
     @override
     def file_names(self, stage: str) -> Sequence[str]:
