@@ -102,7 +102,7 @@ class Table(DataModule):
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         files = {split: read_table(each, delimiter, missing) for split, each in paths.items()}
-        _check_columns(files)
+        _check_files(files)
         kinds = dict(columns or {})
         _check_given(files["train"], kinds, label, self.condition)
         names = [name for name in files["train"].columns if kinds.get(name) != "ignored"]
@@ -201,8 +201,6 @@ class Table(DataModule):
         fractions = {"test": self.test_fraction, "val": self.val_fraction}
         fractions = {split: share for split, share in fractions.items() if split not in files}
         rows = {split: torch.arange(len(file)) for split, file in files.items()}
-        if empty := [str(file.path) for file in files.values() if not len(file)]:
-            raise ValueError(f"{empty[0]} has no row below the columns' names. Add rows, or name another file.")
         rows |= split_rows(len(rows["train"]), fractions, self.seed, self.path)
         every = {split: self._tensors_of(file) for split, file in files.items()}
         data: dict[str, Tensors] = {}
@@ -251,10 +249,12 @@ class Table(DataModule):
         }
 
 
-def _check_columns(files: Mapping[str, TableFile]) -> None:
-    """Check that all files have the columns of the first."""
+def _check_files(files: Mapping[str, TableFile]) -> None:
+    """Check that all files have rows, and the columns of the first."""
     names = set(files["train"].columns)
     for split, file in files.items():
+        if not len(file):
+            raise ValueError(f"{file.path} has no row below the columns' names. Add rows, or name another file.")
         if names != set(file.columns):
             lacks, more = sorted(names - set(file.columns)), sorted(set(file.columns) - names)
             raise ValueError(

@@ -365,8 +365,8 @@ def test_options_that_do_not_fit(tmp_path, arrays, options, message):
             {"x": FLOATS[:2]},
             {},
             "test and val would have none of the 2 rows of PATH, with `test_fraction` 0.1, `val_fraction` 0.1. A hash"
-            " of each row's number decides, so a small set may miss a split: choose other fractions or another `seed`, add"
-            " rows, or give `val_path` and `test_path`.",
+            " of each row's number decides, so a small set may miss a split: choose other fractions or another `seed`,"
+            " add rows, or give `val_path` and `test_path`.",
         ),
         (
             {"x": FLOATS, "label": np.arange(29)},
