@@ -191,17 +191,16 @@ class Arrays(DataModule):
         fractions = {split: share for split, share in fractions.items() if split not in data}
         numbers = {split: torch.arange(len(file)) for split, file in data.items()}
         numbers |= split_rows(len(data["train"]), fractions, self.seed, data["train"].path)
-        rows, tensors = {}, {}
+        rows = {}
         for split in ("train", "val", "test"):
-            home = split if split in data else "train"
-            tensors[split] = {name: values[numbers[split]] for name, values in others[home].items()}
-            rows[split] = ArrayRows(data[home], self._form, numbers[split], tensors[split])
-            checksum = zlib.crc32(numbers[split].numpy().data, checksums[home])
-            for name in sorted(tensors[split]):
-                checksum = zlib.crc32(tensors[split][name].numpy().data, checksum)
-            self._identity[split] = {"observations": len(rows[split]), "checksum": f"{checksum:08x}"}
+            home, chosen = split if split in data else "train", numbers[split]
+            tensors = {name: values[chosen] for name, values in others[home].items()}
+            rows[split] = ArrayRows(data[home], self._form, chosen, tensors)
+            checksum = checksums[home]
+            for tensor in (chosen, *tensors.values()):
+                checksum = zlib.crc32(tensor.numpy().data, checksum)
+            self._identity[split] = {"observations": len(chosen), "checksum": f"{checksum:08x}"}
         self._identity |= {"classes": list(self.class_names), "shape": list(self.shape), "levels": self.levels}
-
         self._say(rows, missing)
         return rows
 
@@ -234,11 +233,7 @@ class Arrays(DataModule):
 
     def _checked(self, found: Mapping[str, ArrayFile], split: str) -> ArrayFile:
         """Return the data of a file, which must fit those of `path`."""
-        file, first = (each.get(self._keys["x"]) for each in (found, self._found["train"]))
-        assert first is not None
-        if file is None:
-            _checked_key("x", self._keys["x"], found)
-        assert file is not None
+        first, file = self._found["train"][self._keys["x"]], found[_checked_key("x", self._keys["x"], found)]
         if file.shape[1:] != first.shape[1:] or file.dtype.kind != first.dtype.kind:
             raise ValueError(
                 f"`{split}_path` must hold {first.dtype} of shape {first.shape[1:]} an observation, as `path` does, got"
@@ -272,6 +267,8 @@ class Arrays(DataModule):
         if "label" not in self._keys:
             return
         every = [each["label"] for each in others.values()]
+        if len({label.dtype.kind == "U" for label in every}) > 1:
+            raise ValueError("`label` must hold words in all files, or integers in all. Save the labels alike.")
         if every[0].dtype.kind == "U":
             self.class_names = np.unique(np.concatenate(every)).tolist()
             for each in others.values():
@@ -305,6 +302,11 @@ def _form(file: ArrayFile, layout: str | None, levels: int | None, missing: bool
         raise ValueError(
             f"`missing` takes NaN for a missing value, and {file} holds {file.dtype}, which has no NaN. Save floats, or"
             " leave out `missing`."
+        )
+    if layout == "grey" and len(file.shape) != 3:
+        raise ValueError(
+            f'`layout` "grey" is for images without an axis of channels, (N, height, width), got shape {file.shape} in'
+            f' {file}. Give "channels_first" or "channels_last".'
         )
     dtype = torch.float32
     if file.dtype.kind != "f" and levels is not None:

@@ -29,7 +29,9 @@ class DataModule(pl.LightningDataModule, ABC):
 
     A batch is a dict. `"x"` holds the raw observations, uint8 images `(B, C, H, W)` or float32 vectors `(B, d)`.
     `"index"` holds their positions in the split, `(B,)`, which do not depend on the order, the batch size or the number
-    of processes. `"label"` holds their classes, `(B,)`, if the data set has any.
+    of processes. `"label"` holds their classes, `(B,)`, if the data set has any, and `"condition"` numbers that the
+    model is given beside them, float32 `(B, columns)`. `"mask"`, bool of the shape of `"x"`, is False where a value is
+    missing, if any may be.
 
     Training and validation are parts of the training data. Only `test` and `predict` use the test split; `predict` goes
     through all of it in order.

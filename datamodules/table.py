@@ -131,7 +131,7 @@ class Table(DataModule):
                 checkpoint.
         """
         super().setup(stage)
-        likelihood = getattr(getattr(self.trainer, "lightning_module", None), "likelihood", None)
+        likelihood: Any = getattr(getattr(self.trainer, "lightning_module", None), "likelihood", None)
         if stage == "fit" and hasattr(likelihood, "set_scale"):
             likelihood.set_scale(self.loc, self.scale)
 

@@ -341,6 +341,12 @@ def test_a_broken_file_is_named(tmp_path):
             "`missing` takes NaN for a missing value, and PATH['x'] holds uint8, which has no NaN. Save floats, or"
             " leave out `missing`.",
         ),
+        (
+            {"x": GREY[:, None]},
+            {"layout": "grey"},
+            '`layout` "grey" is for images without an axis of channels, (N, height, width), got shape (30, 1, 4, 5) in'
+            """ PATH['x']. Give "channels_first" or "channels_last".""",
+        ),
         ({"x": FLOATS}, {"levels": 1}, "`levels` must be at least 2, got 1."),
         (
             {"x": FLOATS},
@@ -444,6 +450,9 @@ def test_other_files_must_fit_the_first(tmp_path):
     unlabelled = saved(tmp_path, "unlabelled.npz", x=FLOATS)
     with pytest.raises(ValueError, match=r"^`label` is 'label', which .*unlabelled.npz does not have. It has x\.$"):
         Arrays(path, test_path=unlabelled).setup("test")
+    words = saved(tmp_path, "words.npz", x=FLOATS, label=np.array(["a"] * 30))
+    with pytest.raises(ValueError, match=r"^`label` must hold words in all files, or integers in all. Save the labels"):
+        Arrays(path, test_path=words).setup("test")
     unnamed = saved(tmp_path, "unnamed.npz", y=FLOATS)
     with pytest.raises(ValueError, match=r"^`x` is 'x', which .*unnamed.npz does not have. It has y\.$"):
         Arrays(path, val_path=unnamed).setup("test")
