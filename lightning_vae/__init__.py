@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .evaluation.figures import compare_latents as compare_latents
     from .evaluation.measure import evaluate as evaluate
     from .evaluation.record import Evaluation as Evaluation
+    from .evaluation.scores import score as score
     from .likelihoods import Bernoulli as Bernoulli
     from .likelihoods import Categorical as Categorical
     from .likelihoods import Columns as Columns
@@ -71,6 +72,7 @@ _MODULES = {
     "evaluation.figures": ("compare_latents",),
     "evaluation.measure": ("evaluate",),
     "evaluation.record": ("Evaluation",),
+    "evaluation.scores": ("score",),
     "checkpoints.flush_loggers": ("FlushLoggers",),
     "checkpoints.last_checkpoint": ("LastCheckpoint",),
     "multi_sample": ("MultiSampleBound", "multi_sample_bound"),

@@ -59,6 +59,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "dead_classes": {"usage": torch.ones(1, 1)},
     "unimix": {"probs": torch.ones(1)},
     "evaluate": {"vae": small_vae(), "loader": []},
+    "score": {"vae": small_vae(), "observations": None},
     "free_bits": {"kl_per_dimension": MEANS, "threshold": 0.5},
     "knn_accuracy": {"means": MEANS, "labels": LABELS},
     "linear_probe_accuracy": {"means": MEANS, "labels": LABELS},

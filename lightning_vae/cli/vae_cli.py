@@ -157,6 +157,8 @@ class VAECLI(LightningCLI):
         if subcommand == "test":
             parser.add_class_arguments(EvaluationReport, "evaluation")
             parser.set_defaults({"verbose": False})  # the evaluation prints a table of its own
+        if subcommand == "predict":
+            parser.add_class_arguments(LatentsWriter, "latents")
         return parser
 
     @override
@@ -259,7 +261,9 @@ class VAECLI(LightningCLI):
         """
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if not any(isinstance(callback, LatentsWriter) for callback in callbacks):
-            callbacks.append(LatentsWriter())
+            callbacks.append(self.config_init["predict"]["latents"])
+        elif any(option is not None for option in self.config["predict"]["latents"].as_dict().values()):
+            exit_with("`--latents`: the callbacks have a LatentsWriter already. Give its options there.")
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def after_fit(self) -> None:

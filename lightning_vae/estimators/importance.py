@@ -41,7 +41,8 @@ def importance_weighted_bound(log_weights: Tensor) -> Tensor:
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     r"""Compute the effective number of K samples, :math:`(\sum_k w_k)^2 / \sum_k w_k^2`, from 1 to K.
 
-    Below about 10, single samples dominate the bound, which is then still far from the log-likelihood.
+    It is K where all weights are equal, as with the exact posterior, and 1 where one weight carries the sum. Below
+    about 10, single samples dominate the bound, which is then still far from the log-likelihood.
 
     Args:
         log_weights: In nats, of shape ``(K, B)``.
@@ -51,10 +52,14 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
     Raises:
         ValueError: If the log-weights have another shape, or there are none.
+
+    References:
+        Kong, Liu and Wong, "Sequential Imputations and Bayesian Missing Data Problems", JASA 1994.
     """
     _check(log_weights)
     log_weights = log_weights.double()
-    return (2 * log_weights.logsumexp(dim=0) - (2 * log_weights).logsumexp(dim=0)).exp()
+    weights = (log_weights - log_weights.amax(dim=0)).exp()  # the largest is 1, so that equal weights are exact
+    return (weights.sum(dim=0).square() / weights.square().sum(dim=0)).clamp(1, len(weights))
 
 
 def _check(log_weights: Tensor) -> None:

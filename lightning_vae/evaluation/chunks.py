@@ -1,4 +1,4 @@
-"""The observations of a loader and their latents in chunks, so that memory stays bounded."""
+"""The observations of a loader, their latents and their importance samples in chunks, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from ..noise import sample_by_index
 from ..observations import Observations
 from ..vae import VAE
 
@@ -18,19 +19,56 @@ from ..vae import VAE
 # stay in its cache.
 _NUMBERS_AT_ONCE = {"cpu": 2**17}
 _ELSEWHERE = 2**22
+_WEIGHTS_AT_ONCE = 2**22
 
 
-def batches(vae: VAE, loader: Iterable[Any], most: float = math.inf) -> Iterator[Observations]:
-    """Yield each batch as the model sees it.
-
-    Batches with more observations than are decoded at once, or than `most`, are split.
-    """
-    rows = int(min(decoded_at_once(vae), most))
+def batches(vae: VAE, loader: Iterable[Any], samples: int = 1) -> Iterator[Observations]:
+    """Yield each batch as the model sees it, split into :func:`parts`."""
     count = 0
     for batch in loader:
         observations = vae.observe(batch, first=count)
         count += len(observations)
-        yield from observations.split(rows)
+        yield from parts(vae, observations, samples)
+
+
+def parts(vae: VAE, observations: Observations, samples: int) -> Iterator[Observations]:
+    """Yield observations in parts that are decoded at once, and whose weights of so many samples are kept at once."""
+    return observations.split(min(decoded_at_once(vae), max(1, _WEIGHTS_AT_ONCE // samples)))
+
+
+def importance_draws(
+    vae: VAE, observations: Observations, posterior: td.Distribution, prior: td.Distribution, number: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Draw samples of the posteriors, a part of them at once, with the terms of their log-weights.
+
+    Args:
+        vae: The model.
+        observations: B observations, whose indices fix the noise.
+        posterior: Their posteriors.
+        prior: The prior, or that of each.
+        number: Number of samples for each observation.
+
+    Yields:
+        Latents, of shape ``(S, B, k)``; log p(x|z), of shape ``(S, B)``, float64; and :func:`log_ratio`. The S of all
+        parts add up to ``number``.
+    """
+    target, chunk = Target.of(observations), max(1, decoded_at_once(vae) // len(observations))
+    for start in range(0, number, chunk):
+        draws = range(start, min(start + chunk, number))
+        z = torch.stack([sample_by_index(posterior, observations.index, draw) for draw in draws])
+        yield z, log_likelihood(vae, target, z), log_ratio(prior, posterior, z)
+
+
+def log_ratio(prior: td.Distribution, posterior: td.Distribution, z: Tensor) -> Tensor:
+    """Compute log p(z) - log q(z|x) at S samples of each posterior, in nats, float64.
+
+    Returns:
+        Shape ``(S, B, parts)`` where both factorise alike, else ``(S, B, 1)``.
+    """
+    logs = [each.log_prob(z).double() for each in (prior, posterior)]
+    if logs[0].ndim != logs[1].ndim or logs[0].ndim == 2:
+        logs = [each.flatten(2).sum(2, keepdim=True) if each.ndim > 2 else each[..., None] for each in logs]
+    return logs[0] - logs[1]
 
 
 def decoded_at_once(vae: VAE) -> int:

@@ -15,11 +15,10 @@ from ..distributed import sum_over_processes
 from ..estimators.importance import ImportanceWeightedLikelihood
 from ..noise import sample_by_index
 from ..vae import VAE
-from .chunks import Target, batches, decoded_at_once, in_parts, log_likelihood, prior_units
+from .chunks import Target, batches, importance_draws, in_parts, log_likelihood, prior_units
 from .encoding_pass import Encoded
 from .record import LikelihoodEstimate, Terms
 
-_WEIGHTS_AT_ONCE = 2**22
 _WIDTH_STEP = 0.05  # relative change of the posterior's width
 _WIDTH_SAMPLES = 4
 
@@ -39,18 +38,13 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
     active = moments.active()
     mean, scale = (values.to(vae.working_dtype) for values in (moments.mean, moments.covariance.diagonal().sqrt()))
     prunes = not active.all() and encoded.is_gaussian and not vae.has_joint_rate
-    for observations in batches(vae, loader, max(1, _WEIGHTS_AT_ONCE // number)):
+    for observations in batches(vae, loader, number):
         target, index, posterior = Target.of(observations), observations.index, vae.encode(observations)
         prior = vae.prior_given(observations.condition)
         loc, unit = prior_units(prior)
         log_weights, log_pruned, distortion = [], [], torch.zeros(len(index), dtype=torch.float64, device=device)
-        chunk = max(1, decoded_at_once(vae) // len(index))
-        for start in range(0, number, chunk):
-            draws = range(start, min(start + chunk, number))
-            z = torch.stack([sample_by_index(posterior, index, draw) for draw in draws])
-            likelihoods = log_likelihood(vae, target, z)
+        for z, likelihoods, ratio in importance_draws(vae, observations, posterior, prior, number):
             distortion -= likelihoods.sum(dim=0)
-            ratio = log_ratio(prior, posterior, z)
             log_weights.append(likelihoods + ratio.sum(dim=2))
             if prunes:
                 # The same noise, but around the mean over the data: it carries no information about this x.
@@ -92,18 +86,6 @@ def _terms(averages: RunningMoments, rate: float) -> Terms:
         implied_beta_error=math.hypot(errors[1], implied_beta * errors[2]) / (abs(rate_slope) or math.nan),
         calibration=squared_error / claimed if claimed > 0 else math.nan,
     )
-
-
-def log_ratio(prior: td.Distribution, posterior: td.Distribution, z: Tensor) -> Tensor:
-    """Compute log p(z) - log q(z|x) at S samples of each posterior, in nats, float64.
-
-    Returns:
-        Shape ``(S, B, parts)`` where both factorise alike, else ``(S, B, 1)``.
-    """
-    logs = [each.log_prob(z).double() for each in (prior, posterior)]
-    if logs[0].ndim != logs[1].ndim or logs[0].ndim == 2:
-        logs = [each.flatten(2).sum(2, keepdim=True) if each.ndim > 2 else each[..., None] for each in logs]
-    return logs[0] - logs[1]
 
 
 def _slopes(

@@ -1,4 +1,4 @@
-"""Write the posterior means of ``predict`` to a file, batch by batch."""
+"""Write the posterior means and the scores of ``predict`` to a file, batch by batch."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from ..vae import VAE
+from .measure import check_sizes
+from .scores import score
+
 
 class LatentsWriter(Callback):
-    """Write the posterior means of ``predict`` as CSV, with columns ``index``, ``label`` (if any), ``z0``, ``z1``, ...
+    """Write the scores and the posterior means of ``predict`` as CSV, a row for each observation.
 
-    A data module with ``file_names(stage)`` or ``class_names`` also gives the columns ``file`` and ``class``: the
-    entries at ``index`` and at ``label``.
+    The columns are ``index``; ``label``, if there are labels; ``elbo``, ``rate`` and ``distortion``, in nats, with
+    ``importance_samples`` also ``nll`` and ``effective_sample_size``, see :func:`lightning_vae.score`; and the means
+    ``z0``, ``z1``, ... A data module with ``file_names(stage)`` or ``class_names`` also gives the columns ``file`` and
+    ``class``: the entries at ``index`` and at ``label``. A module that is no VAE of this package, or whose own
+    ``predict_step`` is not the VAE's, has no scores.
 
     Each batch is written immediately, so memory does not grow with the data. Each process writes its own part. At the
     end the first process merges the parts in the order of ``index`` and drops observations that a sampler has
@@ -32,15 +39,22 @@ class LatentsWriter(Callback):
 
     Args:
         path: File to write; a name that ends in ``.gz`` is compressed. ``None`` is ``latents.csv`` in the run folder.
+        importance_samples: Number K of samples for each observation, for the log-likelihood. ``None`` leaves it out.
 
     Raises:
+        ValueError: If ``importance_samples`` is not an integer of at least 1.
         MisconfigurationException: If there are several loaders, if the module's ``predict_step`` does not return a
-            mapping with ``"mean"`` and ``"index"``, or if the first process can't see the others' parts.
+            mapping with ``"mean"`` and ``"index"``, if ``importance_samples`` are asked of a module that has no scores,
+            or if the first process can't see the others' parts.
     """
 
-    def __init__(self, path: str | None = None) -> None:
+    def __init__(self, path: str | None = None, importance_samples: int | None = None) -> None:
+        if importance_samples is not None:
+            check_sizes(importance_samples=importance_samples)
         self.path = path
+        self.importance_samples = importance_samples
         self._target = Path()
+        self._count = 0  # observations so far
         self._file: IO[str] | None = None
         self._has_header = False
 
@@ -50,6 +64,12 @@ class LatentsWriter(Callback):
         self._target = Path(self.path) if self.path else Path(folder) / "latents.csv"
         if len(trainer.num_predict_batches) > 1:
             raise MisconfigurationException("`predict` writes the latents of one loader, but there are several.")
+        if self.importance_samples is not None and not _has_scores(pl_module):
+            raise MisconfigurationException(
+                f"`importance_samples` needs a lightning_vae.VAE with its own `predict_step`, got "
+                f"{type(pl_module).__name__}. Leave it out."
+            )
+        self._count = 0
         self._target.parent.mkdir(parents=True, exist_ok=True)
         part = self._part(trainer.global_rank)
         part.unlink(missing_ok=True)  # an interrupted earlier run may have left it
@@ -57,7 +77,7 @@ class LatentsWriter(Callback):
 
     @override
     def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any, **__: Any
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any, **__: Any
     ) -> None:
         if not (isinstance(outputs, Mapping) and {"mean", "index"} <= outputs.keys()):
             raise MisconfigurationException(
@@ -67,6 +87,10 @@ class LatentsWriter(Callback):
         assert self._file is not None
         columns = {name: outputs[name] for name in ("index", "label") if name in outputs}
         columns |= _names(trainer, columns)
+        if isinstance(pl_module, VAE) and _has_scores(pl_module):
+            observations = pl_module.observe(batch, first=self._count)  # numbered as `predict_step` numbers them
+            self._count += len(observations)
+            columns |= score(pl_module, observations, self.importance_samples)
         columns["z"] = outputs["mean"].flatten(start_dim=1)
         writer = csv.writer(self._file)
         if not self._has_header:
@@ -106,6 +130,10 @@ class LatentsWriter(Callback):
     def _part(self, rank: int) -> Path:
         # Keep the suffix last: it determines the compression.
         return self._target.with_name(f".part{rank}-{self._target.name}")
+
+
+def _has_scores(module: LightningModule) -> bool:
+    return getattr(module.predict_step, "__func__", None) is VAE.predict_step
 
 
 def _names(trainer: Trainer, columns: Mapping[str, Any]) -> dict[str, list[str]]:
