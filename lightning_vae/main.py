@@ -25,9 +25,14 @@ def main(args: ArgsType = None) -> None:
     os.environ.setdefault("TQDM_MINITERS", "20")
     sys.path.insert(0, os.getcwd())  # a config may name classes in the current directory
     given = sys.argv[1:] if args is None else args
-    if isinstance(given, Sequence) and list(given[:1]) == ["sweep"]:
+    command, rest = (given[0], given[1:]) if isinstance(given, Sequence) and given else (None, [])
+    if command == "sweep":
         from .sweep.command import sweep  # imported here because only a sweep needs it
 
-        sweep(given[1:])
+        sweep(rest)
+    elif command == "auroc":
+        from .cli.auroc import auroc
+
+        auroc(rest)
     else:
         run(args)

@@ -130,7 +130,7 @@ class VAECLI(LightningCLI):
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},  # Lightning's own way leaves half a file after a kill
             seed_everything_default=0,
-            parser_kwargs={"epilog": "`sweep --help`: train and compare many of them."},
+            parser_kwargs={"epilog": "`sweep --help`: train and compare many. `auroc --help`: find anomalies."},
             parser_class=Parser,
             subclass_mode_model=True,
             subclass_mode_data=True,

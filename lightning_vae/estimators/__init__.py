@@ -21,3 +21,4 @@ from .importance import effective_sample_size as effective_sample_size
 from .importance import importance_weighted_bound as importance_weighted_bound
 from .mixture import MixtureEstimates as MixtureEstimates
 from .mixture import mixture_estimates as mixture_estimates
+from .outliers import auroc as auroc

@@ -6,6 +6,7 @@ import csv
 import gzip
 import heapq
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -73,7 +74,7 @@ class LatentsWriter(Callback):
         self._target.parent.mkdir(parents=True, exist_ok=True)
         part = self._part(trainer.global_rank)
         part.unlink(missing_ok=True)  # an interrupted earlier run may have left it
-        self._file, self._has_header = _open(part, "w"), False
+        self._file, self._has_header = open_table(part, "w"), False
 
     @override
     def on_predict_batch_end(
@@ -171,7 +172,8 @@ def _rows(columns: Mapping[str, Any]) -> Iterator[list[Any]]:
     return ([cell for cells in row for cell in cells] for row in zip(*parts, strict=True))
 
 
-def _open(path: Path, mode: str) -> IO[str]:
+def open_table(path: Path, mode: str) -> IO[str]:
+    """Open a CSV file for reading (``"r"``) or writing (``"w"``); one whose name ends in ``.gz`` is compressed."""
     opener: Any = gzip.open if path.suffix == ".gz" else open
     file: IO[str] = opener(path, f"{mode}t", newline="", encoding="utf-8")
     return file
@@ -181,13 +183,13 @@ def _merge(parts: Iterable[Path], target: Path) -> None:
     """Merge files that are each sorted by the first column, without holding them in memory."""
     whole = target.with_name(f".whole-{target.name}")
     with ExitStack() as stack:
-        readers = [csv.reader(stack.enter_context(_open(part, "r"))) for part in parts]
-        writer = csv.writer(stack.enter_context(_open(whole, "w")))
+        readers = [csv.reader(stack.enter_context(open_table(part, "r"))) for part in parts]
+        writer = csv.writer(stack.enter_context(open_table(whole, "w")))
         # A process without observations has not written a header either.
         header = [names for reader in readers if (names := next(reader, None))]
         writer.writerows(header[:1])
         before = None
-        for row in heapq.merge(*readers, key=lambda row: _order(row[0])):
+        for row in heapq.merge(*readers, key=lambda row: natural_order(row[0])):
             if row[0] != before:
                 writer.writerow(row)
             before = row[0]
@@ -196,6 +198,6 @@ def _merge(parts: Iterable[Path], target: Path) -> None:
         part.unlink()
 
 
-def _order(index: str) -> tuple[int, int, str]:
+def natural_order(text: str) -> tuple[int, int, str]:
     """Return a key that sorts numbers by value, and then names alphabetically."""
-    return (0, int(index), "") if index.lstrip("-").isdigit() else (1, 0, index)
+    return (0, int(text), "") if re.fullmatch(r"-?\d+", text) else (1, 0, text)
