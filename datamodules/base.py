@@ -34,7 +34,8 @@ class DataModule(pl.LightningDataModule, ABC):
     missing, if any may be.
 
     Training and validation are parts of the training data. Only `test` and `predict` use the test split; `predict` goes
-    through all of it in order.
+    through all of it in order. Classes that are held out are missing from training and validation, and remain in the
+    test split, to be found there as anomalies. The split of the other observations is the same with and without them.
 
     A checkpoint holds a fingerprint of the splits, and the options that training depends on. A run that uses it over
     other data, or continues it with other options, warns.
@@ -45,6 +46,7 @@ class DataModule(pl.LightningDataModule, ABC):
     Args:
         batch_size: Observations in a batch of one process.
         seed: Seed of the training order and of the data set's other random choices.
+        held_out: Classes to leave out of training and validation: by name if the classes have names, else by number.
 
     Attributes:
         shape: Shape of one observation, known before the data are read.
@@ -52,19 +54,21 @@ class DataModule(pl.LightningDataModule, ABC):
         class_names: Name of each class, by label; empty if the classes have no names.
 
     Raises:
-        ValueError: If `batch_size` is below 1, or `seed` is no integer.
+        ValueError: If `batch_size` is below 1, `seed` is no integer, or `held_out` is no list of classes.
     """
 
     shape: tuple[int, ...]
     levels: int | None
     class_names: Sequence[str] = ()
 
-    def __init__(self, batch_size: int = 128, seed: int = 0) -> None:
+    def __init__(self, batch_size: int = 128, seed: int = 0, held_out: Sequence[int | str] = ()) -> None:
         check_number("batch_size", batch_size, "at least 1", integer_from(1))
         check_number("seed", seed, "an integer", integer_from())
+        check_number("held_out", held_out, "a list of classes, such as [3]", _are_classes)
         super().__init__()
         self.batch_size = batch_size
         self.seed = seed
+        self.held_out = tuple(map(str, held_out))
         self._splits: dict[str, Tensors] = {}
         self._identities: dict[str, dict[str, Any]] = {}  # of each split
         self._has_saved = False
@@ -75,10 +79,13 @@ class DataModule(pl.LightningDataModule, ABC):
 
         Args:
             stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
+
+        Raises:
+            ValueError: If a class to hold out is unknown, or nothing is left without it.
         """
         test = stage in ("test", "predict")
         if ("test" if test else "train") not in self._splits:
-            found = self._read_test() if test else self._read_train()
+            found = self._read_test() if test else self._hold_out(self._read_train())
             self._splits.update(found)
             self._report(found)
 
@@ -150,6 +157,26 @@ class DataModule(pl.LightningDataModule, ABC):
     def _read_test(self) -> dict[str, Tensors]:
         """Return the split `"test"`."""
 
+    def _hold_out(self, found: dict[str, Tensors]) -> dict[str, Tensors]:
+        """Return training and validation without the classes that are held out, and print what was left out."""
+        if not self.held_out:
+            return found
+        if not all("label" in tensors and tensors["label"].ndim == 1 for tensors in found.values()):
+            raise ValueError("`held_out` needs data with one class for each observation. Leave it out, or add labels.")
+        labels = torch.cat([tensors["label"] for tensors in found.values()])
+        named = {name: number for number, name in enumerate(self.class_names)}
+        numbers = named or {str(number): number for number in labels.unique().tolist()}
+        check_held_out(self.held_out, numbers)
+        held_out = torch.tensor([numbers[name] for name in self.held_out])
+        kept: dict[str, Tensors] = {}
+        for split, tensors in found.items():
+            is_kept = ~torch.isin(tensors["label"], held_out)
+            kept[split] = {name: tensor[is_kept] for name, tensor in tensors.items()}
+        check_left({split: len(tensors["x"]) for split, tensors in kept.items()}, self.held_out)
+        counts = class_counts(labels[torch.isin(labels, held_out)], self.class_names)
+        rank_zero_info(f"{type(self).__name__}: held out of training and validation. {counts}")
+        return kept
+
     def _report(self, found: Mapping[str, Tensors]) -> None:
         """Print how many observations each split has, and how many each class."""
         labels = [tensors["label"] for tensors in found.values() if "label" in tensors]
@@ -173,7 +200,11 @@ class DataModule(pl.LightningDataModule, ABC):
     def _training_options(self) -> dict[str, Any]:
         """Return the options that a training depends on, besides the data, by their names in a message."""
         _, processes = rank_and_world_size()
-        return {"batch size over all processes": processes * self.batch_size, "seed": self.seed}
+        return {
+            "batch size over all processes": processes * self.batch_size,
+            "seed": self.seed,
+            "held out": shortened(self.held_out) or "none",
+        }
 
     def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
         return TensorLoader(self._tensors(split), self.batch_size, shuffle=shuffle, seed=self.seed)
@@ -299,6 +330,25 @@ def split_tensors(tensors: Tensors, fraction: float, seed: int) -> dict[str, Ten
     }
 
 
+def check_held_out(held_out: Sequence[str], classes: Iterable[str]) -> None:
+    """Raise a ValueError if one of the classes to hold out is not among the classes of the training data."""
+    known = list(classes)
+    if unknown := [name for name in held_out if name not in known]:
+        raise ValueError(
+            f"`held_out` must be classes of the training data, {shortened(known) or 'which has none'}, got"
+            f" {shortened(unknown)}."
+        )
+
+
+def check_left(observations: Mapping[str, int], held_out: Sequence[str]) -> None:
+    """Raise a ValueError if a split has no observations without the classes that are held out."""
+    if empty := [name for name, count in observations.items() if not count]:
+        raise ValueError(
+            f"`held_out` must leave observations in train and val, but without {shortened(held_out)} there are none in"
+            f" {' and '.join(empty)}. Hold out fewer classes, or add data."
+        )
+
+
 def sizes(observations: Mapping[str, int]) -> str:
     """Return the number of observations in each split, as text."""
     return f"{sum(observations.values())} observations, " + ", ".join(
@@ -344,6 +394,10 @@ def _change(name: str, before: Any, now: Any) -> str:
     if isinstance(before, list) and isinstance(now, list):
         before, now = shortened(map(str, before)), shortened(map(str, now))
     return f"{name}: {before} -> {now}"
+
+
+def _are_classes(held_out: Sequence[int | str]) -> bool:
+    return all(isinstance(each, str) or integer_from()(each) for each in held_out)
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -1,5 +1,7 @@
 """Scikit-learn's handwritten digits, which need no download."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from typing_extensions import override
@@ -17,6 +19,7 @@ class Digits(DataModule):
         batch_size: Observations in a batch of one process.
         val_fraction: Share of the first 1500 images kept for validation.
         seed: Seed of the training order and of the validation split.
+        held_out: Digits to leave out of training and validation, such as `[3]`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -25,8 +28,14 @@ class Digits(DataModule):
     shape = (1, 8, 8)
     levels = 17
 
-    def __init__(self, batch_size: int = 128, val_fraction: float = 0.1, seed: int = 0) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+    def __init__(
+        self,
+        batch_size: int = 128,
+        val_fraction: float = 0.1,
+        seed: int = 0,
+        held_out: Sequence[int | str] = (),
+    ) -> None:
+        super().__init__(batch_size=batch_size, seed=seed, held_out=held_out)
         check_fraction("val_fraction", val_fraction)
         self.val_fraction = val_fraction
 

@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,17 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from ..checks import check_number, integer_from
-from .base import DataModule, Tensors, check_fraction, class_counts, shortened, sizes, split_of_name
+from .base import (
+    DataModule,
+    Tensors,
+    check_fraction,
+    check_held_out,
+    check_left,
+    class_counts,
+    shortened,
+    sizes,
+    split_of_name,
+)
 from .loaders.batch_loader import BatchLoader, DataError
 from .loaders.decoded_images import decode_images
 from .loaders.image_files import ImageFiles, find_images
@@ -87,6 +98,7 @@ class Images(DataModule):
         num_workers: Processes that read ahead for each loader, if the images exceed the memory budget; 0 for none.
         batch_size: Observations in a batch of one process.
         seed: Seed of the splits, the training order and the flips.
+        held_out: Class folders to leave out of training and validation, by name.
 
     Raises:
         ValueError: If an option is out of range.
@@ -109,8 +121,9 @@ class Images(DataModule):
         num_workers: int = 2,
         batch_size: int = 128,
         seed: int = 0,
+        held_out: Sequence[int | str] = (),
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(batch_size=batch_size, seed=seed, held_out=held_out)
         sides = tuple(size) if isinstance(size, Sequence) else (size, size)
         remedy = "Give one number, or height and width."
         check_number("size", size, "at least 1", lambda _: len(sides) == 2 and all(map(integer_from(1), sides)), remedy)
@@ -159,6 +172,11 @@ class Images(DataModule):
     @override
     def file_names(self, stage: str) -> Sequence[str]:
         return self._files["test" if stage == "predict" else stage].names
+
+    @override
+    def _hold_out(self, found: dict[str, Tensors]) -> dict[str, Tensors]:
+        """Leave it to `_find`, before the images are read."""
+        return found
 
     @override
     def _report(self, found: Any) -> None:
@@ -223,6 +241,12 @@ class Images(DataModule):
         self.class_names = self._classes(images)
         splits = self._split(images)
         self._check_overlap(splits)
+        check_held_out(self.held_out, self.class_names)
+        seen = splits["train"] + splits["val"]
+        left_out = Counter(image.class_name for image in seen if image.class_name in self.held_out)
+        for name in ("train", "val"):
+            splits[name] = [image for image in splits[name] if image.class_name not in self.held_out]
+        check_left({name: len(splits[name]) for name in ("train", "val")}, self.held_out)
         self._identity = {name: _identity(split) for name, split in splits.items()}
         self._identity |= {"classes": self.class_names, "shape": list(self.shape)}
         files = {name: self._image_files(split) for name, split in splits.items()}
@@ -233,6 +257,9 @@ class Images(DataModule):
             lines.append(f"A hash of each path has chosen {' and '.join(derived)}, so the shares are approximate.")
         if labels := [split.labels for split in files.values() if split.labels is not None]:
             lines.append(class_counts(torch.cat(labels), self.class_names))
+        if left_out:
+            counts = shortened(f"{name} ({count})" for name, count in sorted(left_out.items()))
+            lines.append(f"Held out of training and validation: {counts}.")
         if deeper := sum(image.is_deeper for image in images):
             lines.append(f"Images in further folders below the class folders, which are not classes: {deeper}.")
         if pages := [str(path) for path, each in zip(paths, facts, strict=True) if each.has_pages]:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from .base import Tensors
 from .loaders.image_files import read_image
 from .torchvision_sets import TorchVision
 
@@ -17,10 +18,16 @@ class Omniglot(TorchVision):
     an antialiasing filter. The 19,280 drawings of the *background* alphabets are for training and validation, the
     13,180 of the *evaluation* alphabets for the test. These are the official parts, which share no alphabet. They are
     not the 24,345 and 8,070 drawings of Burda et al. (2015, arXiv:1509.00519), so log-likelihoods can't be compared
-    with theirs. A label is the number of a character within its part.
+    with theirs. A label is the number of a character within its part, so no character can be held out.
     """
 
     shape = (1, 28, 28)
+
+    @override
+    def _hold_out(self, found: dict[str, Tensors]) -> dict[str, Tensors]:
+        if self.held_out:
+            raise ValueError("`held_out` must be left out: all of Omniglot's test characters are missing in training.")
+        return found
 
     @override
     def _layout(self) -> str:

@@ -1,6 +1,7 @@
 """Base class of the data sets that torchvision downloads."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ class TorchVision(DataModule):
         batch_size: Observations in a batch of one process.
         val_fraction: Share of the official training split kept for validation.
         seed: Seed of the training order and of the validation split.
+        held_out: Labels to leave out of training and validation, such as `[3]`.
 
     Raises:
         ValueError: If an option is out of range.
@@ -36,8 +38,9 @@ class TorchVision(DataModule):
         batch_size: int = 128,
         val_fraction: float = 0.1,
         seed: int = 0,
+        held_out: Sequence[int | str] = (),
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(batch_size=batch_size, seed=seed, held_out=held_out)
         check_fraction("val_fraction", val_fraction)
         self.root = Path(root).expanduser()
         self.download = download
