@@ -40,7 +40,7 @@ def test_commands_of_the_command_line_parse(command, monkeypatch, capsys):
     _, script, *arguments = shlex.split(command, comments=True)
     assert (ROOT / script).exists()
     with pytest.raises(SystemExit) as exit_:
-        main([*arguments, "--print_config"])
+        main([*arguments, "--help" if arguments[0] == "auroc" else "--print_config"])
     assert exit_.value.code == 0, capsys.readouterr().err
 
 

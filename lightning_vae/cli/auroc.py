@@ -31,8 +31,8 @@ def auroc(arguments: Sequence[str]) -> None:
     """
     parser = Parser(prog=f"{Path(sys.argv[0]).name} auroc", description=_DESCRIPTION)
     parser.add_argument("table", type=str, help="The CSV file, such as logs/digits/version_1/latents.csv.")
-    parser.add_argument("--outlier_class", type=str, nargs="+", required=True, metavar="CLASS",
-        help="The class to find, or several: by name if the classes have names, else by number.")  # fmt: skip
+    parser.add_argument("--outlier_class", type=str, action="append", required=True, metavar="CLASS",
+        help="The class to find: by name if the classes have names, else by number. Repeatable.")  # fmt: skip
     options = expand_home(parser.parse_args(list(arguments)))
     try:
         classes, scores = read(Path(options.table))

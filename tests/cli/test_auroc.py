@@ -45,7 +45,7 @@ def test_the_auroc_of_each_score_is_printed_with_its_sign(tmp_path, capsys):
 def test_several_classes_may_be_outliers_and_a_table_compressed(tmp_path, capsys):
     with gzip.open("scores.csv.gz", "wt") as file:
         file.write(ROWS)
-    main(["auroc", "scores.csv.gz", "--outlier_class", "3", "10"])
+    main(["auroc", "--outlier_class=3", "--outlier_class", "10", "scores.csv.gz"])
     said = capsys.readouterr().out
     assert "3 observations of class 3, 10 among 1 of class 7." in said
     assert "-ELBO       1.0000\n" in said
