@@ -26,7 +26,7 @@ from .metrics.active_units import ACTIVE
 from .metrics.collapse_state import MAX_MARGINAL_KL, MIN_WIDTH, CollapseState
 from .metrics.latent_monitor import LatentMonitor
 from .metrics.latent_report import LatentReport
-from .reading.batch_fields import batch_part, index_of
+from .reading.batch_fields import index_of
 from .reading.distributions import Second
 from .reading.latent_reader import LatentReader, Places
 from .schedules import at_least, check_number
@@ -158,7 +158,7 @@ class CollapseDetector(Callback):
         self.unimix = unimix
         self._monitor()  # refuses what is out of range
         self._title = f"CollapseDetector({name})" if name else "CollapseDetector"
-        self._reader = LatentReader(posterior, prior, z, second, chunk, who=self._title)
+        self._reader = LatentReader(posterior, prior, z, second, chunk, self._title, mask)
         self._attempt = BestEffort(self._title)
         self._pass: LatentMonitor | None = None
         self.report: LatentReport | None = None
@@ -317,12 +317,11 @@ class CollapseDetector(Callback):
         if self._reader.offers_none(pl_module):
             return  # this process's share of the batch was empty
         views = self._reader.read(pl_module, batch)
-        mask = None if self.mask is None else batch_part(batch, self.mask, (), 0)
         for view, latents in enumerate(views):
             index = index_of(batch, next(iter(latents.values())).posterior.batch_shape[0])
             if index is not None:  # two views of an observation count as two observations
                 index = index * len(views) + view
-            self._pass.add(latents, index, None if mask is None else dict.fromkeys(latents, mask))
+            self._pass.add(latents, index)
 
     def _end_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._pass is not None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -20,16 +21,18 @@ from .control.attribute_writer import MisconfigurationException
 from .free_bits import checked_floor, count_at_floor
 from .probing.declared_kl import DeclaredKL
 from .probing.loss_probe import LossProbe
-from .reading.distribution_reader import DistributionReader, is_compiled
-from .reading.distributions import widened
+from .reading.distribution_reader import is_compiled
+from .reading.distributions import Second, is_sequence, widened
 from .reading.kl_rates import kl_per_dimension, rates_under_floors
-from .reading.latent_reader import prior_with_gradient
+from .reading.latent_reader import Latent, LatentReader, has_gradient
+from .reading.prior_reader import Place
 from .schedules import Schedule, check_number
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _LINE = "loss = reconstruction + w * free_bits(kl_per_dimension, self.free_bits)"
+_HIDDEN = "(Within activation checkpointing, `use_reentrant=True` hides it.)"
 _REDUCTIONS: dict[str, Callable[[Tensor], float]] = {
     "sum": lambda _: 1.0,
     "mean": lambda rates: 1 / rates.shape[1],
@@ -51,11 +54,12 @@ class EnforcedFreeBits(AttributeScheduler):
     accumulation and clipping. The loss that the module logs still lacks the floor. The floor applies to the mean of the
     global batch, over all processes; each accumulated batch has its own floor.
 
-    The KL in the loss has to be that of the output that ``posterior`` names, not clamped or changed in between, against
-    N(0, I) or a ``Normal`` that the module offers as ``prior``. It has to enter linearly, with the weight and the
-    reduction given here. At the first batch this is tried on copies of the module if possible (see
-    :class:`KLAnnealing`): without noise in the latents, the loss has to rise as declared if the posterior becomes
-    narrower, or else by that KL for a weight of 1. Otherwise the declaration is taken on trust, and the reason is
+    The KL in the loss has to be that of the output that ``posterior`` names against the prior, a diagonal ``Normal``,
+    neither of them clamped, detached or changed in between. A learned prior, p(z) or p(z|c), gets the gradient of the
+    floor too. The KL has to enter linearly, with the weight and the reduction given here. At the first batch this is
+    tried on copies of the module if possible (see :class:`KLAnnealing`): without noise in the latents, the loss has to
+    rise as declared if the posterior becomes narrower, or else by that KL for a weight of 1. Otherwise the declaration
+    is taken on trust, and the reason is
     given; so is the absence of a clamp that acts beyond usual scales. The weight is read when the loss is complete.
 
     Logged on logging steps: ``knobs/free_bits`` and ``latent/at_floor``, as by :class:`FreeBits`.
@@ -69,11 +73,16 @@ class EnforcedFreeBits(AttributeScheduler):
         reduction: Reduction of the KL that the weight multiplies. ``"sum"``: summed over the latent dimensions, mean
             over the batch; ``"mean"``: mean over both; ``"batch_sum"``: summed over both; or a number, the factor
             between it and ``"sum"``.
-        second: Meaning of the second parameter if the posterior is a pair of tensors.
+        second: Meaning of the second parameter if the posterior is a pair of tensors, or a function that turns it into
+            the scale.
         chunk: Axis along which the posterior is split, if it is one tensor.
         per: Scope of each floor: ``"dimension"``, ``"whole"`` (the total rate), or a number of consecutive dimensions.
         average: ``"batch"`` floors the batch's mean rate (Kingma et al.), ``"sample"`` each observation's.
         name: Logged as ``knobs/<name>``.
+        prior: Where the prior is: ``None`` for the module's own attribute ``prior``, or N(0, I) if it has none; a path
+            or a pair of paths; a fixed ``Normal``; or a callable ``(pl_module, batch) -> p(z)``, which is called before
+            each backward pass, with gradients, and must not draw random numbers. Best is the path of what the loss
+            itself uses.
 
     Raises:
         ValueError: If an option is out of range, or, when fitting starts, if a path leads nowhere.
@@ -81,8 +90,8 @@ class EnforcedFreeBits(AttributeScheduler):
             fitting starts: under manual optimization, a precision other than 32-true, 64-true and bf16-mixed (within
             its rounding), a strategy other than a single device or DDP, ``torch.compile``, and for a module
             with ``free_bits`` of its own. In the first step: if the posterior is not a diagonal ``Normal``, has no
-            gradient, or is not the only one of the step, or if the loss does not rise with the KL as declared, or
-            has an estimate of it from a sample.
+            gradient, or is not the only one of the step, if the prior is not one, or if the loss does not rise with the
+            KL as declared, or has an estimate of it from a sample.
 
     Example::
 
@@ -91,7 +100,7 @@ class EnforcedFreeBits(AttributeScheduler):
         >>> trainer = Trainer(callbacks=[floor], logger=False, enable_checkpointing=False)
     """
 
-    _reader: DistributionReader
+    _reader: LatentReader
 
     def __init__(
         self,
@@ -99,17 +108,23 @@ class EnforcedFreeBits(AttributeScheduler):
         posterior: str | tuple[str, str],
         weight: str | float,
         reduction: Literal["sum", "mean", "batch_sum"] | float = "sum",
-        second: Literal["log_variance", "variance", "scale", "log_scale"] = "log_variance",
+        second: Second = "log_variance",
         chunk: int | None = None,
         per: Literal["dimension", "whole"] | int = "dimension",
         average: Literal["batch", "sample"] = "batch",
         name: str | None = None,
+        prior: Place = None,
     ) -> None:
         schedule = checked_floor(threshold, per, average)
-        if posterior is None or callable(posterior):
+        if posterior is None or callable(posterior) or isinstance(posterior, Mapping):
             raise ValueError(
                 "`posterior` must be a submodule's path or a pair of them, whose outputs the loss is known to use, "
                 f"got {posterior!r}. If there is none: `{_LINE}` and `FreeBits`."
+            )
+        if isinstance(prior, Mapping):
+            raise ValueError(
+                f"`prior` must be that of the one `posterior={posterior!r}`, got {prior!r}. For several groups of "
+                "latents use one EnforcedFreeBits each, distinguished by `name=`."
             )
         if not isinstance(weight, str):
             check_number("weight", weight, "a path, or the number in the loss", math.isfinite)
@@ -118,11 +133,20 @@ class EnforcedFreeBits(AttributeScheduler):
             check_number("reduction", reduction, allowed, lambda factor: 0 < factor < math.inf)
         super().__init__(schedule, attribute=None, name=name or "free_bits")
         self.posterior = posterior
+        self.prior = prior
         self.weight = weight
         self.reduction = reduction
         self.per = per
         self.average = average
-        self._reader = DistributionReader(posterior, second, chunk)
+        self._reader = LatentReader(
+            posterior,
+            partial(_without_noise, prior) if callable(prior) else prior,
+            second=second,
+            chunk=chunk,
+            who=f"{type(self).__name__}({self.name})",
+            keeps_graph=True,
+        )
+        self._batch: Any = None  # of the step
         self._rates: Tensor | None = None
 
     @override
@@ -154,6 +178,11 @@ class EnforcedFreeBits(AttributeScheduler):
             )
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch = batch
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         rates = self._read_rates(pl_module)
         if rates is None:
@@ -172,7 +201,7 @@ class EnforcedFreeBits(AttributeScheduler):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        self._rates = None
+        self._batch = self._rates = None
 
     @override
     def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
@@ -249,27 +278,26 @@ class EnforcedFreeBits(AttributeScheduler):
 
     def _read_rates(self, pl_module: LightningModule) -> Tensor | None:
         """Compute the rates of the posterior in the loss, shape ``(B, k)``; ``None`` for a step without one."""
-        posteriors, prior = self._reader.read(pl_module, None), prior_with_gradient(pl_module)
+        views = self._reader.read(pl_module, self._batch)
         self._reader.listen(pl_module)  # some optimizers compute the loss several times in a step
-        if not posteriors:
+        if not views:
             return None
-        normals = [each for each in posteriors if isinstance(each, Normal)]
-        if len(normals) < len(posteriors):
-            raise _refusal(f"The posterior must be a diagonal Normal, got {type(posteriors[0]).__name__}.")
-        if not isinstance(prior, Normal) or callable(getattr(pl_module, "prior", None)):
-            kind = type(getattr(pl_module, "prior", None)).__name__
-            raise _refusal(f"The module's `prior` must be a diagonal Normal, or left out for N(0, I), got {kind}.")
-        # Calls without a gradient, to log or show something, do not contribute to the loss.
-        normals = [each for each in normals if each.loc.requires_grad or each.scale.requires_grad]
-        if len(normals) != 1:
+        pairs = [self._normals(view[""]) for view in views]
+        pairs = [pair for pair in pairs if has_gradient(pair[0])]
+        if len(pairs) != 1:
             raise _refusal(
-                f"`posterior={self.posterior!r}` must be called once in a step with a gradient, got {len(normals)}."
+                f"`posterior={self.posterior!r}` must be called once in a step with a gradient, got {len(pairs)}."
             )
-        [posterior] = normals
+        [(posterior, prior)] = pairs
         if not (posterior.loc.requires_grad and posterior.scale.requires_grad):
             raise _refusal(
                 f"`posterior={self.posterior!r}` must have a gradient for its mean and for its second parameter, and "
-                "has one for only one of them. (Within activation checkpointing, `use_reentrant=True` hides it.)"
+                f"has one for only one of them. {_HIDDEN}"
+            )
+        if not has_gradient(prior) and self._prior_learns(pl_module):
+            raise _refusal(
+                f"`prior={self.prior!r}` has parameters to train, and its output has no gradient. {_HIDDEN} If it is "
+                "not meant to learn, set `requires_grad_(False)` on it."
             )
         posterior = Normal(widened(posterior.loc), widened(posterior.scale), validate_args=False)
         rates = kl_per_dimension(posterior, prior).flatten(1)
@@ -279,6 +307,36 @@ class EnforcedFreeBits(AttributeScheduler):
                 f"{rates.shape[1]}."
             )
         return rates
+
+    def _normals(self, latent: Latent) -> tuple[Normal, Normal]:
+        if not isinstance(latent.posterior, Normal):
+            raise _refusal(f"The posterior must be a diagonal Normal, got {type(latent.posterior).__name__}.")
+        if not isinstance(latent.prior, Normal):
+            kind = type(latent.prior).__name__
+            raise _refusal(f"The prior must be a diagonal Normal, or left out for N(0, I), got {kind}.")
+        return latent.posterior, latent.prior
+
+    def _prior_learns(self, pl_module: LightningModule) -> bool:
+        """Return whether the prior is all that some submodules output, and they have parameters to train."""
+        paths = [self.prior] if isinstance(self.prior, str) else self.prior if is_sequence(self.prior) else []
+        modules = dict(pl_module.named_modules(remove_duplicate=False))
+        return any(each.requires_grad for path in paths if path in modules for each in modules[path].parameters())
+
+
+def _without_noise(prior: Callable[[Any, Any], Any], pl_module: LightningModule, batch: Any) -> Any:
+    """Call a prior, and refuse one that draws random numbers: they are not those of the loss."""
+    before = _random_states(pl_module.device)
+    value = prior(pl_module, batch)
+    if not all(map(torch.equal, before, _random_states(pl_module.device))):
+        raise _refusal(
+            "The callable `prior` draws random numbers, as dropout does, and the loss has others. Name the submodule "
+            "whose output the loss uses, `prior='prior_net'`."
+        )
+    return value
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
 
 
 def shortfall(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -24,8 +24,8 @@ from .metrics.posterior_summary import PosteriorSummary
 from .reading.batch_fields import OBSERVATIONS, batch_part
 from .reading.distributions import as_distribution, check_form, describe, is_sequence
 from .reading.isolated_eval import isolated_eval
-from .reading.latent_reader import own_prior
 from .reading.module_call import ModuleCall
+from .reading.prior_reader import Place, PriorReader
 from .schedules import check_number
 
 if TYPE_CHECKING:
@@ -51,9 +51,14 @@ class Pictures(Callback):
     - ``images/traversals``: a row for each active latent dimension, in order of rate, at most 12: the first observation
       decoded with that dimension moved from -2.5 to 2.5 standard deviations of the prior.
 
+    Under a prior p(z|c), which the validation step computes, each column of samples has the prior of one observation,
+    and the traversals are in units of the first observation's. From a prior with only a log-density there are no
+    samples, which is said once.
+
     The ten observations are spread evenly over the validation data. They are chosen in the first pass and saved with
-    the checkpoint. Observations that are not images are drawn as curves. All pictures show means: of the posterior, and
-    of p(x|z) where ``decode`` returns a distribution.
+    the checkpoint; under a prior p(z|c) they are chosen in each pass, the same ones unless the loader shuffles.
+    Observations that are not images are drawn as curves. All pictures show means: of the posterior, and of p(x|z) where
+    ``decode`` returns a distribution.
 
     Training is not affected: the global random state, the modules' modes and buffers are restored. Only the first
     process draws. Nothing is drawn in a run without validation, nor under a strategy that shards the parameters,
@@ -75,6 +80,8 @@ class Pictures(Callback):
             default (0, 1) or (-1, 1) for images within these limits, else the range of the inputs; curves get a quarter
             of it as margin at both ends. Integers are first divided by the module's ``levels`` - 1, or by 255.
         times: Number of times to draw in a run. TensorBoard shows ten pictures per tag.
+        prior: Where the prior is, as in :class:`CollapseDetector`: a path, a pair of paths, a callable ``(pl_module,
+            batch)`` or a fixed distribution; ``None`` is the module's own ``prior``, or N(0, I) if it has none.
 
     Raises:
         ValueError: If an option is out of range; when fitting starts, if a path leads nowhere.
@@ -95,6 +102,7 @@ class Pictures(Callback):
         x: int | str | Callable[[Any], Tensor] | None = None,
         value_range: tuple[float, float] | None = None,
         times: int = 10,
+        prior: Place = None,
     ) -> None:
         if value_range is not None:
             allowed = "a smaller and a larger number"
@@ -107,17 +115,19 @@ class Pictures(Callback):
         self._encode = ModuleCall("encode", "encode" if encode is None else encode)
         self._decode = ModuleCall("decode", "decode" if decode is None else decode)
         self._reconstruct = None if reconstruct is None else ModuleCall("reconstruct", reconstruct)
+        self._prior = PriorReader(prior, second, chunk)
         self._draw_schedule = DrawSchedule(times)
         self._attempt = BestEffort("Pictures")
         self._draws = False
+        self._has_said = False
         self._inputs: Tensor | None = None  # shown in every pass
-        self._chosen: list[Tensor] = []  # collected in the first pass, until the inputs are complete
-        self._ranking: list[Tensor] = []  # batches that rank the latent dimensions
+        self._chosen: list[_Rows] = []  # collected in a pass, to be shown
+        self._ranking: list[_Rows] = []  # batches that rank the latent dimensions
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":  # before a checkpoint restores the state of a run to resume
-            self._draw_schedule.passes, self._inputs = 0, None
+            self._draw_schedule.passes, self._inputs, self._has_said = 0, None, False
             self._attempt = BestEffort("Pictures")
 
     @override
@@ -125,7 +135,10 @@ class Pictures(Callback):
         for call in (self._encode, self._decode, self._reconstruct):
             if call is not None:
                 call.check(pl_module)
-        self.at_end(trainer, self._end_pass)
+        for reader in self._prior.readers:
+            reader.listen(pl_module)  # raises if a path leads nowhere
+        self.at_end(trainer, self._detach)
+        self._detach()
 
     @override
     def on_train_start(self, trainer: Trainer, *_: Any) -> None:
@@ -145,6 +158,15 @@ class Pictures(Callback):
             self._draws = is_due and bool(MediaLogger(trainer))
 
     @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._draws and dataloader_idx == 0:
+            with self._attempt("the prior"):
+                for reader in self._prior.readers:
+                    reader.listen(pl_module)
+
+    @override
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -156,19 +178,23 @@ class Pictures(Callback):
     ) -> None:
         if self._draws and dataloader_idx == 0:
             with self._attempt("the observations"):
-                self._collect(self._observations(batch), batch_idx, trainer.num_val_batches[0])
+                self._collect(pl_module, batch, batch_idx, trainer.num_val_batches[0])
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         with self._attempt("the model's output"):
-            inputs = torch.stack(self._chosen) if self._inputs is None and self._chosen else self._inputs
-            if self._draws and inputs is not None and self._ranking:
-                pictures = self._pictures(pl_module, inputs)
+            if self._draws and self._chosen and self._ranking:
+                inputs, pictures = self._pictures(pl_module)
                 if not trainer.sanity_checking:  # which has not seen all the data
                     self._inputs = inputs
                     for tag, picture in pictures.items():
                         MediaLogger(trainer).image(tag, picture, self.step(trainer))
         self._end_pass()
+
+    @override
+    def on_save_checkpoint(self, *_: Any) -> None:
+        for reader in self._prior.readers:
+            reader.unhook()  # a module saved as an object would contain the hooks
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -182,6 +208,13 @@ class Pictures(Callback):
 
     def _end_pass(self) -> None:
         self._draws, self._chosen, self._ranking = False, [], []
+        for reader in self._prior.readers:
+            reader.forget()
+
+    def _detach(self) -> None:
+        self._end_pass()
+        for reader in self._prior.readers:
+            reader.detach()
 
     def _observations(self, batch: Any) -> Tensor:
         x = batch_part(batch, self.x, OBSERVATIONS, 0)
@@ -192,34 +225,50 @@ class Pictures(Callback):
             )
         return x
 
-    def _collect(self, x: Tensor, batch_idx: int, batches: float) -> None:
-        if self._ranking and x.shape[1:] != self._ranking[0].shape[1:]:
+    def _collect(self, pl_module: LightningModule, batch: Any, batch_idx: int, batches: float) -> None:
+        x = self._observations(batch)
+        if self._ranking and x.shape[1:] != self._ranking[0].x.shape[1:]:
             return  # of sequences of different lengths, keep only those as long as the first batch's
-        if self._inputs is None:
-            self._chosen += [x[row].clone() for row in evenly_spaced_rows(_COLUMNS, len(x), batch_idx, batches)]
-        missing = _RANKED_BY - sum(map(len, self._ranking))
-        if missing > 0 and len(x):
-            self._ranking.append(x[:missing])
+        numbers = evenly_spaced_rows(_COLUMNS, len(x), batch_idx, batches)
+        missing = _RANKED_BY - sum(len(rows.x) for rows in self._ranking)
+        if not len(x) or not (numbers or missing > 0):
+            return
+        priors = self._prior.read(pl_module, batch)
+        prior = Normal(0.0, 1.0) if priors is None else priors[0]  # of several views the first
+        if numbers:
+            self._chosen.append(_Rows(x[numbers].clone(), prior, len(x), numbers))
+        if missing > 0:
+            self._ranking.append(_Rows(x, prior, len(x), list(range(min(missing, len(x))))))
 
-    def _pictures(self, pl_module: LightningModule, inputs: Tensor) -> dict[str, Tensor]:
-        """Return the pictures by tag, each of shape ``(3, H, W)``, uint8."""
-        inputs = inputs.to(pl_module.device)
-        shown = _shown(inputs, pl_module)
-        prior = self._prior(pl_module)
+    def _pictures(self, pl_module: LightningModule) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the observations that are shown, and the pictures by tag, each of shape ``(3, H, W)``, uint8."""
         with isolated_eval(pl_module):
+            first = self._chosen[0]
+            is_conditional = first.has_prior_of_each(_mean(self._posterior(pl_module, first.x)).ndim)
+            if self._inputs is None or is_conditional:
+                inputs = torch.cat([rows.x for rows in self._chosen])
+            else:
+                inputs = self._inputs.to(pl_module.device)
+            shown = _shown(inputs, pl_module)
+            # Priors of each observation are not cut: then whole batches rank the dimensions.
+            ranking = [rows.x if is_conditional else rows.x[rows.numbers] for rows in self._ranking]
             codes = PosteriorSummary.joined(
-                [PosteriorSummary.of(self._posterior(pl_module, x), prior) for x in self._ranking]
+                [
+                    PosteriorSummary.of(self._posterior(pl_module, x), rows.prior)
+                    for x, rows in zip(ranking, self._ranking, strict=True)
+                ]
             )
-            posterior = self._posterior(pl_module, inputs)
-            mean = posterior if isinstance(posterior, Tensor) else posterior.mean
+            mean = _mean(self._posterior(pl_module, inputs))
             dimensions = (codes.active or codes.order[:1])[:_MAX_TRAVERSALS]
+            unit = _of_one(first.prior, first.numbers[0] if is_conditional else None)
             latents = {
-                "samples": prior_samples(prior, (_SAMPLES, *mean.shape[1:])).to(mean)[:, None],
                 "interpolations": interpolations(mean, _INTERPOLATIONS, _COLUMNS - 2),
-                "traversals": traversals(mean[0], dimensions, prior, _COLUMNS),
+                "traversals": traversals(mean[0], dimensions, unit, _COLUMNS),
                 "reconstructions": mean[:, None],
             }
-            decoded = self._decoded(pl_module, latents, shown.shape[1:], chunk=max(map(len, self._ranking)))
+            if (samples := self._samples(mean, is_conditional)) is not None:
+                latents["samples"] = samples
+            decoded = self._decoded(pl_module, latents, shown.shape[1:], chunk=max(map(len, ranking)))
             if self._reconstruct is not None:
                 outputs = _means("reconstruct", self._reconstruct(pl_module, inputs), shown.shape[1:])
                 decoded["reconstructions"] = outputs[:, None]
@@ -227,20 +276,40 @@ class Pictures(Callback):
         titles = [codes.title(dimension).removesuffix(" nats") for dimension in dimensions]
         pictures = {
             "images/reconstructions": gallery.pairs(shown, decoded["reconstructions"].squeeze(1)),
-            "images/samples": gallery.each(decoded["samples"].squeeze(1), _COLUMNS),
             "images/traversals": gallery.rows(decoded["traversals"], titles),
         }
+        if samples is not None:
+            pictures["images/samples"] = gallery.each(decoded["samples"].flatten(0, 1), samples.shape[1])
         if len(between := decoded["interpolations"]):
-            first, last = shown[: len(between), None], shown[len(shown) // 2 :][: len(between), None]
-            pictures["images/interpolations"] = gallery.rows(torch.cat([first, between, last], dim=1))
-        return pictures
+            left, right = shown[: len(between), None], shown[len(shown) // 2 :][: len(between), None]
+            pictures["images/interpolations"] = gallery.rows(torch.cat([left, between, right], dim=1))
+        return inputs, pictures
 
-    def _prior(self, pl_module: LightningModule) -> Distribution:
-        own = getattr(pl_module, "prior", None)
-        prior = Normal(0.0, 1.0) if own is None else own_prior(pl_module, own)
-        if not isinstance(prior, Distribution):
-            raise ValueError(f"samples need a prior that is a Distribution, and `prior` is {describe(prior)}")
-        return prior
+    def _samples(self, mean: Tensor, is_conditional: bool) -> Tensor | None:
+        """Draw latents ``(rows, columns, ...)`` from the prior, or from the priors of the observations that are shown.
+
+        ``None``, which is said once, if the prior can't be sampled.
+        """
+        try:
+            if is_conditional:
+                each = [rows.prior.sample((_SAMPLES // _COLUMNS,))[:, rows.numbers] for rows in self._chosen]
+                drawn = torch.cat(each, dim=1)
+            else:
+                drawn = prior_samples(self._chosen[0].prior, (_SAMPLES, *mean.shape[1:]))
+                drawn = drawn.unflatten(0, (-1, _COLUMNS))
+        except (NotImplementedError, AttributeError):
+            if not self._has_said:
+                self._has_said = True
+                rank_zero_info(
+                    f"Pictures: the prior, {describe(self._chosen[0].prior)}, can't be sampled, so there are no "
+                    "`images/samples`. If it is a torch.distributions.Distribution elsewhere, say where with `prior=`."
+                )
+            return None
+        if drawn.shape[2:] != mean.shape[1:]:
+            raise ValueError(
+                f"A sample of the prior has shape {tuple(drawn.shape[2:])}, and the latents {tuple(mean.shape[1:])}."
+            )
+        return drawn.to(mean)
 
     def _posterior(self, pl_module: LightningModule, x: Tensor) -> Distribution | Tensor:
         value = self._encode(pl_module, x)
@@ -260,6 +329,36 @@ class Pictures(Callback):
         values = [_means("decode", self._decode(pl_module, part), shape) for part in together.split(chunk)]
         parts = torch.cat(values).split([math.prod(size) for size in sizes])
         return {name: part.unflatten(0, size) for name, part, size in zip(latents, parts, sizes, strict=True)}
+
+
+class _Rows(NamedTuple):
+    """Some observations of a batch, and the batch's prior."""
+
+    x: Tensor
+    prior: Any  # a distribution, or an object with `log_prob`
+    size: int  # of the batch
+    numbers: Sequence[int]  # of the observations
+
+    def has_prior_of_each(self, axes: int) -> bool:
+        """Return whether each observation has a prior of its own, p(z|c), over latents of so many axes."""
+        if not isinstance(self.prior, Distribution):
+            return False
+        shape = tuple(self.prior.batch_shape + self.prior.event_shape)
+        return len(shape) == axes and shape[:1] == (self.size,)
+
+
+def _mean(posterior: Distribution | Tensor) -> Tensor:
+    return posterior if isinstance(posterior, Tensor) else posterior.mean
+
+
+def _of_one(prior: Any, row: int | None) -> Distribution:
+    """Return a prior with the moments of one row, if there are several; N(0, 1) if they are not known."""
+    if row is None or not isinstance(prior, Distribution):
+        return prior if isinstance(prior, Distribution) else Normal(0.0, 1.0)
+    try:
+        return Normal(prior.mean[row], prior.stddev[row], validate_args=False)
+    except NotImplementedError:
+        return Normal(0.0, 1.0)
 
 
 def _is_sharded(trainer: Trainer) -> bool:

@@ -14,10 +14,11 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 from ..reading.distributions import as_distribution, standard_prior, widened
 from ..reading.kl_rates import kl_per_dimension
 from ..reading.latent_reader import Latent
+from ..reading.padding import mask_like
 from ..schedules import at_least, check_number
 from .active_units import ACTIVE
 from .collapse_state import MAX_MARGINAL_KL, MIN_WIDTH
-from .latent_layout import LatentLayout, mask_like
+from .latent_layout import LatentLayout
 from .latent_report import LatentReport, Thresholds, report
 from .latent_sums import LatentSums
 from .observation_subset import ObservationSubset
@@ -186,16 +187,13 @@ class LatentMonitor(WrapperMetric):
         def of(values: Any, name: str) -> Any:
             return values.get(name) if is_several and isinstance(values, Mapping) else values
 
-        latents = {name: _latent(of(posterior, name), of(prior, name), of(z, name)) for name in names}
-        self.add(latents, index, {name: of(mask, name) for name in names})
+        latents = {name: _latent(of(posterior, name), of(prior, name), of(z, name), of(mask, name)) for name in names}
+        self.add(latents, index)
 
-    def add(
-        self, latents: Mapping[str, Latent], index: Tensor | None = None, mask: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def add(self, latents: Mapping[str, Latent], index: Tensor | None = None) -> None:
         """Add the latents of a batch as a :class:`~..reading.latent_reader.LatentReader` returns them, by group."""
         with torch.no_grad():
-            groups = [_Group.of(latent, None if mask is None else mask[name]) for name, latent in latents.items()]
-            self._add(groups, index)
+            self._add([_Group.of(latent) for latent in latents.values()], index)
 
     def compute(self) -> LatentReport | None:
         """Merge the processes and judge the posteriors; ``None`` if there were no observations at all."""
@@ -432,8 +430,8 @@ class _Group(NamedTuple):
     classes: int
 
     @classmethod
-    def of(cls, latent: Latent, mask: Tensor | None) -> _Group:
-        posterior, prior = latent.posterior, latent.prior
+    def of(cls, latent: Latent) -> _Group:
+        posterior, prior, mask = latent.posterior, latent.prior, latent.mask
         if isinstance(posterior, OneHotCategorical):
             probs, (rates, is_estimate) = posterior.probs, latent.rates()
             of_groups = None if mask is None else mask_like(mask, rates)[..., None].expand(probs.shape)
@@ -468,13 +466,13 @@ class _Group(NamedTuple):
         return kl_per_dimension(Normal(exact(self.mean), exact(self.scale), False), prior)
 
 
-def _latent(posterior: Any, prior: Any, z: Tensor | None) -> Latent:
+def _latent(posterior: Any, prior: Any, z: Tensor | None, mask: Tensor | None) -> Latent:
     posterior = as_distribution(widened(posterior))
     if prior is None:
         prior = standard_prior(posterior)
     elif isinstance(prior, Distribution) or not callable(getattr(prior, "log_prob", None)):
         prior = as_distribution(widened(prior), of="prior")
-    return Latent(posterior, prior, z)
+    return Latent(posterior, prior, z, mask=mask)
 
 
 def _joined(waiting: Sequence[_Rows]) -> _Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from typing_extensions import override
 
 from ..reading.distribution_reader import DistributionReader
 from ..reading.kl_rates import kl_per_dimension
-from ..reading.latent_reader import prior_with_gradient
+from ..reading.latent_reader import LatentReader, has_gradient
 from ..reading.module_call import part_of_output
 from .loss_probe import LossProbe
 
@@ -34,13 +33,13 @@ class DeclaredKL:
     """A KL term as a user declares it: ``weight * factor(rates) * rates.sum(1).mean()``.
 
     Attributes:
-        reader: Reads the posterior of a module.
+        reader: Reads the posterior of a module and its prior, with their gradients.
         weight: Where the module keeps the weight, or the weight itself.
         read_weight: Returns the weight of a module.
         factor: The factor that the module's reduction applies to rates of shape ``(B, k)``.
     """
 
-    reader: DistributionReader
+    reader: LatentReader
     weight: str | float
     read_weight: Callable[[LightningModule], Any]
     factor: Callable[[Tensor], float]
@@ -59,9 +58,13 @@ class DeclaredKL:
         reasons = []
         for trial in trials + [self._weigh] * isinstance(self.weight, str):
             try:
-                return trial(probe)
+                found = trial(probe)
             except Exception as reason:  # a trial must not end the training
                 reasons.append(str(reason))
+                continue
+            if trial is trials[1] and not found:
+                self._try_prior(probe)
+            return found
         raise LossProbe.NotPossible("; ".join(dict.fromkeys(reasons)))
 
     def _lower(self, probe: LossProbe, levels: Sequence[float], held: float | None = None) -> str:
@@ -69,7 +72,7 @@ class DeclaredKL:
 
         def at(level: float, noise: float = 0.0) -> tuple[float, float, float]:
             with _Noise(noise):
-                return self._evaluate(probe, held, partial(_fill_second, self.reader, level))
+                return self._evaluate(probe, held, partial(_fill_second, self.reader.posteriors[""], level))
 
         losses, terms, weights = zip(*map(at, levels), strict=True)
         if weights[0] == 0 and isinstance(self.weight, str) and held is None:  # as at the start of a warm-up
@@ -83,6 +86,16 @@ class DeclaredKL:
             return "The KL in the loss is an estimate from a sample, `log q(z|x) - log p(z)`."
         return difference
 
+    def _try_prior(self, probe: LossProbe) -> None:
+        """Compare as the weight rises too, if it is a path: a narrow posterior shows nothing of the prior.
+
+        Raises:
+            LossProbe.NotPossible: If the loss rises by another number; the weight may multiply something else as well.
+        """
+        found = self._weigh(probe) if isinstance(self.weight, str) else ""
+        if found:
+            raise LossProbe.NotPossible(f"a narrow posterior agrees, which shows nothing of the prior. {found}")
+
     def _weigh(self, probe: LossProbe) -> str:
         """Compare as the weight rises."""
         (zero, _, _), (again, _, _), (one, term, weight) = (self._evaluate(probe, held) for held in (0.0, 0.0, 1.0))
@@ -94,21 +107,21 @@ class DeclaredKL:
         self, probe: LossProbe, held: float | None, prepare: Callable[[LightningModule], object] | None = None
     ) -> tuple[float, float, float]:
         """Return the loss of a copy, and the declared term and its weight there."""
-        reader = copy.copy(self.reader)  # an idle one
+        reader = self.reader.idle()
         copies: list[LightningModule] = []
 
         def look_on(module: LightningModule) -> None:
             if prepare is not None:
                 prepare(module)
-            reader.listen(module)
+            reader.listen(module, probe.batch)
             copies.append(module)
 
         loss = probe({} if held is None else {(str(self.weight),): held}, look_on)
         [module] = copies
-        posteriors = [each for each in reader.read(module, None) if each.mean.requires_grad]
-        if len(posteriors) != 1 or not isinstance(posteriors[0], Normal):
-            raise LossProbe.NotPossible("the posterior of the step is not one diagonal Normal")
-        rates = kl_per_dimension(posteriors[0], prior_with_gradient(module)).detach().flatten(1)
+        latents = [view[""] for view in reader.read(module, probe.batch) if has_gradient(view[""].posterior)]
+        if len(latents) != 1 or not all(isinstance(each, Normal) for each in (latents[0].posterior, latents[0].prior)):
+            raise LossProbe.NotPossible("the posterior of the step is not one diagonal Normal, or its prior is none")
+        rates = kl_per_dimension(latents[0].posterior, latents[0].prior).detach().flatten(1)
         weight = float(self.read_weight(module))
         return loss, weight * self.factor(rates) * float(rates.sum(1).mean()), weight
 
@@ -148,7 +161,7 @@ def _difference(what: str, losses: Sequence[float], terms: Sequence[float], nois
         return ""
     return (
         f"The loss of the first batch rises by {rise:.6g} {what}, and the declared KL term by {declared:.6g}. Correct "
-        "`weight`, `reduction`, `second` or `posterior`."
+        "`weight`, `reduction`, `second`, `posterior` or `prior`."
     )
 
 

@@ -62,7 +62,7 @@ class LossProbe:
         self._trainer = trainer
         self._in_full = not autocast and str(trainer.precision).endswith("mixed")
         self._pl_module = pl_module
-        self._batch = batch
+        self.batch = batch
         self._batch_idx = batch_idx
 
     def noise(self, losses: Sequence[float], drift: float) -> float:
@@ -153,7 +153,7 @@ class LossProbe:
     def _train(self, twin: LightningModule) -> tuple[float, ...]:
         optimization = _Optimization(self._trainer, self._pl_module, twin)
         twin.trainer = _Onlooker(self._trainer, twin, optimization)  # type: ignore[assignment]
-        batch = copy.deepcopy(self._batch)
+        batch = copy.deepcopy(self.batch)
         twin.on_train_batch_start(batch, self._batch_idx)
         with nullcontext() if self._in_full else self._trainer.precision_plugin.train_step_context():
             output = twin.training_step(*_accepted(twin.training_step, batch, self._batch_idx))
@@ -168,7 +168,7 @@ class LossProbe:
     def _validate(self, twin: LightningModule) -> dict[str, float]:
         log = _Log()
         _divert_logs(twin, log.log, log.log_dict)
-        batch = copy.deepcopy(self._batch)
+        batch = copy.deepcopy(self.batch)
         several = [0] if len(self._trainer.num_val_batches) > 1 else []
         with self._trainer.precision_plugin.val_step_context():
             twin.on_validation_start()

@@ -77,6 +77,7 @@ class DistributionReader:
         chunk: If the posterior is one tensor, the axis along which it is split into halves, the mean and the second
             parameter. 1 for ``(N, 2k)`` and ``(N, 2k, H, W)``, -1 for ``(N, T, 2k)`` and ``(N, k, 2)``.
         option: Name of the option that says where, for errors.
+        keeps_graph: Whether a callable is called with gradients.
 
     Raises:
         ValueError: If an option is none of these.
@@ -88,6 +89,7 @@ class DistributionReader:
         second: Second = "log_variance",
         chunk: int | None = None,
         option: str = "posterior",
+        keeps_graph: bool = False,
     ) -> None:
         paths = [posterior] if isinstance(posterior, str) else posterior if is_sequence(posterior) else []
         is_paths = len(paths) in (1, 2) and all(isinstance(path, str) for path in paths)
@@ -103,6 +105,7 @@ class DistributionReader:
         self.second = second
         self.chunk = chunk
         self.option = option
+        self._keeps_graph = keeps_graph
         self.paths = list(paths)
         self._outputs: dict[str, list[Call]] | None = None  # this step's calls, by path; None between steps
         self._attributes: set[str] = set()  # the paths that lead to no submodule
@@ -226,7 +229,7 @@ class DistributionReader:
 
     def _called(self, pl_module: LightningModule, batch: Any) -> list[Any]:
         assert callable(self.posterior)
-        with isolated(pl_module):
+        with isolated(pl_module, self._keeps_graph):
             return _separate(self.posterior(pl_module, batch))
 
     def _keep(self, path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -251,7 +254,9 @@ class DistributionReader:
             if not outputs.get(path):
                 raise ValueError(_silent(pl_module, path, self.option))
         self._has_heard = True
-        kept = [[call.output for call in _of_batch(outputs[path], pl_module, batch)] for path in self.paths]
+        if self.option == "posterior":
+            outputs = {path: _of_batch(calls, pl_module, batch) for path, calls in outputs.items()}
+        kept = [[call.output for call in outputs[path]] for path in self.paths]
         counts = [len(calls) for calls in kept]
         if len(set(counts)) > 1:
             raise ValueError(

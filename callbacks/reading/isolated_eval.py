@@ -22,8 +22,8 @@ def is_extra_pass() -> bool:
 
 
 @contextmanager
-def isolated(pl_module: LightningModule) -> Iterator[None]:
-    """Run a module in its own mode, without gradients, in its Trainer's precision.
+def isolated(pl_module: LightningModule, keeps_graph: bool = False) -> Iterator[None]:
+    """Run a module in its own mode, without gradients unless the graph is kept, in its Trainer's precision.
 
     The module works on copies of its buffers, so that the statistics of a batch normalisation do not move. Afterwards
     the random state is restored.
@@ -31,7 +31,7 @@ def isolated(pl_module: LightningModule) -> Iterator[None]:
     devices = [pl_module.device] if pl_module.device.type == "cuda" else []
     own = [(module._buffers, dict(module._buffers)) for module in pl_module.modules()]
     copies = {buffer: buffer.clone() for _, buffers in own for buffer in buffers.values() if buffer is not None}
-    with torch.random.fork_rng(devices), torch.no_grad(), _precision(pl_module):
+    with torch.random.fork_rng(devices), torch.set_grad_enabled(keeps_graph), _precision(pl_module):
         for buffers, before in own:
             buffers.update({name: None if each is None else copies[each] for name, each in before.items()})
         token = _IS_EXTRA.set(True)

@@ -168,6 +168,7 @@ def _check_shapes(posterior: Distribution, prior: Distribution) -> None:
 
 
 def _normal_rate(posterior: Normal, prior: Normal) -> Tensor:
-    ratio = posterior.scale / prior.scale
+    loc, scale = (each.to(posterior.loc.device) if each.ndim else each for each in (prior.loc, prior.scale))
+    ratio = posterior.scale / scale
     # torch's `kl_divergence` takes the logarithm of the squared ratio, which underflows for small scales.
-    return 0.5 * (ratio.square() + ((posterior.loc - prior.loc) / prior.scale).square() - 1) - ratio.log()
+    return 0.5 * (ratio.square() + ((posterior.loc - loc) / scale).square() - 1) - ratio.log()

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import reduce
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution, Normal, OneHotCategorical
 
-from .distribution_reader import DistributionReader, names
-from .distributions import Second, as_distribution, describe, standard_prior, widened
+from .batch_fields import batch_part
+from .distribution_reader import DistributionReader
+from .distributions import Second, describe, standard_prior
 from .isolated_eval import isolated
 from .kl_rates import Rates, rate_parts
+from .padding import mask_like
+from .prior_reader import Place, PriorReader, one_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
-Place = str | Sequence[str] | Callable[[Any, Any], Any] | Distribution | None
-"""The place of a distribution, see :class:`~.distribution_reader.DistributionReader`, or a fixed distribution."""
+_T = TypeVar("_T")
 Places = Place | Mapping[str, Place]
 """One place, or one for each named group of latents."""
 
@@ -35,12 +37,15 @@ class Latent:
         prior: p(z) or p(z|c): a distribution, or an object with ``log_prob``; ``None`` if it is not known.
         z: The module's own sample of the posterior, if it can be seen.
         known_rates: The rates at the weights of the step, where a learned prior can't be asked later.
+        mask: True where a position of the latents is real; ``None`` if there is no padding. See
+            :func:`~.padding.mask_like`.
     """
 
     posterior: Distribution
     prior: Any
     z: Tensor | None = None
     known_rates: Rates | None = None
+    mask: Tensor | None = None
 
     def rates(self) -> Rates:
         """Compute the rates; see :func:`~.kl_rates.rate_parts`.
@@ -58,18 +63,6 @@ class Latent:
         return rate_parts(self.posterior, self.prior, self.z)
 
 
-def _at_this_step(pl_module: LightningModule, posterior: Distribution, prior: Any, z: Tensor | None) -> Latent:
-    """Keep what a prior says now: its parameters move with the optimizer's step."""
-    if isinstance(prior, Normal) and prior.loc.ndim:
-        loc, scale = prior.loc.detach().clone(), prior.scale.detach().clone()
-        return Latent(posterior, Normal(loc, scale, validate_args=False), z)
-    if prior is None or isinstance(prior, Normal):
-        return Latent(posterior, prior, z)
-    # A module's own `log_prob` may draw numbers, and call the encoder.
-    with torch.no_grad() if isinstance(prior, Distribution) else isolated(pl_module):
-        return Latent(posterior, prior, z, rate_parts(posterior, prior, z))
-
-
 def is_joint(latent: Latent) -> bool:
     """Return whether the rate of a group of latents has no parts for its dimensions, or for its groups of classes."""
     if isinstance(latent.posterior, OneHotCategorical):
@@ -85,12 +78,27 @@ def measured_rates(latent: Latent) -> Tensor:
         latent: A group of latents.
 
     Returns:
-        Nats, float32, shape ``(B, parts)``.
+        Nats, float32, shape ``(B, parts)``; 0 where a position is padding.
 
     Raises:
-        ValueError: As :func:`~.kl_rates.rate_parts` does.
+        ValueError: As :func:`~.kl_rates.rate_parts` does; or if there is a mask and no rate for each position.
     """
-    return latent.rates().nats.float().flatten(1)
+    rates = latent.rates().nats.float().flatten(1)
+    mask = real_parts(latent)
+    return rates if mask is None else rates.where(mask, 0.0)
+
+
+def real_parts(latent: Latent) -> Tensor | None:
+    """Return which parts of the rates are not padding, of shape ``(B, parts)``; ``None`` if all are real.
+
+    Raises:
+        ValueError: If there is a mask and no rate for each position.
+    """
+    if latent.mask is None:
+        return None
+    if is_joint(latent):
+        raise ValueError("`mask` needs a rate for each position, and this prior or posterior is joint.")
+    return mask_like(latent.mask, latent.rates().nats).flatten(1)
 
 
 class LatentReader:
@@ -110,6 +118,10 @@ class LatentReader:
         second: Meaning of a Gaussian's second parameter, or a function from it to the scale.
         chunk: Axis along which one tensor is split into the two parameters.
         who: Name of the callback, for what it says.
+        mask: Where a batch has a mask of the latents' positions, True where one is real: a key, an index or a
+            callable. ``None`` if there is no padding.
+        keeps_graph: Whether to read distributions as the loss has them, with their gradients. Then calls without a
+            gradient do not count beside one that has it, and a callable is called with gradients.
 
     Raises:
         ValueError: If an option is none of these, or the groups of one option are not those of the posterior.
@@ -123,6 +135,8 @@ class LatentReader:
         second: Second = "log_variance",
         chunk: int | None = None,
         who: str = "",
+        mask: int | str | Callable[[Any], Any] | None = None,
+        keeps_graph: bool = False,
     ) -> None:
         groups: Mapping[str, Any] = posterior if isinstance(posterior, Mapping) else {"": posterior}
         for option, given in (("prior", prior), ("z", z)):
@@ -134,23 +148,19 @@ class LatentReader:
             if not isinstance(given, Mapping) and given is not None and len(groups) > 1 and option == "z":
                 raise ValueError(f"`z` must name the sample of each group of `posterior`, got {given!r}.")
         self._who = who
-        self._second, self._chunk = second, chunk
+        self._mask, self._keeps_graph = mask, keeps_graph
         self._has_said = False
         self._batch: Any = None  # of this step, until it is read
         self._read: list[dict[str, Latent]] | None = None  # before the optimizer's step
         self._posteriors = {name: DistributionReader(place, second, chunk) for name, place in groups.items()}
-        self._fixed: dict[str, Any] = {}
-        self._priors: dict[str, DistributionReader] = {}
-        self._samples: dict[str, DistributionReader] = {}
-        for name in groups:
-            place = prior[name] if isinstance(prior, Mapping) else prior
-            if isinstance(place, Distribution) or _is_density(place):
-                self._fixed[name] = as_distribution(place) if isinstance(place, Distribution) else place
-            elif place is not None:
-                self._priors[name] = DistributionReader(place, second, option="prior")
-            where: Any = z[name] if isinstance(z, Mapping) else z
-            if where is not None:
-                self._samples[name] = DistributionReader(where, option="z")
+        priors: Mapping[str, Any] = prior if isinstance(prior, Mapping) else dict.fromkeys(groups, prior)
+        samples: Mapping[str, Any] = z if isinstance(z, Mapping) else dict.fromkeys(groups, z)
+        self._priors = {
+            name: PriorReader(place, second, chunk, name, keeps_graph=keeps_graph) for name, place in priors.items()
+        }
+        self._samples = {
+            name: DistributionReader(place, option="z") for name, place in samples.items() if place is not None
+        }
 
     @property
     def posterior(self) -> Any:
@@ -159,13 +169,27 @@ class LatentReader:
         return places.get("", places)
 
     @property
+    def posteriors(self) -> dict[str, DistributionReader]:
+        """The reader of each group's posterior."""
+        return dict(self._posteriors)
+
+    @property
     def key(self) -> Any:
         """The posterior's place for a callback's ``state_key``, the same in each process."""
         keys = {name: reader.key for name, reader in self._posteriors.items()}
         return keys.get("", keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_batch": None, "_read": None}  # what belongs to a step can't be copied
+        # What belongs to a step can't be copied, and the hooks stay with the module: the copies are idle.
+        readers = {name: dict(getattr(self, name)) for name in ("_posteriors", "_priors", "_samples")}
+        idle = {name: {key: copy.copy(each) for key, each in of.items()} for name, of in readers.items()}
+        return {**vars(self), **idle, "_batch": None, "_read": None}
+
+    def idle(self) -> LatentReader:
+        """Return a reader that listens to nothing yet and says nothing, for a copy of the module."""
+        twin = copy.copy(self)
+        twin._who = ""
+        return twin
 
     def second_of(self, paths: Sequence[str]) -> Second | None:
         """Return what is taken for the second parameter in the outputs of these submodules; ``None`` if unread."""
@@ -233,44 +257,39 @@ class LatentReader:
 
     @property
     def _readers(self) -> list[DistributionReader]:
-        return [*self._posteriors.values(), *self._priors.values(), *self._samples.values()]
+        priors = [reader for prior in self._priors.values() for reader in prior.readers]
+        return [*self._posteriors.values(), *priors, *self._samples.values()]
 
     def _group(self, name: str, pl_module: LightningModule, batch: Any) -> list[Latent]:
         reader = self._posteriors[name]
         posteriors, seen = reader.read_with_samples(pl_module, batch)
         if not posteriors:
             return []
+        if self._keeps_graph:
+            rows = _with_gradient(list(zip(posteriors, seen, strict=True)), lambda row: row[0])
+            posteriors, seen = [row[0] for row in rows], [row[1] for row in rows]
         priors = self._prior(name, pl_module, batch, posteriors)
         if len(priors) != len(posteriors):
-            if len(priors) > 1 and not all(_are_equal(each, priors[0]) for each in priors):
+            if (shared := one_of(priors)) is None:
                 raise ValueError(
                     f"`prior={self._priors[name].key!r}`: there are {len(priors)} different priors and "
                     f"{len(posteriors)} posteriors in this step, so they don't pair up. Pass a callable `(pl_module, "
                     "batch) -> p(z)`."
                 )
-            priors = [priors[0]] * len(posteriors)
+            priors = [shared] * len(posteriors)
         samples = self._samples[name].values(pl_module, batch) if name in self._samples else seen
         if len(samples) != len(posteriors) or not all(isinstance(z, Tensor | None) for z in samples):
             raise ValueError(
                 f"`z={self._samples[name].key!r}` must be one tensor for each of {len(posteriors)} posteriors, got "
                 f"{describe(samples)}."
             )
-        return [_at_this_step(pl_module, *row) for row in zip(posteriors, priors, samples, strict=True)]
+        mask = None if self._mask is None else batch_part(batch, self._mask, (), 0)
+        return [self._latent(pl_module, *row, mask) for row in zip(posteriors, priors, samples, strict=True)]
 
     def _prior(self, name: str, pl_module: LightningModule, batch: Any, posteriors: list[Distribution]) -> list[Any]:
-        if name in self._priors:
-            if (density := _density_at(pl_module, self._priors[name])) is not None:
-                self._priors[name].forget()  # it is asked, and not called as a whole
-                return [density]
-            values = self._priors[name].values(pl_module, batch)
-            where = f"`prior={self._priors[name].key!r}`"
-            return [_as_prior(value, self._second, self._chunk, where) for value in values]
-        if name in self._fixed:
-            return [self._fixed[name]]
-        own = getattr(pl_module, "prior", None)
-        own = own[name] if isinstance(own, Mapping) and name in own else own
-        if own is not None:
-            return [own_prior(pl_module, own, self._second)]
+        priors = self._priors[name].read(pl_module, batch)
+        if priors is not None:
+            return _with_gradient(priors, lambda prior: prior) if self._keeps_graph else priors
         priors = [standard_prior(each) for each in posteriors]
         if not self._has_said and self._who and priors[0] is not None:
             self._has_said = True
@@ -281,65 +300,28 @@ class LatentReader:
             )
         return priors
 
-
-def prior_with_gradient(pl_module: LightningModule) -> Any:
-    """Return a module's own prior as it is, for a rate that has a gradient; N(0, I) if it has none."""
-    own = getattr(pl_module, "prior", None)
-    if own is None:
-        return Normal(0.0, 1.0)
-    return as_distribution(own) if isinstance(own, Distribution) else own
-
-
-def own_prior(pl_module: LightningModule, own: Any, second: Second = "log_variance") -> Any:
-    """Return what a module has as its attribute ``prior`` as a distribution, or as an object with ``log_prob``.
-
-    Raises:
-        ValueError: If it can't be read: a method or a submodule has to be called, and only its author knows how.
-    """
-    if (isinstance(own, nn.Module) or callable(own)) and not _is_density(own):
-        raise ValueError(_unreadable(pl_module, own))
-    return _as_prior(own, second, None, f"`{type(pl_module).__name__}.prior`")
+    def _latent(
+        self, pl_module: LightningModule, posterior: Distribution, prior: Any, z: Tensor | None, mask: Any
+    ) -> Latent:
+        """Pair a posterior with what its prior says now: the parameters of a prior move with the optimizer's step."""
+        latent = Latent(posterior, prior, z, mask=mask)
+        if self._keeps_graph or prior is None:
+            return latent
+        if isinstance(prior, Normal):
+            if not prior.loc.ndim:
+                return latent
+            loc, scale = prior.loc.detach().clone(), prior.scale.detach().clone()
+            return replace(latent, prior=Normal(loc, scale, validate_args=False))
+        # A module's own `log_prob` may draw numbers, and call the encoder.
+        with torch.no_grad() if isinstance(prior, Distribution) else isolated(pl_module):
+            return replace(latent, known_rates=rate_parts(posterior, prior, z))
 
 
-def _as_prior(value: Any, second: Second, chunk: int | None, where: str) -> Any:
-    if _is_density(value) and not isinstance(value, Distribution):
-        return value
-    try:
-        return as_distribution(widened(value), second, chunk if isinstance(value, Tensor) else None, of="prior")
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+def has_gradient(distribution: Any) -> bool:
+    """Return whether a parameter of a distribution has a gradient."""
+    return any(isinstance(each, Tensor) and each.requires_grad for each in vars(distribution).values())
 
 
-def _is_density(value: Any) -> bool:
-    """Return whether a value is something with a log-density, a distribution or not."""
-    return not isinstance(value, type) and callable(getattr(value, "log_prob", None))
-
-
-def _density_at(pl_module: LightningModule, reader: DistributionReader) -> Any:
-    """Return the object with ``log_prob`` that a reader's path leads to, if it leads to one and not to its output."""
-    if len(reader.paths) != 1 or ":" in reader.paths[0]:
-        return None
-    try:
-        found = reduce(getattr, reader.paths[0].split("."), pl_module)
-    except AttributeError:
-        return None
-    return found if _is_density(found) and not isinstance(found, Distribution) else None
-
-
-def _are_equal(one: Any, other: Any) -> bool:
-    """Return whether two priors are certainly the same."""
-    if one is other:
-        return True
-    if not (isinstance(one, Normal) and isinstance(other, Normal)) or one.batch_shape != other.batch_shape:
-        return False
-    return bool((one.loc == other.loc).all() and (one.scale == other.scale).all())
-
-
-def _unreadable(pl_module: LightningModule, own: Any) -> str:
-    kind, name = type(pl_module).__name__, "a submodule" if isinstance(own, nn.Module) else "a method"
-    watched = "`prior='prior'` for its output in each step, or " if isinstance(own, nn.Module) else ""
-    return (
-        f"`{kind}.prior` is {name}, {describe(own)}, so it has to be said what the prior is: {watched}`prior=lambda "
-        "pl_module, batch: ...` for a distribution, or another path, one of "
-        f"{names(pl_module)}; for N(0, I) `prior=torch.distributions.Normal(0.0, 1.0)`."
-    )
+def _with_gradient(values: Sequence[_T], distribution_of: Callable[[_T], Any]) -> list[_T]:
+    """Leave out the calls without a gradient, to log or show something; all count if none has one."""
+    return [each for each in values if has_gradient(distribution_of(each))] or list(values)

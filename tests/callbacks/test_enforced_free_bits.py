@@ -409,7 +409,7 @@ def test_nothing_is_left_behind(tmp_path: Path) -> None:
     floor = EnforcedFreeBits(Linear(start=0.1, stop=0.6, steps=5), "encoder", "weight")
     model = fit(tmp_path, Foreign(), floor)
     assert not model.encoder._forward_hooks
-    assert floor._reader._outputs is None
+    assert floor._reader.posteriors[""]._outputs is None
     assert floor._rates is None
     assert pickle.loads(pickle.dumps(floor)).state_dict() == floor.state_dict()
     assert floor.state_key == "EnforcedFreeBits{'name': 'free_bits'}"
@@ -446,11 +446,11 @@ def test_no_graph_outlives_its_step(tmp_path: Path) -> None:
             assert not floor._rates.requires_grad
 
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            assert floor._reader._outputs is None
+            assert floor._reader.posteriors[""]._outputs is None
             assert floor._rates is None
 
         def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
-            assert floor._reader._outputs is None
+            assert floor._reader.posteriors[""]._outputs is None
 
     floor = EnforcedFreeBits(THRESHOLD, "encoder", "weight")
     fit(tmp_path, Foreign(), floor, Watching(), validate=True)
@@ -529,11 +529,159 @@ def test_a_posterior_that_is_no_normal_is_refused(tmp_path: Path) -> None:
     refused(tmp_path, Heavy(), "The posterior must be a diagonal Normal, got Laplace", floor={"posterior": "head"})
 
 
-@pytest.mark.parametrize(("prior", "kind"), [(Laplace(0.0, 1.0), "Laplace"), (nn.Linear(1, 1), "Linear")])
-def test_a_prior_that_is_no_normal_is_refused(tmp_path: Path, prior: Any, kind: str) -> None:
+def test_a_prior_that_is_no_normal_is_refused(tmp_path: Path) -> None:
     model = Foreign()
-    model.prior = prior
-    refused(tmp_path, model, f"The module's `prior` must be a diagonal Normal, .* got {kind}")
+    model.prior = Laplace(0.0, 1.0)  # type: ignore[assignment]
+    refused(tmp_path, model, "The prior must be a diagonal Normal, .* got Laplace")
+
+
+# ---- a prior that is elsewhere, and learns
+
+
+class PriorNet(nn.Module):
+    """Outputs mean and log-variance of p(z|c), at widths that leave some rates below the floor."""
+
+    def __init__(self, dropout: float = 0.0, is_hidden: bool = False) -> None:
+        super().__init__()
+        self.map, self.dropout, self.is_hidden = nn.Linear(2, 2 * LATENTS), nn.Dropout(dropout), is_hidden
+        with torch.no_grad():
+            self.map.weight.mul_(0.3)
+
+    def forward(self, condition: Tensor) -> tuple[Tensor, Tensor]:
+        if self.is_hidden:
+            with torch.no_grad():
+                mean, log_variance = self.map(condition).chunk(2, dim=1)
+        else:
+            mean, log_variance = self.dropout(self.map(condition)).chunk(2, dim=1)
+        return mean, log_variance
+
+
+class Conditional(Foreign):
+    """Its prior p(z|c) is a network's output, for the negative of each observation as its condition."""
+
+    def __init__(self, own_floor: dict[str, Any] | None = None, **options: Any) -> None:
+        super().__init__(own_floor=own_floor)
+        self.prior_net = PriorNet(**options)
+        self.shows = not options
+        self.loc, self.log_variance = nn.Identity(), nn.Identity()
+
+    def prior_of(self, batch: Tensor) -> Normal:
+        mean, log_variance = self.prior_net(-batch)
+        return Normal(self.loc(mean), (self.log_variance(log_variance) / 2).exp())
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        if self.shows:
+            with torch.no_grad():
+                self.prior_of(2 * batch)
+        mean, scale = self.encode(batch)
+        self.p = self.prior_of(batch)
+        kl = kl_divergence(Normal(mean, scale), self.p)
+        rate = kl.sum(1).mean() if self.own_floor is None else free_bits(kl, self.free_bits, **self.own_floor)
+        reconstruction = (self.decoder(mean + scale * torch.randn_like(scale)) - batch).square().sum(1).mean()
+        return reconstruction + self.weight * rate  # type: ignore[no-any-return]
+
+
+def assert_equal_gradients(model: Foreign, twin: Foreign) -> None:
+    assert len(model.gradients) == len(twin.gradients)
+    for ours, theirs in zip(model.gradients, twin.gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+PRIORS: dict[str, Any] = {
+    "a path": "prior_net",
+    "a pair of paths": ("loc", "log_variance"),
+    "what the step keeps": lambda module, batch: module.p,
+    "computed once more": lambda module, batch: module.prior_of(batch),
+}
+
+
+@pytest.mark.parametrize("run", [{}, {"accumulate_grad_batches": 2}], ids=["each batch", "accumulated"])
+@pytest.mark.parametrize("variant", [{}, {"per": "whole", "average": "sample"}], ids=["dimension", "whole"])
+@pytest.mark.parametrize("prior", PRIORS)
+def test_a_learned_conditional_prior_has_the_gradients_of_a_floor_in_the_loss(
+    tmp_path: Path, caplog: Any, prior: str, variant: dict[str, Any], run: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    model, threshold = Conditional(), 3.0 if variant else 0.8
+    twin = Conditional(own_floor=variant)
+    twin.load_state_dict(model.state_dict())
+    bare = copy.deepcopy(model)
+    floor = EnforcedFreeBits(threshold, "encoder", "weight", prior=PRIORS[prior], **variant)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, model, floor, precision="64-true", **run)
+    assert "on trust" not in caplog.text
+    assert "is assumed" not in caplog.text
+    fit(tmp_path, twin, FreeBits(threshold), precision="64-true", **run)
+    fit(tmp_path, bare, precision="64-true", **run)
+    assert_equal_gradients(model, twin)
+    place = next(place for place, (name, _) in enumerate(model.named_parameters()) if name == "prior_net.map.weight")
+    assert (bare.gradients[0][place] - twin.gradients[0][place]).norm() > 0.01, "the floor has no effect on the prior"
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_fixed_prior_and_one_that_is_frozen(tmp_path: Path) -> None:
+    class Wide(Foreign):
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            mean, scale = self.encode(batch)
+            kl = kl_divergence(Normal(mean, scale), Normal(torch.ones(LATENTS).to(mean), 1.5))
+            rate = kl.sum(1).mean() if self.own_floor is None else free_bits(kl, self.free_bits)
+            return (self.decoder(mean + scale) - batch).square().sum(1).mean() + self.weight * rate  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    wide, frozen = Wide(), Conditional()
+    frozen.prior_net.requires_grad_(False)
+    frozen.shows = False
+    fixed = Normal(torch.ones(LATENTS).double(), 1.5)
+    for model, prior in ((wide, fixed), (frozen, "prior_net")):
+        twin = copy.deepcopy(model)
+        twin.own_floor, twin.free_bits = {}, 0.0
+        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight", prior=prior), precision="64-true")
+        fit(tmp_path, twin, FreeBits(THRESHOLD), precision="64-true")
+        assert_equal_gradients(model, twin)
+
+
+def test_a_prior_that_is_left_out_is_not_silent(tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Conditional(), EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+    assert "can't be tried (a narrow posterior agrees, which shows nothing of the prior. The loss of " in caplog.text
+    assert "for a weight of 1, and the declared KL term by" in caplog.text
+    assert "`posterior` or `prior`" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "prior", "message"),
+    [
+        ({"dropout": 0.5}, PRIORS["computed once more"], "The callable `prior` draws random numbers, as dropout does"),
+        ({"is_hidden": True}, "prior_net", "`prior='prior_net'` has parameters to train, and its output has no grad"),
+        ({}, lambda module, batch: Laplace(0.0, 1.0), "The prior must be a diagonal Normal, .* got Laplace"),
+    ],
+)
+def test_a_prior_that_can_not_be_exact_is_refused(tmp_path: Path, options: Any, prior: Any, message: str) -> None:
+    refused(tmp_path, Conditional(**options), message, floor={"prior": prior})
+
+
+def test_a_dropout_in_the_prior_is_exact_by_its_path(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, twin = Conditional(dropout=0.5), Conditional(own_floor={}, dropout=0.5)
+    twin.load_state_dict(model.state_dict())
+    fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight", prior="prior_net"), precision="64-true")
+    fit(tmp_path, twin, FreeBits(THRESHOLD), precision="64-true")
+    assert_equal_gradients(model, twin)
+
+
+def test_a_prior_that_has_to_be_called_is_not_guessed(tmp_path: Path) -> None:
+    model = Foreign()
+    model.prior = nn.Linear(1, 1)
+    with pytest.raises(ValueError, match=r"`Foreign.prior` is a submodule.*`prior='prior'` for its output"):
+        fit(tmp_path, model, EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+
+
+def test_the_assumed_prior_is_said_once(tmp_path: Path, caplog: Any) -> None:
+    with caplog.at_level("INFO"):
+        fit(tmp_path, Foreign(), EnforcedFreeBits(THRESHOLD, "encoder", "weight"))
+    said = [record.message for record in caplog.records if "is assumed" in record.message]
+    assert len(said) == 1
+    assert said[0].startswith("EnforcedFreeBits(free_bits): Foreign has no `prior`, so the prior N(0, I) is assumed")
 
 
 def test_a_module_with_a_floor_of_its_own_is_sent_to_free_bits(tmp_path: Path) -> None:
@@ -555,6 +703,7 @@ def test_two_floors_under_one_posterior_are_refused(tmp_path: Path) -> None:
         ({"weight": "decoder"}, "`weight='decoder'` must lead to a number or a tensor of one element, got Sequential"),
         ({"weight": "encode"}, "`weight='encode'` is a method that can't be called without arguments"),
         ({"posterior": "encodr"}, "has no submodule 'encodr'. Did you mean 'encoder'"),
+        ({"prior": "decodr"}, "`prior`: Foreign has no submodule 'decodr'. Did you mean 'decoder'"),
         ({"posterior": "decoder"}, "must be a torch.distributions.Distribution or a pair of tensors"),
         ({"per": 3}, "`per` as a number of dimensions must divide the number of latent dimensions, got 3 for 4"),
         ({"threshold": Linear(steps=3)}, "Give it a `stop`"),
@@ -578,6 +727,12 @@ def test_what_shows_when_fitting_starts(tmp_path: Path, options: dict[str, Any],
         ({"threshold": -0.1}, "`threshold` must be at least 0 nats and finite, or a schedule, got -0.1"),
         ({"posterior": lambda pl_module, batch: None}, "`posterior` must be a submodule's path or a pair of them"),
         ({"posterior": None}, "`posterior` must be a submodule's path or a pair of them"),
+        ({"posterior": {"a": "encoder"}}, "`posterior` must be a submodule's path or a pair of them"),
+        (
+            {"prior": {"a": "prior"}},
+            "`prior` must be that of the one `posterior='encoder'`, .*one EnforcedFreeBits each",
+        ),
+        ({"prior": 3}, "`prior` must be None, a submodule's path, a pair of paths or a callable"),
         ({"weight": None}, "`weight` must be a path, or the number in the loss, got None"),
         ({"reduction": 0.0}, "`reduction` must be 'sum', 'mean', 'batch_sum' or a number of times 'sum', got 0.0"),
         ({"reduction": "batchmean"}, "`reduction` must be 'sum', 'mean', 'batch_sum' or a number .*, got 'batchmean'"),

@@ -614,3 +614,101 @@ def test_a_run_without_a_logger_for_pictures_is_told_that_nothing_is_drawn(tmp_p
         run(tmp_path, callbacks, small_vae(), images((1, 8, 8)), epochs=1, logger=CSVLogger(tmp_path))
     for name in ("Pictures", "LatentSpace", "Dashboard"):
         assert f"{name}: no logger of this run takes pictures" in caplog.text
+
+
+class OwnPriors(Doubles):
+    """Its prior has each observation's own mean, far from the others', and hardly a width."""
+
+    def __init__(self, joint=False):
+        super().__init__()
+        self.prior_net, self.joint = PriorNet(), joint
+
+    def encode(self, x):
+        flat = x.flatten(1)
+        return Normal(torch.stack([flat.mean(1), -flat[:, 0]], dim=1), torch.tensor([0.5, 1.0]))
+
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+        self.p = Normal(*self.prior_net(batch))
+        if self.joint:
+            self.p = Independent(self.p, 1)
+
+
+class PriorNet(nn.Module):
+    def forward(self, x):
+        mean = x.flatten(1)[:, :2] / 2 + 0.25
+        return mean, torch.full_like(mean, 1e-4)
+
+
+PRIORS = {
+    "a path": ({"prior": "prior_net", "second": "scale"}, False),
+    "a callable": ({"prior": lambda module, batch: module.p}, False),
+    "a joint one": ({"prior": lambda module, batch: module.p}, True),
+}
+
+
+@pytest.mark.parametrize("name", PRIORS)
+@pytest.mark.parametrize("loader", [{}, {"shuffle": True}], ids=["in order", "shuffled"])
+@SHUFFLED
+def test_a_conditional_prior_is_that_of_the_observations_shown(tmp_path, name, loader):
+    places, joint = PRIORS[name]
+    torch.manual_seed(0)
+    val = DataLoader(constants(), 8, **loader)
+    _, logger = run(tmp_path, Pictures(**places), OwnPriors(joint), constants(), val=val)
+    for step in range(len(logger.steps("images/samples"))):
+        chosen = cells(logger.images["images/reconstructions"][step][1], 2, 10)[0]
+        samples = cells(logger.images["images/samples"][step][1], 5, 10)
+        assert torch.allclose(samples, (chosen / 2 + 0.25).expand(5, 10), atol=0.005)
+        traversal = logger.images["images/traversals"][step][1]
+        expected = (chosen[:1] / 2 + 0.25).expand(10)
+        assert any(torch.allclose(row, expected, atol=0.005) for row in cells(traversal, 2, 10)), "only one is visible"
+
+
+def test_a_shared_prior_as_wide_as_the_batch_is_not_taken_for_one_of_each_row(tmp_path):
+    prior = Normal(torch.tensor([0.5, 0.0]), torch.tensor([1e-4, 1.0]))
+    data = constants()
+    _, logger = run(tmp_path, Pictures(prior=prior), Doubles(), data, val=DataLoader(data, 2))
+    assert torch.allclose(cells(logger.last("images/samples"), 5, 10), torch.tensor(0.5), atol=0.005)
+
+
+def test_a_prior_with_only_a_density_has_no_samples_and_says_so_once(tmp_path, caplog):
+    class Density:
+        def log_prob(self, z):
+            return Normal(0.0, 1.0).log_prob(z).sum(1)
+
+    model = Doubles()
+    model.density = Density()
+    with caplog.at_level("INFO"):
+        _, logger = run(tmp_path, Pictures(prior="density"), model, constants(), epochs=3)
+    assert set(logger.images) == TAGS - {"images/samples"}
+    said = [record.message for record in caplog.records if record.message.startswith("Pictures:")]
+    assert said == [
+        "Pictures: the prior, a Density, can't be sampled, so there are no `images/samples`. If it is a "
+        "torch.distributions.Distribution elsewhere, say where with `prior=`."
+    ]
+
+
+def test_the_own_prior_of_each_batch(tmp_path):
+    class Own(OwnPriors):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.prior = self.p
+
+    _, logger = run(tmp_path, Pictures(), Own(), constants())
+    chosen = cells(logger.last("images/reconstructions"), 2, 10)[0]
+    assert torch.allclose(cells(logger.last("images/samples"), 5, 10)[0], chosen / 2 + 0.25, atol=0.005)
+
+
+def test_the_prior_leaves_no_hook_and_no_trace(tmp_path):
+    class Saves(Callback):
+        def on_validation_batch_end(self, trainer, pl_module, *_):
+            trainer.save_checkpoint(tmp_path / "amid.ckpt")
+            hooks.append(len(pl_module.prior_net._forward_hooks))
+
+    hooks, model, pictures = [], OwnPriors(), Pictures(prior="prior_net", second="scale")
+    run(tmp_path, [pictures, Saves()], model, constants())
+    assert not any(hooks)
+    assert not model.prior_net._forward_hooks
+    assert pickle.loads(pickle.dumps(pictures)).state_key == pictures.state_key
+    with pytest.raises(ValueError, match=r"`prior`: OwnPriors has no submodule 'prior_nte'. Did you mean 'prior_net'"):
+        run(tmp_path, Pictures(prior="prior_nte"), OwnPriors(), constants())

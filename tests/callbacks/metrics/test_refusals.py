@@ -6,12 +6,13 @@ import torch
 from lightning_vae.callbacks.metrics.active_units import active_units, variance_of_means
 from lightning_vae.callbacks.metrics.aggregate_posterior import AggregatePosterior, aggregate_moments
 from lightning_vae.callbacks.metrics.collapse_state import collapse_state
-from lightning_vae.callbacks.metrics.latent_layout import LatentLayout, mask_like
+from lightning_vae.callbacks.metrics.latent_layout import LatentLayout
 from lightning_vae.callbacks.metrics.latent_monitor import LatentMonitor
 from lightning_vae.callbacks.metrics.mutual_information import PosteriorSample, mutual_information
 from lightning_vae.callbacks.metrics.observation_subset import ObservationSubset, random_keys
 from lightning_vae.callbacks.metrics.rate_decomposition import cross_fitted_marginal_kl, decompose_rate
 from lightning_vae.callbacks.metrics.running_moments import moments, pooled_mean
+from lightning_vae.callbacks.reading.padding import mask_like
 
 MEAN, ROW = torch.zeros(4, 3), torch.ones(1, 3)
 JOINT = torch.distributions.MultivariateNormal(MEAN, torch.eye(3))

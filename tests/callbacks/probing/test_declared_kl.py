@@ -229,6 +229,8 @@ def test_a_declaration_is_tried_however_the_posterior_is_sampled(tmp_path: Path,
             reconstruction = self.decoder(SAMPLES[sample](mean, scale))  # type: ignore[no-untyped-call]
             return (reconstruction - batch).square().sum(1).mean() + self.weight * kl  # type: ignore[no-any-return]
 
+    torch.manual_seed(0)
+    np.random.seed(0)
     with caplog.at_level("INFO"):
         fit(tmp_path, Draws(), EnforcedFreeBits(THRESHOLD, posterior="encoder", weight=0.7))
     assert "on trust" not in caplog.text
