@@ -18,7 +18,7 @@ from .control.attribute_writer import MisconfigurationException
 from .control.tied_attributes import NumberPlace
 from .reading.distributions import Second
 from .reading.kl_rates import rates_under_floors
-from .reading.latent_reader import LatentReader, Places, is_joint, measured_rates
+from .reading.latent_reader import LatentReader, Places, is_joint, measured_rates, real_parts
 from .schedules import Constant, Schedule, at_least, check_number, integer_from
 
 if TYPE_CHECKING:
@@ -66,6 +66,9 @@ class FreeBits(AttributeScheduler):
         chunk: Axis along which the posterior is split into halves, if it is one tensor.
         setter: Writes the threshold instead, ``(pl_module, value) -> None``.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
+        mask: Where the batch has a mask of the latents' positions, True where one is real: a key, an index or a
+            callable. In ``latent/at_floor`` padding then counts for nothing: a position's rate is the mean over the
+            observations that have it.
 
     Raises:
         ValueError: If the threshold is negative, or, when fitting starts, if a path leads nowhere.
@@ -91,11 +94,12 @@ class FreeBits(AttributeScheduler):
         chunk: int | None = None,
         setter: Callable[[Any, float], None] | None = None,
         name: str | None = None,
+        mask: int | str | Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__(checked_floor(threshold, per, average, None), attribute, setter, name)
         self.per = per
         self.average = average
-        self._reader = LatentReader(posterior, prior, z, second, chunk, who=f"{type(self).__name__}({self.name})")
+        self._reader = LatentReader(posterior, prior, z, second, chunk, f"{type(self).__name__}({self.name})", mask)
         self._warned = False
         self._latest: _AtFloor | None = None
 
@@ -118,12 +122,12 @@ class FreeBits(AttributeScheduler):
     @override
     def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         super()._log(trainer, pl_module, batch)
-        rates = self._rates(pl_module, batch)
-        if rates is not None:
+        measured = self._rates(pl_module, batch)
+        if measured is not None:
             threshold = float(self._current)
             per = getattr(pl_module, "free_bits_per", self.per or "dimension")
             average = getattr(pl_module, "free_bits_average", self.average or "batch")
-            self._latest = count_at_floor(rates, threshold, per, average)
+            self._latest = count_at_floor(measured[0], threshold, per, average, measured[1])
             self.log_now(pl_module, {"latent/at_floor": self._latest.at_floor})
 
     @override
@@ -135,8 +139,8 @@ class FreeBits(AttributeScheduler):
         if latest.sets_the_model and (total is None or self.step(trainer) >= total / 2):
             self._warned = True
             rank_zero_warn(
-                f"FreeBits: {latest.at_floor:.0f} of {latest.groups} floors hold their dimension; together they are "
-                f"{latest.floors:.2f} nats, the measured rate is {latest.rate:.2f}. The threshold determines the "
+                f"FreeBits: {latest.at_floor:.0f} of {latest.groups:.0f} floors hold their dimension; together they "
+                f"are {latest.floors:.2f} nats, the measured rate is {latest.rate:.2f}. The threshold determines the "
                 "model, and its rate need not be information: lower `threshold`, or use fewer latent dimensions. Or "
                 "the run is too short for the rates to rise above the floor, or the loss does not read it."
             )
@@ -159,8 +163,11 @@ class FreeBits(AttributeScheduler):
         own = getattr(pl_module, "posterior", None)
         return self._reader.posterior is not None or not (own is None or callable(own))
 
-    def _rates(self, pl_module: LightningModule, batch: Any) -> Tensor | None:
-        """Compute the rate of each observation and dimension, over all posteriors; ``None`` if there is none."""
+    def _rates(self, pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor | None] | None:
+        """Compute the rate of each observation and dimension, over all posteriors, and which of them are not padding.
+
+        ``None`` if there is no posterior.
+        """
         if not self._can_read(pl_module):
             return None
         views = self._reader.read(pl_module, batch)
@@ -175,7 +182,9 @@ class FreeBits(AttributeScheduler):
         per = getattr(pl_module, "free_bits_per", self.per or "dimension")
         if per != "whole" and any(is_joint(each) for view in views for each in view.values()):
             return None  # a joint posterior or prior has no rate per dimension
-        return torch.cat([torch.cat([measured_rates(each) for each in view.values()], dim=1) for view in views])
+        rates = torch.cat([torch.cat([measured_rates(each) for each in view.values()], dim=1) for view in views])
+        masks = [[real for each in view.values() if (real := real_parts(each)) is not None] for view in views]
+        return rates, torch.cat([torch.cat(each, dim=1) for each in masks]) if any(masks) else None
 
     def _choose_variant(self, pl_module: LightningModule) -> None:
         for option, value in (("per", self.per), ("average", self.average)):
@@ -227,7 +236,7 @@ class _AtFloor(NamedTuple):
     """Counts and sums of one batch's rates and their floors."""
 
     at_floor: float
-    groups: int
+    groups: float  # that hold a real position
     floors: float
     rate: float
 
@@ -237,17 +246,28 @@ class _AtFloor(NamedTuple):
         return self.floors > 0 and self.groups > 1 and (self.floors > self.rate or self.at_floor > 0.9 * self.groups)
 
 
-def count_at_floor(rates: Tensor, threshold: float, per: Literal["dimension", "whole"] | int, average: str) -> _AtFloor:
+def count_at_floor(
+    rates: Tensor,
+    threshold: float,
+    per: Literal["dimension", "whole"] | int,
+    average: str,
+    mask: Tensor | None = None,
+) -> _AtFloor:
     """Count the dimensions, or groups of them, whose rate is at its floor.
 
     Args:
-        rates: Rate of each observation and dimension in nats, shape ``(B, k)``.
+        rates: Rate of each observation and dimension in nats, shape ``(B, k)``; 0 where a position is padding.
         threshold: The floor in nats.
         per: Scope of each floor, as in :class:`FreeBits`.
         average: ``"batch"`` counts groups by their mean rate; ``"sample"`` counts per observation, and averages.
+        mask: True where a position is real, in the shape of the rates; ``None`` if all are.
     """
-    grouped = rates_under_floors(rates, per, average)
-    near = torch.where(grouped.isnan(), grouped, (grouped <= threshold * _NEAR).float())
+    real = torch.ones_like(rates) if mask is None else mask.to(rates)
+    real = (rates_under_floors(real, per, "sample") > 0).to(rates)  # a group with a real position
+    grouped = rates_under_floors(rates, per, "sample")
+    if average == "batch":
+        grouped, real = (grouped.sum(0) / real.sum(0).clamp(min=1))[None], real.amax(0, keepdim=True)
+    near = torch.where(grouped.isnan(), grouped, (grouped <= threshold * _NEAR) * real)
     at_floor = near.sum(-1).mean() if threshold > 0 else grouped.new_zeros(())
-    groups = grouped.shape[1]
+    groups = float(real.sum(-1).mean())
     return _AtFloor(float(at_floor), groups, threshold * groups, float(rates.sum(-1).mean()))

@@ -62,6 +62,8 @@ class LatentSpace(Callback):
         observations: Number of validation observations to show, spread evenly over the data; the first ones if the
             loader has no length.
         times: Number of times to draw in a run. TensorBoard shows ten pictures per tag.
+        mask: Where the batch has a mask of the latents' positions, True where one is real: a key, an index or a
+            callable. Padding is then left out.
 
     Raises:
         ValueError: If an option is out of range; when fitting starts, if a path leads nowhere.
@@ -81,12 +83,13 @@ class LatentSpace(Callback):
         label: int | str | Callable[[Any], Any] | None = None,
         observations: int = 1000,
         times: int = 10,
+        mask: int | str | Callable[[Any], Any] | None = None,
     ) -> None:
         check_number("observations", observations, "at least 2", at_least(2))
         self.posterior = posterior
         self.label = label
         self.observations = observations
-        self._reader = LatentReader(posterior, prior, None, second, chunk)
+        self._reader = LatentReader(posterior, prior, None, second, chunk, mask=mask)
         self._unit = "prior"
         self._draw_schedule = DrawSchedule(times)
         self._attempt = BestEffort("LatentSpace")
@@ -149,8 +152,10 @@ class LatentSpace(Callback):
                 first_view = self._reader.read(pl_module, batch)[0].values()
                 self._unit = "prior" if all(isinstance(each.prior, Normal) for each in first_view) else "N(0, 1)"
                 codes = PosteriorSummary.beside(
-                    PosteriorSummary.of(each.posterior, each.prior, each.z) for each in first_view
+                    PosteriorSummary.of(each.posterior, each.prior, each.z, each.mask) for each in first_view
                 )
+                if self._rows and codes.mean.shape[1] != self._rows[0].codes.mean.shape[1]:
+                    return  # of sequences of different lengths, keep only those as long as the first batch's
                 rows = _Rows.of(codes, batch, self.label)
                 batches = trainer.num_val_batches
                 place, total = sum(batches[:dataloader_idx]) + batch_idx, sum(batches)
@@ -176,7 +181,8 @@ class LatentSpace(Callback):
             rows, self._latest = self._latest, None
             with self._attempt("the projector"):
                 images = None if rows.x is None else thumbnails(rows.x)
-                MediaLogger(trainer).embedding("latent", rows.codes.mean, rows.labels, images, self.step(trainer))
+                means = rows.codes.mean.nan_to_num()  # the projector takes no padding
+                MediaLogger(trainer).embedding("latent", means, rows.labels, images, self.step(trainer))
 
     @override
     def on_save_checkpoint(self, *_: Any) -> None:

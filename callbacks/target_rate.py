@@ -72,6 +72,8 @@ class TargetRate(AttributeWriter):
         patience: Number of steps at a bound, with the target not met, before that is reported.
         setter: Writes the weight instead, ``(pl_module, value) -> None``; needs a ``start``.
         name: Logged as ``knobs/<name>``; the path's last part if not given.
+        mask: Where the batch has a mask of the latents' positions, True where one is real: a key, an index or a
+            callable. Padding then counts for nothing.
 
     Raises:
         ValueError: If an option is out of range, or, when fitting starts, if a path leads nowhere, there is no
@@ -112,6 +114,7 @@ class TargetRate(AttributeWriter):
         patience: int = 500,
         setter: Callable[[Any, float], None] | None = None,
         name: str | None = None,
+        mask: int | str | Callable[[Any], Any] | None = None,
     ) -> None:
         if (nats is None) == (bits is None):
             raise ValueError(
@@ -149,7 +152,7 @@ class TargetRate(AttributeWriter):
         self.patience = patience
         self._log_key = "knobs/target_rate" if name is None else f"knobs/target_rate_{name}"
         self._rate_key = "latent/controlled_rate" if name is None else f"latent/controlled_rate_{name}"
-        self._reader = LatentReader(posterior, prior, z, second, chunk, who=f"{type(self).__name__}({self.name})")
+        self._reader = LatentReader(posterior, prior, z, second, chunk, f"{type(self).__name__}({self.name})", mask)
         self._schedule = RunSchedule(self.schedule)
         self._first: float | None = None  # the weight that the run began with
         self._controller: RateController | None = None

@@ -85,7 +85,7 @@ def density_panels(
     active dimension has a wide histogram, and blue on black. In an inactive dimension the histogram is a spike.
 
     Args:
-        mean: Posterior means in units of the prior, shape ``(observations, dimensions)``.
+        mean: Posterior means in units of the prior, shape ``(observations, dimensions)``. NaN is left out.
         scale: The posteriors' standard deviations, of the same shape. ``None`` leaves out the blue line.
         titles: One for each dimension.
         unit: Name of N(0, 1) in the legend.
@@ -94,7 +94,7 @@ def density_panels(
     Returns:
         An image of shape ``(3, height, width)``, uint8.
     """
-    mean = mean.detach().float().cpu().nan_to_num()
+    mean = mean.detach().float().cpu()
     grid = torch.linspace(-_DENSITY_REACH, _DENSITY_REACH, 81)
     height = _DENSITY_HEIGHT + _DENSITY_TITLE
     rows = math.ceil(mean.shape[1] / columns)
@@ -107,10 +107,12 @@ def density_panels(
         top = number // columns * height + _DENSITY_LEGEND + _DENSITY_TITLE
         panel = _Panel(left, top, left + _DENSITY_WIDTH - 2 * _DENSITY_MARGIN, top + _DENSITY_HEIGHT - _DENSITY_MARGIN)
         canvas.text((left, top - _DENSITY_TITLE + 3), title)
-        canvas.area(_density_points(panel, *_histogram(mean[:, number])), _MEANS)
-        if scale is not None:
-            width = scale[:, number].detach().float().cpu().clamp(min=1e-3)
-            aggregate = (_standard_normal((grid[:, None] - mean[:, number]) / width) / width).mean(1)
+        known = ~mean[:, number].isnan()
+        values = mean[known, number].nan_to_num()
+        canvas.area(_density_points(panel, *_histogram(values)), _MEANS)
+        if scale is not None and len(values):
+            width = scale[:, number].detach().float().cpu()[known].clamp(min=1e-3)
+            aggregate = (_standard_normal((grid[:, None] - values) / width) / width).mean(1)
             canvas.line(_density_points(panel, grid, aggregate), _AGGREGATE, 1.2)
         canvas.line(_density_points(panel, grid, _standard_normal(grid)), _PRIOR, 1.2)
     return canvas.image()
@@ -122,14 +124,16 @@ def scatter_panels(points: Tensor, names: Sequence[tuple[str, str]], labels: Seq
     Up to 20 different labels each have their own colour. More labels share a colour map, from dark to light.
 
     Args:
-        points: Shape ``(panels, observations, 2)``. Points outside are drawn at the edge.
+        points: Shape ``(panels, observations, 2)``. Points outside are drawn at the edge, NaN is left out.
         names: The names of the two axes of each panel.
         labels: One for each observation.
 
     Returns:
         An image of shape ``(3, height, width)``, uint8.
     """
-    points = points.detach().float().cpu().nan_to_num().clamp(-_SCATTER_REACH, _SCATTER_REACH)
+    points = points.detach().float().cpu()
+    known = ~points.isnan().any(-1)
+    points = points.nan_to_num().clamp(-_SCATTER_REACH, _SCATTER_REACH)
     colours, legend = _label_colours(labels, points.shape[1])
     places = _legend_places([name for name, _ in legend], _SCATTER_SIZE * len(points))
     top = max((down for _, down in places), default=0.0) + _SCATTER_LEGEND
@@ -140,7 +144,7 @@ def scatter_panels(points: Tensor, names: Sequence[tuple[str, str]], labels: Seq
     unit = (_SCATTER_SIZE - 2 * _SCATTER_MARGIN) / (2 * _SCATTER_REACH)
     centres = torch.tensor([[(number + 0.5) * _SCATTER_SIZE, top + _SCATTER_SIZE / 2] for number in range(len(points))])
     dots = centres[:, None] + points * torch.tensor([unit, -unit])
-    canvas.dots(dots.flatten(0, 1), colours.repeat(len(points), 1), radius)
+    canvas.dots(dots[known], colours.expand(len(points), -1, -1)[known], radius)
     corners = torch.tensor([[-1, -1], [1, -1], [1, 1], [-1, 1], [-1, -1]]) * (_SCATTER_SIZE / 2 - _SCATTER_MARGIN)
     for centre, (across, up) in zip(centres, names, strict=True):
         canvas.line(centre + corners, _LIGHT_GREY)
@@ -172,7 +176,7 @@ def _histogram(values: Tensor) -> tuple[Tensor, Tensor]:
     """Return the corners of a histogram's outline, closed along the axis: values and densities."""
     reach, bins = _DENSITY_REACH, _DENSITY_BINS
     counts = torch.histc(values.clamp(-reach, reach), bins, -reach, reach)
-    density = (counts / counts.sum() * bins / (2 * reach)).repeat_interleave(2)
+    density = (counts / counts.sum().clamp(min=1) * bins / (2 * reach)).repeat_interleave(2)
     edges = torch.linspace(-reach, reach, bins + 1).repeat_interleave(2)[1:-1]
     return torch.cat([edges, torch.tensor([reach, -reach])]), torch.cat([density, torch.zeros(2)])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.distributions import Distribution, Normal
 
 from ..reading.kl_rates import rate_parts
-from .active_units import is_active, variance_of_means
+from ..reading.padding import mask_like
+from .active_units import is_active
 
 _COLUMNS = ("mean", "scale", "rates", "standard", "standard_scale")
 _MOST_DIMENSIONS = 256  # that a picture chooses from: all, or a fixed random choice
@@ -29,6 +31,8 @@ class PosteriorSummary:
         standard: Means in units of a Gaussian prior; the means for another one.
         standard_scale: Standard deviations in the same units.
         numbers: The dimensions' numbers in the model, if these are not all.
+
+    A position that is padding is NaN in each of them, and counts for nothing.
     """
 
     mean: Tensor
@@ -39,13 +43,16 @@ class PosteriorSummary:
     numbers: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, posterior: Distribution | Tensor, prior: Any, z: Tensor | None = None) -> PosteriorSummary:
+    def of(
+        cls, posterior: Distribution | Tensor, prior: Any, z: Tensor | None = None, mask: Tensor | None = None
+    ) -> PosteriorSummary:
         """Summarise a posterior of batch shape ``(n, ...)``, or only its means.
 
         Args:
             posterior: q(z|x), or its means.
             prior: p(z), as in :func:`~..reading.kl_rates.rate_parts`; ``None`` if it is not known.
             z: The module's own sample.
+            mask: True where a position is real, as in :func:`~..reading.padding.mask_like`; ``None`` if all are.
         """
         if isinstance(posterior, Tensor):
             return cls(_by_row(posterior))
@@ -54,7 +61,11 @@ class PosteriorSummary:
         if isinstance(posterior, Normal) and isinstance(prior, Normal) and scale is not None:
             centre, unit = (_by_row(each.expand(posterior.batch_shape)) for each in (prior.loc, prior.scale))
             standard, standard_scale = (mean - centre) / unit, scale / unit
-        return cls(mean, scale, _rates(posterior, prior, z), standard, standard_scale)
+        summary = cls(mean, scale, _rates(posterior, prior, z), standard, standard_scale)
+        if mask is None:
+            return summary
+        real = mask_like(mask, posterior.mean).cpu().flatten(1)
+        return summary._each(lambda column: column.where(real, math.nan))
 
     @classmethod
     def beside(cls, groups: Iterable[PosteriorSummary]) -> PosteriorSummary:
@@ -92,14 +103,14 @@ class PosteriorSummary:
     @property
     def order(self) -> list[int]:
         """The dimensions by decreasing rate, or by decreasing variance of the mean if there is no rate."""
-        by = variance_of_means(self.in_units_of_prior[0]) if self.rates is None else self.rates.mean(0)
+        by = self._variances if self.rates is None else self.rates.nanmean(0)
         numbers: list[int] = by.nan_to_num().argsort(descending=True, stable=True).tolist()
         return numbers
 
     @property
     def active(self) -> list[int]:
         """The active dimensions, in the same order."""
-        active = is_active(variance_of_means(self.in_units_of_prior[0]))
+        active = is_active(self._variances)
         return [number for number in self.order if active[number]]
 
     def name(self, number: int) -> str:
@@ -109,7 +120,13 @@ class PosteriorSummary:
     def title(self, number: int) -> str:
         """Return a dimension's name and rate."""
         name = self.name(number)
-        return name if self.rates is None else f"{name}  {float(self.rates[:, number].mean()):.2f} nats"
+        return name if self.rates is None else f"{name}  {float(self.rates[:, number].nanmean()):.2f} nats"
+
+    @property
+    def _variances(self) -> Tensor:
+        """Variance of each dimension's mean, over the observations that have it."""
+        mean = self.in_units_of_prior[0].double()
+        return (mean - mean.nanmean(0)).square().nanmean(0)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> PosteriorSummary:
         columns: dict[str, Any] = {name: getattr(self, name) for name in _COLUMNS}
