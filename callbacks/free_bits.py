@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from .base import knobs_of
-from .control.attribute_path import PathError, paths_like
+from .control.attribute_path import PathError, paths_to
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
 from .control.tied_attributes import NumberPlace
@@ -151,7 +151,7 @@ class FreeBits(AttributeScheduler):
             return super()._find(pl_module)
         except ValueError as error:
             reason = error.reason if isinstance(error, PathError) else str(error)
-            floors = " or ".join(map(repr, paths_like(pl_module, _FLOOR)))
+            floors = " or ".join(map(repr, paths_to(pl_module, lambda name, _: _FLOOR.match(name))))
             hint = f" Did you mean {floors}?" if floors else ""
             raise ValueError(
                 f"FreeBits: {reason}{hint} The module's own loss has to read the floor: `{_LINE}`. For a module that "

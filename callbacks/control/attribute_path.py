@@ -6,8 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import math
-import re
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
@@ -306,15 +305,6 @@ def _near(owner: Any, name: str) -> list[str]:
     return [*elsewhere[:3], *difflib.get_close_matches(name, names, n=3)]
 
 
-def paths_like(pl_module: LightningModule, name: re.Pattern[str]) -> list[str]:
-    """Return the paths to the numbers of a module whose last part matches a pattern."""
-    found = []
-    for path in filter(lambda path: name.match(path.rpartition(".")[2]), _paths(pl_module)):
-        with suppress(ValueError):
-            found.append(AttributePath(pl_module, path).path)
-    return found
-
-
 def _paths(owner: Any) -> Iterator[str]:
     """Yield the paths to all that a module, its submodules and the objects that they hold have."""
     for prefix, module in owner.named_modules() if isinstance(owner, nn.Module) else ():
@@ -325,17 +315,23 @@ def _paths(owner: Any) -> Iterator[str]:
                 yield from (f"{start}{holder}.{name}" for name in _names(value))
 
 
-def paths_to(root: LightningModule, number: float) -> list[str]:
-    """Return the paths at which a module, its submodules, objects and dicts hold a number that can be set."""
+def paths_to(root: LightningModule, is_wanted: Callable[[str, float], object]) -> list[str]:
+    """Return the paths at which a module, its submodules, objects and dicts hold a number that can be set.
+
+    Args:
+        root: The module.
+        is_wanted: Called with the last part of the path and the number; whether to return the path.
+    """
     found: list[str] = []
     seen: set[int] = set()
 
     def search(owner: Any, prefix: str) -> None:
         seen.add(id(owner))
         for name, value in _contents(owner).items():
-            if is_number(value) and math.isclose(float(value), number, rel_tol=1e-3):
-                with suppress(ValueError):
-                    found.append(AttributePath(root, f"{prefix}{name}").path)
+            if is_number(value):
+                if is_wanted(str(name), float(value)):
+                    with suppress(ValueError):
+                        found.append(AttributePath(root, f"{prefix}{name}").path)
             elif id(value) not in seen and not str(name).startswith("_") and prefix.count(".") < _DEEPEST:
                 search(value, f"{prefix}{name}.")
 

@@ -145,7 +145,7 @@ class DistributionReader:
         if not self.paths:
             return
         if not (self._handles or self._attributes):
-            modules = {path: _watchable(pl_module, path, self.option) for path in self.paths}
+            modules = {path: _watchable(pl_module, path, self.option, self.paths) for path in self.paths}
             self._attributes = {path for path, module in modules.items() if module is None}
             self._handles = [
                 module.register_forward_hook(_Hook(self._keep, path), with_kwargs=True)
@@ -350,8 +350,10 @@ def _priors(pl_module: LightningModule, paths: Sequence[str]) -> list[nn.Module]
     ]
 
 
-def _watchable(pl_module: LightningModule, path: str, option: str) -> nn.Module | None:
+def _watchable(pl_module: LightningModule, path: str, option: str, paths: Sequence[str] = ()) -> nn.Module | None:
     """Return the submodule that a path leads to; ``None`` for another attribute, which is read when a step ends.
+
+    ``paths`` are all that the option names, for the error.
 
     Raises:
         ValueError: If the path leads nowhere.
@@ -367,8 +369,18 @@ def _watchable(pl_module: LightningModule, path: str, option: str) -> nn.Module 
         raise ValueError(
             f"`{option}`: {type(pl_module).__name__} has no submodule {name!r}. "
             + (f"Did you mean {' or '.join(map(repr, near))}?" if near else f"It has {names(pl_module)}.")
-            + f" If its steps set an attribute of that name, `{option}=lambda pl_module, batch: pl_module.{name}`."
+            + f" For an attribute that a step sets first, write `{option}={_as_callable(paths or [path])}`."
         ) from None
+
+
+def _as_callable(paths: Sequence[str]) -> str:
+    """Return the code of a callable that reads what paths lead to."""
+    places = []
+    for path in paths:
+        name, _, part = path.partition(":")
+        parts = (f"[{each}]" if each.lstrip("-").isdigit() else f".{each}" for each in part.split(".") if each)
+        places.append(f"pl_module.{name}{''.join(parts)}")
+    return f"lambda pl_module, batch: {places[0] if len(places) == 1 else '(' + ', '.join(places) + ')'}"
 
 
 def _attribute(pl_module: LightningModule, path: str, missing: Any = None) -> Any:

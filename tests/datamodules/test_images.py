@@ -353,9 +353,14 @@ def test_a_split_without_a_folder_is_taken_from_train(tmp_path):
         (("train", "val", "valid"), "at most one for each other split"),
         (("train/cat", "val/dog"), r"The folder val of `root` must be laid out like train.*'cat'.*'dog'"),
         (("train/cat", "train"), "images beside folders of images"),
+        (("bottle/train", "bottle/test"), "bottle/test/.* lies in a folder test that is not directly below"),
+        (("data/train", "data/val"), "lies in a folder train that is not directly below"),
+        (("train/cat/Test", "val/cat"), "lies in a folder Test"),
+        (("train2017", "val2017"), "has the folders train2017, val2017, which look like splits"),
+        (("seg_pred", "seg_train", "seg_test"), "has the folders seg_test, seg_train, which look like splits"),
     ],
 )
-def test_folders_of_splits_are_refused_if_mixed(tmp_path, folders, message):
+def test_folders_of_splits_are_never_classes_nor_mixed(tmp_path, folders, message):
     for folder in folders:
         folder_of(tmp_path / folder, 3)
     with pytest.raises(ValueError, match=message):
@@ -505,23 +510,6 @@ def test_a_root_below_the_home_folder(tmp_path, monkeypatch):
     folder_of(tmp_path / "there")
     datamodule = ready(Images("~/here", size=6, test_root=Path("~/there")))
     assert (datamodule.root, datamodule.test_root) == (tmp_path / "here", tmp_path / "there")
-
-
-@pytest.mark.parametrize(
-    ("folders", "message"),
-    [
-        (("bottle/train", "bottle/test"), "bottle/test/.* lies in a folder test that is not directly below"),
-        (("data/train", "data/val"), "lies in a folder train that is not directly below"),
-        (("train/cat/Test", "val/cat"), "lies in a folder Test"),
-        (("train2017", "val2017"), "has the folders train2017, val2017, which look like splits"),
-        (("seg_pred", "seg_train", "seg_test"), "has the folders seg_test, seg_train, which look like splits"),
-    ],
-)
-def test_folders_of_splits_are_never_classes(tmp_path, folders, message):
-    for folder in folders:
-        folder_of(tmp_path / folder, 3)
-    with pytest.raises(ValueError, match=message):
-        ready(Images(tmp_path, size=6), "fit")
 
 
 def test_classes_may_have_the_word_for_a_split_in_their_names(tmp_path):

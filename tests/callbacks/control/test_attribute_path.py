@@ -326,6 +326,7 @@ def test_the_places_of_a_number() -> None:
     model.sub.options = {"kl": {"weight": 0.3, "other": 0.4}}
     model.config = SimpleNamespace(beta=0.3, owner=model)  # a cycle
     model._hidden, model.frozen, model.history, model.flag = 0.3, Frozen(), [0.3], True
-    found = paths_to(model, 0.3)
+    found = paths_to(model, lambda _, number: number == pytest.approx(0.3))
     assert set(found) == {"sub.weight", "sub.options.kl.weight", "config.beta", "_hidden"}
     assert len(found) == 4
+    assert set(paths_to(model, lambda name, _: name in ("beta", "other"))) == {"sub.options.kl.other", "config.beta"}

@@ -1,3 +1,4 @@
+import re
 import warnings
 
 import pytest
@@ -297,3 +298,26 @@ def test_a_reader_that_takes_the_second_parameter_for_another_is_told(tmp_path, 
     assert bool(said) == (second == "log_scale")
     if said:
         assert "`second='log_scale'`, but the KL of the first batch takes it for 'log_variance'" in said[0]
+
+
+class SetsLater(Model):
+    """Its posterior exists from its first step on."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.mean, self.scale = self.out = self.q.mean, self.q.scale
+        return loss
+
+
+@pytest.mark.parametrize("path", ["q", "out:0", ("mean", "scale"), ("out:0", "out:1"), ("q:mean", "q:stddev")])
+def test_an_attribute_that_a_step_sets_is_read_as_the_error_says(tmp_path, path):
+    model, prior = SetsLater(), lambda module, batch: module.p
+    with pytest.raises(ValueError, match="For an attribute that a step sets first") as error:
+        fit(tmp_path, model, CollapseDetector(posterior=path, prior=prior))
+    [code] = re.findall(r"sets first, write `posterior=(.*)`\.$", str(error.value))
+    if path == "out:0":
+        assert code == "lambda pl_module, batch: pl_module.out[0]"
+        return
+    detector = CollapseDetector(posterior=eval(code), prior=prior, second="scale")
+    fit(tmp_path, model, detector, epochs=1)
+    assert detector.report.rate == pytest.approx(sum(model.kls) / 2, rel=1e-5)
