@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from .base import callbacks_of, knobs_of, sum_over_processes
-from .control.attribute_writer import AttributeWriter, MisconfigurationException, monitors
-from .control.rate_controller import ControllerState, RateController, rate_scale
-from .control.run_schedule import RunSchedule
+from .control.weight_controller import WeightController
 from .reading.distributions import Second
 from .reading.latent_reader import Latent, LatentReader, Places, measured_rates
-from .schedules import Constant, Schedule, at_least, check_number, is_positive
+from .schedules import Schedule, at_least, check_number
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
-
-_VALIDATION_LOSS = re.compile(r"val(id|idation)?[/_]loss(_epoch)?")
+    from lightning.pytorch import LightningModule
 
 
-class TargetRate(AttributeWriter):
+class TargetRate(WeightController):
     r"""Hold the rate at a target number of nats or bits by moving the weight of the KL term.
 
     ControlVAE's PI controller, in the logarithm of the weight,
@@ -92,6 +85,8 @@ class TargetRate(AttributeWriter):
     """
 
     _reader: LatentReader
+    _nan_remedy = "Check the posterior: scales and variances are positive."
+    _monitor_remedy = "Monitor a reconstruction error, or an ELBO without the weight once the rate is at its target."
 
     def __init__(
         self,
@@ -124,212 +119,67 @@ class TargetRate(AttributeWriter):
         if not callable(target):
             unit = "nats" if bits is None else "bits"
             check_number(unit, target, "a finite rate of at least 0, or a schedule", at_least(0))
-        if isinstance(target, Schedule):
-            target.resolve(None, steps_per_epoch=1, total_steps=1)  # raises if its end is left open
-        positive = {"start": start, "min_beta": min_beta, "max_beta": max_beta, "integral": integral}
-        for option, value in {**positive, "price": price, "patience": patience}.items():
-            if value is not None:
-                check_number(option, value, "a finite number above 0", is_positive)
-        for option, value in {"proportional": proportional, "tolerance": tolerance}.items():
-            check_number(option, value, "a finite number of at least 0", at_least(0))
-        if min_beta is not None and max_beta is not None and not min_beta < max_beta:
-            raise ValueError(f"`min_beta` must be below `max_beta`, got {min_beta} and {max_beta}.")
-        check_number("smoothing", smoothing, "at least 0 and below 1", lambda share: 0 <= share < 1)
-        if setter is not None and start is None:
-            raise ValueError("`start` must be given with a `setter`: the weight to start from is not known otherwise.")
-        super().__init__(attribute, setter, name)
-        self.schedule = target if callable(target) else Constant(float(target or 0.0))
+        super().__init__(
+            target,  # type: ignore[arg-type]  # one of the two was given
+            attribute,
+            setter,
+            name,
+            ("knobs/target_rate", "latent/controlled_rate"),
+            start,
+            min_beta,
+            max_beta,
+            proportional,
+            integral,
+            smoothing,
+            tolerance,
+            price,
+            patience,
+        )
         self.nats = nats
         self.bits = bits
-        self.start = start
-        self.min_beta = min_beta
-        self.max_beta = max_beta
-        self.proportional = proportional
-        self.integral = integral
-        self.smoothing = smoothing
-        self.tolerance = tolerance
-        self.price = price
-        self.patience = patience
-        self._log_key = "knobs/target_rate" if name is None else f"knobs/target_rate_{name}"
-        self._rate_key = "latent/controlled_rate" if name is None else f"latent/controlled_rate_{name}"
-        self._reader = LatentReader(posterior, prior, z, second, chunk, f"{type(self).__name__}({self.name})", mask)
-        self._schedule = RunSchedule(self.schedule)
-        self._first: float | None = None  # the weight that the run began with
-        self._controller: RateController | None = None
-        self._state: ControllerState | None = None
-        self._measured: Tensor | None = None  # sum of the rates and number of observations since the last step
-        self._sets_limit = False  # True if the module's validation loss uses the target
-        self._reported: set[str] = set()
+        self._reader = LatentReader(posterior, prior, z, second, chunk, self._title, mask)
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._reported, self._measured = set(), None
-        super().on_fit_start(trainer, pl_module)
-
-    @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        measured = self._measure(pl_module, batch)
-        self._measured = measured if self._measured is None else self._measured + measured
-        if not self.accumulates(trainer):
-            self._steer(trainer)
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-
-    @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_end(trainer, pl_module)
-        self._report(self.target(max(0, self.step(trainer) - 1)))  # for runs that rarely log
-        self._schedule.end(trainer, f"{type(self).__name__}({self.name})", self.step(trainer))
-
-    @override
-    def state_dict(self) -> dict[str, Any]:
-        state = {} if self._state is None else {name: value.cpu() for name, value in self._state._asdict().items()}
-        return {"base": self._first, **self._schedule.state(), **state}
-
-    @property
-    def weight(self) -> Tensor | None:
-        """The weight of the next step, a 0-dim tensor; ``None`` before the first fit."""
-        return None if self._state is None else self._state.log_weight.exp()
-
     def target(self, step: int) -> float:
         """Return the target of a step, in nats."""
-        return self._in_nats(self._schedule(step))
-
-    @override
-    def _value(self, step: int) -> Tensor:
-        assert isinstance(self._target, Tensor)
-        return self._target
-
-    @property
-    @override
-    def _moves(self) -> bool:
-        return True
+        return self._in_nats(super().target(step))
 
     def _in_nats(self, value: float) -> float:
         return value if self.bits is None else value * math.log(2)
 
-    def _measure(self, pl_module: LightningModule, batch: Any) -> Tensor:
-        try:
-            return sum_and_count(self._reader.read(pl_module, batch), pl_module.device)
-        except ValueError as error:
-            raise ValueError(f"{type(self).__name__}({self.name}): {error}") from None
-
-    def _steer(self, trainer: Trainer) -> None:
-        """Update the controller with the step that has just been taken."""
-        assert self._controller is not None
-        assert self._state is not None
-        assert self._measured is not None
-        measured, self._measured = sum_over_processes(trainer, self._measured), None
-        self._state = self._controller(self._state, measured[0] / measured[1], self.target(self.step(trainer)))
-        self._target = self.weight
+    @override
+    def _scale(self, target: float) -> float:
+        return max(target, 1.0)
 
     @override
-    def _log(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        super()._log(trainer, pl_module, batch)
-        assert self._state is not None
-        target = self.target(self.step(trainer))
-        self.log_now(pl_module, {self._log_key: target, self._rate_key: self._state.rate})
-        self._report(target)
+    def _measure(self, pl_module: LightningModule, batch: Any) -> Tensor:
+        return sum_and_count(self._reader.read(pl_module, batch), pl_module.device)
 
-    def _report(self, target: float) -> None:
-        for kind, text in self._problems(target):
-            if kind not in self._reported:
-                self._reported.add(kind)
-                rank_zero_warn(f"{type(self).__name__}({self.name}): {text}")
-
-    def _problems(self, target: float) -> Iterator[tuple[str, str]]:
-        """Yield each problem with the options, and its remedy. Synchronises with the device."""
-        assert self._state is not None
-        rate, _, log_weight, steps = (float(value) for value in self._state)
-        if math.isnan(rate):
-            yield "nan", "the measured rate is not a number. Check the posterior: scales and variances are positive."
-            return
-        weight = f"`{self.name}` has been at its {{}}, {math.exp(log_weight):.4g}, for {abs(steps):.0f} steps"
-        missed = f", and the rate is {rate:.4g} nats instead of {target:.4g}."
+    @override
+    def _problems(self, average: float, weight: float, steps: float, target: float) -> Iterator[tuple[str, str]]:
+        at_bound = f"`{self.name}` has been at its {{}}, {weight:.4g}, for {abs(steps):.0f} steps"
+        missed = f", and the rate is {average:.4g} nats instead of {target:.4g}."
         if steps >= self.patience:
             remedy = "Raise `max_beta` or the target. If no weight lowers the rate, the loss does not read it."
-            yield "high", f"{weight.format('largest')}{missed} {remedy}"
+            yield "high", f"{at_bound.format('largest')}{missed} {remedy}"
         elif steps <= -self.patience:
             remedy = "Lower `min_beta` or the target, or give the model more latent dimensions."
-            yield "low", f"{weight.format('smallest')}{missed} {remedy}"
-        met = abs(rate - target) <= self.tolerance * rate_scale(target)
-        if met and self._sets_limit and math.exp(log_weight) > self.price:
+            yield "low", f"{at_bound.format('smallest')}{missed} {remedy}"
+        met = abs(average - target) <= self.tolerance * self._scale(target)
+        if met and self._sets_limit and weight > self.price:
             yield (
                 "price",
-                f"it takes `{self.name}` = {math.exp(log_weight):.4g} to hold the rate, and `val/loss` charges "
-                f"{self.price:g} for a nat above the target: exceeding it would pay. Raise `price`.",
+                f"it takes `{self.name}` = {weight:.4g} to hold the rate, and `val/loss` charges {self.price:g} for a "
+                "nat above the target: exceeding it would pay. Raise `price`.",
             )
 
     @override
-    def _prepare(
-        self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
-    ) -> None:
-        first = self.start if self.start is not None else restored.get("base") or current
-        if first is None or not first > 0:
-            raise ValueError(
-                f"{type(self).__name__}({self.name}): the weight to start from must be above 0, got {first}. Configure "
-                "the module with another weight, or give `start`."
-            )
-        self._first = float(first)
-        self._schedule.begin(trainer, f"{type(self).__name__}({self.name})", None, restored)
-        self._controller = self._bounded(self._first)
-        self._state = ControllerState.start(math.log(self._first), pl_module.device)
-        if all(name in restored for name in ControllerState._fields):
-            saved = (torch.as_tensor(restored[name]) for name in ControllerState._fields)
-            self._state = ControllerState(*(value.to(pl_module.device) for value in saved))
-        self._set_limit(pl_module)
-        self._target = self.weight
-
-    def _bounded(self, first: float) -> RateController:
-        lower = first / 100 if self.min_beta is None else self.min_beta
-        upper = first * 100 if self.max_beta is None else self.max_beta
-        if not lower <= first <= upper:
-            raise ValueError(
-                f"{type(self).__name__}({self.name}): the weight starts at {first:g}, which must be within "
-                f"`min_beta` and `max_beta`, {lower:g} to {upper:g}. Change them or `start`."
-            )
-        return RateController(
-            math.log(lower), math.log(upper), self.proportional, self.integral, self.smoothing, self.tolerance
-        )
-
-    def _set_limit(self, pl_module: Any) -> None:
-        """Pass the rate limit for model selection, and the price of exceeding it, to a module with knobs."""
-        end = self._schedule.final
-        if end is None:  # a plain callable, which ends with the run
-            last = self._schedule.total_steps or 10**9
-            try:
-                end = self.schedule(last)
-            except LookupError:  # a table with a target for each step
-                end = self._schedule(last - 1)
+    def _set_limit(self, pl_module: Any, end: float) -> None:
         limit = self._in_nats(end)
         if not 0 <= limit < math.inf:
-            raise ValueError(
-                f"{type(self).__name__}({self.name}): the target must end at a finite rate of at least 0, got {limit}."
-            )
-        steered = tuple(path for path in self._paths if path in knobs_of(pl_module))
-        self._sets_limit = bool(steered)
+            raise ValueError(f"{self._title}: the target must end at a finite rate of at least 0, got {limit}.")
         if self._sets_limit:
-            pl_module.steered_knobs = steered
-            pl_module.rate_limit = (limit + self.tolerance * rate_scale(limit), self.price)
-
-    @override
-    def _refuse_moving_monitor(self, trainer: Trainer) -> None:
-        super()._refuse_moving_monitor(trainer)
-        for owner, monitor in () if self._sets_limit else monitors(trainer):
-            if _VALIDATION_LOSS.fullmatch(monitor):
-                rank_zero_warn(
-                    f"{type(self).__name__}({self.name}): {owner} monitors {monitor!r}. If that contains "
-                    f"`{self.name}`, it moves with the controller and is lowest where the weight is. Monitor a "
-                    "reconstruction error, or an ELBO without the weight once the rate is at its target."
-                )
-
-    @override
-    def _refuse_twins(self, trainer: Trainer) -> None:
-        super()._refuse_twins(trainer)
-        for each in callbacks_of(trainer):
-            if isinstance(each, TargetRate) and each is not self and each._log_key == self._log_key:
-                raise MisconfigurationException(f"Two callbacks log `{self._log_key}`. Distinguish them with `name=`.")
+            pl_module.rate_limit = (limit + self.tolerance * self._scale(limit), self.price)
 
 
 def sum_and_count(views: Sequence[Mapping[str, Latent]], device: torch.device) -> Tensor:

@@ -26,7 +26,7 @@ from lightning_vae.callbacks import (
     Linear,
     TargetRate,
 )
-from lightning_vae.callbacks.control.rate_controller import ControllerState, RateController
+from lightning_vae.callbacks.control.pi_controller import ControllerState, PIController
 from lightning_vae.callbacks.probing.loss_probe import LossProbe
 from tests.doubles import quiet_trainer
 
@@ -455,15 +455,15 @@ def test_free_bits_of_the_generators_loss(tmp_path: Path) -> None:
 def test_the_target_rate_is_steered_by_each_batch(tmp_path: Path, kind: Any) -> None:
     module = kind(kl_weight=1e-3)
     fit(tmp_path, module, TargetRate(2.0, attribute="kl_weight", posterior="encoder", chunk=1))
-    controller = RateController(math.log(1e-5), math.log(1e-1), 1.0, 0.03, 0.95, 0.05)
+    controller = PIController(math.log(1e-5), math.log(1e-1), 1.0, 0.03, 0.95, 0.05)
     state, weights = ControllerState.start(math.log(1e-3), "cpu"), []
     for rates in module.encoded:
-        weights.append(float(state.log_weight.exp()))
+        weights.append(float(state.output.exp()))
         # After the first optimizer's step the encoder has other weights.
         of_step = rates[:1] if kind is Closures else rates
-        state = controller(state, torch.tensor(of_step).mean(), 2.0)
+        state = controller(state, torch.tensor(of_step).mean(), 2.0, 2.0)
     assert module.used == pytest.approx(weights, rel=1e-5)
-    assert module.kl_weight == pytest.approx(float(state.log_weight.exp()), rel=1e-5)
+    assert module.kl_weight == pytest.approx(float(state.output.exp()), rel=1e-5)
 
 
 @EACH

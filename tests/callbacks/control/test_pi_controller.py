@@ -1,13 +1,13 @@
-"""The controller of the rate alone, without a model."""
+"""The controller alone, without a model."""
 
 import math
 
 import pytest
 import torch
 
-from lightning_vae.callbacks.control.rate_controller import (
+from lightning_vae.callbacks.control.pi_controller import (
     ControllerState,
-    RateController,
+    PIController,
     exponential_average,
     integrate,
     relative_error,
@@ -17,9 +17,9 @@ from tests.callbacks.test_target_rate import beta_at
 from tests.test_yardstick import SPECTRUM, VARIANCE
 
 
-def controller(**options: float) -> RateController:
+def controller(**options: float) -> PIController:
     defaults = {"proportional": 1.0, "integral": 0.03, "smoothing": 0.95, "tolerance": 0.05}
-    return RateController(**{"lower": math.log(0.01), "upper": math.log(100.0), **defaults, **options})
+    return PIController(**{"lower": math.log(0.01), "upper": math.log(100.0), **defaults, **options})
 
 
 def test_the_average_starts_at_the_first_value_and_passes_over_what_is_not_finite() -> None:
@@ -37,7 +37,7 @@ def test_the_average_starts_at_the_first_value_and_passes_over_what_is_not_finit
     [(5.0, 4.0, 0.25), (3.0, 4.0, -0.25), (0.2, 0.1, 0.1), (1e38, 4.0, 1.0), (-9.0, 4.0, -1.0), (math.nan, 4.0, 0.0)],
 )
 def test_the_error_is_relative_and_bounded(rate: float, target: float, expected: float) -> None:
-    assert float(relative_error(torch.tensor(rate), target)) == pytest.approx(expected)
+    assert float(relative_error(torch.tensor(rate), target, max(target, 1.0))) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_five_thousand_steps_at_a_bound_leave_nothing_behind(unreachable: float,
     met, wanted = [], 3.0
     for step in range(5500):
         target = unreachable if step < 5000 else wanted
-        state = control(state, torch.tensor(rate), target)
-        beta = float(state.log_weight.exp())
+        state = control(state, torch.tensor(rate), target, max(target, 1.0))
+        beta = float(state.output.exp())
         assert beta * 1.000001 >= 0.01
         assert beta <= 2.000001
         rate += (linear_vae_optimum(SPECTRUM, 4, VARIANCE, beta=beta).rate - rate) / 50

@@ -1,9 +1,10 @@
-"""A PI controller of the rate, in the logarithm of the weight, as pure functions of 0-dim tensors.
+"""A PI controller of the logarithm of a weight, as pure functions of 0-dim tensors.
 
 The linear VAE shows why the logarithm is right: with ``n`` active dimensions its rate falls by ``n / 2`` nats per unit
 of ``log(weight)`` at any weight, but by ``n / (2 weight)`` nats per unit of the weight itself. An active dimension
 carries about a nat, so the error relative to the target responds to the logarithm with a gain between 1/2 and 1, for
-any target and any number of latent dimensions. One pair of gains therefore serves them all.
+any target and any number of latent dimensions. Its squared error is proportional to the weight where all dimensions are
+active, so there the gain is 1. One pair of gains therefore serves them all.
 """
 
 from __future__ import annotations
@@ -19,35 +20,35 @@ class ControllerState(NamedTuple):
     """State of a controller, as 0-dim float32 tensors on one device.
 
     Attributes:
-        rate: The filtered rate in nats; NaN until one is measured.
-        integral: The sum of the errors, in units of ``log(weight)``.
-        log_weight: Logarithm of the weight of the next step.
-        steps_at_bound: Number of consecutive steps with the weight at a bound and the target missed; negative at the
+        average: The moving average of the measurements; NaN before the first.
+        integral: The sum of the errors, in units of the output.
+        output: Logarithm of the weight of the next step.
+        steps_at_bound: Number of consecutive steps with the output at a bound and the target missed; negative at the
             lower bound.
     """
 
-    rate: Tensor
+    average: Tensor
     integral: Tensor
-    log_weight: Tensor
+    output: Tensor
     steps_at_bound: Tensor
 
     @classmethod
-    def start(cls, log_weight: float, device: torch.device | str) -> Self:
+    def start(cls, output: float, device: torch.device | str) -> Self:
         """Return the state before the first measurement."""
-        values = (float("nan"), log_weight, log_weight, 0.0)
+        values = (float("nan"), output, output, 0.0)
         return cls(*(torch.tensor(value, dtype=torch.float32, device=device) for value in values))
 
 
 @dataclass(frozen=True)
-class RateController:
-    """Raise the weight if the rate is above its target, and lower it if the rate is below.
+class PIController:
+    """Raise the output if a measured number is above its target, and lower it if the number is below.
 
     Args:
-        lower: Smallest ``log(weight)``.
-        upper: Largest ``log(weight)``.
+        lower: Smallest output.
+        upper: Largest output.
         proportional: Gain of the error.
         integral: Gain of its sum, per step.
-        smoothing: Weight of the previous filtered rate: 0.95 averages over about 20 steps.
+        smoothing: Weight of the previous average: 0.95 averages over about 20 steps.
         tolerance: Relative error up to which the target counts as met.
     """
 
@@ -58,24 +59,25 @@ class RateController:
     smoothing: float
     tolerance: float
 
-    def __call__(self, state: ControllerState, rate: Tensor, target: float) -> ControllerState:
+    def __call__(self, state: ControllerState, measured: Tensor, target: float, scale: float) -> ControllerState:
         """Return the state after a measurement, without waiting for the device.
 
         Args:
             state: The previous state.
-            rate: The rate of this step in nats; a rate that is not finite is skipped.
-            target: The target rate in nats.
+            measured: The number measured in this step; one that is not finite is skipped.
+            target: Its target.
+            scale: The unit of errors.
         """
-        filtered = exponential_average(state.rate, rate, self.smoothing)
-        error = relative_error(filtered, target)
+        average = exponential_average(state.average, measured, self.smoothing)
+        error = relative_error(average, target, scale)
         integral = integrate(state.integral, error, self.lower, self.upper, self.proportional, self.integral)
-        log_weight = (self.proportional * error + integral).clamp(self.lower, self.upper)
+        output = (self.proportional * error + integral).clamp(self.lower, self.upper)
         # A float32 sum of the two may miss a bound by its rounding.
-        high = (log_weight >= self.upper - 1e-4) & (error > self.tolerance)
-        low = (log_weight <= self.lower + 1e-4) & (error < -self.tolerance)
+        high = (output >= self.upper - 1e-4) & (error > self.tolerance)
+        low = (output <= self.lower + 1e-4) & (error < -self.tolerance)
         steps = state.steps_at_bound
         steps = torch.where(high, steps.clamp(min=0) + 1, torch.where(low, steps.clamp(max=0) - 1, 0.0))
-        return ControllerState(filtered, integral, log_weight, steps)
+        return ControllerState(average, integral, output, steps)
 
 
 def exponential_average(previous: Tensor, value: Tensor, smoothing: float) -> Tensor:
@@ -90,22 +92,18 @@ def exponential_average(previous: Tensor, value: Tensor, smoothing: float) -> Te
     return torch.where(value.isfinite(), average, previous)
 
 
-def rate_scale(target: float) -> float:
-    """Return the unit of errors in nats: the target, but at least 1."""
-    return max(target, 1.0)
+def relative_error(measured: Tensor, target: float, scale: float) -> Tensor:
+    """Return the excess of a number over its target, in units of a scale, clamped to -1 and 1.
 
-
-def relative_error(rate: Tensor, target: float) -> Tensor:
-    """Return the excess of a rate over its target, in units of :func:`rate_scale`, clamped to -1 and 1.
-
-    With the clamp, only the gains determine the largest move of the weight, even for an untrained model's rate, and
+    With the clamp, only the gains determine the largest move of the output, even for an untrained model's numbers, and
     nothing can overflow.
 
     Args:
-        rate: Nats; NaN has no error.
-        target: Nats.
+        measured: The number; NaN has no error.
+        target: Its target.
+        scale: The unit.
     """
-    return ((rate - target) / rate_scale(target)).nan_to_num(0.0).clamp(-1.0, 1.0)
+    return ((measured - target) / scale).nan_to_num(0.0).clamp(-1.0, 1.0)
 
 
 def integrate(integral: Tensor, error: Tensor, lower: float, upper: float, proportional: float, gain: float) -> Tensor:
