@@ -8,6 +8,7 @@ from .control.attribute_writer import AttributeWriter as AttributeWriter
 from .dashboard import Dashboard as Dashboard
 from .enforced_free_bits import EnforcedFreeBits as EnforcedFreeBits
 from .free_bits import FreeBits as FreeBits
+from .geco import GECO as GECO
 from .kl_annealing import KLAnnealing as KLAnnealing
 from .latent_space import LatentSpace as LatentSpace
 from .metrics.active_units import ActiveUnits as ActiveUnits
@@ -37,6 +38,7 @@ from .schedules import Staged as Staged
 from .target_rate import TargetRate as TargetRate
 
 __all__ = [
+    "GECO",
     "ActiveUnits",
     "AttributePath",
     "AttributeScheduler",

@@ -137,6 +137,7 @@ class TargetRate(WeightController):
         )
         self.nats = nats
         self.bits = bits
+        self.price = price
         self._reader = LatentReader(posterior, prior, z, second, chunk, self._title, mask)
 
     @override

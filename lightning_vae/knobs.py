@@ -33,6 +33,8 @@ class KnobModule(LightningModule):
         constructed_knobs: The same as the constructor set it, before any later assignment.
         rate_limit: The rate in nats that a controller holds the module at, and the price of each nat above it; saved in
             checkpoints. ``None`` if no controller has set it.
+        error_limit: The error that a controller holds the module at, ``"squared_error"`` or ``"distortion"``, with its
+            limit and the price in nats of each unit above it; saved in checkpoints. ``None`` if none has set it.
         steered_knobs: The knobs that this controller moves; saved with the limit.
     """
 
@@ -40,13 +42,14 @@ class KnobModule(LightningModule):
     constructed_knobs: dict[str, float | None]
     steered_knobs: tuple[str, ...]
     rate_limit: tuple[float, float] | None
+    error_limit: tuple[str, float, float] | None
     _averages = False
     chosen_options: tuple[str, ...] = ()
     """Options of the constructor that a callback may override. The override is saved like the knobs."""
 
     def _register_knobs(self, **knobs: tuple[float | None, float]) -> None:
         """Register knobs by name, each with its configured number, if any, and its default."""
-        self.rate_limit, self.steered_knobs = None, ()
+        self.rate_limit, self.error_limit, self.steered_knobs = None, None, ()
         self.knobs = {name: None if own is None else checked_number(name, own) for name, (own, _) in knobs.items()}
         self.constructed_knobs = dict(self.knobs)
         for name, (own, default) in knobs.items():
@@ -91,7 +94,7 @@ class KnobModule(LightningModule):
     @override
     def setup(self, stage: str) -> None:
         if stage == "fit":  # a checkpoint restores the limit of the resumed run
-            self.rate_limit, self.steered_knobs = None, ()
+            self.rate_limit, self.error_limit, self.steered_knobs = None, None, ()
             for name, value in self.knobs.items():
                 if value is not None:  # otherwise the knob stays as it is
                     self._fill(name, value)
@@ -104,6 +107,7 @@ class KnobModule(LightningModule):
             constructed_knobs=dict(self.constructed_knobs),
             knob_values={name: float(getattr(self, name)) for name in self.knobs},
             rate_limit=self.rate_limit,
+            error_limit=self.error_limit,
             steered_knobs=list(self.steered_knobs),
             chosen={name: value for name, value in options.items() if value != self.hparams[name]},
         )
@@ -114,7 +118,8 @@ class KnobModule(LightningModule):
         if "knob_targets" in saved:  # version 0.1.0, in which a controller always moved beta
             steered = ["beta"] if saved.get("rate_limit") else []
             saved = {**saved, "knob_values": saved["knob_targets"], "knobs": self.knobs, "steered_knobs": steered}
-        self.rate_limit, self.steered_knobs = saved.get("rate_limit"), tuple(saved.get("steered_knobs", ()))
+        self.rate_limit, self.error_limit = saved.get("rate_limit"), saved.get("error_limit")
+        self.steered_knobs = tuple(saved.get("steered_knobs", ()))
         for name, value in saved.get("knob_values", {}).items():
             self._load_knob(name, value, saved["knobs"][name], saved.get("constructed_knobs", {}).get(name))
         for name, value in saved.get("chosen", {}).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -361,6 +362,52 @@ def limited_rate_loss(distortion: Tensor, rate: Tensor, limit: float, price: flo
     _check_same_shape(distortion=distortion, rate=rate)
     limit, price = checked_number("limit", limit), checked_number("price", price)
     return distortion + price * (rate - limit).clamp(min=0.0)
+
+
+def constrained_rate_loss(rate: Tensor, error: Tensor, limit: float, price: float) -> Tensor:
+    r"""Compute the loss that selects models under a constraint on an error: the rate, plus a price on violations.
+
+    .. math::
+        R + \text{price} \cdot \max(0, E - \text{limit})
+
+    The smallest rate at a given error is a convex function of the error. If the price is at least minus its slope at
+    the limit, which is the multiplier of the constraint, the model with the smallest loss is therefore the one with the
+    smallest rate within the limit: a violation never pays. For the distortion the multiplier is ``1 / beta``.
+
+    Args:
+        rate: Mean rate in nats per observation, a scalar.
+        error: Mean error of an observation, a scalar.
+        limit: In units of the error.
+        price: Nats of loss per unit of the error.
+
+    Raises:
+        ValueError: If the shapes differ, the limit is not finite, or the price is negative or not finite.
+
+    References:
+        Rezende and Viola, "Taming VAEs", 2018, equation 3, for the multiplier.
+    """
+    _check_same_shape(rate=rate, error=error)
+    check_number("limit", limit, "a finite number", math.isfinite)
+    return rate + checked_number("price", price) * (error - limit).clamp(min=0.0)
+
+
+def constrained_error(
+    kind: str, distortion: Tensor, likelihood: Distribution, x: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """Return the error of each observation that a constraint limits, without its graph, shape ``(B,)``.
+
+    Args:
+        kind: ``"distortion"``, or ``"squared_error"`` for that of the mean of p(x|z), summed over the event.
+        distortion: ``-log p(x|z)`` in nats, shape ``(B,)``.
+        likelihood: ``p(x|z)`` at the sample of the posterior.
+        x: The observations, shape ``(B, *shape)``.
+        mask: True where a number of ``x`` is there; ``None`` if all are.
+    """
+    if kind == "distortion":
+        return distortion.detach()
+    with torch.no_grad():
+        errors = (likelihood.mean - x).square()
+        return (errors if mask is None else errors * mask).flatten(1).sum(1)
 
 
 def checked_number(name: str, value: Any) -> float:

@@ -12,7 +12,15 @@ from typing_extensions import override
 from .checkpoints.guards import without_batches
 from .distributed import rank_and_processes, sum_over_processes
 from .module import RunModule
-from .objective import ELBOTerms, FreeBitsAverage, FreeBitsPer, free_bits, limited_rate_loss, weighted_loss
+from .objective import (
+    ELBOTerms,
+    FreeBitsAverage,
+    FreeBitsPer,
+    constrained_rate_loss,
+    free_bits,
+    limited_rate_loss,
+    weighted_loss,
+)
 from .observations import Observations
 from .running_sums import RunningSums, mean, named_terms
 
@@ -25,6 +33,7 @@ class PassModule(RunModule):
     Attributes:
         rate_parts: Number of parts of the rate.
         terms: The terms that are added to the loss, by name.
+        constrained_error: The error of each observation in the batch processed last, if there is a limit on it.
     """
 
     latent_dim: int
@@ -36,6 +45,7 @@ class PassModule(RunModule):
     free_bits_per: FreeBitsPer
     free_bits_average: FreeBitsAverage
     posterior: Any
+    constrained_error: Tensor | None
     working_dtype: torch.dtype
 
     def __init__(self) -> None:
@@ -43,6 +53,7 @@ class PassModule(RunModule):
         self._evaluation_sums: dict[int, RunningSums] = {}
         self._count = 0  # observations so far in the pass
         self._loader = 0  # number of the loader that the pass is in
+        self.constrained_error = None
 
     def observe(self, batch: Any, first: int = 0) -> Observations:
         """Return a batch as the model sees it at evaluation."""
@@ -81,7 +92,8 @@ class PassModule(RunModule):
         floored = self._floored_rate(rates) * len(observations)
         added = [term * len(observations) for term in self._added_terms()]
         bound = self._bound(observations)
-        columns = [distortion.sum(), floored, *added, *([] if bound is None else [bound.sum()])]
+        errors = [] if self.error_limit is None else [self._error_of_batch().sum()]
+        columns = [distortion.sum(), floored, *added, *([] if bound is None else [bound.sum()]), *errors]
         sums = torch.cat([rates.sum(0), torch.stack(columns)])
         self._evaluation_sums[dataloader_idx].add(sums, len(observations))
 
@@ -129,23 +141,39 @@ class PassModule(RunModule):
                 continue  # a subclass's own step, which logs by itself
             means = mean(sums)
             rates, (distortion, floored, *others) = means[: self.rate_parts], means[self.rate_parts :]
-            added, bound = others[: len(self.terms)], others[len(self.terms) :]
+            added, others = others[: len(self.terms)], others[len(self.terms) :]  # of the bound, or of an error
             if self.free_bits_average == "batch":
                 floored = self._floored_rate(rates[None])
             rate = rates.sum()
-            if self.rate_limit is None:
-                loss = -bound[0] if bound else weighted_loss(distortion, floored, self.beta)
-            else:
+            if self.rate_limit is not None:
                 loss = limited_rate_loss(distortion, rate, *self.rate_limit)
+            elif self.error_limit is not None:
+                loss = constrained_rate_loss(rate, others[-1], *self.error_limit[1:])
+            elif self.importance_samples > 1:
+                loss = -others[0]
+            else:
+                loss = weighted_loss(distortion, floored, self.beta)
             if added:
                 loss = loss + self._weighted(added)
             values = named_terms(stage, torch.stack([distortion, rate, floored, loss, *added]), list(self.terms))
+            if self.error_limit is not None:
+                values[f"{stage}/{self.error_limit[0]}"] = others[-1]
             if loaders > 1:  # named as Lightning does
                 values = {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
             self.log_dict(values, batch_size=1, sync_dist=processes > 1, add_dataloader_idx=False)
 
     def _new_sums(self) -> RunningSums:
-        return RunningSums(self.rate_parts + 2 + len(self.terms) + (self.importance_samples > 1))
+        return RunningSums(
+            self.rate_parts + 2 + len(self.terms) + (self.importance_samples > 1) + (self.error_limit is not None)
+        )
+
+    def _error_of_batch(self) -> Tensor:
+        if self.constrained_error is None:
+            raise ValueError(
+                f"`{type(self).__name__}.elbo_terms` leaves no `constrained_error`, which `val/loss` needs under GECO. "
+                "Call `super().elbo_terms`, or set it."
+            )
+        return self.constrained_error
 
     def _floored_rate(self, rates: Tensor) -> Tensor:
         return free_bits(rates, self.free_bits, self.free_bits_per, self.free_bits_average)

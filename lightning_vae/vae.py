@@ -25,6 +25,7 @@ from .objective import (
     FreeBitsAverage,
     FreeBitsPer,
     check_single,
+    constrained_error,
     group_rates,
     rate_parts,
     weighted_loss,
@@ -55,7 +56,8 @@ class VAE(LatentModel):
     Logged in nats per observation: ``train/``, ``val/`` and ``test/`` with ``elbo``, ``rate``, ``distortion`` and
     ``floored_rate``, always unweighted, and ``loss``. ``train/loss`` is the loss being minimised. ``val/loss`` and
     ``test/loss`` are the loss at the knobs' targets, so they can select models under any schedule. Under a controller
-    that holds the rate they are the distortion plus a price for exceeding the target, :attr:`rate_limit`.
+    that holds the rate they are the distortion plus a price for exceeding the target, :attr:`rate_limit`; under one
+    that holds an error, the rate plus a price for exceeding :attr:`error_limit`.
 
     A batch is a tensor, a sequence that starts with one, or a mapping with the key ``"x"`` and optionally ``"index"``,
     the observation's index in its data set; ``"mask"``, True where a number of x is there; ``"label"``; and
@@ -105,6 +107,9 @@ class VAE(LatentModel):
             left at its default.
         rate_limit: The rate in nats up to which ``val/loss`` is the distortion, and the price of each nat above it; set
             by ``TargetRate``, saved in checkpoints. ``None`` if no controller has set it.
+        error_limit: ``"squared_error"`` or ``"distortion"``, its limit, up to which ``val/loss`` is the rate, and the
+            price of each unit above it; set by ``GECO`` and saved in the same way.
+        constrained_error: That error of each observation of the batch processed last, if there is a limit.
 
     Raises:
         ValueError: If an option is out of range.
@@ -271,9 +276,12 @@ class VAE(LatentModel):
         prior = self._step_prior(c)
         z = posterior.rsample() if index is None else sample_by_index(posterior, index)
         likelihood = self._decode(z, c, observed if self.training and index is None else None, mask)
+        distortion = -log_prob_of(likelihood, observed, mask)
+        if self.error_limit is not None:
+            self.constrained_error = constrained_error(self.error_limit[0], distortion, likelihood, observed, mask)
         if self._has_terms and isinstance(x, Observations):
             self._step = Step(x, posterior, prior, z, likelihood, data_size(trainer_of(self), self._loader))
-        return ELBOTerms(-log_prob_of(likelihood, observed, mask), rate_parts(posterior, prior, z))
+        return ELBOTerms(distortion, rate_parts(posterior, prior, z))
 
     def _added_terms(self) -> list[Tensor]:
         """Compute the terms that are added to the loss, unweighted, of the batch whose ELBO was computed last."""
@@ -346,7 +354,9 @@ class VAE(LatentModel):
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.posterior = self._prior = None  # callbacks have read them, and their graphs hold memory
+        self.posterior = None  # callbacks have read it, and its graph holds memory
+        if self._prior is not None or self.constrained_error is not None:
+            self._prior = self.constrained_error = None
 
     @override
     def setup(self, stage: str) -> None:
@@ -355,4 +365,5 @@ class VAE(LatentModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # The posterior of a training step has a graph, which can't be copied.
-        return {**super().__getstate__(), "posterior": None, "_prior": None, "_step": None, "_is_checked": False}
+        none = dict.fromkeys(("posterior", "_prior", "_step", "constrained_error"))
+        return {**super().__getstate__(), **none, "_is_checked": False}

@@ -74,6 +74,7 @@ ONE_OF = (
     (("period_steps", "period_epochs", "period_fraction"), 2),
     (("at_steps", "at_epochs", "at_fractions"), [1]),
     (("nats", "bits"), 1.0),
+    (("squared_error", "distortion"), 1.0),
 )
 # Results, measurements and records; where something is, which a number may say; and what the VAE checks and passes on.
 RESULTS = {"AggregateMoments", "Averages", "Evaluation", "LatentReport", "LinearVAEOptimum", "MixtureEstimates", "Step"}

@@ -54,6 +54,8 @@ class WeightController(AttributeWriter):
 
     sign = 1.0
     """Direction of the weight when the number is above its target: 1 raises it, -1 lowers it."""
+    _nan_remedy: str
+    _monitor_remedy: str
 
     def __init__(
         self,
@@ -69,7 +71,7 @@ class WeightController(AttributeWriter):
         integral: float,
         smoothing: float,
         tolerance: float,
-        price: float,
+        price: float | None,
         patience: int,
     ) -> None:
         if isinstance(target, Schedule):
@@ -94,7 +96,6 @@ class WeightController(AttributeWriter):
         self.integral = integral
         self.smoothing = smoothing
         self.tolerance = tolerance
-        self.price = price
         self.patience = patience
         self._target_key, self._average_key = (key if name is None else f"{key}_{name}" for key in measured)
         self._schedule = RunSchedule(self.schedule)
