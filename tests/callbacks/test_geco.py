@@ -100,10 +100,10 @@ def test_the_end_point_is_the_closed_form_from_both_sides(
 
 
 def test_a_short_run_is_near_it(tmp_path: Path) -> None:
-    watch, error, rate = fit_yardstick(tmp_path, GECO(squared_error=4.0), 400, 1.0, 512, (2e-2, 5e-3))
-    assert watch.multiplier(100) == pytest.approx(END_POINTS[4.0][0], rel=0.1)
+    fast = GECO(squared_error=4.0, smoothing=0.9, integral=0.03)
+    watch, error, _ = fit_yardstick(tmp_path, fast, 300, 1.0, 512, (2e-2, 5e-3))
+    assert watch.multiplier(75) == pytest.approx(END_POINTS[4.0][0], rel=0.1)
     assert error == pytest.approx(4.0, rel=0.05)
-    assert rate == pytest.approx(END_POINTS[4.0][1], abs=0.1)
 
 
 @pytest.mark.exhaustive
