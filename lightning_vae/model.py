@@ -41,6 +41,7 @@ class LatentModel(PassModule):
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
         prior_module: The prior as a module.
+        z: The sample of the posterior at which the rate of the batch processed last is estimated, if it is.
         has_joint_rate: Whether the rate has no parts for the dimensions, as under a mixture.
     """
 
@@ -90,6 +91,7 @@ class LatentModel(PassModule):
         parts = latent_dim if self.head is None else self.head.parts
         self.rate_parts = 1 if self.has_joint_rate else parts
         self.posterior: td.Distribution | None = None
+        self.z: Tensor | None = None
         self._prior: td.Distribution | None = None  # of the batch processed last, if it is not always the same
         self._is_checked = False  # whether the data that `elbo_terms` is given are
         self._note_dtype()

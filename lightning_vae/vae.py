@@ -275,6 +275,8 @@ class VAE(LatentModel):
         self.posterior = posterior = self._encode(observed, c, mask)
         prior = self._step_prior(c)
         z = posterior.rsample() if index is None else sample_by_index(posterior, index)
+        if self.has_joint_rate:
+            self.z = z  # at which the rate is estimated
         likelihood = self._decode(z, c, observed if self.training and index is None else None, mask)
         distortion = -log_prob_of(likelihood, observed, mask)
         if self.error_limit is not None:
@@ -356,7 +358,7 @@ class VAE(LatentModel):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         self.posterior = None  # callbacks have read it, and its graph holds memory
         if self._prior is not None or self.constrained_error is not None:
-            self._prior = self.constrained_error = None
+            self._prior = self.constrained_error = self.z = None
 
     @override
     def setup(self, stage: str) -> None:
@@ -365,5 +367,5 @@ class VAE(LatentModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # The posterior of a training step has a graph, which can't be copied.
-        none = dict.fromkeys(("posterior", "_prior", "_step", "constrained_error"))
+        none = dict.fromkeys(("posterior", "_prior", "z", "_step", "constrained_error"))
         return {**super().__getstate__(), **none, "_is_checked": False}

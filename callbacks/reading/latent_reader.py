@@ -113,7 +113,8 @@ class LatentReader:
         prior: Where the prior is, in the same forms and for the same groups; or a fixed ``Distribution``, or an object
             with ``log_prob``. ``None`` is the module's own attribute ``prior``. Without one, N(0, I) is assumed, or
             uniform categories, and that is said.
-        z: Where the module's sample is, as a path such as ``"encoder:1"`` or a callable. Rates without a closed form
+        z: Where the module's sample is, as a path such as ``"encoder:1"`` or a callable; by default the module's own
+            attribute ``z`` beside its ``posterior``, if it has one. Rates without a closed form
             are estimated there, otherwise at a sample of the reader's own. An output ``(Normal, z)`` is recognised.
         second: Meaning of a Gaussian's second parameter, or a function from it to the scale.
         chunk: Axis along which one tensor is split into the two parameters.
@@ -278,6 +279,8 @@ class LatentReader:
                 )
             priors = [shared] * len(posteriors)
         samples = self._samples[name].values(pl_module, batch) if name in self._samples else seen
+        if name not in self._samples and reader.posterior is None:
+            samples = _own_samples(pl_module, posteriors, samples)
         if len(samples) != len(posteriors) or not all(isinstance(z, Tensor | None) for z in samples):
             raise ValueError(
                 f"`z={self._samples[name].key!r}` must be one tensor for each of {len(posteriors)} posteriors, got "
@@ -325,3 +328,11 @@ def has_gradient(distribution: Any) -> bool:
 def _with_gradient(values: Sequence[_T], distribution_of: Callable[[_T], Any]) -> list[_T]:
     """Leave out the calls without a gradient, to log or show something; all count if none has one."""
     return [each for each in values if has_gradient(distribution_of(each))] or list(values)
+
+
+def _own_samples(pl_module: LightningModule, posteriors: list[Distribution], samples: list[Any]) -> list[Any]:
+    """Return the sample that a module keeps as its attribute ``z``, if it is one of its own posterior."""
+    z = getattr(pl_module, "z", None)
+    if not isinstance(z, Tensor) or len(posteriors) != 1 or samples != [None]:
+        return samples
+    return [z] if z.shape == posteriors[0].batch_shape + posteriors[0].event_shape else samples
