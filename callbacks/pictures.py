@@ -35,6 +35,7 @@ _COLUMNS = 10  # also the number of observations shown
 _SAMPLES = _COLUMNS * 5
 _INTERPOLATIONS = 5
 _MAX_TRAVERSALS = 12
+_COUNTERFACTUALS = 5
 _RANKED_BY = 256  # observations that rank the latent dimensions
 # One process alone can't run a model whose parameters these strategies shard.
 _SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
@@ -51,12 +52,18 @@ class Pictures(Callback):
     - ``images/traversals``: a row for each active latent dimension, in order of rate, at most 12: the first observation
       decoded with that dimension moved from -2.5 to 2.5 standard deviations of the prior.
 
+    A module whose ``condition`` has a method ``of_batch(batch, size)``, as a conditional ``lightning_vae.VAE``, is called
+    with what it returns: ``encode(x, c)``, ``decode(z, c)``. Each column of samples then has the condition of one
+    observation, interpolations and traversals that of the first in their row, and
+
+    - ``images/counterfactuals`` shows five observations, each decoded under the conditions of all ten.
+
     Under a prior p(z|c), which the validation step computes, each column of samples has the prior of one observation,
     and the traversals are in units of the first observation's. From a prior with only a log-density there are no
     samples, which is said once.
 
     The ten observations are spread evenly over the validation data. They are chosen in the first pass and saved with
-    the checkpoint; under a prior p(z|c) they are chosen in each pass, the same ones unless the loader shuffles.
+    the checkpoint; under a condition they are chosen in each pass, the same ones unless the loader shuffles.
     Observations that are not images are drawn as curves. All pictures show means: of the posterior, and of p(x|z) where
     ``decode`` returns a distribution.
 
@@ -235,30 +242,30 @@ class Pictures(Callback):
             return
         priors = self._prior.read(pl_module, batch)
         prior = Normal(0.0, 1.0) if priors is None else priors[0]  # of several views the first
+        c = _condition(pl_module, batch, len(x))
         if numbers:
-            self._chosen.append(_Rows(x[numbers].clone(), prior, len(x), numbers))
+            own = None if c is None else c[numbers]
+            self._chosen.append(_Rows(x[numbers].clone(), prior, len(x), numbers, own))
         if missing > 0:
-            self._ranking.append(_Rows(x, prior, len(x), list(range(min(missing, len(x))))))
+            self._ranking.append(_Rows(x, prior, len(x), list(range(min(missing, len(x)))), c))
 
     def _pictures(self, pl_module: LightningModule) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the observations that are shown, and the pictures by tag, each of shape ``(3, H, W)``, uint8."""
         with isolated_eval(pl_module):
             first = self._chosen[0]
-            is_conditional = first.has_prior_of_each(_mean(self._posterior(pl_module, first.x)).ndim)
-            if self._inputs is None or is_conditional:
+            is_conditional = first.has_prior_of_each(_mean(self._posterior(pl_module, first.x, first.c)).ndim)
+            c = None if first.c is None else torch.cat([rows.c for rows in self._chosen])  # type: ignore[misc]
+            if self._inputs is None or is_conditional or c is not None:
                 inputs = torch.cat([rows.x for rows in self._chosen])
             else:
                 inputs = self._inputs.to(pl_module.device)
             shown = _shown(inputs, pl_module)
             # Priors of each observation are not cut: then whole batches rank the dimensions.
-            ranking = [rows.x if is_conditional else rows.x[rows.numbers] for rows in self._ranking]
+            ranking = [rows if is_conditional else rows.first(len(rows.numbers)) for rows in self._ranking]
             codes = PosteriorSummary.joined(
-                [
-                    PosteriorSummary.of(self._posterior(pl_module, x), rows.prior)
-                    for x, rows in zip(ranking, self._ranking, strict=True)
-                ]
+                [PosteriorSummary.of(self._posterior(pl_module, rows.x, rows.c), rows.prior) for rows in ranking]
             )
-            mean = _mean(self._posterior(pl_module, inputs))
+            mean = _mean(self._posterior(pl_module, inputs, c))
             dimensions = (codes.active or codes.order[:1])[:_MAX_TRAVERSALS]
             unit = _of_one(first.prior, first.numbers[0] if is_conditional else None)
             latents = {
@@ -268,7 +275,12 @@ class Pictures(Callback):
             }
             if (samples := self._samples(mean, is_conditional)) is not None:
                 latents["samples"] = samples
-            decoded = self._decoded(pl_module, latents, shown.shape[1:], chunk=max(map(len, ranking)))
+            given = None
+            if c is not None:
+                latents["counterfactuals"] = mean[:_COUNTERFACTUALS, None].expand(-1, len(c), *mean.shape[1:])
+                given = _conditions(c, latents)
+            chunk = max(len(rows.x) for rows in ranking)
+            decoded = self._decoded(pl_module, latents, given, shown.shape[1:], chunk)
             if self._reconstruct is not None:
                 outputs = _means("reconstruct", self._reconstruct(pl_module, inputs), shown.shape[1:])
                 decoded["reconstructions"] = outputs[:, None]
@@ -278,6 +290,9 @@ class Pictures(Callback):
             "images/reconstructions": gallery.pairs(shown, decoded["reconstructions"].squeeze(1)),
             "images/traversals": gallery.rows(decoded["traversals"], titles),
         }
+        if c is not None:
+            originals = shown[:_COUNTERFACTUALS, None]
+            pictures["images/counterfactuals"] = gallery.rows(torch.cat([originals, decoded["counterfactuals"]], dim=1))
         if samples is not None:
             pictures["images/samples"] = gallery.each(decoded["samples"].flatten(0, 1), samples.shape[1])
         if len(between := decoded["interpolations"]):
@@ -311,8 +326,8 @@ class Pictures(Callback):
             )
         return drawn.to(mean)
 
-    def _posterior(self, pl_module: LightningModule, x: Tensor) -> Distribution | Tensor:
-        value = self._encode(pl_module, x)
+    def _posterior(self, pl_module: LightningModule, x: Tensor, c: Tensor | None = None) -> Distribution | Tensor:
+        value = self._encode(pl_module, x) if c is None else self._encode(pl_module, x, c)
         if isinstance(value, Tensor) and self.chunk is None:
             return value
         try:
@@ -321,12 +336,19 @@ class Pictures(Callback):
             raise ValueError(f"the output of `encode`: {error}".replace("`posterior=", "`encode=")) from None
 
     def _decoded(
-        self, pl_module: LightningModule, latents: dict[str, Tensor], shape: Sequence[int], chunk: int
+        self,
+        pl_module: LightningModule,
+        latents: dict[str, Tensor],
+        conditions: dict[str, Tensor] | None,
+        shape: Sequence[int],
+        chunk: int,
     ) -> dict[str, Tensor]:
         """Decode latents ``(rows, columns, ...)`` in batches of ``chunk`` to ``(rows, columns, *shape)``."""
         sizes = [part.shape[:2] for part in latents.values()]
-        together = torch.cat([part.flatten(0, 1) for part in latents.values()])
-        values = [_means("decode", self._decode(pl_module, part), shape) for part in together.split(chunk)]
+        given = [torch.cat([part.flatten(0, 1) for part in latents.values()]).split(chunk)]
+        if conditions is not None:
+            given.append(torch.cat([conditions[name].flatten(0, 1) for name in latents]).split(chunk))
+        values = [_means("decode", self._decode(pl_module, *parts), shape) for parts in zip(*given, strict=True)]
         parts = torch.cat(values).split([math.prod(size) for size in sizes])
         return {name: part.unflatten(0, size) for name, part, size in zip(latents, parts, sizes, strict=True)}
 
@@ -338,6 +360,11 @@ class _Rows(NamedTuple):
     prior: Any  # a distribution, or an object with `log_prob`
     size: int  # of the batch
     numbers: Sequence[int]  # of the observations
+    c: Tensor | None = None  # what the model is conditioned on, in rows
+
+    def first(self, number: int) -> _Rows:
+        """Return the first observations."""
+        return self._replace(x=self.x[:number], c=None if self.c is None else self.c[:number])
 
     def has_prior_of_each(self, axes: int) -> bool:
         """Return whether each observation has a prior of its own, p(z|c), over latents of so many axes."""
@@ -359,6 +386,26 @@ def _of_one(prior: Any, row: int | None) -> Distribution:
         return Normal(prior.mean[row], prior.stddev[row], validate_args=False)
     except NotImplementedError:
         return Normal(0.0, 1.0)
+
+
+def _condition(pl_module: LightningModule, batch: Any, size: int) -> Tensor | None:
+    """Return what a conditional module reads of a batch as its condition, in rows; ``None`` for any other module."""
+    of_batch = getattr(getattr(pl_module, "condition", None), "of_batch", None)
+    if of_batch is None:
+        return None
+    c: Tensor = of_batch(batch, size).to(pl_module.device)
+    return c
+
+
+def _conditions(c: Tensor, latents: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the condition of each latent of each picture: a row has one, or each column that of an observation."""
+    by_row = {"reconstructions": c[:, None], "interpolations": c[:, None], "traversals": c[:1, None]}
+    conditions = {}
+    for name, values in latents.items():
+        rows, columns = values.shape[:2]
+        own = by_row[name][:rows] if name in by_row else c[None, :columns]
+        conditions[name] = own.expand(rows, columns, -1)
+    return conditions
 
 
 def _is_sharded(trainer: Trainer) -> bool:

@@ -172,13 +172,15 @@ class LatentModel(PassModule):
         """Return the likelihood p(x|z), with batch shape ``(B,)`` and event shape ``shape``, in the networks' scale.
 
         Args:
-            z: Latents, shape ``(B, k)``.
+            z: Latents, shape ``(B, k)``; of groups of categories also ``(B, groups, classes)``.
             condition: What the model is conditioned on, for all latents or for each; see :meth:`sample`.
 
         Raises:
             ValueError: If the latents have another shape or type or are not finite, or the decoder's output has the
                 wrong shape.
         """
+        if isinstance(z, Tensor) and z.ndim == 3 and self.head is not None and self.head.classes:
+            z = z.flatten(1)
         if not isinstance(z, Tensor) or z.shape[1:] != (self.latent_dim,):
             given = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
             raise ValueError(f"`z` must have shape (B, {self.latent_dim}), got {given}.")

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lightning_vae import (
@@ -24,7 +25,7 @@ from lightning_vae import (
     VampPrior,
     evaluate,
 )
-from lightning_vae.callbacks import CollapseDetector, FreeBits
+from lightning_vae.callbacks import CollapseDetector, FreeBits, LatentSpace, Pictures
 from lightning_vae.datamodules import Digits
 from tests.doubles import quiet_trainer
 
@@ -42,6 +43,37 @@ MODELS = {
     "a likelihood with two outputs": {"likelihood": partial(Gaussian, variance="per_pixel")},
     "heavy tails given a class": {"likelihood": Laplace, "condition": partial(Condition, classes=10, embedding=3)},
 }
+
+
+class Record(Logger):
+    """Keeps the names of the pictures that it gets."""
+
+    name, version = "record", 0
+
+    def __init__(self):
+        super().__init__()
+        self.images = set()
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    def log_metrics(self, *_, **__):
+        pass
+
+    def log_image(self, key, images, step=None):
+        self.images.add(key)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_part_is_drawn(tmp_path, name):
+    vae, logger = model(name), Record()
+    trainer = quiet_trainer(
+        tmp_path, max_epochs=1, limit_train_batches=2, callbacks=[Pictures(), LatentSpace()], logger=logger
+    )
+    trainer.fit(vae, Digits(batch_size=100))
+    assert {"images/reconstructions", "images/samples", "images/traversals", "images/interpolations"} <= logger.images
+    assert ("images/counterfactuals" in logger.images) == (vae.condition is not None)
+    assert {tag for tag in logger.images if tag.startswith("latent/")}
 
 
 def model(name, **options):

@@ -27,7 +27,7 @@ class ModuleCall:
         ValueError: If ``where`` is neither.
     """
 
-    def __init__(self, option: str, where: str | Callable[[Any, Any], Any]) -> None:
+    def __init__(self, option: str, where: str | Callable[..., Any]) -> None:
         if not (callable(where) or isinstance(where, str)):
             raise ValueError(
                 f"`{option}` must be the path of a method or submodule, or a callable `(pl_module, input)`, got "
@@ -45,13 +45,13 @@ class ModuleCall:
         if isinstance(self.where, str):
             self._find(pl_module, self.where)
 
-    def __call__(self, pl_module: LightningModule, value: Any) -> Any:
+    def __call__(self, pl_module: LightningModule, *values: Any) -> Any:
         """Call the method or submodule."""
         if not isinstance(self.where, str):
-            return self.where(pl_module, value)
-        return part_of_output(self._find(pl_module, self.where)(value), self.where, self.option)
+            return self.where(pl_module, *values)
+        return part_of_output(self._find(pl_module, self.where)(*values), self.where, self.option)
 
-    def _find(self, pl_module: LightningModule, where: str) -> Callable[[Any], Any]:
+    def _find(self, pl_module: LightningModule, where: str) -> Callable[..., Any]:
         path = where.partition(":")[0]
         try:
             found: Any = reduce(getattr, path.split("."), pl_module)
@@ -67,7 +67,7 @@ class ModuleCall:
                 f"`{self.option}`: {type(pl_module).__name__} has nothing callable at {path!r}. {hint} Or pass a "
                 "callable `(pl_module, input)`."
             )
-        called: Callable[[Any], Any] = found
+        called: Callable[..., Any] = found
         return called
 
 
