@@ -52,9 +52,9 @@ class Pictures(Callback):
     - ``images/traversals``: a row for each active latent dimension, in order of rate, at most 12: the first observation
       decoded with that dimension moved from -2.5 to 2.5 standard deviations of the prior.
 
-    A module whose ``condition`` has a method ``of_batch(batch, size)``, as a conditional ``lightning_vae.VAE``, is called
-    with what it returns: ``encode(x, c)``, ``decode(z, c)``. Each column of samples then has the condition of one
-    observation, interpolations and traversals that of the first in their row, and
+    A module whose ``condition`` has a method ``of_batch(batch, size)``, such as a conditional ``lightning_vae.VAE``, is
+    called with what it returns: ``encode(x, c)``, ``decode(z, c)``. Each column of samples then has the condition of
+    one observation, interpolations and traversals that of the first in their row, and
 
     - ``images/counterfactuals`` shows five observations, each decoded under the conditions of all ten.
 

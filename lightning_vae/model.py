@@ -209,7 +209,7 @@ class LatentModel(PassModule):
         z = self.encode(x, *own).mean.flatten(1)
         return self.to_data_scale(self.decode(z, *(own if decoded_as is None else (decoded_as,))).mean)
 
-    def sample(self, n: int, condition: Any = None) -> Tensor:
+    def sample(self, n: int, condition: Any = None, density: td.Distribution | None = None) -> Tensor:
         """Draw ``n`` latents from the prior and return the means of p(x|z), as :meth:`reconstruct` does.
 
         For noisy draws of x: ``vae.decode(vae.prior.sample((n,))).sample()``.
@@ -219,6 +219,8 @@ class LatentModel(PassModule):
             condition: What a conditional model is conditioned on, for all samples or for each: a class, an integer or
                 integers of shape ``(n,)``; covariates, of shape ``(covariates,)`` or ``(n, covariates)``; a dict of
                 both under ``"label"`` and ``"condition"``.
+            density: The density to draw the latents from in place of the prior, of event shape ``(k,)``, such as
+                :meth:`lightning_vae.estimators.ExPostDensity.distribution`.
 
         Returns:
             Images or vectors in the data's own scale, shape ``(n, *shape)``.
@@ -228,7 +230,7 @@ class LatentModel(PassModule):
         """
         check_number("n", n, "an integer of at least 0", integer_from(0))
         columns = self._condition_of(torch.empty(n, 0), condition)
-        prior = self.prior_given(columns)
+        prior = self.prior_given(columns) if density is None else density
         z = prior.sample(torch.Size(() if columns is not None and prior.batch_shape[:1] == (n,) else (n,))).flatten(1)
         return self.to_data_scale(self.decode(z, *(() if columns is None else (columns,))).mean)
 

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..estimators.ex_post import ExPostDensity
 from ..estimators.probes import nearest_distance
 from ..noise import sample_by_index
 from ..vae import VAE
@@ -18,11 +19,17 @@ _PRIOR_SEED = 0x9A10
 _SHIFTS = 5  # number of other observations from whose latents each one is decoded
 
 
-def generate(vae: VAE, kept: Kept) -> Generation:
-    """Decode shuffled latents, prior samples and midpoints between posterior means; NaN for too few observations."""
+def generate(vae: VAE, kept: Kept, density: ExPostDensity | None = None) -> Generation:
+    """Decode shuffled latents, prior samples and midpoints between posterior means; NaN for too few observations.
+
+    Args:
+        vae: The model.
+        kept: Observations.
+        density: An ex-post density, whose samples are decoded too.
+    """
     number = len(kept.x)
     if number < 2:
-        return Generation(math.nan, math.nan, math.nan)
+        return Generation(math.nan, math.nan, math.nan, math.nan)
     there = ~kept.x.isnan()
     is_whole = bool(there.all())
     mask = None if is_whole else there.view(number, *vae.shape)
@@ -38,18 +45,20 @@ def generate(vae: VAE, kept: Kept) -> Generation:
     data, z_own, mean = kept.x[first], kept.z[first], kept.mean[first]
     condition = None if kept.condition is None else kept.condition[first]
     if number < LEAST_COMPARED or len(data) < 3 or not is_whole:  # distances need whole observations
-        return Generation(float(shuffled - distortion), math.nan, math.nan)
+        return Generation(float(shuffled - distortion), math.nan, math.nan, math.nan)
     place = torch.arange(len(data), device=data.device)
     beside = (place + 1) % len(data)
     prior = prior_sample(vae, place, condition, _PRIOR_SEED)
     midpoints = (mean + mean[beside]) / 2
     # Each is compared with the same number of observations: all but the two that a midpoint came from.
     excluded = torch.stack([place, beside], dim=1)
-    own, samples, between = (
-        nearest_distance(torch.cat(decoded_means(vae, z, condition)), data, excluded).mean()
-        for z in (z_own, prior, midpoints)
+    latents = [z_own, prior, midpoints]
+    if density is not None:
+        latents.append(sample_by_index(density.distribution(), place.cpu(), seed=_PRIOR_SEED).to(z_own))
+    own, *distances = (
+        float(nearest_distance(torch.cat(decoded_means(vae, z, condition)), data, excluded).mean()) for z in latents
     )
-    return Generation(float(shuffled - distortion), float(samples / own), float(between / own))
+    return Generation(float(shuffled - distortion), *(distance / own for distance in distances))
 
 
 def prior_sample(vae: VAE, place: Tensor, condition: Tensor | None, seed: int) -> Tensor:

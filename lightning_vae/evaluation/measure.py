@@ -9,6 +9,7 @@ import torch
 
 from ..checks import check_number, integer_from
 from ..distributed import several_processes, sum_over_processes
+from ..estimators.ex_post import ExPostDensity
 from ..vae import VAE
 from .assessment import FLOOR, TARGET, assess, unassessed, without_variance
 from .decoding_pass import decode_all
@@ -29,6 +30,7 @@ def evaluate(
     observations: int = 2048,
     samples: int = 1000,
     own_metrics: Mapping[str, OwnMetric] | None = None,
+    density: ExPostDensity | None = None,
 ) -> Evaluation:
     """Evaluate a model on a data set, in two passes over the loader.
 
@@ -48,6 +50,7 @@ def evaluate(
         samples: Maximum number of prior samples, and of observations they are compared with.
         own_metrics: The user's own metrics by name: each is called with the model and the loader. In a distributed run
             the loader is each process's share of the data, and the values are averaged over the observations.
+        density: An ex-post density, to compare its samples with those of the prior.
 
     Raises:
         ValueError: If an option is out of range, the loader is empty or can be read only once, the name of an own
@@ -68,7 +71,7 @@ def evaluate(
             for name, metric in (own_metrics or {}).items()
         }
         terms, likelihood = decode_all(vae, loader, importance_samples, encoded)
-        generation = generate(vae, encoded.kept)
+        generation = generate(vae, encoded.kept, density)
     finally:
         vae.train(training)
     beta = float(f"{float(vae.beta):.7g}")  # the significant digits of a float32

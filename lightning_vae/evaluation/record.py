@@ -117,11 +117,13 @@ class Generation:
         sample_distance: Mean distance of decoded prior samples to their nearest observation. The unit is the mean
             distance of decoded posterior samples to the nearest observation other than their own.
         interpolation_distance: The same for decoded midpoints between the posterior means of two observations.
+        ex_post_distance: The same for decoded samples of an ex-post density; NaN without one.
     """
 
     shuffled_gap: float
     sample_distance: float
     interpolation_distance: float
+    ex_post_distance: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -281,6 +283,11 @@ class Evaluation:
                 ("z shuffled", _number(generation.shuffled_gap, "+"), "nats of distortion; 0: z is not read"),
                 ("error / claimed variance", _number(terms.calibration), "1: calibrated"),
                 ("prior samples", _number(generation.sample_distance), "distance to the data; reconstructions 1"),
+                (
+                    "ex-post samples",
+                    _number(generation.ex_post_distance),
+                    "distance to the data, of a mixture fitted to q(z)",
+                ),
                 (
                     "interpolations",
                     _number(generation.interpolation_distance),

@@ -18,8 +18,10 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
+from ..checks import check_number, integer_from
 from ..vae import VAE
 from .chunks import decode
+from .ex_post_fit import fit_density
 from .generation import prior_sample
 from .measure import OwnMetric, check_model, check_own_metrics, check_rereadable, check_sizes, evaluate
 
@@ -41,6 +43,9 @@ class EvaluationReport(Callback):
         observations: Number M of observations for mutual information, marginal KL, total correlation and probes.
         samples: Maximum number of prior samples, and of observations that they are compared with.
         metrics: The user's own metrics by name: import paths of functions ``(vae, loader) -> float``.
+        ex_post: Number of Gaussians of an ex-post density: a mixture that is fitted to the latents of the data module's
+            training data, written as ``ex_post.pt``, and whose samples are compared with those of the prior. ``None``
+            fits none.
 
     Raises:
         ValueError: If a number is too small, the name of an own metric is taken, or ``limit_test_batches`` of a run is
@@ -54,13 +59,17 @@ class EvaluationReport(Callback):
         observations: int = 2048,
         samples: int = 1000,
         metrics: Mapping[str, OwnMetric] | None = None,
+        ex_post: int | None = None,
     ) -> None:
+        if ex_post is not None:
+            check_number("ex_post", ex_post, "an integer of at least 1, or None for none", integer_from(1))
         check_sizes(importance_samples=importance_samples, observations=observations, samples=samples)
         check_own_metrics(metrics)
         self.importance_samples = importance_samples
         self.observations = observations
         self.samples = samples
         self.metrics = metrics
+        self.ex_post = ex_post
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -87,8 +96,9 @@ class EvaluationReport(Callback):
         limit = int(number) if number < (sized_len(loader) or math.inf) else None  # `limit_test_batches`
         if limit is not None or _has_transfer_hooks(trainer):
             loader = _AsTested(trainer, loader, limit)
+        density = None if self.ex_post is None else fit_density(pl_module, _training_data(trainer), self.ex_post)
         result = evaluate(
-            pl_module, loader, self.importance_samples, self.observations, self.samples, own_metrics=self.metrics
+            pl_module, loader, self.importance_samples, self.observations, self.samples, self.metrics, density
         )
         pictures = draw(pl_module, next(iter(loader)))
         folder = trainer.log_dir  # broadcasts: every process must call it
@@ -109,10 +119,25 @@ class EvaluationReport(Callback):
         target.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             _write(picture, target / f"{name}.png")
+        if density is not None:
+            torch.save(vars(density), target / "ex_post.pt")
         whole = target / ".evaluation.json"  # a file under the final name is complete, and is written last
         whole.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
         whole.replace(target / "evaluation.json")
         print("Written:  " + ", ".join([f"{target}/evaluation.json", *(f"{name}.png" for name in pictures)]))
+
+
+def _training_data(trainer: Trainer) -> Iterable[Any]:
+    """Return the training data of the data module, a share for each process.
+
+    Raises:
+        ValueError: If there is no data module.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if data is None:
+        raise ValueError("`ex_post` needs the training data: test with a data module, `trainer.test(vae, datamodule)`.")
+    data.setup("fit")
+    return _AsTested(trainer, all_loaders(data.train_dataloader())[0], None)
 
 
 def all_loaders(loaders: Any) -> list[Iterable[Any]]:
