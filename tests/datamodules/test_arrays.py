@@ -223,7 +223,7 @@ def test_a_checkpoint_of_other_data_is_said(tmp_path, budget):
     ready(Arrays(path, **options), "fit").load_state_dict(state)  # warnings are errors
     with pytest.warns(UserWarning, match="trained on other data: train has other obs.*; val has .*; test has"):
         ready(Arrays(other, **options), "fit").load_state_dict(state)
-    with pytest.warns(UserWarning, match="seed: 0 -> 1"):
+    with pytest.warns(UserWarning, match="trained on other data: train has"):
         ready(Arrays(path, seed=1, **options), "fit").load_state_dict(state)
     relabelled = saved(tmp_path, "words.npz", x=FLOATS, label=np.array(["a", "b", "d"] * 10))
     with pytest.warns(UserWarning, match="classes: a, b, c -> a, b, d"):
@@ -411,6 +411,12 @@ def test_options_that_do_not_fit(tmp_path, arrays, options, message):
             {"levels": 19},
             "PATH['x'] must hold integers from 0 to 18, but 28 of 30 rows do not: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 18"
             " more. Remove or fix these rows, or set `levels`.",
+        ),
+        (
+            {"x": np.where(FLOATS > 7.2, 7.5, np.floor(FLOATS))},
+            {"levels": 8},
+            "PATH['x'] must hold integers from 0 to 7, but 1 of 30 rows do not: 29. Remove or fix these rows, or set"
+            " `levels`.",
         ),
         (
             {"x": GREY[:, 0].astype(np.int64) - np.eye(30, 5, dtype=np.int64) * 999},
