@@ -68,6 +68,7 @@ class Arrays(DataModule):
         num_workers: Processes that read ahead for each loader, if the data exceed the memory budget; 0 for none.
         batch_size: Observations in a batch of one process.
         seed: Seed of the splits and the training order.
+        held_out: Classes to leave out of training and validation, such as `[3]`, or by name if the labels are words.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -92,8 +93,9 @@ class Arrays(DataModule):
         num_workers: int = 2,
         batch_size: int = 128,
         seed: int = 0,
+        held_out: Sequence[int | str] = (),
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(batch_size=batch_size, seed=seed, held_out=held_out)
         check_number("memory_budget", memory_budget, "at least 0 GiB", lambda gib: gib >= 0)
         check_number("num_workers", num_workers, "at least 0", integer_from(0))
         check_fraction("val_fraction", val_fraction)
@@ -145,6 +147,11 @@ class Arrays(DataModule):
         return self._rows["test" if stage == "predict" else stage].names
 
     @override
+    def _hold_out(self, found: dict[str, Tensors]) -> dict[str, Tensors]:
+        """Leave it to `_find`, which knows the files."""
+        return found
+
+    @override
     def _report(self, found: Any) -> None:
         """Leave it to `_find`, which knows the files."""
 
@@ -191,13 +198,18 @@ class Arrays(DataModule):
         fractions = {split: share for split, share in fractions.items() if split not in data}
         numbers = {split: torch.arange(len(file)) for split, file in data.items()}
         numbers |= split_rows(len(data["train"]), fractions, self.seed, data["train"].path)
+        homes = {split: split if split in data else "train" for split in ("train", "val", "test")}
+        tensors: dict[str, Tensors] = {
+            split: {"x": numbers[split]} | {name: values[numbers[split]] for name, values in others[home].items()}
+            for split, home in homes.items()
+        }
+        tensors |= super()._hold_out({split: tensors[split] for split in ("train", "val")})
         rows = {}
-        for split in ("train", "val", "test"):
-            home, chosen = split if split in data else "train", numbers[split]
-            tensors = {name: values[chosen] for name, values in others[home].items()}
-            rows[split] = ArrayRows(data[home], self._form, chosen, tensors)
+        for split, home in homes.items():
+            chosen, rest = tensors[split]["x"], {name: each for name, each in tensors[split].items() if name != "x"}
+            rows[split] = ArrayRows(data[home], self._form, chosen, rest)
             checksum = checksums[home]
-            for tensor in (chosen, *tensors.values()):
+            for tensor in (chosen, *rest.values()):
                 checksum = zlib.crc32(tensor.numpy().data, checksum)
             self._identity[split] = {"observations": len(chosen), "checksum": f"{checksum:08x}"}
         self._identity |= {"classes": list(self.class_names), "shape": list(self.shape), "levels": self.levels}

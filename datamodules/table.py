@@ -54,6 +54,7 @@ class Table(DataModule):
         test_fraction: Approximate share kept for the test.
         batch_size: Observations in a batch of one process.
         seed: Seed of the splits and the training order.
+        held_out: Classes of `label` to leave out of training and validation.
 
     Attributes:
         column_names: Names of the columns of `"x"`.
@@ -86,8 +87,9 @@ class Table(DataModule):
         test_fraction: float = 0.1,
         batch_size: int = 128,
         seed: int = 0,
+        held_out: Sequence[int | str] = (),
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed)
+        super().__init__(batch_size=batch_size, seed=seed, held_out=held_out)
         check_fraction("val_fraction", val_fraction)
         check_fraction("test_fraction", test_fraction)
         if len(delimiter) != 1:
@@ -120,6 +122,7 @@ class Table(DataModule):
         self.condition_names = tuple(name for column in self._condition for name in _names(column))
         self.class_names = self._label.categories if self._label else ()
         self._data, self._places = self._split(files)
+        self._data |= super()._hold_out({split: self._data[split] for split in ("train", "val")})
         self.loc, self.scale = self._moments()
 
     @override
@@ -174,6 +177,11 @@ class Table(DataModule):
     @override
     def _read_test(self) -> dict[str, Tensors]:
         return {"test": self._data["test"]}
+
+    @override
+    def _hold_out(self, found: dict[str, Tensors]) -> dict[str, Tensors]:
+        """Return them as they are: the classes were left out before the scale was measured."""
+        return found
 
     @override
     def _report(self, found: Mapping[str, Tensors]) -> None:

@@ -168,6 +168,29 @@ def test_words_are_classes_in_alphabetical_order_over_all_files(tmp_path):
     assert set(whole(datamodule.train_dataloader())["label"].tolist()) == {1, 3}
 
 
+@pytest.mark.parametrize("budget", [2.0, 0.0], ids=["in memory", "mapped"])
+def test_a_class_that_is_held_out_remains_in_the_test(tmp_path, caplog, budget):
+    caplog.set_level(logging.INFO)
+    options: dict[str, Any] = {"memory_budget": budget, "num_workers": 0, "test_fraction": 0.4, "val_fraction": 0.3}
+    path = saved(tmp_path, x=FLOATS, label=np.array(["a", "b", "c"] * 10), condition=np.arange(30))
+    before = by_row(ready(Arrays(path, **options)))
+    datamodule = ready(Arrays(path, held_out=["b"], **options))
+    train, val, test = splits(datamodule)
+    assert set(train["label"].tolist()) == set(val["label"].tolist()) == {0, 2}
+    assert set(test["label"].tolist()) == {0, 1, 2}
+    rows = by_row(datamodule)
+    left_out = before.keys() - rows.keys()
+    assert left_out
+    assert all(int(before[row]["label"]) == 1 for row in left_out)
+    for row, item in rows.items():
+        assert all(torch.equal(item[name], before[row][name]) for name in ("x", "label", "condition"))
+    assert f"Arrays: held out of training and validation. Classes: b ({len(left_out)})." in caplog.messages
+    with pytest.raises(ValueError, match=r"`held_out` must be classes of the training data, a, b, c, got d\."):
+        Arrays(path, held_out=["d"], **options).setup("fit")
+    with pytest.raises(ValueError, match="`held_out` needs data with one class for each observation"):
+        Arrays(saved(tmp_path, "bare.npz", x=FLOATS), held_out=["d"], **options).setup("fit")
+
+
 def test_files_of_their_own_are_splits(tmp_path):
     paths = [saved(tmp_path, f"{name}.npz", x=FLOATS + place) for place, name in enumerate(("a", "b", "c"))]
     train, val, test = splits(ready(Arrays(paths[0], val_path=paths[1], test_path=paths[2])))
@@ -223,8 +246,11 @@ def test_a_checkpoint_of_other_data_is_said(tmp_path, budget):
     ready(Arrays(path, **options), "fit").load_state_dict(state)  # warnings are errors
     with pytest.warns(UserWarning, match="trained on other data: train has other obs.*; val has .*; test has"):
         ready(Arrays(other, **options), "fit").load_state_dict(state)
-    with pytest.warns(UserWarning, match="trained on other data: train has"):
-        ready(Arrays(path, seed=1, **options), "fit").load_state_dict(state)
+    bare = saved(tmp_path, "bare.npz", x=FLOATS)
+    with pytest.warns(UserWarning, match="other data: train has other obs"):  # as many rows in each split, but others
+        ready(Arrays(bare, seed=31, **options), "fit").load_state_dict(
+            ready(Arrays(bare, **options), "fit").state_dict()
+        )
     relabelled = saved(tmp_path, "words.npz", x=FLOATS, label=np.array(["a", "b", "d"] * 10))
     with pytest.warns(UserWarning, match="classes: a, b, c -> a, b, d"):
         ready(Arrays(relabelled, **options), "fit").load_state_dict(state)

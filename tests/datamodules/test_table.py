@@ -155,6 +155,21 @@ def test_other_files_are_read_by_the_kinds_and_categories_of_the_first(tmp_path)
     assert splits(table)[2]["label"].tolist() == [2]
 
 
+def test_a_class_that_is_held_out_remains_in_the_test_and_leaves_the_scale_alone(tmp_path):
+    rows = [(f"{row % 10 + 900 * (row % 2)}", *rest) for row, (_, *rest) in enumerate(ROWS * 2)]
+    options: dict[str, Any] = {"label": "species", "test_fraction": 0.3}
+    table = ready(Table(saved(tmp_path, rows), held_out=["emu"], **options), "fit", "validate", "fit", "test")
+    train, val, test = splits(table)
+    assert set(train["label"].tolist()) == set(val["label"].tolist()) == {1}
+    assert set(test["label"].tolist()) == {0, 1}
+    assert 0 < table.loc[0] < 10
+    assert torch.equal(test["x"], splits(ready(Table(saved(tmp_path, rows), **options)))[2]["x"])
+    with pytest.raises(ValueError, match=r"`held_out` must be classes of the training data, emu, gnu, got yak\."):
+        Table(tmp_path / "table.csv", held_out=["yak"], **options)
+    with pytest.raises(ValueError, match="`held_out` needs data with one class for each observation"):
+        Table(tmp_path / "table.csv", held_out=["emu"])
+
+
 def test_a_row_that_is_appended_moves_no_other(tmp_path):
     before = ready(Table(saved(tmp_path, name="a.csv")))
     after = ready(Table(saved(tmp_path, ROWS * 2, name="a.csv")))
@@ -203,6 +218,8 @@ def test_a_fit_gives_the_likelihood_the_scale_and_the_checkpoint_keeps_it(tmp_pa
     assert torch.equal(model.likelihood.loc, table.loc)
     assert torch.equal(model.likelihood.scale, table.scale)
     assert table.loc[0] > 3
+    trainer().test(model, datamodule=Table(tmp_path / "table.csv", seed=1), verbose=False)  # without a checkpoint
+    assert torch.equal(model.likelihood.loc, table.loc)
     run.save_checkpoint(tmp_path / "saved.ckpt")
     # Another split has another scale: that of the checkpoint goes on, in a fit as in a test.
     for stage in ("fit", "test"):
