@@ -9,8 +9,11 @@ from torch import distributions as td
 from torch import nn
 
 from lightning_vae import Gaussian, evaluate, score
+from lightning_vae.conditions import Condition
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.evaluation import chunks
+from lightning_vae.posteriors import FullCovariance
+from lightning_vae.priors import ConditionalNormal, MixturePrior
 from tests.doubles import digits, optimal_linear_vae, quiet_trainer, small_vae
 from tests.processes import in_two_processes
 
@@ -72,6 +75,27 @@ def test_their_means_are_the_numbers_of_test(samples):
         assert values.shape == (297,)
         assert values.dtype == torch.float64
         assert float(values.mean()) == pytest.approx(result[name], abs=1e-9), name
+
+
+OPEN = {
+    "a joint prior": {"prior": partial(MixturePrior, components=3)},
+    "a condition and its prior": {"condition": partial(Condition, classes=10), "prior": ConditionalNormal},
+    "a joint posterior": {"posterior": FullCovariance},
+}
+
+
+@pytest.mark.parametrize("options", OPEN.values(), ids=OPEN)
+def test_their_means_are_the_numbers_of_test_for_other_parts_of_the_model(options, tmp_path):
+    vae, trainer = small_vae(**options), quiet_trainer(tmp_path)
+    result = evaluate(vae, digits(50), importance_samples=3).to_dict()
+    found = scores(vae, digits(50, batch_size=11), 3)
+    assert {name: float(values.mean()) for name, values in found.items()} == pytest.approx(
+        {name: result[name] for name in found}, abs=1e-9
+    )
+    trainer.test(vae, digits(50), verbose=False)
+    logged = {name: float(trainer.callback_metrics[f"test/{name}"]) for name in ("elbo", "rate", "distortion")}
+    found = scores(vae, digits(50, batch_size=11))
+    assert {name: float(values.mean()) for name, values in found.items()} == pytest.approx(logged, abs=1e-9)
 
 
 def test_without_importance_samples_their_means_are_what_a_test_logs(tmp_path):
