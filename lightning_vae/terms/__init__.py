@@ -1,4 +1,7 @@
-"""Terms: named additions to a VAE's loss, each with a weight, and the pure functions behind them."""
+"""Terms: named additions to a VAE's loss, each with a weight, and the pure functions behind them.
+
+The classes are ``lightning_vae.MMD`` and so on; this is the reference of the functions.
+"""
 
 from .base import Step as Step
 from .base import Term as Term
@@ -13,3 +16,15 @@ from .total_correlation import TotalCorrelation as TotalCorrelation
 from .total_correlation import decompose as decompose
 from .total_correlation import minibatch_weights as minibatch_weights
 from .total_correlation import pairwise_log_densities as pairwise_log_densities
+
+# The classes have their public name in lightning_vae.
+__all__ = [
+    "Decomposition",
+    "decompose",
+    "dip_penalty",
+    "inverse_multiquadric",
+    "minibatch_weights",
+    "pairwise_log_densities",
+    "rbf",
+    "squared_mmd",
+]

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from typing_extensions import override
 
 from ..checks import check_number, is_positive
-from ..noise import uniform_by_index
+from ..noise import sample_by_index
 from .base import Step, Term, check_several
 
 Kernel = Callable[[Tensor], Tensor]
@@ -87,8 +87,8 @@ class MMD(Term):
     its :math:`\alpha` and :math:`\lambda` is ``beta`` :math:`= 1 - \alpha` and ``weight`` :math:`= \alpha + \lambda -
     1`; a ``beta`` of 0 is the WAE.
 
-    The prior's samples are a function of z, so that the term does not change the random state. With several processes
-    the estimate is that of each process's batch, and the mean over the processes remains unbiased.
+    The noise of the prior's samples is a hash of z, so an evaluation can be repeated. With several processes the
+    estimate is that of each process's batch, and the mean over the processes remains unbiased.
 
     Args:
         weight: Weight of the term in the loss.
@@ -123,45 +123,28 @@ class MMD(Term):
 
 
 def sample_prior(prior: Distribution, z: Tensor) -> Tensor:
-    """Draw as many latents from the prior as there are in ``z``, without changing the random state.
+    """Draw as many latents from the prior as there are in ``z``, with noise that is a hash of ``z``.
 
-    Where the prior has an inverse CDF the noise is a hash of ``z``. The same latents give the same sample, and the
-    result is differentiable in the prior's parameters. Any other prior is sampled with a random seed. A compiled
-    loss, which has noise of its own, then samples it plainly.
+    The same latents give the same sample, and the random state stays as it is; a prior without an inverse CDF is
+    sampled with fresh noise.
 
     Args:
         prior: p(z) or p(z|c): its batch and event shape together are the shape of ``z``, or one latent's.
         z: Latents, shape ``(B, k)``.
 
     Returns:
-        The shape of ``z``.
+        The shape of ``z``, differentiable in the prior's parameters.
 
     Raises:
         ValueError: If the prior's samples have another shape.
     """
     hash_ = z.detach().float().view(torch.int32).sum(dtype=torch.int64)
-    uniform = uniform_by_index(torch.arange(len(z), device=z.device) + hash_, z[0].numel(), _PRIOR_SEED)
-    try:
-        drawn = prior.icdf(uniform.view_as(z))
-    except NotImplementedError:
-        shape = prior.batch_shape + prior.event_shape
-        drawn = _sample_aside(prior, z.shape[: max(z.ndim - len(shape), 0)], z.device)
+    drawn = sample_by_index(prior, torch.arange(len(z), device=z.device) + hash_, seed=_PRIOR_SEED)
     if drawn.shape != z.shape:
         raise ValueError(
             f"The prior must have a sample for each latent, of shape {tuple(z.shape)}, got {tuple(drawn.shape)}."
         )
     return drawn
-
-
-def _sample_aside(prior: Distribution, size: torch.Size, device: torch.device) -> Tensor:
-    draw = prior.rsample if prior.has_rsample else prior.sample
-    if torch.compiler.is_compiling():
-        return draw(size)
-    is_cuda = device.type == "cuda"
-    with torch.random.fork_rng([device] if is_cuda else []):
-        seed = int(torch.randint(2**62, ()))  # on the CPU; the same noise must not come again in the next step
-        (torch.cuda.default_generators[device.index or 0] if is_cuda else torch.default_generator).manual_seed(seed)
-        return draw(size)
 
 
 def _mean_of_pairs(samples: Tensor, kernel: Kernel) -> Tensor:

@@ -124,16 +124,13 @@ def test_the_samples_of_the_prior_have_its_distribution_and_know_nothing_of_the_
     assert torch.equal(sample_prior(prior, batches[0]), drawn[0])
 
 
-def test_samples_of_a_mixture_are_of_all_its_components_and_of_other_noise_than_the_next_step():
-    prior, z = mixture(2), normal(2000, 2).float()
-    torch.manual_seed(0)
-    drawn = sample_prior(prior, z)
-    assert (drawn[:, 0] > 0).float().mean() == pytest.approx(0.5, abs=0.05)
-    assert not torch.equal(drawn, prior.sample((2000,)))
-    assert not torch.equal(drawn, sample_prior(prior, z))
+def test_samples_of_a_mixture_are_of_all_its_components():
+    drawn = sample_prior(mixture(2), normal(2000, 2).float())
+    assert float((drawn[:, 0] > 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+    assert float(((drawn[:, 0] > 0) == (drawn[:, 1] > 0)).float().mean()) > 0.99
 
 
-def test_latents_of_another_dtype_and_discrete_ones():
+def test_latents_that_are_groups_of_categories():
     posterior = td.OneHotCategorical(torch.full((50, 3, 4), 0.25))
     prior = td.OneHotCategorical(torch.full((3, 4), 0.25))
     assert abs(float(MMD()(step_of(posterior, posterior.sample(), prior=prior)))) < 0.1
