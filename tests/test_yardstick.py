@@ -1,6 +1,7 @@
 """The linear VAE, trained through `Trainer.fit`, against its closed-form optimum."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-from lightning_vae import VAE, Gaussian, LinearDecoder, LinearEncoder
+from lightning_vae import DIP, MMD, VAE, Gaussian, LinearDecoder, LinearEncoder, TotalCorrelation
 from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules import linear_vae_optimum
@@ -35,9 +36,9 @@ class LinearVAE(VAE):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train(tmp_path, callbacks, **options):
+def train(tmp_path, callbacks, size=2048, **options):
     seed_everything(1)
-    data = GaussianData(SPECTRUM, size=2048, batch_size=512)
+    data = GaussianData(SPECTRUM, size=size, batch_size=size // 4)
     vae = LinearVAE(**options)
     trainer = Trainer(
         accelerator="cpu",
@@ -96,3 +97,32 @@ def test_free_bits_put_the_rates_at_their_closed_form(tmp_path):
     floored = rates.clamp(min=0.5).sum()
     assert distortion + floored == pytest.approx(optimum.loss, abs=0.01)
     assert rates.sort(descending=True).values.tolist() == pytest.approx(optimum.rate_per_dimension, abs=0.02)
+
+
+UNMOVED = {
+    "multi-sample bound": {"importance_samples": 3},
+    "DIP II": {"terms": {"term": partial(DIP, weight=1.0)}},
+    "MMD": {"terms": {"term": partial(MMD, weight=5.0)}, "size": 1024},
+    "total correlation": {"terms": {"term": partial(TotalCorrelation, weight=3.0)}, "size": 1024},
+}
+
+
+@pytest.mark.sampled(1)
+@pytest.mark.parametrize("options", UNMOVED.values(), ids=UNMOVED)
+def test_terms_and_the_multi_sample_bound_leave_the_optimum_where_it_is(tmp_path, options):
+    """There q(z) is p(z), which no term improves on, and the posterior is exact, as the bound would have it."""
+    vae, data, _ = train(tmp_path, [], **options)
+    optimum = linear_vae_optimum(SPECTRUM, latent_dim=4, variance=VARIANCE, beta=1.0)
+    distortion, rates, _ = closed_expectation(vae, data._splits["train"]["x"])
+    assert -1e-4 <= distortion + rates.sum() - optimum.loss <= 0.02
+
+
+@pytest.mark.exhaustive
+def test_the_first_variant_of_dip_moves_the_optimum_to_its_closed_form(tmp_path):
+    """Each dimension minimises l D / ((A + D) 2 s) + (A + D - log D - 1) / 2 + w (A - 1)^2, here at w = 1."""
+    vae, data, _ = train(tmp_path, [], terms={"term": partial(DIP, variant="I")})
+    distortion, rates, variances = closed_expectation(vae, data._splits["train"]["x"])
+    assert distortion + rates.sum() + (variances - 1).square().sum() == pytest.approx(8.63244, abs=0.02)
+    assert rates.sum() == pytest.approx(3.52395, abs=0.05)
+    expected = (0.98278, 0.97004, 0.93572, 0.88282)
+    assert variances.sort(descending=True).values.tolist() == pytest.approx(expected, abs=0.02)

@@ -153,5 +153,5 @@ def _mean_of_pairs(samples: Tensor, kernel: Kernel) -> Tensor:
 
 
 def _squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    # A product of matrices would be faster, and far off under `bf16-mixed`.
-    return (a[:, None] - b).square().sum(-1)
+    # By a product of matrices, the default, the distance of near points would be lost to rounding.
+    return torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").square()
