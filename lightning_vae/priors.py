@@ -16,7 +16,7 @@ from typing_extensions import override
 from .checks import check_number, integer_from
 from .networks import Shape
 from .noise import component
-from .posteriors import OneHotGroups, PosteriorHead, WideModule, groups_of
+from .posteriors import OneHotGroups, WideModule, groups_of
 
 Variance = Literal["shared", "conditional"]
 PseudoInputs = Literal["learned", "data", "both"]
@@ -419,32 +419,6 @@ def mixture(components: td.Distribution, logits: Tensor) -> Mixture:
     if not components.event_shape:
         components = td.Independent(components, 1, validate_args=False)
     return Mixture(td.Categorical(logits=logits, validate_args=False), components, validate_args=False)
-
-
-def standard_prior(posterior: PosteriorHead, condition_dim: int = 0) -> Prior:
-    """Return the prior of a model that names none: N(0, I), or uniform categories for a posterior over categories."""
-    if posterior.classes is None:
-        return StandardNormal(posterior.latent_dim, condition_dim)
-    return UniformCategorical(posterior.latent_dim, condition_dim, posterior.classes)
-
-
-def parts_of_rate(posterior: PosteriorHead, prior: Prior) -> int:
-    """Return the number of parts that :func:`~lightning_vae.rate_parts` gives.
-
-    Raises:
-        ValueError: If the posterior and the prior are not over the same latents.
-    """
-    if posterior.latent_dim != prior.latent_dim or posterior.classes != prior.classes:
-        raise ValueError(
-            f"`posterior` {_described(posterior)} and `prior` {_described(prior)} must be over the same latents. "
-            "Categories need the prior UniformCategorical with as many `classes`, which is their default."
-        )
-    return 1 if prior.is_joint else posterior.parts
-
-
-def _described(part: PosteriorHead | Prior) -> str:
-    kind = "continuous" if part.classes is None else f"{part.classes} classes"
-    return f"{type(part).__name__} ({part.latent_dim} columns, {kind})"
 
 
 def _check_choice(name: str, value: object, choices: Any) -> None:

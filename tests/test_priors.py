@@ -29,7 +29,7 @@ from lightning_vae import (
     VampPrior,
     rate_parts,
 )
-from lightning_vae.priors import Prior, parts_of_rate, standard_prior
+from lightning_vae.priors import Prior
 
 MEANS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 1.0], [0.0, -2.0]]).double()
 VARIANCES = torch.tensor([[0.5, 1.0], [0.2, 0.4], [0.3, 0.6], [1.0, 0.2]]).double()
@@ -453,7 +453,7 @@ def test_the_rate_under_each_pair_has_its_parts_and_type_and_a_gradient(prior, h
     model = Model(prior, head, latent_dim=6).to(dtype)
     posterior = model.encode(data().to(dtype))
     rates = rate_parts(posterior, model.prior(torch.ones(6, 2)), posterior.rsample())
-    assert rates.shape == (6, parts_of_rate(model.head, model.prior))
+    assert rates.shape == (6, 1 if model.prior.is_joint else model.head.parts)
     assert rates.dtype == dtype
     rates.sum().backward()
     assert model.encoder[0].weight.grad.any()
@@ -550,24 +550,3 @@ def test_a_conditional_prior_says_what_condition_it_needs(condition):
 def test_a_prior_without_a_distribution_is_an_error():
     with pytest.raises(NotImplementedError, match="`prior`: Prior has no `forward`"):
         Prior(2)()
-
-
-@pytest.mark.parametrize(
-    ("head", "prior"),
-    [
-        (CategoricalGroups(6, 3), StandardNormal(6)),
-        (CategoricalGroups(6, 3), VampPrior(6)),
-        (CategoricalGroups(6, 3), UniformCategorical(6, classes=2)),
-        (DiagonalGaussian(6), UniformCategorical(6, classes=2)),
-        (DiagonalGaussian(6), StandardNormal(5)),
-    ],
-)
-def test_a_posterior_and_a_prior_over_other_latents_are_refused(head, prior):
-    with pytest.raises(ValueError, match=rf"`posterior` {type(head).__name__} .* and `prior` .* over the same latents"):
-        parts_of_rate(head, prior)
-
-
-def test_the_prior_of_a_model_that_names_none():
-    assert isinstance(standard_prior(DiagonalGaussian(4), 3), StandardNormal)
-    prior = standard_prior(CategoricalGroups(6, 3))
-    assert torch.equal(prior().probs, torch.full((2, 3), 1 / 3))
