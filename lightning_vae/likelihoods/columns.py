@@ -20,14 +20,13 @@ _KINDS = ("numeric", "binary", "count")
 
 
 class Columns(Likelihood):
-    r"""Independent columns of a table's row, each of a kind of its own.
+    """Independent columns of a table's row, each of a kind of its own.
 
-    | kind | value | distribution | outputs of the decoder |
-    |---|---|---|---|
-    | ``"numeric"`` | a real number | Gaussian; a variance for each column is learned | 1, the standardised mean |
-    | ``"binary"`` | 0 or 1 | Bernoulli | 1, the logit |
-    | ``"count"`` | 0, 1, 2 and so on | negative binomial; a dispersion for each column is learned | 1, the log-mean |
-    | n | a class, 0 to n - 1 | categorical | n, the logits |
+    - ``"numeric"``: a real number. Gaussian, with a learned variance for each column; the decoder gives the mean.
+    - ``"binary"``: 0 or 1. Bernoulli; the decoder gives the logit.
+    - ``"count"``: 0, 1, 2 and so on. Negative binomial, with a learned dispersion for each column; the decoder gives
+      the logarithm of the mean.
+    - an integer n: a class from 0 to n - 1. Categorical; the decoder gives n logits.
 
     A row holds one number for each column, in the table's own units, and so do its density, its mean and its samples.
     The decoder works in standardised units: ``loc`` and ``scale`` convert between them. They are buffers, so a
@@ -36,7 +35,7 @@ class Columns(Likelihood):
     Args:
         shape: Shape of one row, ``(columns,)``.
         levels: Must be ``None``: the columns have levels of their own.
-        kinds: The kind of each column.
+        kinds: The kind of each column, as above.
 
     Attributes:
         loc: What is subtracted from each numeric column, shape ``(columns,)``; 0 until :meth:`set_scale`.
