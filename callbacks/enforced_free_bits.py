@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributions import Normal
+from torch.distributions import Normal, OneHotCategorical
 from typing_extensions import override
 
 from .base import callbacks_of, mean_over_processes, several_processes
@@ -310,7 +310,9 @@ class EnforcedFreeBits(AttributeScheduler):
 
     def _normals(self, latent: Latent) -> tuple[Normal, Normal]:
         if not isinstance(latent.posterior, Normal):
-            raise _refusal(f"The posterior must be a diagonal Normal, got {type(latent.posterior).__name__}.")
+            is_categorical = isinstance(latent.posterior, OneHotCategorical)
+            hint = " `world_model_kl` floors the KL of categories." if is_categorical else ""
+            raise _refusal(f"The posterior must be a diagonal Normal, got {type(latent.posterior).__name__}.{hint}")
         if not isinstance(latent.prior, Normal):
             kind = type(latent.prior).__name__
             raise _refusal(f"The prior must be a diagonal Normal, or left out for N(0, I), got {kind}.")

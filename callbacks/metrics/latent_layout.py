@@ -52,8 +52,9 @@ class LatentLayout:
             raise ValueError(
                 f"The latents of an observation have the shape {_said(old)} in one step and {_said(new)} in another, "
                 "so their positions can't be measured as dimensions. Pool the axis that changes, `pool=1` for "
-                "(N, T, C); for posteriors of different sizes use one pass or detector each, detectors distinguished "
-                "with `name=`."
+                "(N, T, C), and leave padding out with `mask=`; name the groups of a hierarchy in a dict, "
+                "`posterior={'top': ..., 'bottom': ...}`; for other posteriors of different sizes use one pass or "
+                "detector each, detectors distinguished with `name=`."
             )
         self.shapes = tuple(tuple(map(max, *pair)) for pair in zip(old, new, strict=True))
 

@@ -87,12 +87,20 @@ def as_distribution(
             raise pair_error(value, second, of)
         scale = second(value[1]) if callable(second) else TO_SCALE[second](value[1])
         if check and (callable(second) or second in ("scale", "variance")):
-            hint = "" if callable(second) else ' If it is the log-variance, set `second="log_variance"`.'
+            hint = (
+                ""
+                if callable(second)
+                else ' If it is the log-variance, set `second="log_variance"`; if the module turns it into the scale, '
+                "give that function, `second=lambda raw: softplus(raw)`."
+            )
             _check_positive(scale if callable(second) else value[1], name_of(second), hint, of)
         return Normal(value[0], scale, validate_args=False)
     what = name_of(second)
     if isinstance(value, Tensor):
-        hint = f"If it holds the mean and then the {what} along an axis, split it along that axis: `chunk=1`."
+        hint = (
+            f"If it holds the mean and then the {what} along an axis, split it along that axis: `chunk=1`. If it holds "
+            f"logits of classes: `{of}=lambda pl_module, batch: OneHotCategorical(logits=...)`."
+        )
     elif distributions:
         hint = f"Specify which one is the {of}: `{of}='path:index'`."
     else:

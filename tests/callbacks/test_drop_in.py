@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +14,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.distributions import Laplace, Normal
+from torch.distributions import Laplace, Normal, kl_divergence
 from torch.nn import functional as F  # noqa: N812
+from torch.utils.data import DataLoader
 
 from lightning_vae.callbacks import CollapseDetector, KLAnnealing, Linear
 from tests.doubles import loader, quiet_trainer
@@ -217,6 +219,161 @@ def test_each_way_to_keep_a_posterior(row, code, shape, tmp_path):
         torch.testing.assert_close(measured["rates"][0], rates)
 
 
+class Density:
+    def log_prob(self, z: Tensor) -> Tensor:
+        return Normal(0.0, 2.0).log_prob(z).sum(1)
+
+
+def gaussian(parameters: Tensor) -> Normal:
+    mean, log_variance = parameters.chunk(2, dim=-1)
+    return Normal(mean, (0.5 * log_variance).exp())
+
+
+class Drawing(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        posterior = gaussian(super().forward(x))
+        return posterior, posterior.rsample()
+
+
+class Plain(nn.Linear):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x).chunk(2, dim=-1)
+
+
+class Priors(LightningModule):
+    """Computes the rate under each prior of the page in a validation step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.top, self.prior_net = Drawing(2, 6), Drawing(2, 6), Plain(2, 6)
+        self.prior_mean, self.prior_log_variance, self.vamp_prior = nn.Identity(), nn.Identity(), Density()
+        self.rates: list[Tensor] = []
+
+    def prior_of(self, batch: Tensor) -> Normal:
+        return gaussian(torch.cat(self.prior_net(batch), dim=-1))
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.encoder(batch)[0].mean.mean()  # type: ignore[no-any-return]
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        (q, z), (top, _) = self.encoder(batch), self.top(batch)
+        mean, log_variance = self.prior_net(batch)
+        p = Normal(self.prior_mean(mean), (0.5 * self.prior_log_variance(log_variance)).exp())
+        density = (q.log_prob(z) - Normal(0.0, 2.0).log_prob(z)).sum(1)
+        conditional, standard, fixed = (
+            kl_divergence(q, each).sum(1) for each in (p, Normal(0.0, 1.0), Normal(0.5, 2.0))
+        )
+        hierarchy = conditional + kl_divergence(top, Normal(0.0, 1.0)).sum(1)
+        rates = [fixed, conditional, conditional, conditional, fixed, standard, density, hierarchy]
+        self.rates.append(torch.stack(rates))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+PRIORS = table("How your project keeps its prior")
+
+
+@pytest.mark.parametrize("row", PRIORS)
+def test_each_way_to_keep_a_prior(row: str, tmp_path: Path) -> None:
+    module, place = Priors(), list(PRIORS).index(row)
+    code = PRIORS[row][0] if PRIORS[row] else ""
+    if not code:
+        module.prior = Normal(0.5, 2.0)  # type: ignore[assignment]
+    detector = CollapseDetector(**{"posterior": "encoder", **eval(f"dict({code})")})
+    quiet_trainer(tmp_path, max_epochs=1, callbacks=[detector], num_sanity_val_steps=0).fit(module, loader(), loader())
+    assert detector.report is not None
+    assert detector.report.rate == pytest.approx(float(torch.cat(module.rates, dim=1).mean(1)[place]), rel=1e-5)
+    assert detector.report.is_estimate == ("log_prob" in row)
+    assert (detector.report.rate_per_dimension is None or len(detector.report.rate_per_dimension) == 1) == (
+        "whole" in row or "log_prob" in row
+    )
+
+
+class Unusual(LightningModule):
+    """Has latents of a kind that the page has a row for: one output of its encoder for each batch."""
+
+    def __init__(self, outputs: list[Any], named: str = "prior_net") -> None:
+        super().__init__()
+        self.layer, self.outputs = nn.Linear(2, 1), outputs
+        self.top, self.encoder = Given(), Given()
+        self.add_module(named, Given())
+        self.named = named
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.layer.weight.sum()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        top, bottom = self.outputs[batch_idx]
+        self.logits = bottom
+        self.top(top)
+        self.encoder(bottom)
+        self.get_submodule(self.named)(Normal(torch.full((4, 3), 0.5), 1.0))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+class Given(nn.Module):
+    def forward(self, value: Any) -> Any:
+        return value
+
+
+def normals(*shape: int, scale: float = 1.0) -> list[Any]:
+    """The same posterior twice, for two groups."""
+    torch.manual_seed(0)
+    return [Normal(torch.randn(4, *shape), scale)] * 2
+
+
+OTHERS = table("Other latents")
+# What the module outputs in three batches, and what is measured: dimensions, and observations.
+UNUSUAL: list[tuple[Any, tuple[int, int]]] = [
+    (Unusual([normals(3)] * 3, named="prior"), (3, 12)),
+    (Unusual([normals(3)] * 3), (3, 12)),
+    (Unusual([[(torch.randn(4, 3), -torch.ones(4, 3))] * 2] * 3), (3, 12)),
+    (Unusual([normals(3, 32, 32)] * 3), (3, 12)),
+    (Unusual([normals(length, 3) for length in (5, 4, 6)]), (3, 12)),
+    (Unusual([[normals(2)[0], normals(3)[0]]] * 3), (5, 12)),
+    (Unusual([[None, torch.randn(4, 3, 5)]] * 3), (3, 12)),
+    (Unusual([[None, Normal(9 * torch.randn(4, 3), 1e-3)] for _ in range(3)]), (3, 12)),
+]
+
+
+@pytest.mark.parametrize("row", OTHERS)
+def test_other_latents_and_what_is_said_without_the_option(row: str, tmp_path: Path, caplog: Any) -> None:
+    cells = next(line for line in section("Other latents").splitlines() if line.startswith(f"| {row} |")).split(" | ")
+    message = cells[2].strip("`| ")
+    module, expected = UNUSUAL[list(OTHERS).index(row)]
+    code = cells[1].strip("`") if cells[1].startswith("`") else ""
+    lengths = [output[1].mean.shape[1] for output in module.outputs] if "mask" in code else [1] * 3
+    batches = [{"mask": torch.ones(4, length)} for length in lengths]
+
+    def fit(options: str) -> Any:
+        detector = CollapseDetector(**{"posterior": "encoder", "warmup": 0, "patience": 1, **eval(f"dict({options})")})
+        trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[detector], num_sanity_val_steps=0)
+        trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches, batch_size=None))
+        return detector.report
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if code:
+            report = fit(code)
+            assert (len(report.variance), report.count) == expected
+        caplog.clear()
+        without = "second='scale'" if "raw" in row else ""
+        if "hierarchy" in row:
+            without = "posterior=lambda module, batch: list(module.outputs[0])"
+        with caplog.at_level("INFO"), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                fit(without)
+                said = caplog.text + "".join(str(each.message) for each in caught)
+            except ValueError as error:
+                said = str(error)
+    assert " ".join(message.split()) in " ".join(said.split())
+
+
 @pytest.mark.filterwarnings("ignore:FreeBits")
 def test_python_of_the_page_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -234,6 +391,7 @@ def test_python_of_the_page_runs(tmp_path, monkeypatch):
     assert adversarial.lightning_module.free_bits == 0.001
     assert adversarial.callback_metrics["latent/rate"] > 0
     assert namespace["beta"] == pytest.approx(1.536)
+    assert namespace["report"].count == 40
 
 
 def test_the_line_of_free_bits_by_hand():

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.distributions import Independent, Laplace, Normal, kl_divergence
+from torch.distributions import Independent, Laplace, Normal, OneHotCategorical, kl_divergence
 from torch.utils.checkpoint import checkpoint
 
 from lightning_vae import free_bits
@@ -527,6 +527,25 @@ def test_a_posterior_that_is_no_normal_is_refused(tmp_path: Path) -> None:
             return Laplace(mean, scale)
 
     refused(tmp_path, Heavy(), "The posterior must be a diagonal Normal, got Laplace", floor={"posterior": "head"})
+
+
+def test_categories_are_refused_and_sent_to_their_own_floor(tmp_path: Path) -> None:
+    class Classes(nn.Module):
+        def forward(self, logits: Tensor) -> OneHotCategorical:
+            return OneHotCategorical(logits=logits.unflatten(1, (4, 2)))
+
+    class Coded(Foreign):
+        def __init__(self) -> None:
+            super().__init__()
+            self.codes = Classes()
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) - self.codes(self.encoder.map(batch)).entropy().mean()  # type: ignore[no-any-return]
+
+    message = (
+        "The posterior must be a diagonal Normal, got OneHotCategorical. `world_model_kl` floors the KL of categor"
+    )
+    refused(tmp_path, Coded(), message, floor={"posterior": "codes"})
 
 
 def test_a_prior_that_is_no_normal_is_refused(tmp_path: Path) -> None:
