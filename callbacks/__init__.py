@@ -1,6 +1,7 @@
 """Callbacks for any LightningModule that trains a variational autoencoder."""
 
 from .base import Callback as Callback
+from .capacity import Capacity as Capacity
 from .collapse_detector import CollapseDetector as CollapseDetector
 from .control.attribute_path import AttributePath as AttributePath
 from .control.attribute_scheduler import AttributeScheduler as AttributeScheduler
@@ -44,6 +45,7 @@ __all__ = [
     "AttributeScheduler",
     "AttributeWriter",
     "Callback",
+    "Capacity",
     "CategoricalInformation",
     "ClassUsage",
     "CollapseDetector",

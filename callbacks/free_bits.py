@@ -11,7 +11,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
-from .base import knobs_of
 from .control.attribute_path import PathError, paths_to
 from .control.attribute_scheduler import AttributeScheduler
 from .control.attribute_writer import MisconfigurationException
@@ -116,7 +115,7 @@ class FreeBits(AttributeScheduler):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self.logs_now(trainer) and self._can_read(pl_module):  # only then are the rates read
+        if self.logs_now(trainer) and self._reader.can_read(pl_module):  # only then are the rates read
             super().on_before_optimizer_step(trainer, pl_module)
 
     @override
@@ -158,17 +157,12 @@ class FreeBits(AttributeScheduler):
                 "can't be changed, use `EnforcedFreeBits`, which needs the paths of its posterior and of its KL weight."
             ) from error
 
-    def _can_read(self, pl_module: LightningModule) -> bool:
-        """Return whether the module has a posterior, and not a method or a submodule of that name."""
-        own = getattr(pl_module, "posterior", None)
-        return self._reader.posterior is not None or not (own is None or callable(own))
-
     def _rates(self, pl_module: LightningModule, batch: Any) -> tuple[Tensor, Tensor | None] | None:
         """Compute the rate of each observation and dimension, over all posteriors, and which of them are not padding.
 
         ``None`` if there is no posterior.
         """
-        if not self._can_read(pl_module):
+        if not self._reader.can_read(pl_module):
             return None
         views = self._reader.read(pl_module, batch)
         if not views or any(each.prior is None for latents in views for each in latents.values()):
@@ -196,11 +190,7 @@ class FreeBits(AttributeScheduler):
                     f"decides. Leave it out and choose in the loss: `{_LINE[:-1]}, {option}={value!r})`."
                 )
             setattr(pl_module, f"free_bits_{option}", value)
-        kind, knobs = type(pl_module).__name__, knobs_of(pl_module)
-        if knobs and "free_bits" in self._paths and "free_bits" not in knobs:
-            raise MisconfigurationException(
-                f"FreeBits: the loss of {kind} has no floor, as a multi-sample bound has none."
-            )
+        kind = type(pl_module).__name__
         if self.per != "whole" and getattr(pl_module, "has_joint_rate", False) and pl_module.free_bits_per != "whole":
             raise MisconfigurationException(
                 f"FreeBits: the rate of {kind} has no parts for the dimensions, because its prior or posterior is "

@@ -36,6 +36,7 @@ class KnobModule(LightningModule):
         error_limit: The error that a controller holds the module at, ``"squared_error"`` or ``"distortion"``, with its
             limit and the price in nats of each unit above it; saved in checkpoints. ``None`` if none has set it.
         steered_knobs: The knobs that this controller moves; saved with the limit.
+        unread_knobs: The knobs that the loss does not read as the module is configured; moving one is an error.
     """
 
     knobs: dict[str, float | None]
@@ -43,6 +44,7 @@ class KnobModule(LightningModule):
     steered_knobs: tuple[str, ...]
     rate_limit: tuple[float, float] | None
     error_limit: tuple[str, float, float] | None
+    unread_knobs: tuple[str, ...] = ()
     _averages = False
     chosen_options: tuple[str, ...] = ()
     """Options of the constructor that a callback may override. The override is saved like the knobs."""
@@ -121,6 +123,8 @@ class KnobModule(LightningModule):
         self.rate_limit, self.error_limit = saved.get("rate_limit"), saved.get("error_limit")
         self.steered_knobs = tuple(saved.get("steered_knobs", ()))
         for name, value in saved.get("knob_values", {}).items():
+            if name not in self.knobs:  # of a loss that the module is no longer configured with
+                continue
             self._load_knob(name, value, saved["knobs"][name], saved.get("constructed_knobs", {}).get(name))
         for name, value in saved.get("chosen", {}).items():
             setattr(self, name, value)

@@ -410,6 +410,66 @@ def constrained_error(
         return (errors if mask is None else errors * mask).flatten(1).sum(1)
 
 
+def capacity_loss(distortion: Tensor, rate: Tensor, capacity: Tensor | float, weight: Tensor | float) -> Tensor:
+    r"""Compute a loss that holds the rate at a capacity: the distortion, plus a price on each nat above or below it.
+
+    .. math::
+        D + \gamma \, |R - C|
+
+    Its minimum has the rate C if the weight is at least the ``beta`` that leads to this rate, the slope of the smallest
+    distortion at a given rate; with a smaller weight it is that of ``beta`` = weight, and the rate is above C. With a
+    weight that is much too large the rate's gradient leaves the optimizer little for the distortion.
+
+    Args:
+        distortion: Mean of ``-log p(x|z)`` in nats per observation, a scalar.
+        rate: Mean rate in nats per observation, a scalar.
+        capacity: Nats. A tensor holds one number, which is not checked.
+        weight: Nats of loss per nat of rate. A tensor holds one number, which is not checked.
+
+    Raises:
+        ValueError: If the shapes differ, or the capacity or the weight is negative or not finite.
+
+    References:
+        Burgess et al., "Understanding disentangling in beta-VAE", 2018, equation 8.
+    """
+    _check_same_shape(distortion=distortion, rate=rate)
+    for name, value in (("capacity", capacity), ("weight", weight)):
+        if isinstance(value, Tensor):
+            check_single(name, value)
+        else:
+            checked_number(name, value)
+    return distortion + weight * (rate - capacity).abs()
+
+
+def checked_capacity_weight(weight: float | None, capacity: float | None, **replaced: float | None) -> float | None:
+    """Return the weight of :func:`capacity_loss` that a model is configured with, ``None`` for another loss.
+
+    Args:
+        weight: The weight.
+        capacity: The capacity; ``None`` if it is not given.
+        **replaced: The numbers of the loss that it replaces; ``None`` if they are not given.
+
+    Raises:
+        ValueError: If a number is out of range, or they do not go together.
+    """
+    if capacity is not None:
+        checked_number("capacity", capacity)
+    if weight is None:
+        if capacity is not None:
+            raise ValueError(
+                f"`capacity` must come with `capacity_weight`, the price of each nat away from it, got {capacity:g}."
+            )
+        return None
+    check_number("capacity_weight", weight, "a finite number above 0, or None", lambda each: 0 < each <= _LARGEST)
+    for name, value in replaced.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` must be left out (null in a config) with a `capacity_weight`, whose term takes its place in "
+                f"the loss, got {value:g}."
+            )
+    return float(weight)
+
+
 def checked_number(name: str, value: Any) -> float:
     """Return a weight, a floor or a limit of the loss as a float.
 

@@ -16,6 +16,7 @@ from .objective import (
     ELBOTerms,
     FreeBitsAverage,
     FreeBitsPer,
+    capacity_loss,
     constrained_rate_loss,
     free_bits,
     limited_rate_loss,
@@ -41,6 +42,8 @@ class PassModule(RunModule):
     rate_parts: int
     terms: nn.ModuleDict
     beta: Tensor
+    capacity: Tensor
+    capacity_weight: float | None
     free_bits: Tensor
     free_bits_per: FreeBitsPer
     free_bits_average: FreeBitsAverage
@@ -152,7 +155,7 @@ class PassModule(RunModule):
             elif self.importance_samples > 1:
                 loss = -others[0]
             else:
-                loss = weighted_loss(distortion, floored, self.beta)
+                loss = self._weighted_loss(distortion, floored)
             if added:
                 loss = loss + self._weighted(added)
             values = named_terms(stage, torch.stack([distortion, rate, floored, loss, *added]), list(self.terms))
@@ -161,6 +164,11 @@ class PassModule(RunModule):
             if loaders > 1:  # named as Lightning does
                 values = {f"{name}/dataloader_idx_{number}": value for name, value in values.items()}
             self.log_dict(values, batch_size=1, sync_dist=processes > 1, add_dataloader_idx=False)
+
+    def _weighted_loss(self, distortion: Tensor, floored_rate: Tensor) -> Tensor:
+        if self.capacity_weight is None:
+            return weighted_loss(distortion, floored_rate, self.beta)
+        return capacity_loss(distortion, floored_rate, self.capacity, self.capacity_weight)  # there is no floor
 
     def _new_sums(self) -> RunningSums:
         return RunningSums(

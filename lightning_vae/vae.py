@@ -25,10 +25,10 @@ from .objective import (
     FreeBitsAverage,
     FreeBitsPer,
     check_single,
+    checked_capacity_weight,
     constrained_error,
     group_rates,
     rate_parts,
-    weighted_loss,
 )
 from .observations import (
     Observations,
@@ -99,6 +99,9 @@ class VAE(LatentModel):
             the knob ``<name>_weight``.
         importance_samples: Number K of samples of the bound to train on: 1 for the ELBO, more for the multi-sample
             bound (IWAE), which has no floor.
+        capacity: Rate in nats at which a ``capacity_weight`` holds the rate, 0 by default; a knob like ``beta``.
+        capacity_weight: Price of each nat of rate above or below the capacity, in the place of ``beta * floored rate``;
+            see :func:`lightning_vae.objective.capacity_loss`. ``None``, the default, for the loss above.
 
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
@@ -140,6 +143,8 @@ class VAE(LatentModel):
         posterior: Callable[[int], PosteriorHead] | None = None,
         terms: Mapping[str, Callable[[], Term]] | None = None,
         importance_samples: int = 1,
+        capacity: float | None = None,
+        capacity_weight: float | None = None,
     ) -> None:
         super().__init__()
         given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
@@ -154,8 +159,11 @@ class VAE(LatentModel):
                 raise ValueError(f"`terms` must have names that are Python names, such as 'mmd', got {name!r}.")
         if compile and (terms or importance_samples > 1):
             raise ValueError("`compile` compiles the ELBO only: leave it out with `terms` and `importance_samples`.")
-        if importance_samples > 1 and terms:
-            raise ValueError("`importance_samples` above 1 can't be combined with `terms`: they are added to the ELBO.")
+        if importance_samples > 1 and (terms or capacity_weight is not None):
+            raise ValueError(
+                "`importance_samples` above 1 can't be combined with `terms` or a `capacity_weight`, which belong to the "
+                "ELBO."
+            )
         if importance_samples > 1 and free_bits:
             raise ValueError(
                 f"`importance_samples` is {importance_samples}: the multi-sample bound has no floor of the rate, got "
@@ -188,9 +196,13 @@ class VAE(LatentModel):
         self.free_bits_per, self.free_bits_average = free_bits_per, free_bits_average
         self._compiled_loss = CompiledMethod(compile)
 
-        self._register_knobs(beta=(beta, 1.0), free_bits=(free_bits, 0.0), **weights)
-        if importance_samples > 1:
-            del self.knobs["free_bits"]  # the bound has no floor
+        knobs: dict[str, Any] = {"beta": (beta, 1.0), "free_bits": (free_bits, 0.0)}
+        self.capacity_weight = checked_capacity_weight(capacity_weight, capacity, beta=beta, free_bits=free_bits)
+        if self.capacity_weight is not None:
+            self.unread_knobs, knobs["capacity"] = tuple(knobs), (capacity, 0.0)
+        elif importance_samples > 1:
+            self.unread_knobs = ("free_bits",)
+        self._register_knobs(**knobs, **weights)
         self.training_means = TrainingMeans(list(self.terms))
         warn_of_feedback(float(self.beta), self.likelihood)
         self._has_terms = bool(self.terms)
@@ -236,7 +248,10 @@ class VAE(LatentModel):
             return self._multi_sample_loss(x)
         terms = self._checked_terms(x, len(x))
         means = batch_means(terms, self.free_bits, self.free_bits_per, self.free_bits_average)
-        loss = weighted_loss(means.distortion, means.floored_rate, self.beta)
+        if self.capacity_weight is None:
+            loss = weighted_loss(means.distortion, means.floored_rate, self.beta)
+        else:
+            loss = self._weighted_loss(means.distortion, means.floored_rate)
         added = self._added_terms() if self._has_terms else []
         if added:
             loss = loss + self._weighted(added)

@@ -35,6 +35,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "Table": {"path": "nowhere.csv"},
     "VAE": {"shape": (6,)},
     "Constant": {"value": 1.0},
+    "Capacity": {"schedule": 1.0},
     "Staged": {"values": [0.0, 1.0, 2.0]},
     "EnforcedFreeBits": {"threshold": 0.5, "posterior": "encoder", "weight": 1.0},
     "FreeBits": {"threshold": 0.5},

@@ -143,7 +143,7 @@ def test_the_weight_of_a_multi_sample_bound_can_be_annealed(tmp_path):
 
 
 def test_a_multi_sample_bound_has_no_floor_to_move(tmp_path):
-    with pytest.raises(MisconfigurationException, match="the loss of VAE has no floor"):
+    with pytest.raises(MisconfigurationException, match="does not read `free_bits`"):
         fit(tmp_path, importance_samples=3, callbacks=[FreeBits(0.5)])
 
 

@@ -165,6 +165,7 @@ class AttributeWriter(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._refuse_twins(trainer)
+        self._refuse_unread(pl_module)
         self.at_end(trainer, self._release)
         self.around_saves(trainer, partial(self._at_target, trainer))
         try:
@@ -345,6 +346,15 @@ class AttributeWriter(Callback):
                 raise MisconfigurationException(
                     f"Two callbacks log `knobs/{self.name}`. Distinguish them with `name=`."
                 )
+
+    def _refuse_unread(self, pl_module: Any) -> None:
+        unread = [path for path in self._paths if path in getattr(pl_module, "unread_knobs", ())]
+        if unread:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: the loss of {type(pl_module).__name__} does not read `{unread[0]}` as it is "
+                "configured, because `capacity_weight` or `importance_samples` gives it another loss. Remove the callback, "
+                "or leave that option out."
+            )
 
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
         for owner, monitor in monitors(trainer) if self._moves else ():

@@ -232,6 +232,11 @@ class LatentReader:
         for reader in self._readers:
             reader.detach()
 
+    def can_read(self, pl_module: LightningModule) -> bool:
+        """Return whether a place is named, or the module has a posterior that is no method or submodule."""
+        own = getattr(pl_module, "posterior", None)
+        return self.posterior is not None or not (own is None or callable(own))
+
     def offers_none(self, pl_module: LightningModule) -> bool:
         """Return whether the module's own posterior is read and it has none for this batch, as for an empty share."""
         return self.posterior is None and getattr(pl_module, "posterior", self) is None

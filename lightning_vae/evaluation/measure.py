@@ -81,7 +81,8 @@ def evaluate(
     elif encoded.constant:
         assessment = without_variance()
     else:
-        holds = [FLOOR] * bool(vae.free_bits > 0) + [TARGET] * (vae.rate_limit is not None)
+        has_target = vae.rate_limit is not None or vae.capacity_weight is not None
+        holds = [FLOOR] * bool(vae.free_bits > 0) + [TARGET] * has_target
         assessment = assess(beta, terms, encoded.latents, generation, holds)
     return Evaluation(
         observations=encoded.count,
