@@ -24,11 +24,13 @@ from .objective import (
     ELBOTerms,
     FreeBitsAverage,
     FreeBitsPer,
+    capacity_loss,
     check_single,
     checked_capacity_weight,
     constrained_error,
     group_rates,
     rate_parts,
+    weighted_loss,
 )
 from .observations import (
     Observations,
@@ -161,8 +163,8 @@ class VAE(LatentModel):
             raise ValueError("`compile` compiles the ELBO only: leave it out with `terms` and `importance_samples`.")
         if importance_samples > 1 and (terms or capacity_weight is not None):
             raise ValueError(
-                "`importance_samples` above 1 can't be combined with `terms` or a `capacity_weight`, which belong to the "
-                "ELBO."
+                "`importance_samples` above 1 can't be combined with `terms` or a `capacity_weight`, which belong to "
+                "the ELBO."
             )
         if importance_samples > 1 and free_bits:
             raise ValueError(
@@ -251,7 +253,7 @@ class VAE(LatentModel):
         if self.capacity_weight is None:
             loss = weighted_loss(means.distortion, means.floored_rate, self.beta)
         else:
-            loss = self._weighted_loss(means.distortion, means.floored_rate)
+            loss = capacity_loss(means.distortion, means.floored_rate, self.capacity, self.capacity_weight)
         added = self._added_terms() if self._has_terms else []
         if added:
             loss = loss + self._weighted(added)

@@ -352,8 +352,8 @@ class AttributeWriter(Callback):
         if unread:
             raise MisconfigurationException(
                 f"{type(self).__name__}: the loss of {type(pl_module).__name__} does not read `{unread[0]}` as it is "
-                "configured, because `capacity_weight` or `importance_samples` gives it another loss. Remove the callback, "
-                "or leave that option out."
+                "configured: `capacity_weight` or `importance_samples` gives it another loss. Remove the callback, or "
+                "leave that option out."
             )
 
     def _refuse_moving_monitor(self, trainer: Trainer) -> None:
