@@ -75,7 +75,8 @@ class GECO(WeightController):
         min_beta: The smallest weight; a hundredth of the first if not given.
         max_beta: The largest weight; a hundred times the first if not given.
         proportional: Gain :math:`K_p`.
-        integral: Gain :math:`K_i` per step. Lower it if error and weight oscillate.
+        integral: Gain :math:`K_i` per step. Lower both gains if error and weight oscillate. With a ``distortion``, most
+            of which often stays whatever the weight is, raise both if the weight moves too slowly.
         smoothing: Weight of the previous average in the moving average, from 0 to below 1.
         tolerance: Amount by which the error may exceed the limit in ``val/loss``, and may miss it before it counts as
             not met: a fraction of the scale.

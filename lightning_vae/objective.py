@@ -402,11 +402,20 @@ def constrained_error(
         likelihood: ``p(x|z)`` at the sample of the posterior.
         x: The observations, shape ``(B, *shape)``.
         mask: True where a number of ``x`` is there; ``None`` if all are.
+
+    Raises:
+        ValueError: If the mean of p(x|z) has another shape than the data.
     """
     if kind == "distortion":
         return distortion.detach()
     with torch.no_grad():
-        errors = (likelihood.mean - x).square()
+        mean = likelihood.mean
+        if mean.shape != x.shape:
+            raise ValueError(
+                f"The squared error needs a mean of p(x|z) in the shape of the data, {tuple(x.shape)}, got "
+                f"{tuple(mean.shape)}. Constrain the distortion."
+            )
+        errors = (mean - x).square()
         return (errors if mask is None else errors * mask).flatten(1).sum(1)
 
 

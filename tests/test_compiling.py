@@ -24,7 +24,7 @@ from lightning_vae import (
     MLPDecoder,
     MLPEncoder,
 )
-from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear, TargetRate
+from lightning_vae.callbacks import GECO, CollapseDetector, FreeBits, KLAnnealing, Linear, TargetRate
 from lightning_vae.datamodules import Digits
 from tests.checkpoints.test_exact_resume import assert_identical
 from tests.doubles import quiet_trainer
@@ -93,7 +93,7 @@ def fit(
 ) -> Any:
     watch = Watch()
     knobs = [KLAnnealing(Linear(fraction=0.9)), FreeBits(Linear(stop=0.2, steps=5))]
-    if any(isinstance(each, TargetRate) for each in more):
+    if any(isinstance(each, TargetRate | GECO) for each in more):
         knobs = []
     trainer = quiet_trainer(
         folder, callbacks=[*knobs, CollapseDetector(), watch, *more], max_epochs=2, log_every_n_steps=2, **options
@@ -127,8 +127,9 @@ def test_a_fit_makes_one_graph_whatever_knobs_do(options: dict[str, Any], tmp_pa
 
 
 @pytest.mark.usefixtures("traced_only")
-def test_a_controller_and_a_smaller_last_batch_make_one_more_at_most(tmp_path: Path) -> None:
-    watch = fit(tmp_path, small(), TargetRate(1.0), batch_size=400)
+@pytest.mark.parametrize("controller", [TargetRate(1.0), GECO(squared_error=6.0)], ids=["rate", "error"])
+def test_a_controller_and_a_smaller_last_batch_make_one_more_at_most(tmp_path: Path, controller: Callback) -> None:
+    watch = fit(tmp_path, small(), controller, batch_size=400)
     assert watch.graphs[0] == 1
     assert watch.graphs[-1] <= 2
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_vae import VAE, Bernoulli, Gaussian, MLPDecoder, MLPEncoder
-from lightning_vae.callbacks import CollapseDetector, FreeBits, KLAnnealing, Linear, TargetRate
+from lightning_vae.callbacks import GECO, CollapseDetector, FreeBits, KLAnnealing, Linear, TargetRate
 from lightning_vae.datamodules import Digits
 from tests.doubles import quiet_trainer
 
@@ -95,6 +95,7 @@ class First(Callback):
 STACKS = {
     "annealed": lambda: [KLAnnealing(Linear(fraction=0.5)), FreeBits(Linear(stop=0.2, steps=50))],
     "steered": lambda: [TargetRate(1.0)],
+    "constrained": lambda: [GECO(squared_error=6.0)],
     "another's": lambda: [KLAnnealing(Linear(stop=2.0, steps=50), attribute="weight")],
 }
 
