@@ -13,6 +13,7 @@ from torch.distributions import Distribution
 
 from .balancing import scale_gradient
 from .checks import check_number, integer_from
+from .objective import checked_number
 
 
 class MultiSampleBound(NamedTuple):
@@ -78,6 +79,8 @@ def multi_sample_bound(
         "Tighter Variational Bounds are Not Necessarily Better", ICML 2018.
     """
     check_number("samples", samples, "an integer of at least 1", integer_from(1))
+    if not isinstance(beta, Tensor):
+        checked_number("beta", beta)
     _check_reparameterised(posterior)
     drawn = posterior.rsample(Size((samples,))) if z is None else z
     z = drawn.view_as(drawn)  # the hook below is for this use of the samples alone

@@ -93,7 +93,7 @@ class PassModule(RunModule):
         distortion, rates = self._checked_terms(observations, len(observations))
         # A floor on each sample is a sum over observations; a floor on the mean needs the whole pass.
         floored = self._floored_rate(rates) * len(observations)
-        added = [term * len(observations) for term in self._added_terms()]
+        added = self._sums_of_terms(observations) if self.terms else []
         bound = self._bound(observations)
         errors = [] if self.error_limit is None else [self._error_of_batch().sum()]
         columns = [distortion.sum(), floored, *added, *([] if bound is None else [bound.sum()]), *errors]
@@ -144,7 +144,10 @@ class PassModule(RunModule):
                 continue  # a subclass's own step, which logs by itself
             means = mean(sums)
             rates, (distortion, floored, *others) = means[: self.rate_parts], means[self.rate_parts :]
-            added, others = others[: len(self.terms)], others[len(self.terms) :]  # of the bound, or of an error
+            added, others = others[: len(self.terms)], others[len(self.terms) :]
+            if added:
+                compared, *others = others
+                added = [term / compared for term in added]
             if self.free_bits_average == "batch":
                 floored = self._floored_rate(rates[None])
             rate = rates.sum()
@@ -171,9 +174,19 @@ class PassModule(RunModule):
         return capacity_loss(distortion, floored_rate, self.capacity, self.capacity_weight)  # there is no floor
 
     def _new_sums(self) -> RunningSums:
-        return RunningSums(
-            self.rate_parts + 2 + len(self.terms) + (self.importance_samples > 1) + (self.error_limit is not None)
-        )
+        terms = len(self.terms) + bool(self.terms)
+        optional = (self.importance_samples > 1) + (self.error_limit is not None)
+        return RunningSums(self.rate_parts + 2 + terms + optional)
+
+    def _sums_of_terms(self, observations: Observations) -> list[Tensor]:
+        """Return the added terms times the number of observations, and that number.
+
+        A last batch of one observation is left out: terms compare observations.
+        """
+        count = torch.tensor(float(len(observations)), device=self.device)
+        if len(observations) < 2:
+            return [torch.zeros_like(count)] * (len(self.terms) + 1)
+        return [*(term * count for term in self._added_terms()), count]
 
     def _error_of_batch(self) -> Tensor:
         if self.constrained_error is None:

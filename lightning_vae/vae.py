@@ -178,18 +178,23 @@ class VAE(LatentModel):
             "encoder": encoder, "decoder": decoder, "likelihood": likelihood, "condition": condition, "prior": prior,
             "posterior": posterior,
         }  # fmt: skip
-        self.save_hyperparameters(ignore=["terms", *(n for n, part in parts.items() if isinstance(part, nn.Module))])
+        terms = dict(terms or {})
+        instances = [name for name, part in parts.items() if isinstance(part, nn.Module)]
+        instances += ["terms"] * any(isinstance(term, nn.Module) for term in terms.values())
+        self.save_hyperparameters(ignore=instances)
         described = {name: describe(self.hparams.get(name, part)) for name, part in parts.items()}
-        described["terms"] = {name: describe(term) for name, term in (terms or {}).items()} or None
+        configured = self.hparams.get("terms") or terms
+        described["terms"] = {name: describe(term) for name, term in configured.items()} or None
         # These load with `weights_only=True`, as do lists and tuples.
         self._update_hparams(described if isinstance(given, list | tuple) else {**described, "shape": shape})
 
         self._build(shape, levels, latent_dim, **parts)
-        self.terms = nn.ModuleDict(
-            {name: build(f"terms.{name}", term, of=Term) for name, term in (terms or {}).items()}
-        )
+        self.terms = nn.ModuleDict({name: build(f"terms.{name}", term, of=Term) for name, term in terms.items()})
         weights: Any = {f"{name}_weight": (term.weight, 1.0) for name, term in self.terms.items()}
-        group_rates(torch.zeros(1, self.rate_parts), free_bits_per)  # raises on a value that does not fit
+        try:
+            group_rates(torch.zeros(1, self.rate_parts), free_bits_per)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`per`", "`free_bits_per`")) from None
         if self.has_joint_rate and free_bits and free_bits_per != "whole":
             raise ValueError(
                 f"`free_bits_per` must be 'whole' under a joint prior or posterior, whose rate has no parts for the "
@@ -308,8 +313,10 @@ class VAE(LatentModel):
         if step is None:
             return []
         # Numbers that a term draws are its own: the posterior's noise is the same with the term and without it.
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(torch.randint(2**62, ())))
+        is_cuda = self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if is_cuda else []):
+            generator = torch.cuda.default_generators[self.device.index or 0] if is_cuda else torch.default_generator
+            generator.manual_seed(int(torch.randint(2**62, ())))  # `torch.manual_seed` takes as long as a small layer
             values = {name: term(step) for name, term in self.terms.items()}
         for name, value in values.items():
             check_single(f"terms.{name}", value)

@@ -41,7 +41,8 @@ def test_the_value_is_the_kl_and_each_side_gets_its_share_of_the_gradient(family
     make = FAMILIES[family]
     plain = td.kl_divergence(make(*ours), make(*theirs))
     balanced = kl_balance(make(*ours), make(*theirs), alpha)
-    assert torch.equal(balanced, plain)
+    # The formula for full covariances is not torch's, which can't be compiled.
+    torch.testing.assert_close(balanced, plain, rtol=1e-13 if family == "MultivariateNormal" else 0, atol=0)
     expected = zip((1 - alpha, 1 - alpha, alpha, alpha), gradients(plain, ours + theirs), strict=True)
     for gradient, (share, whole) in zip(gradients(balanced, ours + theirs), expected, strict=True):
         torch.testing.assert_close(gradient, share * whole, rtol=1e-13, atol=1e-15)

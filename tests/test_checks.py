@@ -10,16 +10,26 @@ import pytest
 import torch
 
 import lightning_vae
-from lightning_vae import callbacks, checks, datamodules, estimators, terms
+from lightning_vae import callbacks, checks, datamodules, estimators, likelihoods, terms
 from lightning_vae.callbacks import schedules
 from tests.doubles import small_vae
 
 MEANS, LABELS = torch.zeros(3, 2), torch.tensor([0, 1, 0])
 # What is needed besides the option that is tried.
+NORMAL = torch.distributions.Normal(MEANS, MEANS + 1)
+NETWORKS = ("Linear", "MLP", "Conv")
+LIKELIHOODS = [name for name, thing in vars(likelihoods).items() if isinstance(thing, type) and name != "Gaussian"]
 GIVEN: dict[str, dict[str, Any]] = {
     "BatchLoader": {"size": 4, "batch_size": 2},
     "StreamLoader": {"dataset": [0, 1], "batch_size": 2},
     "TensorLoader": {"tensors": {"x": MEANS}, "batch_size": 2},
+    **{name: {"shape": (2,)} for name in LIKELIHOODS},
+    **{f"{kind}{part}": {"shape": (1, 8, 8), "latent_dim": 2} for kind in NETWORKS for part in ("Encoder", "Decoder")},
+    "Condition": {"classes": 3},
+    "group_rates": {"kl_per_dimension": MEANS},
+    "kl_balance": {"posterior": NORMAL, "prior": NORMAL},
+    "world_model_kl": {"posterior": NORMAL, "prior": NORMAL},
+    "multi_sample_bound": {"posterior": NORMAL, "prior": NORMAL, "log_likelihood": lambda z: z.sum(-1), "samples": 2},
     "BatchNormMeans": {"latent_dim": 2},
     "CategoricalGroups": {"latent_dim": 4, "classes": 2},
     "ConditionalNormal": {"latent_dim": 2, "condition_dim": 3},
@@ -81,14 +91,15 @@ ONE_OF = (
 RESULTS = {"AggregateMoments", "Averages", "Evaluation", "LatentReport", "LinearVAEOptimum", "MixtureEstimates", "Step"}
 NO_OPTIONS = {*RESULTS, "is_saturated"}
 NO_NUMBERS = {"label", "x", "mask", "mutual_information", "information_rate", "marginal_kl_per_unit", "own", "schedule"}
-OF_THE_VAE = {"latent_dim", "levels"}
+OF_THE_VAE = {"latent_dim", "levels", "shape", "condition_dim", "outputs"}
 NAMED = ("FreeBitsPer", "Shape")  # types of numbers
 
 
 def options() -> Iterator[Any]:
     """Every public option that takes a number, with what is needed to try it."""
     for module in (lightning_vae, callbacks, datamodules, estimators, terms):
-        for name, thing in sorted(vars(module).items()):
+        for name in sorted(dir(module)):  # some are imported at their first use
+            thing = getattr(module, name)
             if name.startswith("_") or not callable(thing) or inspect.isabstract(thing) or name in NO_OPTIONS:
                 continue
             try:
@@ -105,7 +116,8 @@ def options() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("thing", "option", "several"), list(options()))
 def test_a_boolean_is_no_number(thing: Any, option: str, several: bool) -> None:
-    given = {**GIVEN.get(thing.__name__, {}), option: (True, True) if several else True}
+    of_a_likelihood = {"shape": (2,)} if thing is lightning_vae.Gaussian else {}  # a data module has the same name
+    given = {**GIVEN.get(thing.__name__, {}), **of_a_likelihood, option: (True, True) if several else True}
     for alternatives, value in ONE_OF:
         if alternatives[0] in inspect.signature(thing).parameters and option not in alternatives:
             given[alternatives[0]] = value

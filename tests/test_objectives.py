@@ -107,6 +107,21 @@ def test_what_makes_no_sense_is_refused(options, message):
         VAE((6,), latent_dim=2, **options)
 
 
+def test_a_last_batch_of_one_observation_has_no_terms(tmp_path):
+    values = []
+
+    class Counted(Term):
+        def forward(self, step):
+            values.append(float(len(step.z)))
+            return step.z.new_tensor(values[-1])
+
+    data = {"x": torch.randn(9, 3), "index": torch.arange(9)}
+    vae = VAE((3,), latent_dim=2, likelihood=partial(Gaussian, variance=1.0), terms={"counted": Counted})
+    [found] = quiet_trainer(tmp_path).validate(vae, TensorLoader(data, 4), verbose=False)
+    assert found["val/term_counted"] == 4
+    assert values == [4, 4]
+
+
 def test_a_term_must_be_a_scalar(tmp_path):
     class Rows(Term):
         def forward(self, step):

@@ -162,7 +162,7 @@ def test_at_beta_one_validation_loss_is_minus_the_elbo(tmp_path):
         ({"levels": math.nan}, "`levels`"),
         ({"levels": "17"}, "`levels` must be an integer of at least 2, .* got '17'"),
         ({"free_bits_per": 2}, "must divide"),
-        ({"free_bits_per": "unit"}, "`per` must be"),
+        ({"free_bits_per": "unit"}, "`free_bits_per` must be"),
         ({"free_bits_average": "mean"}, "`free_bits_average`"),
     ],
 )
