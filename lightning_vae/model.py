@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch import distributions as td
 from typing_extensions import override
 
-from .checkpoints.class_paths import build
+from .checkpoints.class_paths import build, takes
 from .checkpoints.exact_resume import trainer_of
 from .checks import check_number, integer_from
 from .conditions import Condition
@@ -54,6 +54,7 @@ class LatentModel(PassModule):
         self,
         shape: Shape,
         levels: int | None,
+        kinds: Sequence[str | int] | None,
         latent_dim: int,
         encoder: Any,
         decoder: Any,
@@ -70,7 +71,13 @@ class LatentModel(PassModule):
         self.head = None if posterior is None else build("posterior", posterior, latent_dim, of=PosteriorHead)
         columns = {} if self.head is None else {"outputs": self.head.outputs}
         make = default_likelihood if likelihood is None else likelihood
-        built: Likelihood = build("likelihood", make, shape, levels, of=Likelihood)
+        of_table = {"kinds": kinds} if kinds is not None and takes("likelihood", make, "kinds") else {}
+        built: Likelihood = build("likelihood", make, shape, levels, of=Likelihood, **of_table)
+        if kinds is not None and not of_table and (len({*kinds}) > 1 or not isinstance(kinds[0], str)):
+            raise ValueError(
+                f"`likelihood` {type(built).__name__} takes all columns alike, but the table has the `kinds`"
+                f" {', '.join(map(str, kinds))}. Use Columns, or leave columns out."
+            )
         make = MLPEncoder if encoder is None else encoder
         self.encoder = build("encoder", make, built.features_shape, latent_dim, **sizes, **columns)
         make = MLPDecoder if decoder is None else decoder

@@ -80,8 +80,8 @@ class VAE(LatentModel):
             ``torch.distributions.Distribution`` of batch shape ``(B, k)``.
         decoder: Constructor of the network of p(x|z), called with ``(latent_dim, shape)``.
         likelihood: Constructor of the likelihood, called with ``(shape, levels)``. The default depends on the data:
-            Bernoulli for grey images, discretised logistic for colour images, Gaussian with learned variance for
-            vectors.
+            Bernoulli for grey images, discretised logistic for colour images, Columns for tables, Gaussian with learned
+            variance for other vectors.
         beta: Weight of the rate; 1, the default, trains on the negative ELBO.
         free_bits: Floor of the rate in nats, 0 for none, the default; see :func:`lightning_vae.free_bits`.
         free_bits_per: Dimensions that share a floor: ``"dimension"``, ``"whole"``, or a number of consecutive ones.
@@ -104,6 +104,8 @@ class VAE(LatentModel):
         capacity: Rate in nats at which a ``capacity_weight`` holds the rate, 0 by default; a knob like ``beta``.
         capacity_weight: Price of each nat of rate above or below the capacity, in the place of ``beta * floored rate``;
             see :func:`lightning_vae.objective.capacity_loss`. ``None``, the default, for the loss above.
+        kinds: Kinds of a table's columns, which the likelihood is constructed with if it takes them, as Columns does.
+            In a config they come from the data module.
 
     Attributes:
         posterior: q(z|x) of the batch processed last, which callbacks read.
@@ -147,6 +149,7 @@ class VAE(LatentModel):
         importance_samples: int = 1,
         capacity: float | None = None,
         capacity_weight: float | None = None,
+        kinds: Sequence[str | int] | None = None,
     ) -> None:
         super().__init__()
         given, shape = shape, tuple(shape) if isinstance(shape, Sequence) else ()
@@ -188,7 +191,7 @@ class VAE(LatentModel):
         # These load with `weights_only=True`, as do lists and tuples.
         self._update_hparams(described if isinstance(given, list | tuple) else {**described, "shape": shape})
 
-        self._build(shape, levels, latent_dim, **parts)
+        self._build(shape, levels, kinds, latent_dim, **parts)
         self.terms = nn.ModuleDict({name: build(f"terms.{name}", term, of=Term) for name, term in terms.items()})
         weights: Any = {f"{name}_weight": (term.weight, 1.0) for name, term in self.terms.items()}
         try:

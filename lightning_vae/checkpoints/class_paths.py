@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
@@ -57,6 +58,24 @@ def build(name: str, part: Any, *args: Any, of: type[nn.Module] = nn.Module, **o
             f"`{name}` must be {wanted}, or a class or callable that makes one, got {type(built).__name__}."
         )
     return built
+
+
+def takes(name: str, part: Any, option: str) -> bool:
+    """Return whether a constructor has a parameter of this name.
+
+    Args:
+        name: Name of the model's argument, for messages.
+        part: What was given for it, as for :func:`build`.
+        option: Name of the parameter.
+
+    Raises:
+        ValueError: If its description names no network.
+    """
+    constructor = _constructor(name, part) if isinstance(part, Mapping) else part
+    if isinstance(part, partial):  # that of a config's parser has the class among its arguments
+        constructor = next((each for each in (part.func, *part.args) if isinstance(each, type)), part)
+    is_constructor = callable(constructor) and not isinstance(constructor, nn.Module)
+    return is_constructor and option in inspect.signature(constructor).parameters
 
 
 def check_checkpoint(source: Any, replaced: Collection[str] = ()) -> None:

@@ -16,7 +16,7 @@ from ..checkpoints import run_folder
 from ..checkpoints.checkpoint_io import read
 from ..checkpoints.class_paths import check_descriptions
 
-FROM_DATA = ("shape", "levels")
+FROM_DATA = ("shape", "levels", "kinds")
 """Options of the model that are set from the data."""
 
 KNOBS = ("beta", "free_bits")

@@ -234,10 +234,10 @@ class VAECLI(LightningCLI):
             if type(self.trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not if the config names another
                 self.trainer.strategy.checkpoint_io = AtomicCheckpointIO()
             for name, given in self._given.items():
-                if getattr(self.datamodule, name) != (tuple(given) if isinstance(given, list) else given):
+                if getattr(self.datamodule, name, None) != (tuple(given) if isinstance(given, list) else given):
                     raise ValueError(
                         f"`model.{name}` is set from the data: leave it out. The data have "
-                        f"{getattr(self.datamodule, name)}, got {given}."
+                        f"{getattr(self.datamodule, name, None)}, got {given}."
                     )
             options = self.config_init[self.subcommand]
             if self.subcommand == "fit":
@@ -353,6 +353,8 @@ class _Attribute:
         self.name = name
 
     def __call__(self, data: LightningDataModule) -> Any:
+        if self.name == "kinds":  # of a table's columns; other data have none
+            return getattr(data, self.name, None)
         if not hasattr(data, self.name):
             raise ValueError(
                 f"`data`: {type(data).__name__} has no attribute `{self.name}`. A data module must offer `shape`, the "
