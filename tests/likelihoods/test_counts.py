@@ -1,5 +1,6 @@
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import nbinom, poisson
@@ -58,15 +59,15 @@ def test_a_mean_near_zero_still_has_a_slope():
     assert gradient.item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("dispersion", [-50.0, 50.0])
-def test_the_dispersion_stays_where_float32_is_precise(dispersion):
+@pytest.mark.parametrize(("learned", "used"), [(-50.0, -10.0), (50.0, 8.0)])
+def test_the_dispersion_stays_where_float32_is_precise(learned, used):
     likelihood = NegativeBinomial((1,))
     with torch.no_grad():
-        likelihood.log_inverse_dispersion.fill_(dispersion)
-    counts = torch.arange(40.0).view(-1, 1)
-    single = likelihood(torch.full((40, 1), 2.0)).log_prob(counts)
-    double = likelihood.double()(torch.full((40, 1), 2.0).double()).log_prob(counts.double())
-    torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=5e-3)
+        likelihood.log_inverse_dispersion.fill_(learned)
+    single = likelihood(torch.full((40, 1), 2.0)).log_prob(COUNTS[:, None].float())
+    theta, mean = np.exp(used), np.exp(2.0)
+    expected = torch.from_numpy(nbinom.logpmf(COUNTS, theta, theta / (theta + mean)))
+    torch.testing.assert_close(single.double(), expected, rtol=1e-4, atol=5e-3)
 
 
 @pytest.mark.parametrize("make", [Poisson, NegativeBinomial, partial(Poisson, zero_inflated=True)])

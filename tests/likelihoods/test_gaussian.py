@@ -7,6 +7,8 @@ import torch
 from scipy.stats import norm
 
 from lightning_vae import VAE, Gaussian, LinearDecoder, LinearEncoder
+from lightning_vae.datamodules import TensorLoader
+from tests.doubles import quiet_trainer
 
 
 @pytest.mark.parametrize("variance", [0.25, "learned", "optimal"])
@@ -120,38 +122,69 @@ def test_a_dimension_that_no_observation_of_the_first_batch_has_starts_at_the_ot
     torch.testing.assert_close(likelihood.log_variance.exp(), torch.tensor([0.4, 0.4]))
 
 
-def test_linear_networks_with_a_variance_per_dimension_are_factor_analysis():
-    """At factor analysis' own parameters the loss is its negative log-likelihood, and psi is stationary."""
-    w = np.array([[1, 0], [0.8, 0.3], [0.6, -0.5], [0, 0.9], [0.2, 0.7], [-0.5, 0.4]])
-    psi = np.array([0.2, 0.5, 0.3, 0.4, 0.8, 0.6])
-    covariance = w @ w.T + np.diag(psi)
+PSI = np.array([0.2, 0.5, 0.3, 0.4, 0.8, 0.6])
+LOADINGS = np.array([[1, 0], [0.8, 0.3], [0.6, -0.5], [0, 0.9], [0.2, 0.7], [-0.5, 0.4]])
+MINIMUM = 7.822006  # d / 2 log 2 pi + 1 / 2 log det C + d / 2, of data whose covariance is exactly C
+
+
+def factor_data():
     x = np.random.default_rng(0).standard_normal((300, 6))
     x -= x.mean(0)
-    x = x @ np.linalg.inv(np.linalg.cholesky(x.T @ x / 300)).T @ np.linalg.cholesky(covariance).T
+    whitened = x @ np.linalg.inv(np.linalg.cholesky(x.T @ x / 300)).T
+    return torch.from_numpy(whitened @ np.linalg.cholesky(LOADINGS @ LOADINGS.T + np.diag(PSI)).T)
+
+
+class FactorAnalysis(VAE):
+    def __init__(self):
+        super().__init__(
+            (6,), None, 2, LinearEncoder, LinearDecoder, lambda *given: Gaussian(*given, variance="per_dimension")
+        )
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.Adam(self.parameters(), lr=0.03)
+        steps = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, 2 * (1 - step / steps)) ** 2)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def distortion_and_rate(vae, data):
+    """Means over the data, the expectation of a quadratic function of z exactly: the mean of two points an axis."""
+    posterior = vae.encode(data)
+    points = [sign * 2**0.5 * torch.eye(2).double()[axis] for sign in (-1, 1) for axis in (0, 1)]
+    distortions = [-vae.decode(posterior.mean + point * posterior.stddev).log_prob(data).mean() for point in points]
+    return torch.stack(distortions).mean(), vae.elbo_terms(data).rate.mean()
+
+
+def test_linear_networks_with_a_variance_per_dimension_are_factor_analysis():
+    """At factor analysis' own parameters the loss is its negative log-likelihood, and psi is stationary."""
     # The posterior factorises in the axes in which W' Psi^-1 W is diagonal.
-    eigenvalues, axes = np.linalg.eigh(w.T @ (w / psi[:, None]))
-    w = w @ axes
-    vae = VAE((6,), None, 2, LinearEncoder, LinearDecoder, lambda *given: Gaussian(*given, variance="per_dimension"))
-    vae = vae.double()
+    eigenvalues, axes = np.linalg.eigh(LOADINGS.T @ (LOADINGS / PSI[:, None]))
+    w = LOADINGS @ axes
+    vae = FactorAnalysis().double()
     with torch.no_grad():
         for target, value in (
-            (vae.encoder.mean.weight, (w / psi[:, None]).T / (1 + eigenvalues)[:, None]),
+            (vae.encoder.mean.weight, (w / PSI[:, None]).T / (1 + eigenvalues)[:, None]),
             (vae.encoder.log_variance, -np.log(1 + eigenvalues)),
             (vae.decoder.map.weight, w),
-            (vae.likelihood.log_variance, np.log(psi)),
+            (vae.likelihood.log_variance, np.log(PSI)),
         ):
-            target.copy_(torch.from_numpy(value))  # type: ignore[union-attr, operator]
-        vae.encoder.mean.bias.zero_()  # type: ignore[union-attr, operator]
-        vae.decoder.map.bias.zero_()  # type: ignore[union-attr, operator]
-    data = torch.from_numpy(x)
-    rate = vae.elbo_terms(data).rate.mean()
-    posterior = vae.encode(data)
-    # The expectation of a quadratic function, exactly: the mean over two points on each axis.
-    points = [sign * 2**0.5 * torch.eye(2).double()[axis] for sign in (-1, 1) for axis in (0, 1)]
-    distortion = -torch.stack(
-        [vae.decode(posterior.mean + point * posterior.stddev).log_prob(data).mean() for point in points]
-    ).mean()
-    assert (distortion + rate).item() == pytest.approx(7.822006, abs=1e-6)
+            target.copy_(torch.from_numpy(value))
+        vae.encoder.mean.bias.zero_()
+        vae.decoder.map.bias.zero_()
+    distortion, rate = distortion_and_rate(vae, factor_data())
+    assert (distortion + rate).item() == pytest.approx(MINIMUM, abs=1e-6)
     assert rate.item() == pytest.approx(0.5 * np.log1p(eigenvalues).sum(), abs=1e-9)
-    (gradient,) = torch.autograd.grad(distortion, vae.likelihood.log_variance)  # type: ignore[arg-type]
+    (gradient,) = torch.autograd.grad(distortion, vae.likelihood.log_variance)
     torch.testing.assert_close(gradient, torch.zeros(6).double())
+
+
+@pytest.mark.exhaustive
+def test_a_fit_reaches_factor_analysis(tmp_path):
+    torch.manual_seed(0)
+    data, vae = factor_data(), FactorAnalysis()
+    batches = TensorLoader({"x": data.float()}, batch_size=300)
+    quiet_trainer(tmp_path, max_steps=2000).fit(vae, batches)
+    with torch.no_grad():
+        distortion, rate = distortion_and_rate(vae.double(), data)
+    assert MINIMUM - 1e-6 < (distortion + rate).item() < MINIMUM + 0.02
+    assert vae.likelihood.log_variance.exp().tolist() == pytest.approx(PSI.tolist(), abs=0.08)
