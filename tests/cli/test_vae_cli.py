@@ -483,7 +483,7 @@ def test_a_config_that_is_nowhere_lists_those_of_the_package(capsys):
         main(["fit", "--config", "digts.yaml"])
     assert exit_.value.code == 2
     error = capsys.readouterr().err
-    assert "`--config`: there is no file 'digts.yaml'. The package brings collapse, " in error
+    assert "`--config`: there is no file 'digts.yaml'. The package brings arrays, collapse, " in error
     assert " digits, " in error
 
 
