@@ -88,6 +88,10 @@ class LatentModel(PassModule):
         usual = StandardNormal if classes is None else partial(UniformCategorical, classes=classes)
         make = usual if prior is None else prior
         self.prior_module = build("prior", make, latent_dim, condition_dim, of=Prior)
+        if self.prior_module.latent_dim != latent_dim:
+            raise ValueError(
+                f"`prior` must have the model's `latent_dim`, {latent_dim}, got one of {self.prior_module.latent_dim}."
+            )
         if self.prior_module.classes != classes:
             raise ValueError(
                 f"`prior` and `posterior` must both be over groups of as many classes, or neither, got "

@@ -104,6 +104,7 @@ def test_at_the_optimum_all_importance_samples_have_one_weight_which_is_the_like
     assert result.nll == pytest.approx(-float(exact.log_prob(residual).mean()), abs=1e-7)  # the variance is float32
     assert result.effective_sample_size == pytest.approx(3, abs=1e-9)
     assert result.implied_beta == pytest.approx(1, abs=0.1)
+    assert result.condition_r2 == pytest.approx(0, abs=0.05)  # the encoder's mean is one of the residual
 
 
 @torch.no_grad()

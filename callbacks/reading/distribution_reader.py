@@ -341,12 +341,13 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _priors(pl_module: LightningModule, paths: Sequence[str]) -> list[nn.Module]:
-    """Return the submodules named ``prior``, but for those that the paths lead to or through."""
+    """Return the submodules named ``prior`` or ``prior_module``, but for those that the paths lead to or through."""
     watched = [path.partition(":")[0] for path in paths]
     return [
         module
         for name, module in pl_module.named_modules()
-        if name.rpartition(".")[2] == "prior" and not any(f"{path}.".startswith(f"{name}.") for path in watched)
+        if name.rpartition(".")[2] in ("prior", "prior_module")
+        and not any(f"{path}.".startswith(f"{name}.") for path in watched)
     ]
 
 

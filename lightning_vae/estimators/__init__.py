@@ -22,3 +22,4 @@ from .importance import importance_weighted_bound as importance_weighted_bound
 from .mixture import MixtureEstimates as MixtureEstimates
 from .mixture import mixture_estimates as mixture_estimates
 from .outliers import auroc as auroc
+from .probes import linear_probe_r2 as linear_probe_r2

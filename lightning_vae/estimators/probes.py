@@ -5,6 +5,7 @@ Pure functions of tensors. Each leaves out the observation itself, so no second 
 
 from __future__ import annotations
 
+import math
 import operator
 
 import torch
@@ -89,15 +90,50 @@ def linear_probe_accuracy(means: Tensor, labels: Tensor, ridge: float = 1.0) -> 
     """
     _check(means, labels)
     check_number("ridge", ridge, "positive", is_positive)
-    inputs = torch.cat([torch.ones_like(means[:, :1]), means], dim=1).double()
     labels = labels.unique(return_inverse=True)[1]
-    targets = F.one_hot(labels).double()
+    predicted = _left_out(means, F.one_hot(labels).double(), ridge)
+    return float((predicted.argmax(dim=1) == labels).double().mean())
+
+
+def linear_probe_r2(means: Tensor, targets: Tensor, ridge: float = 1.0) -> float:
+    r"""Predict numbers of each observation by ridge regression on the others, as :func:`linear_probe_accuracy` does.
+
+    Of the condition of a conditional model it is the part that the latents hold a second time.
+
+    Args:
+        means: Posterior means, of shape ``(N, k)``.
+        targets: Numbers, of shape ``(N, columns)``.
+        ridge: Penalty alpha on the squared weights.
+
+    Returns:
+        Share of the targets' variance that is predicted, :math:`1 - \sum (y - \hat y)^2 / \sum (y - ar y)^2`, over
+        all columns together: at most 1, and 0 or slightly below if the means say nothing. NaN if the targets are
+        constant.
+
+    Raises:
+        ValueError: If there is not one row of targets for each of the means, or the penalty is not positive.
+    """
+    if means.ndim != 2 or targets.ndim != 2 or len(means) != len(targets) or len(means) < 2:
+        raise ValueError(
+            "`means` and `targets` must have shapes (N, k) and (N, columns) of at least 2 observations, got "
+            f"{tuple(means.shape)} and {tuple(targets.shape)}."
+        )
+    check_number("ridge", ridge, "positive", is_positive)
+    targets = targets.double()
+    spread = (targets - targets.mean(dim=0)).square().sum()
+    error = (targets - _left_out(means, targets, ridge)).square().sum()
+    return float(1 - error / spread) if spread > 0 else math.nan
+
+
+def _left_out(means: Tensor, targets: Tensor, ridge: float) -> Tensor:
+    """Predict the targets of each observation by ridge regression on the other observations."""
+    inputs = torch.cat([torch.ones_like(means[:, :1]), means], dim=1).double()
     penalty = torch.full_like(inputs[0], ridge)
     penalty[0] = 0
     solved = torch.linalg.solve(inputs.T @ inputs + penalty.diag(), inputs.T)
     leverage = (inputs * solved.T).sum(dim=1, keepdim=True)  # the diagonal of H
-    predicted = (inputs @ (solved @ targets) - leverage * targets) / (1 - leverage)
-    return float((predicted.argmax(dim=1) == labels).double().mean())
+    predicted: Tensor = (inputs @ (solved @ targets) - leverage * targets) / (1 - leverage)
+    return predicted
 
 
 def _check(means: Tensor, labels: Tensor) -> None:

@@ -18,7 +18,7 @@ from ..callbacks.metrics.observation_subset import ObservationSubset
 from ..callbacks.metrics.running_moments import RunningMoments
 from ..distributed import sum_over_processes
 from ..estimators.mixture import MixtureEstimates, mixture_estimates
-from ..estimators.probes import knn_accuracy, linear_probe_accuracy
+from ..estimators.probes import knn_accuracy, linear_probe_accuracy, linear_probe_r2
 from ..noise import sample_by_index
 from ..objective import rate_parts
 from ..observations import Observations
@@ -77,7 +77,7 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     columns = 0 if vae.condition is None else vae.condition.columns
     aggregate = AggregatePosterior(k).to(device)
     rates_and_widths = RunningMoments(parts + k).to(device)
-    posteriors = ObservationSubset(2 * k + 2, observations).to(device)
+    posteriors = ObservationSubset(2 * k + 2 + columns, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size + columns, samples).to(device)
     is_gaussian, is_standard, warned = True, True, False
     first, varies = None, torch.zeros((), dtype=torch.float64, device=device)
@@ -94,13 +94,8 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
             kind = type(posterior).__name__
             raise ValueError(f"`encoder` must give a posterior with a mean and a variance, got {kind}.") from None
         z = sample_by_index(posterior, index)
-        row = [
-            index[:, None].double(),
-            mean,
-            z.flatten(1),
-            x.flatten(1),
-            *([] if part.condition is None else [part.condition]),
-        ]
+        conditions = [] if part.condition is None else [part.condition]
+        row = [index[:, None].double(), mean, z.flatten(1), x.flatten(1), *conditions]
         loc, unit = prior_units(prior)  # of categories, none
         mean, variance = (mean - loc) / unit, variance / unit**2
         aggregate.update(mean, variance)
@@ -112,7 +107,8 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
             warned = True
         labels = torch.full_like(index, -1) if classes is None else classes
         rate = rates.sum(dim=1, keepdim=True).double()
-        posteriors.update(torch.cat([mean, variance, rate, labels[:, None].double()], dim=1), index)
+        summary = [mean, variance, rate, labels[:, None].double(), *conditions]
+        posteriors.update(torch.cat(summary, dim=1), index)
         data.update(torch.cat(row, dim=1), index)
 
     share = aggregate.state[0, 0]
@@ -122,7 +118,8 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     moments, averages = aggregate.compute(), rates_and_widths.compute().mean
     if not (moments.mean.isfinite().all() and moments.posterior_variance.isfinite().all()):
         raise ValueError("The posteriors are not finite: are there NaNs in the data, or did training diverge?")
-    mean, variance, rate, labels = posteriors.compute().split([k, k, 1, 1], dim=1)
+    mean, variance, rate, labels, condition = posteriors.compute().split([k, k, 1, 1, columns], dim=1)
+    probes = _labels(mean, labels[:, 0].long(), None if vae.condition is None else vae.condition(condition))
     rates, widths = averages.split([parts, k])
     own_rates = None if is_standard else rate[:, 0]
     mixture = None
@@ -133,9 +130,7 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     means, z, x = (each.to(vae.working_dtype) for each in rows)
     kept = Kept(index[:, 0].long(), means, z, x, condition if columns else None)
     constant = not sum_over_processes(varies) and bool((x == x[:1]).all())  # within each process, and among them
-    return Encoded(
-        count, constant, float(share), moments, latents, _labels(mean, labels[:, 0].long()), kept, is_gaussian
-    )
+    return Encoded(count, constant, float(share), moments, latents, probes, kept, is_gaussian)
 
 
 def _classes(observations: Observations) -> Tensor | None:
@@ -199,8 +194,10 @@ def _latents(
     )
 
 
-def _labels(means: Tensor, labels: Tensor) -> Labels:
-    """Predict the labels, unless some are missing (-1), all are the same, or there are too few."""
+def _labels(means: Tensor, labels: Tensor, condition: Tensor | None) -> Labels:
+    """Predict the labels, unless some are missing (-1), all are the same, or there are too few; and the condition."""
+    known = condition is not None and len(means) >= LEAST_COMPARED
+    of_condition = linear_probe_r2(means, condition) if known else math.nan  # type: ignore[arg-type]
     if len(labels) < LEAST_COMPARED or bool((labels < 0).any()) or bool((labels == labels[0]).all()):
-        return Labels(math.nan, math.nan)
-    return Labels(knn_accuracy(means, labels), linear_probe_accuracy(means, labels))
+        return Labels(math.nan, math.nan, of_condition)
+    return Labels(knn_accuracy(means, labels), linear_probe_accuracy(means, labels), of_condition)

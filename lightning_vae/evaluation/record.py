@@ -133,10 +133,13 @@ class Labels:
     Attributes:
         knn_accuracy: Accuracy of the 5 nearest other posterior means.
         linear_probe_accuracy: Accuracy of ridge regression on the other means.
+        condition_r2: Share of the variance of the condition c that ridge regression on the other means predicts: what
+            the latents of a conditional model hold of it a second time. NaN for a model without one.
     """
 
     knn_accuracy: float
     linear_probe_accuracy: float
+    condition_r2: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -297,6 +300,7 @@ class Evaluation:
             "labels, from posterior means": [
                 ("5 nearest neighbours", _number(self.labels.knn_accuracy), "accuracy"),
                 ("linear probe", _number(self.labels.linear_probe_accuracy), "accuracy"),
+                ("condition, linear probe", _number(self.labels.condition_r2), "R2; 0: z holds nothing of it"),
             ],
             "own": [(name, _number(value), "") for name, value in self.own.items()],
         }
