@@ -17,6 +17,7 @@ from ..running_sums import term_names
 
 _SKIPS_LAST = RequirementCache("lightning>=2.6.0")
 _LOADER = re.compile(r"/dataloader_idx_\d+$")
+_CONSTRAINED = ("val/squared_error", "train/constrained_error")  # under GECO
 # The packages that log no term of the loss under another name than the module's.
 _KNOWN = re.compile(rf"(lightning|pytorch_lightning|{__name__.rpartition('.checkpoints.')[0]})(\.|$)")
 
@@ -38,7 +39,7 @@ def check_monitors(trainer: Trainer, module: LightningModule) -> None:
                 f"{_described(owner, monitor)} has `mode` 'min', which keeps the worst model: a higher ELBO is better. "
                 "Use mode='max', or monitor 'val/loss'."
             )
-        nearest = _nearest(_without_loader(monitor))
+        nearest = _nearest(_without_loader(monitor), module)
         if nearest and strict and _logs_known_values(trainer, module):
             raise MisconfigurationException(
                 f"{_described(owner, monitor)}: this run never logs that value. The nearest are "
@@ -121,10 +122,13 @@ def _logs_known_values(trainer: Trainer, module: LightningModule) -> bool:
     return all(_KNOWN.match(type(each).__module__) and not isinstance(each, LambdaCallback) for each in authors)
 
 
-def _nearest(monitor: str) -> list[str]:
+def _nearest(monitor: str, module: LightningModule) -> list[str]:
     """Return the terms nearest to a monitor that looks like one of them but is none."""
     terms = [*term_names("val"), *term_names("train")]
-    if monitor in (*terms, "epoch", "step") or not re.match(r"(train|val|valid|validation|test)[/_]|\w+$", monitor):
+    terms += [f"{stage}/term_{name}" for stage in ("val", "train") for name in getattr(module, "terms", ())]
+    if monitor in (*terms, *_CONSTRAINED, "epoch", "step") or not re.match(
+        r"(train|val|valid|validation|test)[/_]|\w+$", monitor
+    ):
         return []
     return difflib.get_close_matches(monitor, terms, n=3, cutoff=0)
 

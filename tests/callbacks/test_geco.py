@@ -17,7 +17,7 @@ from lightning_vae.callbacks import GECO, KLAnnealing, Linear, Staged, TargetRat
 from lightning_vae.callbacks.geco import sum_and_count
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules import linear_vae_optimum
-from lightning_vae.objective import constrained_rate_loss
+from lightning_vae.objective import constrained_error, constrained_rate_loss
 from tests.doubles import RecordingVAE, loader, quiet_trainer
 from tests.processes import in_two_processes
 from tests.test_yardstick import SPECTRUM, VARIANCE, LinearVAE, closed_expectation
@@ -553,3 +553,18 @@ def test_a_factor_and_a_schedule(tmp_path: Path) -> None:
     assert [callback.target(step) for step in (0, 2, 9)] == pytest.approx([3.0, 2.25, 1.5])
     assert model.error_limit is not None
     assert model.error_limit[1] == pytest.approx(1.5 * 1.05)
+
+
+def test_a_missing_number_has_no_error() -> None:
+    x, likelihood = torch.ones(2, 3), Independent(Normal(torch.zeros(2, 3), 1.0), 1)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    errors = [constrained_error("squared_error", torch.zeros(2), likelihood, x, each) for each in (None, mask)]
+    assert [each.tolist() for each in errors] == [[3.0, 3.0], [2.0, 1.0]]
+
+
+def test_a_mean_in_another_shape_than_the_data_has_no_squared_error() -> None:
+    likelihood = Independent(Normal(torch.zeros(2, 1, 3), 1.0), 2)
+    with pytest.raises(
+        ValueError, match=r"in the shape of the data, \(2, 3\), got \(2, 1, 3\). Constrain the distortion"
+    ):
+        constrained_error("squared_error", torch.zeros(2), likelihood, torch.ones(2, 3))

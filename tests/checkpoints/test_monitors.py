@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback, ModelChec
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_utilities.core.imports import RequirementCache
 
-from lightning_vae import VAE, LastCheckpoint
-from lightning_vae.callbacks import CollapseDetector
+from lightning_vae import MMD, VAE, LastCheckpoint
+from lightning_vae.callbacks import GECO, CollapseDetector
 from tests.doubles import loader as vectors
 from tests.doubles import quiet_trainer
 from tests.image_vae import loader, small, trainer
@@ -139,6 +140,15 @@ def test_a_scheduler_that_waits_in_vain_is_refused(tmp_path):
 def test_a_value_that_is_logged_is_waited_for(tmp_path, monitor):
     callback = ModelCheckpoint(tmp_path, monitor=monitor, filename="best", mode="max")
     assert run(tmp_path, callback, CollapseDetector()) == (True, "")
+    assert (tmp_path / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("monitor", ["val/squared_error", "train/constrained_error", "val/term_mmd", "train/term_mmd"])
+def test_what_a_constraint_or_a_term_adds_is_waited_for(tmp_path, monitor):
+    callback = ModelCheckpoint(tmp_path, monitor=monitor, filename="best")
+    vae = partial(VAE, terms={"mmd": MMD} if "term" in monitor else None)
+    others = [] if "term" in monitor else [GECO(squared_error=1.0)]
+    assert run(tmp_path, callback, *others, vae=vae, log_every_n_steps=1) == (True, "")
     assert (tmp_path / "best.ckpt").exists()
 
 
