@@ -229,6 +229,11 @@ class GECO(WeightController):
             raise ValueError(f"{self._title}: the constraint must end at a finite {allowed}, got {limit}.")
         self._has_read = False
         self._sets_limit = self._sets_limit and self.error is None  # the module can't validate another error
+        if self._sets_limit and getattr(pl_module, "importance_samples", 1) > 1:
+            raise ValueError(
+                f"{self._title}: {type(pl_module).__name__} trains on a multi-sample bound, `importance_samples="
+                f"{pl_module.importance_samples}`, whose error is not known. Train on the ELBO."
+            )
         if self._sets_limit:
             pl_module.error_limit = (self.kind, limit + self.tolerance * self._scale(limit), self._price(limit))
 

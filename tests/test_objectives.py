@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from lightning_vae import DIP, MMD, VAE, Bernoulli, Gaussian, Term, TotalCorrelation
-from lightning_vae.callbacks import FreeBits, KLAnnealing, Linear
+from lightning_vae.callbacks import GECO, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules import Digits, TensorLoader
 from lightning_vae.terms import Step
 from tests.doubles import optimal_linear_vae, quiet_trainer
@@ -160,6 +160,11 @@ def test_the_weight_of_a_multi_sample_bound_can_be_annealed(tmp_path):
 def test_a_multi_sample_bound_has_no_floor_to_move(tmp_path):
     with pytest.raises(MisconfigurationException, match="does not read `free_bits`"):
         fit(tmp_path, importance_samples=3, callbacks=[FreeBits(0.5)])
+
+
+def test_a_multi_sample_bound_has_no_error_to_constrain(tmp_path):
+    with pytest.raises(ValueError, match="trains on a multi-sample bound"):
+        fit(tmp_path, importance_samples=3, callbacks=[GECO(squared_error=3.0)])
 
 
 def test_terms_see_fresh_noise_in_training_and_a_condition(tmp_path):
