@@ -53,8 +53,9 @@ class DistributionReader:
     (or :meth:`forget`) at its end. A submodule that is called several times in a step, for example once for each view,
     gives as many posteriors. Calls that are not the batch's do not count: those whose inputs are the module's own
     parameters or buffers, or in training are computed from them, such as the pseudo-inputs of a VampPrior; those made
-    within a submodule named ``prior``; and, where calls differ in their number of observations, those that don't have
-    the batch's. Nor do outputs that activation checkpointing recomputes in the backward pass, except under
+    within a submodule named ``prior`` or by a prior's ``log_prob`` (see :meth:`of_others`); and, where calls differ in
+    their number of observations, those that don't have the batch's. Nor do outputs that activation checkpointing
+    recomputes in the backward pass, except under
     ``torch.compile``.
 
     Args:
@@ -110,6 +111,9 @@ class DistributionReader:
         self._outputs: dict[str, list[Call]] | None = None  # this step's calls, by path; None between steps
         self._attributes: set[str] = set()  # the paths that lead to no submodule
         self._within_prior = 0  # depth of calls
+        self._latest: list[list[Tensor]] = []  # inputs of the calls just read, if there were several
+        self._asked: list[list[Tensor]] | None = None  # of an extra pass, while they are wanted
+        self._is_asked = True  # whether extra passes of :meth:`of_others` call the submodules at all
         self._batch: Any = None  # of this step, for a callable
         self._captured: list[Any] | None = None  # a callable's values of this step
         self._has_checked = False
@@ -119,7 +123,9 @@ class DistributionReader:
     def __getstate__(self) -> dict[str, Any]:
         # A module that is copied within a step may hold the callback that reads it. The graphs of the outputs can't be
         # copied, and the hooks stay with the module.
-        return {**vars(self), "_outputs": None, "_batch": None, "_captured": None, "_handles": [], "_within_prior": 0}
+        idle: dict[str, Any] = dict.fromkeys(("_outputs", "_batch", "_captured"))
+        idle |= {"_handles": [], "_latest": [], "_within_prior": 0}
+        return {**vars(self), **idle}
 
     @property
     def key(self) -> Any:
@@ -162,6 +168,7 @@ class DistributionReader:
     def forget(self) -> None:
         """Keep nothing until the next :meth:`listen`, at the end of a step."""
         self._outputs = self._batch = self._captured = None
+        self._latest = []
 
     def capture(self, pl_module: LightningModule) -> None:
         """Call a callable now, with the batch that the step began with, so that :meth:`read` returns its values.
@@ -210,6 +217,23 @@ class DistributionReader:
             return values
         return _separate(_own_posterior(pl_module))
 
+    def of_others(self, prior_calls: Callable[[], object]) -> list[int]:
+        """Return the numbers of the calls just read that are made by the prior: calls with equal inputs.
+
+        Args:
+            prior_calls: Evaluates the prior in an extra pass, in which it may call the submodules itself.
+        """
+        latest, self._latest = self._latest, []
+        if not latest or not self._is_asked:
+            return []
+        self._asked = []
+        try:
+            prior_calls()
+        finally:
+            asked, self._asked = self._asked, None
+        self._is_asked = bool(asked)
+        return [n for n, inputs in enumerate(latest) if any(_are_equal(inputs, other) for other in asked)]
+
     def unhook(self) -> None:
         """Remove every hook until the next :meth:`listen`; a module saved as an object would otherwise contain them.
 
@@ -225,7 +249,7 @@ class DistributionReader:
         """Remove every hook and forget the outputs."""
         self.forget()
         self.unhook()
-        self._has_checked = False
+        self._has_checked, self._is_asked = False, True
 
     def _called(self, pl_module: LightningModule, batch: Any) -> list[Any]:
         assert callable(self.posterior)
@@ -233,6 +257,8 @@ class DistributionReader:
             return _separate(self.posterior(pl_module, batch))
 
     def _keep(self, path: str, _module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._asked is not None and path == self.paths[0]:
+            self._asked.append(list(_tensors((args, kwargs))))
         if self._within_prior or self._outputs is None or is_extra_pass():
             return
         if torch.compiler.is_compiling() or not _in_backward():
@@ -256,6 +282,8 @@ class DistributionReader:
         self._has_heard = True
         if self.option == "posterior":
             outputs = {path: _of_batch(calls, pl_module, batch) for path, calls in outputs.items()}
+        first = outputs[self.paths[0]]
+        self._latest = [[each.detach() for each in _tensors(call.inputs)] for call in first if len(first) > 1]
         kept = [[call.output for call in outputs[path]] for path in self.paths]
         counts = [len(calls) for calls in kept]
         if len(set(counts)) > 1:
@@ -324,6 +352,10 @@ def _of_batch(calls: list[Call], pl_module: LightningModule, batch: Any) -> list
     rows = next((len(each) for each in _tensors(batch) if each.ndim), None)
     of_batch = [call for call in calls if any(len(each) == rows for each in _tensors(call.inputs) if each.ndim)]
     return of_batch or calls
+
+
+def _are_equal(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> bool:
+    return len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
 
 
 def _are_all_own(inputs: Any, own: set[int]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -275,6 +276,10 @@ class LatentReader:
             rows = _with_gradient(list(zip(posteriors, seen, strict=True)), lambda row: row[0])
             posteriors, seen = [row[0] for row in rows], [row[1] for row in rows]
         priors = self._prior(name, pl_module, batch, posteriors)
+        if len(posteriors) > 1 and len(priors) == 1 and not isinstance(priors[0], Distribution):
+            others = reader.of_others(partial(_ask, pl_module, priors[0], posteriors[0]))
+            numbers = [n for n in range(len(posteriors)) if n not in others] or range(len(posteriors))
+            posteriors, seen = [posteriors[n] for n in numbers], [seen[n] for n in numbers]
         if len(priors) != len(posteriors):
             if (shared := one_of(priors)) is None:
                 raise ValueError(
@@ -323,6 +328,12 @@ class LatentReader:
         # A module's own `log_prob` may draw numbers, and call the encoder.
         with torch.no_grad() if isinstance(prior, Distribution) else isolated(pl_module):
             return replace(latent, known_rates=rate_parts(posterior, prior, z))
+
+
+def _ask(pl_module: LightningModule, prior: Any, posterior: Distribution) -> None:
+    """Evaluate a module's own log-density in an extra pass."""
+    with isolated(pl_module):
+        prior.log_prob(posterior.sample())
 
 
 def has_gradient(distribution: Any) -> bool:

@@ -23,6 +23,14 @@ def test_gaussians_have_the_closed_form() -> None:
     torch.testing.assert_close(kl_per_dimension(posterior, prior), kl_divergence(posterior, prior))
 
 
+def test_a_fixed_prior_is_moved_to_the_device_of_the_posterior() -> None:
+    """Meta tensors refuse those of the CPU as a GPU's do."""
+    posterior = Normal(*torch.ones(2, 4, 3, device="meta"), validate_args=False)
+    rates = kl_per_dimension(posterior, Normal(torch.zeros(3), 2 * torch.ones(3)))
+    assert rates.device.type == "meta"
+    assert rates.shape == (4, 3)
+
+
 def test_the_rate_of_a_tiny_scale_is_finite_and_exact() -> None:
     log_scale = torch.tensor([[-30.0, -60.0]])
     rates = kl_per_dimension(Normal(torch.zeros(1, 2), log_scale.exp()), Normal(0.0, 1.0))

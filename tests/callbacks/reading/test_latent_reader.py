@@ -321,3 +321,59 @@ def test_an_attribute_that_a_step_sets_is_read_as_the_error_says(tmp_path, path)
     detector = CollapseDetector(posterior=eval(code), prior=prior, second="scale")
     fit(tmp_path, model, detector, epochs=1)
     assert detector.report.rate == pytest.approx(sum(model.kls) / 2, rel=1e-5)
+
+
+class LayeredVamp(Model):
+    """The pseudo-inputs of its prior come out of a layer without gradients, and are as many as the observations."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.asked = nn.Linear(6, 6), 0
+
+    def log_prob(self, z):
+        self.asked += 1
+        with torch.no_grad():
+            mean, log_variance = self.encoder(self.layer(torch.eye(8, 6)))
+        components = Independent(Normal(mean, (0.5 * log_variance).exp()), 1)
+        return MixtureSameFamily(Weights(torch.ones(8)), components).log_prob(z)
+
+    def kl(self, batch, z):
+        return self.q.log_prob(z).sum(1) - self.log_prob(z)
+
+
+class OfItself:
+    def __init__(self, model):
+        self.model = model
+
+    def log_prob(self, z):
+        return self.model.log_prob(z)
+
+
+@pytest.mark.parametrize("validates", [True, False])
+def test_calls_that_a_log_density_makes_are_no_observations(tmp_path, validates):
+    model = LayeredVamp()
+    detector = CollapseDetector(posterior="encoder", prior=lambda module, batch: OfItself(module), z="latents")
+    trainer = fit(tmp_path, model, detector, epochs=1, validates=validates, num_sanity_val_steps=0)
+    assert detector.report.count == 16
+    own = model.kls[-2:] if validates else model.kls
+    assert float(trainer.callback_metrics["latent/rate"]) == pytest.approx(sum(own) / 2, rel=1e-5)
+
+
+def test_views_under_a_log_density_that_calls_nothing_count_and_cost_one_evaluation(tmp_path):
+    class Views(Model):
+        def kl(self, batch, z):
+            self.encoder(batch + 1)
+            return kl_divergence(self.q, STANDARD).sum(1)
+
+    class Counts:
+        asked = 0
+
+        def log_prob(self, z):
+            self.asked += 1
+            return STANDARD.log_prob(z).sum(1)
+
+    density = Counts()
+    detector = CollapseDetector(posterior="encoder", prior=density)
+    fit(tmp_path, Views(), detector, epochs=1)
+    assert detector.report.count == 32
+    assert density.asked == 1 + 2 * 2
