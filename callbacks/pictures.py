@@ -403,7 +403,7 @@ def _conditions(c: Tensor, latents: dict[str, Tensor]) -> dict[str, Tensor]:
     conditions = {}
     for name, values in latents.items():
         rows, columns = values.shape[:2]
-        own = by_row[name][:rows] if name in by_row else c[None, :columns]
+        own = by_row[name][:rows] if name in by_row else c[None, torch.arange(columns) % len(c)]
         conditions[name] = own.expand(rows, columns, -1)
     return conditions
 

@@ -1,4 +1,5 @@
 import pickle
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.distributions import Beta, Categorical, Independent, MixtureSameFamily, Normal
 from torch.utils.data import DataLoader
 
-from lightning_vae import VAE
+from lightning_vae import VAE, Condition
 from lightning_vae.callbacks import Dashboard, LatentSpace, Pictures
 from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.callbacks.metrics.observation_subset import evenly_spaced_rows
@@ -712,3 +713,11 @@ def test_the_prior_leaves_no_hook_and_no_trace(tmp_path):
     assert pickle.loads(pickle.dumps(pictures)).state_key == pictures.state_key
     with pytest.raises(ValueError, match=r"`prior`: OwnPriors has no submodule 'prior_nte'. Did you mean 'prior_net'"):
         run(tmp_path, Pictures(prior="prior_nte"), OwnPriors(), constants())
+
+
+@pytest.mark.parametrize("rows", [3, 24])
+def test_a_conditional_model_of_few_observations_is_drawn(tmp_path, rows):
+    torch.manual_seed(0)
+    model = VAE((1, 8, 8), 256, 3, condition=partial(Condition, classes=3))
+    _, logger = run(tmp_path, Pictures(), model, images((1, 8, 8), rows=rows))
+    assert set(logger.images) == TAGS | {"images/counterfactuals"}
