@@ -242,7 +242,9 @@ class LatentModel(PassModule):
         check_number("n", n, "an integer of at least 0", integer_from(0))
         columns = self._condition_of(torch.empty(n, 0), condition)
         prior = self.prior_given(columns) if density is None else density
-        z = prior.sample(torch.Size(() if columns is not None and prior.batch_shape[:1] == (n,) else (n,))).flatten(1)
+        axes = 2 if self.prior_module.classes else 1
+        is_of_each = len(prior.batch_shape + prior.event_shape) > axes
+        z = prior.sample(torch.Size(() if is_of_each else (n,))).flatten(1)
         return self.to_data_scale(self.decode(z, *(() if columns is None else (columns,))).mean)
 
     def to_data_scale(self, x: Tensor) -> Tensor:

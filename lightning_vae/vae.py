@@ -99,8 +99,8 @@ class VAE(LatentModel):
             distribution that an encoder of one's own gives.
         terms: Constructors of terms to add to the loss, by name, each called without arguments. The weight of a term is
             the knob ``<name>_weight``.
-        importance_samples: Number K of samples of the bound to train on: 1 for the ELBO, more for the multi-sample
-            bound (IWAE), which has no floor.
+        importance_samples: Number K of samples of the multi-sample bound (IWAE) to train on, which has no floor.
+            ``None``, the default, trains on the ELBO.
         capacity: Rate in nats at which a ``capacity_weight`` holds the rate, 0 by default; a knob like ``beta``.
         capacity_weight: Price of each nat of rate above or below the capacity, in the place of ``beta * floored rate``;
             see :func:`lightning_vae.objective.capacity_loss`. ``None``, the default, for the loss above.
@@ -146,7 +146,7 @@ class VAE(LatentModel):
         prior: Callable[[int, int], Prior] | None = None,
         posterior: Callable[[int], PosteriorHead] | None = None,
         terms: Mapping[str, Callable[[], Term]] | None = None,
-        importance_samples: int = 1,
+        importance_samples: int | None = None,
         capacity: float | None = None,
         capacity_weight: float | None = None,
         kinds: Sequence[str | int] | None = None,
@@ -158,18 +158,21 @@ class VAE(LatentModel):
         if levels is not None:
             check_number("levels", levels, "an integer of at least 2, or None for real-valued data", integer_from(2))
         check_number("latent_dim", latent_dim, "an integer of at least 1", integer_from(1))
-        check_number("importance_samples", importance_samples, "an integer of at least 1", integer_from(1))
+        allowed = "an integer of at least 1, or None for the ELBO"
+        if importance_samples is not None:
+            check_number("importance_samples", importance_samples, allowed, integer_from(1))
+        self.importance_samples = importance_samples or 1
         for name in terms or {}:
             if not name.isidentifier():
                 raise ValueError(f"`terms` must have names that are Python names, such as 'mmd', got {name!r}.")
-        if compile and (terms or importance_samples > 1):
+        if compile and (terms or self.importance_samples > 1):
             raise ValueError("`compile` compiles the ELBO only: leave it out with `terms` and `importance_samples`.")
-        if importance_samples > 1 and (terms or capacity_weight is not None):
+        if self.importance_samples > 1 and (terms or capacity_weight is not None):
             raise ValueError(
                 "`importance_samples` above 1 can't be combined with `terms` or a `capacity_weight`, which belong to "
                 "the ELBO."
             )
-        if importance_samples > 1 and free_bits:
+        if self.importance_samples > 1 and free_bits:
             raise ValueError(
                 f"`importance_samples` is {importance_samples}: the multi-sample bound has no floor of the rate, got "
                 f"`free_bits={free_bits}`. Leave it out, or train on the ELBO."
@@ -210,14 +213,13 @@ class VAE(LatentModel):
         self.capacity_weight = checked_capacity_weight(capacity_weight, capacity, beta=beta, free_bits=free_bits)
         if self.capacity_weight is not None:
             self.unread_knobs, knobs["capacity"] = tuple(knobs), (capacity, 0.0)
-        elif importance_samples > 1:
+        elif self.importance_samples > 1:
             self.unread_knobs = ("free_bits",)
         self._register_knobs(**knobs, **weights)
         self.training_means = TrainingMeans(list(self.terms))
         warn_of_feedback(float(self.beta), self.likelihood)
         self._has_terms = bool(self.terms)
         self._step: Step | None = None  # of the batch processed last, for the terms
-        self.importance_samples = importance_samples
         self._checks_next = True  # the training data
 
     # ---- the loss
@@ -226,6 +228,8 @@ class VAE(LatentModel):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         # Later batches are not checked: reading their values would synchronise in each step.
         checks = self._checks_next or (batch_idx == 0 and trainer_of(self) is None)
+        if checks and self.prior_module.wants and trainer_of(self) is not None:
+            self.prior_module.start(first_observations(self.trainer, self.prior_module.wants, self._scaled_of))
         x = self._training_data(batch, checks)
         self._checks_next, self._is_checked = False, True
         try:
@@ -251,6 +255,9 @@ class VAE(LatentModel):
                 check_scale(x, self.levels, self.likelihood)
             return x
         return self._observations(batch, x, checks, is_training=True)
+
+    def _scaled_of(self, batch: Any) -> Tensor:
+        return self._observations(batch, data_of(batch, self.shape), checks=False, is_training=True).scaled
 
     def _loss(self, x: Tensor | Observations) -> tuple[Tensor, Tensor, int | Tensor]:
         """Compute the loss, the terms to log, and the number of observations that they average."""
@@ -372,14 +379,6 @@ class VAE(LatentModel):
         The fused implementation, one operation for all parameters, is faster on a CPU too.
         """
         return torch.optim.Adam(self.parameters(), lr=1e-3, fused=True)
-
-    @override
-    def on_train_start(self) -> None:
-        if number := self.prior_module.wants:
-            self.prior_module.start(first_observations(self.trainer, number, self._scaled_of))
-
-    def _scaled_of(self, batch: Any) -> Tensor:
-        return self._observations(batch, data_of(batch, self.shape), checks=False, is_training=True).scaled
 
     @override
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

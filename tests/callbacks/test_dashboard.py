@@ -229,7 +229,7 @@ def test_runs_are_compared_by_few_columns():
         "likelihood/variance": 0.3,
         "method": "KLAnnealing(Linear(start=0.0, fraction=0.5)), FreeBits(Constant(value=0.1))",
         "setup": "VAE(likelihood=Gaussian, free_bits_per=dimension, free_bits_average=batch, compile=False) on "
-        "Digits(batch_size=7, val_fraction=0.1, seed=0)",
+        "Digits(batch_size=7, val_fraction=0.1, seed=0, held_out=())",
     }
     theirs = hyperparameters_of(SimpleNamespace(callbacks=[]), ForeignModule(beta=0.5))
     assert theirs == {"beta": 0.5, "optimizers": 1, "method": "none", "setup": "ForeignModule()"}
@@ -274,7 +274,7 @@ def test_what_is_not_known_is_no_error(tmp_path):
 
 
 def test_options_are_what_an_object_was_made_with():
-    assert options_of(Digits(batch_size=7)) == {"batch_size": 7, "val_fraction": 0.1, "seed": 0}
+    assert options_of(Digits(batch_size=7)) == {"batch_size": 7, "val_fraction": 0.1, "seed": 0, "held_out": "()"}
     assert options_of(None) == {}
 
     net = {"class_path": "a.b.Net", "init_args": {"hidden": [2, 3]}}

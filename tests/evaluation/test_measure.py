@@ -315,7 +315,8 @@ def test_the_dictionary_is_flat_and_has_what_a_sweep_reads():
         effective_sample_size active_units mutual_information mutual_information_upper
         mutual_information_saturated marginal_kl marginal_kl_lower total_correlation posterior_width
         aggregate_mean_square aggregate_variance_mean implied_beta implied_beta_error calibration shuffled_gap
-        nll_active_only sample_distance interpolation_distance knn_accuracy linear_probe_accuracy verdict
+        nll_active_only sample_distance interpolation_distance ex_post_distance knn_accuracy linear_probe_accuracy
+        condition_r2 verdict
         symptoms advice rate_per_dimension variance_per_dimension"""
     assert set(names.split()) < written.keys()
     assert written.keys() == Evaluation.names()
@@ -347,7 +348,8 @@ def test_another_model_and_a_metric_that_gives_no_number():
 
 COMPARED = {"mutual_information", "mutual_information_upper", "marginal_kl", "marginal_kl_lower",
             "total_correlation", "sample_distance",
-            "interpolation_distance", "knn_accuracy", "linear_probe_accuracy", "verdict"}  # fmt: skip
+            "interpolation_distance", "ex_post_distance", "knn_accuracy", "linear_probe_accuracy", "condition_r2",
+            "verdict"}  # fmt: skip
 
 
 def test_few_observations_get_the_numbers_that_do_not_compare_them(x):
