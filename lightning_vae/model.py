@@ -83,6 +83,7 @@ class LatentModel(PassModule):
         make = MLPDecoder if decoder is None else decoder
         self.decoder = build("decoder", make, latent_dim, built.output_shape, **sizes)
         self.likelihood = built
+        self._output_shape = built.output_shape
         self._has_features = type(built).features is not Likelihood.features
         classes = None if self.head is None else self.head.classes
         usual = StandardNormal if classes is None else partial(UniformCategorical, classes=classes)
@@ -98,6 +99,7 @@ class LatentModel(PassModule):
                 f"{self.prior_module.classes or 'no'} and {classes or 'no'} classes."
             )
         self.prior_module.connect(shape, self._encode)
+        self._has_standard_prior = type(self.prior_module) is StandardNormal
         self.has_joint_rate = self.prior_module.is_joint or (self.head is not None and self.head.is_joint)
         parts = latent_dim if self.head is None else self.head.parts
         self.rate_parts = 1 if self.has_joint_rate else parts
@@ -259,7 +261,7 @@ class LatentModel(PassModule):
         """Return what a step computes with: the data as observed, the index that fixes the noise, c, and the mask."""
         if isinstance(x, Observations):
             return self._observed(x), None if x.is_training else x.index, self._embedded(x.condition), x.mask
-        scaled, c = self._checked(x), self._embedded(None)
+        scaled, c = self._checked(x), None if self.condition is None else self._embedded(None)
         if index is not None:
             check_index(index, len(x))
             index = index.long()
@@ -279,7 +281,7 @@ class LatentModel(PassModule):
 
     def _step_prior(self, c: Tensor | None) -> td.Distribution:
         prior: td.Distribution = self.prior_module(c)
-        if type(self.prior_module) is not StandardNormal:
+        if not self._has_standard_prior:
             self._prior = prior
         return prior
 
@@ -297,7 +299,7 @@ class LatentModel(PassModule):
     ) -> td.Distribution:
         z = (z if z.ndim == 2 else z.flatten(1)).to(self._network_dtype)
         output = widen(self.decoder(z) if c is None else self.decoder(z, c))
-        shape = (z.shape[0], *self.likelihood.output_shape)  # `len(z)` would fix the batch size of an export
+        shape = (z.shape[0], *self._output_shape)  # `len(z)` would fix the batch size of an export
         if output.shape != shape:
             raise ValueError(f"`decoder` must give shape {shape}, got {tuple(output.shape)}.")
         # During training a likelihood may compute its scale from the data that it will be evaluated on.

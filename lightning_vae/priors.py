@@ -91,11 +91,17 @@ class StandardNormal(Prior):
     def __init__(self, latent_dim: int, condition_dim: int = 0) -> None:
         super().__init__(latent_dim, condition_dim)
         self.register_buffer("_loc_and_scale", torch.tensor([[0.0], [1.0]]).repeat(1, latent_dim), persistent=False)
+        self._normal: td.Normal | None = None
 
     @override
     def forward(self, condition: Tensor | None = None) -> td.Normal:
-        loc, scale = self._buffers["_loc_and_scale"].unbind()  # type: ignore[union-attr]  # read in each step
-        return td.Normal(loc, scale, validate_args=False)
+        numbers: Any = self._buffers["_loc_and_scale"]
+        normal = self._normal
+        # Made once: it is asked for in each step.
+        if normal is None or normal.loc.dtype != numbers.dtype or normal.loc.device != numbers.device:
+            loc, scale = numbers.unbind()
+            normal = self._normal = td.Normal(loc, scale, validate_args=False)
+        return normal
 
 
 class UniformCategorical(Prior):

@@ -219,6 +219,7 @@ class VAE(LatentModel):
         self.training_means = TrainingMeans(list(self.terms))
         warn_of_feedback(float(self.beta), self.likelihood)
         self._has_terms = bool(self.terms)
+        self._needs_record = self._has_terms or self.condition is not None
         self._step: Step | None = None  # of the batch processed last, for the terms
         self._checks_next = True  # the training data
 
@@ -228,10 +229,17 @@ class VAE(LatentModel):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         # Later batches are not checked: reading their values would synchronise in each step.
         checks = self._checks_next or (batch_idx == 0 and trainer_of(self) is None)
-        if checks and self.prior_module.wants and trainer_of(self) is not None:
-            self.prior_module.start(first_observations(self.trainer, self.prior_module.wants, self._scaled_of))
-        x = self._training_data(batch, checks)
-        self._checks_next, self._is_checked = False, True
+        if checks:
+            self._checks_next = False
+            if (number := self.prior_module.wants) and (trainer := trainer_of(self)) is not None:
+                self.prior_module.start(first_observations(trainer, number, self._scaled_of))
+        data = data_of(batch, self.shape)
+        x: Tensor | Observations = data
+        if self._needs_record or (not isinstance(batch, Tensor | list | tuple) and "mask" in batch):
+            x = self._observations(batch, data, checks, is_training=True)
+        elif checks:
+            check_scale(data, self.levels, self.likelihood)
+        self._is_checked = True
         try:
             loss, terms, count = self._graph_loss(x) if self._compiled_loss.mode else self._loss(x)
         except ValueError as error:
@@ -245,16 +253,6 @@ class VAE(LatentModel):
             self._is_checked = False
         self._record(terms, count)
         return loss
-
-    def _training_data(self, batch: Any, checks: bool) -> Tensor | Observations:
-        """Return a batch's data; as a record with fresh noise if the model or the batch has more than data."""
-        x = data_of(batch, self.shape)
-        needs_record = self.condition is not None or self._has_terms
-        if not needs_record and not (isinstance(batch, Mapping) and "mask" in batch):
-            if checks:
-                check_scale(x, self.levels, self.likelihood)
-            return x
-        return self._observations(batch, x, checks, is_training=True)
 
     def _scaled_of(self, batch: Any) -> Tensor:
         return self._observations(batch, data_of(batch, self.shape), checks=False, is_training=True).scaled

@@ -74,6 +74,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "free_bits": {"kl_per_dimension": MEANS, "threshold": 0.5},
     "knn_accuracy": {"means": MEANS, "labels": LABELS},
     "linear_probe_accuracy": {"means": MEANS, "labels": LABELS},
+    "linear_probe_r2": {"means": MEANS, "targets": MEANS},
     "linear_vae_optimum": {"eigenvalues": [1.0], "latent_dim": 1, "variance": 1.0},
     "mixture_estimates": {"mean": MEANS, "variance": MEANS + 1},
     "mutual_information": {"mean": MEANS, "variance": MEANS + 1},

@@ -551,3 +551,13 @@ def test_a_conditional_prior_says_what_condition_it_needs(condition):
 def test_a_prior_without_a_distribution_is_an_error():
     with pytest.raises(NotImplementedError, match="`prior`: Prior has no `forward`"):
         Prior(2)()
+
+
+def test_the_standard_prior_moves_with_its_module_and_trains_after_inference():
+    prior = StandardNormal(3)
+    with torch.inference_mode():
+        prior()
+    loc = torch.zeros(2, 3, requires_grad=True)
+    td.kl_divergence(td.Normal(loc, 1.0), prior()).sum().backward()
+    assert prior.double()().loc.dtype == torch.float64
+    assert prior.to("meta")().loc.device.type == "meta"

@@ -76,7 +76,7 @@ def test_each_observation_is_predicted_from_the_others():
     for left in range(20):
         others = torch.arange(20) != left
         inputs = torch.cat([torch.ones(20, 1), means], 1)
-        penalty = torch.diag(torch.tensor([0.0, 0.7, 0.7]).double())
+        penalty = torch.diag(torch.tensor([0.0, 0.7, 0.7], dtype=torch.float64))
         weight = torch.linalg.solve(inputs[others].T @ inputs[others] + penalty, inputs[others].T @ targets[others])
         errors.append((targets[left] - inputs[left] @ weight).square())
     expected = 1 - torch.stack(errors).sum() / (targets - targets.mean()).square().sum()
