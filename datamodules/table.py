@@ -127,16 +127,23 @@ class Table(DataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Read the splits that a stage needs, and set the scale of the model's likelihood if it takes one.
+        """Read the splits that a stage needs, and set the scale of the model's likelihood and condition.
 
         Args:
             stage: `"fit"`, `"validate"`, `"test"` or `"predict"`. Only `"fit"` sets the scale: later it comes from the
                 checkpoint.
         """
         super().setup(stage)
-        likelihood: Any = getattr(getattr(self.trainer, "lightning_module", None), "likelihood", None)
+        model: Any = getattr(self.trainer, "lightning_module", None)
+        likelihood: Any = getattr(model, "likelihood", None)
+        condition: Any = getattr(model, "condition", None)
         if stage == "fit" and hasattr(likelihood, "set_scale"):
             likelihood.set_scale(self.loc, self.scale)
+        if stage == "fit" and self.condition_names and hasattr(condition, "set_scale"):
+            numbers = self._splits["train"]["condition"].double()
+            is_code = torch.tensor(["=" in name for name in self.condition_names])
+            scale = numbers.std(0, correction=0)
+            condition.set_scale(numbers.mean(0).where(~is_code, 0), scale.where(~is_code & (scale > 0), 1))
 
     @override
     def file_names(self, stage: str) -> Sequence[str]:

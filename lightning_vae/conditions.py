@@ -16,7 +16,8 @@ class Condition(nn.Module):
     """Condition on a class, on a vector of covariates, or on both.
 
     The encoder, the decoder and a conditional prior get it as one vector c. A class is the label in a batch; it is
-    one-hot, or has a learned vector. The covariates are in a batch under the key ``"condition"``.
+    one-hot, or has a learned vector. The covariates are in a batch under the key ``"condition"``. :meth:`set_scale`
+    standardises them, which ``Table`` calls with the moments of its training split.
 
     A subclass may turn them into c in another way: it overrides :meth:`forward` and sets ``dim``.
 
@@ -43,6 +44,8 @@ class Condition(nn.Module):
     """
 
     codes: Tensor
+    loc: Tensor
+    scale: Tensor
 
     def __init__(self, classes: int | None = None, covariates: int = 0, embedding: int | None = None) -> None:
         super().__init__()
@@ -62,15 +65,40 @@ class Condition(nn.Module):
             self.codes = nn.Parameter(torch.randn(classes or 0, embedding))
         else:
             self.register_buffer("codes", torch.eye(classes or 0), persistent=False)
+        self.register_buffer("loc", torch.zeros(covariates))
+        self.register_buffer("scale", torch.ones(covariates))
         self.dim = (self.codes.shape[1] if classes else 0) + covariates
         self.columns = int(classes is not None) + covariates
 
+    @torch.no_grad()
+    def set_scale(self, loc: Tensor, scale: Tensor) -> None:
+        """Set the mean and the scale by which covariates are standardised. They are saved with the model.
+
+        Args:
+            loc: Mean of each covariate, shape ``(covariates,)``.
+            scale: Scale of each covariate, shape ``(covariates,)``.
+
+        Raises:
+            ValueError: If they have another shape, are not finite, or a scale is not positive.
+        """
+        shapes = (tuple(loc.shape), tuple(scale.shape))
+        if shapes != ((self.covariates,),) * 2 or not (loc + scale).isfinite().all() or not (scale > 0).all():
+            raise ValueError(
+                f"`loc` and `scale` must be finite numbers for {self.covariates} covariates, the scales positive, got "
+                f"{loc.tolist()} and {scale.tolist()}."
+            )
+        self.loc.copy_(loc)
+        self.scale.copy_(scale)
+
     def forward(self, columns: Tensor) -> Tensor:
         """Map the record's columns, shape ``(B, columns)``, to c, shape ``(B, dim)``."""
+        if not self.covariates:
+            return self.codes[columns[:, 0].long()]
+        numbers = (columns[:, -self.covariates :] - self.loc) / self.scale
         if self.classes is None:
-            return columns
+            return numbers
         codes = self.codes[columns[:, 0].long()]
-        return torch.cat([codes, columns[:, 1:].to(codes)], dim=1) if self.covariates else codes
+        return torch.cat([codes, numbers.to(codes)], dim=1)
 
     def of_batch(self, batch: Any, size: int, check: bool = True) -> Tensor:
         """Read the columns of a batch.

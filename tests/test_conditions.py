@@ -18,7 +18,7 @@ from lightning_vae import (
     LinearEncoder,
     evaluate,
 )
-from lightning_vae.datamodules import Digits, TensorLoader
+from lightning_vae.datamodules import Digits, Table, TensorLoader
 from tests.doubles import quiet_trainer
 
 SPECTRUM, VARIANCE = torch.tensor([5, 3, 1.5, 0.8, 0.3, 0.1], dtype=torch.float64), 0.4
@@ -265,3 +265,29 @@ def test_a_part_of_a_batch_keeps_its_condition():
     part = vae.observe(batch)[1:3]
     assert part.condition.tolist() == [[1], [2]]
     assert part.mask.shape == (2, 1, 8, 8)
+
+
+def test_covariates_are_standardised_by_numbers_that_the_checkpoint_holds(tmp_path):
+    condition = Condition(classes=2, covariates=2)
+    condition.set_scale(torch.tensor([4000.0, -1.0]), torch.tensor([500.0, 2.0]))
+    expected = torch.tensor([[0, 1, -2.0, 0.5]])
+    torch.testing.assert_close(condition(torch.tensor([[1, 3000.0, 0.0]])), expected)
+    other = Condition(classes=2, covariates=2)
+    other.load_state_dict(condition.state_dict())
+    torch.testing.assert_close(other(torch.tensor([[1, 3000.0, 0.0]])), expected)
+    for loc, scale in ((torch.zeros(1), torch.ones(2)), (torch.zeros(2), torch.tensor([1.0, 0.0]))):
+        with pytest.raises(ValueError, match="`loc` and `scale` must be finite numbers for 2 covariates"):
+            condition.set_scale(loc, scale)
+
+
+def test_a_table_gives_the_condition_its_scale(tmp_path):
+    rows = [f"{200 + 7 * n},{4000 + 50 * n},{'ab'[n % 2]}" for n in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["length,mass,kind", *rows]))
+    data = Table(tmp_path / "t.csv", condition=["mass", "kind"], batch_size=10)
+    data.setup("fit")
+    numbers = data._splits["train"]["condition"].double()
+    vae = VAE(data.shape, latent_dim=1, kinds=data.kinds, condition=partial(Condition, covariates=2))
+    quiet_trainer(tmp_path, max_epochs=1).fit(vae, Table(tmp_path / "t.csv", condition=["mass", "kind"], batch_size=10))
+    torch.testing.assert_close(vae.condition.loc.double(), numbers.mean(0))
+    torch.testing.assert_close(vae.condition.scale.double(), numbers.std(0, correction=0))
+    assert vae.sample(2, condition=torch.tensor([4100.0, 1])).shape == (2, 1)
