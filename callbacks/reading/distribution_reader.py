@@ -158,7 +158,7 @@ class DistributionReader:
                 for path, module in modules.items()
                 if module is not None
             ]
-            for prior in _priors(pl_module, self.paths) if self.option == "posterior" else ():
+            for prior in _priors(pl_module, self.paths) if self.option != "prior" else ():
                 self._handles += [
                     prior.register_forward_pre_hook(_Hook(self._enter_prior)),
                     prior.register_forward_hook(_Hook(self._leave_prior), always_call=True),
@@ -280,7 +280,7 @@ class DistributionReader:
             if not outputs.get(path):
                 raise ValueError(_silent(pl_module, path, self.option))
         self._has_heard = True
-        if self.option == "posterior":
+        if self.option != "prior":
             outputs = {path: _of_batch(calls, pl_module, batch) for path, calls in outputs.items()}
         first = outputs[self.paths[0]]
         self._latest = [[each.detach() for each in _tensors(call.inputs)] for call in first if len(first) > 1]

@@ -272,6 +272,11 @@ class LatentReader:
         posteriors, seen = reader.read_with_samples(pl_module, batch)
         if not posteriors:
             return []
+        # Before the prior is asked in an extra pass, which may call the same submodules.
+        if name in self._samples:
+            seen = self._samples[name].values(pl_module, batch)
+        elif reader.posterior is None:
+            seen = _own_samples(pl_module, posteriors, seen)
         if self._keeps_graph:
             rows = _with_gradient(list(zip(posteriors, seen, strict=True)), lambda row: row[0])
             posteriors, seen = [row[0] for row in rows], [row[1] for row in rows]
@@ -279,7 +284,14 @@ class LatentReader:
         if len(posteriors) > 1 and len(priors) == 1 and not isinstance(priors[0], Distribution):
             others = reader.of_others(partial(_ask, pl_module, priors[0], posteriors[0]))
             numbers = [n for n in range(len(posteriors)) if n not in others] or range(len(posteriors))
-            posteriors, seen = [posteriors[n] for n in numbers], [seen[n] for n in numbers]
+            if len(seen) == len(posteriors):  # otherwise they come from elsewhere
+                seen = [seen[n] for n in numbers]
+            posteriors = [posteriors[n] for n in numbers]
+        if len(seen) != len(posteriors) or not all(isinstance(z, Tensor | None) for z in seen):
+            raise ValueError(
+                f"`z={self._samples[name].key!r}` must be one tensor for each of {len(posteriors)} posteriors, got "
+                f"{describe(seen)}."
+            )
         if len(priors) != len(posteriors):
             if (shared := one_of(priors)) is None:
                 raise ValueError(
@@ -288,16 +300,8 @@ class LatentReader:
                     "batch) -> p(z)`."
                 )
             priors = [shared] * len(posteriors)
-        samples = self._samples[name].values(pl_module, batch) if name in self._samples else seen
-        if name not in self._samples and reader.posterior is None:
-            samples = _own_samples(pl_module, posteriors, samples)
-        if len(samples) != len(posteriors) or not all(isinstance(z, Tensor | None) for z in samples):
-            raise ValueError(
-                f"`z={self._samples[name].key!r}` must be one tensor for each of {len(posteriors)} posteriors, got "
-                f"{describe(samples)}."
-            )
         mask = None if self._mask is None else batch_part(batch, self._mask, (), 0)
-        return [self._latent(pl_module, *row, mask) for row in zip(posteriors, priors, samples, strict=True)]
+        return [self._latent(pl_module, *row, mask) for row in zip(posteriors, priors, seen, strict=True)]
 
     def _prior(self, name: str, pl_module: LightningModule, batch: Any, posteriors: list[Distribution]) -> list[Any]:
         priors = self._priors[name].read(pl_module, batch)

@@ -377,3 +377,53 @@ def test_views_under_a_log_density_that_calls_nothing_count_and_cost_one_evaluat
     fit(tmp_path, Views(), detector, epochs=1)
     assert detector.report.count == 32
     assert density.asked == 1 + 2 * 2
+
+
+class Sampling(nn.Module):
+    """An encoder that draws its sample itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x):
+        mean, log_variance = self.layer(x).chunk(2, 1)
+        return mean, log_variance, mean + (0.5 * log_variance).exp() * torch.randn_like(mean)
+
+
+class SampledVamp(Model):
+    """A prior whose log-density calls the encoder that draws the samples, with as many rows as the batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.layer = Sampling(), nn.Linear(6, 6)
+
+    def training_step(self, batch, _):
+        mean, log_variance, z = self.encoder(batch)
+        q = Normal(mean, (0.5 * log_variance).exp())
+        kl = q.log_prob(z).sum(1) - OfPseudoInputs(self).log_prob(z)
+        self.kls.append(float(kl.detach().mean()))
+        return kl.mean() + z.square().sum(1).mean()
+
+    validation_step = training_step
+
+
+class OfPseudoInputs:
+    def __init__(self, model):
+        self.model = model
+
+    def log_prob(self, z):
+        with torch.no_grad():
+            mean, log_variance, _ = self.model.encoder(self.model.layer(torch.eye(8, 6)))
+        components = Independent(Normal(mean, (0.5 * log_variance).exp()), 1)
+        return MixtureSameFamily(Weights(torch.ones(8)), components).log_prob(z)
+
+
+def test_samples_of_calls_that_a_log_density_makes_are_left_out_too(tmp_path):
+    model = SampledVamp()
+    detector = CollapseDetector(
+        posterior=["encoder:0", "encoder:1"], prior=lambda module, batch: OfPseudoInputs(module), z="encoder:2"
+    )
+    trainer = fit(tmp_path, model, detector, epochs=1, num_sanity_val_steps=0)
+    assert detector.report.count == 16
+    assert float(trainer.callback_metrics["latent/rate"]) == pytest.approx(sum(model.kls[-2:]) / 2, rel=1e-5)
