@@ -236,6 +236,11 @@ class WeightController(AttributeWriter):
         if all(name in restored for name in ControllerState._fields):
             saved = (torch.as_tensor(restored[name]) for name in ControllerState._fields)
             self._state = ControllerState(*(value.to(pl_module.device) for value in saved))
+        elif "steps_at_bound" in restored:
+            rank_zero_warn(
+                f"{self._title}: the checkpoint's state of the controller is that of an earlier version, so the weight "
+                f"starts over at {first:g}."
+            )
         self._set_limits(pl_module)
         self._target = self.weight
 

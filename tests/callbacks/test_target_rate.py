@@ -699,3 +699,16 @@ def test_a_checkpoint_names_the_knobs_that_are_steered(tmp_path: Path) -> None:
 def test_a_table_with_a_target_for_each_step_of_the_run_is_enough(tmp_path: Path) -> None:
     table = [1.0] * 6
     quiet_trainer(tmp_path, callbacks=[TargetRate(table.__getitem__)], max_epochs=1).fit(RecordingVAE(), loader())
+
+
+def test_the_state_of_an_earlier_version_starts_over_and_is_said(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, max_epochs=1, callbacks=[TargetRate(0.5)])
+    trainer.fit(RecordingVAE(), loader())
+    trainer.save_checkpoint(tmp_path / "new.ckpt")
+    checkpoint = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    [state] = [each for name, each in checkpoint["callbacks"].items() if "TargetRate" in name]
+    state["rate"], state["log_weight"] = state.pop("average"), state.pop("output")
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    resumed = quiet_trainer(tmp_path, max_epochs=2, callbacks=[TargetRate(0.5)])
+    with pytest.warns(UserWarning, match="that of an earlier version, so the weight starts over at 1"):
+        resumed.fit(RecordingVAE(), loader(), ckpt_path=tmp_path / "old.ckpt")
