@@ -1,4 +1,4 @@
-"""What a condition, a VampPrior and a mask are worth: pairs of runs that differ in one part of the model."""
+"""Compare models that differ in one part: a condition, a prior, or the share of missing values."""
 
 from __future__ import annotations
 

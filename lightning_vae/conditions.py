@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .checks import check_number, integer_from
 from .observations import check_finite, has_values, index_and_label_of
+from .posteriors import WideModule
 
 
-class Condition(nn.Module):
+class Condition(WideModule):
     """Condition on a class, on a vector of covariates, or on both.
 
     The encoder, the decoder and a conditional prior get it as one vector c. A class is the label in a batch; it is
@@ -156,9 +157,9 @@ class Condition(nn.Module):
                         f"`condition` must be a class from 0 to {self.classes - 1}, got classes from {low} to {high}. "
                         f"Set `classes` to at least {high + 1}, or number the classes from 0."
                     )
-            parts.append(classes.to(torch.get_default_dtype()).expand(size)[:, None])
+            parts.append(classes.float().expand(size)[:, None])  # half precision would round class numbers
         if self.covariates:
-            numbers = covariates if isinstance(covariates, Tensor) else torch.as_tensor(covariates)
+            numbers = covariates if isinstance(covariates, Tensor) else torch.as_tensor(covariates, dtype=torch.float32)
             if numbers.shape not in ((size, self.covariates), (1, self.covariates), (self.covariates,)):
                 raise ValueError(
                     f"`condition` must have {self.covariates} covariates for each observation, shape "
@@ -200,7 +201,7 @@ class Condition(nn.Module):
 
     @property
     def wanted(self) -> str:
-        """What :meth:`read` takes, in words."""
+        """The forms that :meth:`read` takes, for errors."""
         classes = f"a class from 0 to {(self.classes or 0) - 1}, or one for each observation"
         covariates = f"{self.covariates} covariates, or a row of them for each observation"
         if self.classes and self.covariates:

@@ -1,4 +1,4 @@
-"""What a model does in the passes over data of validation, test and prediction."""
+"""The passes of a model over data: validation, test and prediction."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ class PassModule(RunModule):
 
         A last batch of one observation is left out: terms compare observations.
         """
-        count = torch.tensor(float(len(observations)), device=self.device)
+        count = torch.tensor(float(len(observations)), dtype=self.working_dtype, device=self.device)
         if len(observations) < 2:
             return [torch.zeros_like(count)] * (len(self.terms) + 1)
         return [*(term * count for term in self._added_terms()), count]

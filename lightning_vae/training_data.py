@@ -1,4 +1,4 @@
-"""What a model asks of its data beside the batches: their number, and the first observations of training."""
+"""The number of a run's observations, and the first ones of its training."""
 
 from __future__ import annotations
 

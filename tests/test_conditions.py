@@ -291,3 +291,23 @@ def test_a_table_gives_the_condition_its_scale(tmp_path):
     torch.testing.assert_close(vae.condition.loc.double(), numbers.mean(0))
     torch.testing.assert_close(vae.condition.scale.double(), numbers.std(0, correction=0))
     assert vae.sample(2, condition=torch.tensor([4100.0, 1])).shape == (2, 1)
+
+
+def test_half_precision_rounds_neither_classes_nor_the_scale(tmp_path):
+    seen = []
+
+    class Watched(Condition):
+        def forward(self, columns):
+            seen.append((columns, super().forward(columns)))
+            return seen[-1][1]
+
+    vae = VAE((4,), latent_dim=2, condition=partial(Watched, classes=1000, covariates=1))
+    vae.condition.set_scale(torch.tensor([4001.0]), torch.tensor([3.0]))
+    data = {"x": torch.randn(4, 4), "label": torch.tensor([300, 301, 998, 999]), "index": torch.arange(4)}
+    data["condition"] = torch.tensor([[4000.0], [4016.0], [4032.0], [3984.0]])  # Lightning rounds the batch itself
+    trainer = quiet_trainer(tmp_path, max_epochs=1, precision="bf16-true")
+    trainer.fit(vae, TensorLoader(data, 4), TensorLoader(data, 4))
+    for columns, c in seen:
+        assert columns[:, 0].tolist() == [300, 301, 998, 999]
+        assert c[:, :1000].argmax(1).tolist() == [300, 301, 998, 999]
+        torch.testing.assert_close(c[:, 1000], torch.tensor([-1 / 3, 5.0, 31 / 3, -17 / 3]))

@@ -182,7 +182,7 @@ class LatentReader:
         return keys.get("", keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        # What belongs to a step can't be copied, and the hooks stay with the module: the copies are idle.
+        # The copies are idle: the hooks stay with the module, and a step's outputs can't be copied.
         readers = {name: dict(getattr(self, name)) for name in ("_posteriors", "_priors", "_samples")}
         idle = {name: {key: copy.copy(each) for key, each in of.items()} for name, of in readers.items()}
         return {**vars(self), **idle, "_batch": None, "_read": None}

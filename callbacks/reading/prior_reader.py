@@ -59,7 +59,7 @@ class PriorReader:
 
     @property
     def readers(self) -> list[DistributionReader]:
-        """What has to listen during a step, and to forget afterwards."""
+        """The readers that listen during a step and forget afterwards."""
         return [] if self._place is None else [self._place]
 
     @property

@@ -1,4 +1,4 @@
-"""How well a score tells outliers from other observations."""
+"""The AUROC of a score that finds outliers."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ def decoded_at_once(vae: VAE) -> int:
 
 @dataclass(frozen=True)
 class Target:
-    """What latents are decoded for.
+    """Observations that latents are decoded for.
 
     Attributes:
         observed: The data, on which the likelihood is evaluated, shape ``(B, *shape)``.

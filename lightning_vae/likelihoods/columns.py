@@ -150,7 +150,7 @@ class Columns(Likelihood):
         return self._independent(_Row(parts, self._order, self._place))
 
     def check_values(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Refuse values that are none of their column's kind."""
+        """Refuse values that do not fit their column's kind."""
         for column, kind in enumerate(self.kinds):
             if kind == "numeric":
                 continue

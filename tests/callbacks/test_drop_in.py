@@ -327,7 +327,7 @@ def normals(*shape: int, scale: float = 1.0) -> list[Any]:
 
 
 OTHERS = table("Other latents")
-# What the module outputs in three batches, and what is measured: dimensions, and observations.
+# A module with its outputs in three batches, and the numbers of dimensions and observations that are measured.
 UNUSUAL: list[tuple[Any, tuple[int, int]]] = [
     (Unusual([normals(3)] * 3, named="prior"), (3, 12)),
     (Unusual([normals(3)] * 3), (3, 12)),
