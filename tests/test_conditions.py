@@ -120,10 +120,10 @@ def trained_loss(vae, data, linear):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("encoder", "decoder", "loss"),
-    [("sees", "sees", 8.54253), ("blind", "sees", 8.59585), ("sees", "blind", 12.10726)],
+    ("encoder", "decoder", "loss", "tolerance"),  # which tell the first two from each other
+    [("sees", "sees", 8.54253, 0.02), ("blind", "sees", 8.59585, 0.02), ("sees", "blind", 12.10726, 0.08)],
 )
-def test_a_fit_reaches_the_minimum_of_its_wiring(tmp_path, encoder, decoder, loss):
+def test_a_fit_reaches_the_minimum_of_its_wiring(tmp_path, encoder, decoder, loss, tolerance):
     torch.manual_seed(0)
     x, c, _ = exact_data(2000)
     networks = {
@@ -145,7 +145,7 @@ def test_a_fit_reaches_the_minimum_of_its_wiring(tmp_path, encoder, decoder, los
     vae = vae.double().eval()
     linear = vae.decoder.network if decoder == "blind" else vae.decoder
     found = trained_loss(vae, {**data, "x": x, "condition": c}, linear)
-    assert -1e-4 <= found - loss <= 0.06
+    assert -1e-4 <= found - loss <= tolerance
 
 
 def test_classes_are_one_hot_or_embedded():
