@@ -53,19 +53,31 @@ def first_observations(trainer: Trainer, number: int, scaled: Callable[[Any], Te
     """
     loader: Any = trainer.train_dataloader
     place = loader.state_dict() if hasattr(loader, "state_dict") else None
+    if place is not None and "position" in place:  # one of this package's: from the start of an epoch, without repeats
+        loader.load_state_dict({**place, "position": 0})
+    processes = torch.distributed.get_world_size() if several_processes() else 1
+    share = -(-number // processes)
     found: list[Tensor] = []
-    count = 0
     with torch.random.fork_rng(), torch.no_grad():
         for batch in loader:
             found.append(scaled(batch))
-            count += len(found[-1])
-            if count >= number:
+            if sum(map(len, found)) >= share:
                 break
     if place is not None:
         loader.load_state_dict(place)
-    if count < number:
-        raise ValueError(f"`prior` starts from {number} observations, and there are only {count} for training.")
-    x = torch.cat(found)[:number].contiguous()
-    if several_processes():
-        torch.distributed.broadcast(x, 0)
+    x = _gathered(torch.cat(found)[:share], share, processes)[:number]
+    if len(x) < number:  # in every process alike
+        raise ValueError(f"`prior` starts from {number} observations, and there are only {len(x)} for training.")
     return x
+
+
+def _gathered(x: Tensor, share: int, processes: int) -> Tensor:
+    """Join the rows of all processes, at most ``share`` of each."""
+    if processes == 1:
+        return x
+    padded = torch.cat([x, x.new_zeros(share - len(x), *x.shape[1:])])
+    rows = [torch.empty_like(padded) for _ in range(processes)]
+    counts = [torch.empty(1, dtype=torch.int64, device=x.device) for _ in range(processes)]
+    torch.distributed.all_gather(rows, padded)
+    torch.distributed.all_gather(counts, torch.tensor([len(x)], device=x.device))
+    return torch.cat([part[: int(count)] for part, count in zip(rows, counts, strict=True)])

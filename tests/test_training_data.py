@@ -1,0 +1,66 @@
+"""Pseudo-inputs that start at the training data, in one process and in two."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from lightning_vae import VAE, Gaussian, VampPrior
+from lightning_vae.datamodules import TensorLoader
+from tests.doubles import quiet_trainer
+from tests.processes import in_two_processes
+
+X = torch.arange(24.0).view(12, 2) / 24
+
+
+def fitted(folder, components, **options):
+    torch.manual_seed(0)
+    prior = partial(VampPrior, components=components, pseudo_inputs="data")
+    vae = VAE((2,), latent_dim=2, likelihood=partial(Gaussian, variance=1.0), prior=prior)
+    trainer = quiet_trainer(folder, max_epochs=1, **options)
+    trainer.fit(vae, TensorLoader({"x": X, "index": torch.arange(12)}, 3, shuffle=True))
+    return vae
+
+
+def rows_of(values):
+    return sorted(map(tuple, values.tolist()))
+
+
+def share(rank, folder, components):
+    options = {"devices": 2, "strategy": "ddp"}
+    try:
+        vae = fitted(folder, components, **options)
+        torch.save([vae.prior_module.inputs.data, [each.data for each in vae.encoder.parameters()]], folder / f"{rank}")
+    except ValueError as error:
+        (folder / f"{rank}").write_text(str(error))
+
+
+def test_training_still_sees_all_of_the_data_that_the_prior_started_from(tmp_path):
+    seen = []
+
+    class Seen(VAE):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch["index"])
+            return super().training_step(batch, batch_idx)
+
+    prior = partial(VampPrior, components=12, pseudo_inputs="data")
+    vae = Seen((2,), latent_dim=2, likelihood=partial(Gaussian, variance=1.0), prior=prior)
+    quiet_trainer(tmp_path, max_epochs=1).fit(vae, TensorLoader({"x": X, "index": torch.arange(12)}, 3, shuffle=True))
+    assert sorted(torch.cat(seen).tolist()) == list(range(12))
+    assert rows_of(vae.prior_module.inputs) == rows_of(X)
+    with pytest.raises(ValueError, match="starts from 13 observations, and there are only 12 for training"):
+        fitted(tmp_path, 13)
+
+
+def test_two_processes_start_from_the_same_observations_of_both(tmp_path):
+    in_two_processes(share, tmp_path, 12)
+    (one, ours), (other, theirs) = (torch.load(tmp_path / f"{rank}") for rank in range(2))
+    assert rows_of(one) == rows_of(X)
+    assert torch.equal(one, other)
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_two_processes_refuse_too_few_together(tmp_path):
+    in_two_processes(share, tmp_path, 13)
+    for rank in range(2):
+        assert "only 12 for training" in (tmp_path / f"{rank}").read_text()
