@@ -22,6 +22,7 @@ from lightning_vae import (
     Laplace,
     LearnedNormal,
     MixturePrior,
+    Term,
     VampPrior,
     evaluate,
     score,
@@ -29,6 +30,7 @@ from lightning_vae import (
 from lightning_vae.callbacks import CollapseDetector, FreeBits, LatentSpace, Pictures
 from lightning_vae.datamodules import Digits
 from tests.doubles import quiet_trainer
+from tests.processes import in_two_processes
 
 MODELS = {
     "a learned normal": {"prior": LearnedNormal},
@@ -43,6 +45,20 @@ MODELS = {
     "categories": {"posterior": partial(CategoricalGroups, classes=4), "latent_dim": 8},
     "a likelihood with two outputs": {"likelihood": partial(Gaussian, variance="per_pixel")},
     "heavy tails given a class": {"likelihood": Laplace, "condition": partial(Condition, classes=10, embedding=3)},
+}
+
+
+class Ink(Term):
+    """A term of one's own: the mean squared difference in ink between the data and their reconstructions."""
+
+    def forward(self, step):
+        shown, drawn = step.observations.observed, step.likelihood.mean
+        return (shown.flatten(1).sum(1) - drawn.flatten(1).sum(1)).square().mean()
+
+
+SHARED = MODELS | {
+    "an added term": {"terms": {"ink": partial(Ink, weight=0.01)}},
+    "three samples of each posterior": {"importance_samples": 3},
 }
 
 
@@ -79,7 +95,7 @@ def test_each_part_is_drawn(tmp_path, name):
 
 def model(name, **options):
     torch.manual_seed(0)
-    options = {"latent_dim": 3, "likelihood": Bernoulli, **MODELS[name], **options}
+    options = {"latent_dim": 3, "likelihood": Bernoulli, **SHARED[name], **options}
     return VAE((1, 8, 8), 17, **options)
 
 
@@ -110,6 +126,30 @@ def test_each_part_is_fitted_evaluated_saved_and_sampled_from(tmp_path, name):
     assert samples.shape == (5, 1, 8, 8)
     observations = vae.observe(next(iter(data.test_dataloader())))
     torch.testing.assert_close(loaded.reconstruct(observations), vae.reconstruct(observations))
+
+
+def share(rank, folder, name):
+    vae = model(name)
+    trainer = quiet_trainer(folder, devices=2, strategy="ddp", max_epochs=1, limit_train_batches=3)
+    trainer.fit(vae, Digits(batch_size=25))
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+    torch.save([metrics, vae.state_dict()], folder / f"{rank}.pt")
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_train_the_same_weights_and_validate_as_one(tmp_path, name):
+    in_two_processes(share, tmp_path, name)
+    (metrics, weights), (others, other_weights) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert metrics == pytest.approx(others, rel=1e-6)
+    vae = model(name)
+    trained = set(dict(vae.named_parameters()))
+    assert any(not torch.equal(weights[key], vae.state_dict()[key]) for key in trained)
+    for key in trained:
+        assert torch.equal(weights[key], other_weights[key])
+    vae.load_state_dict(weights)
+    [alone] = quiet_trainer(tmp_path).validate(vae, Digits(batch_size=41), verbose=False)
+    assert metrics == pytest.approx(alone, rel=1e-5, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["a mixture", "pseudo-inputs", "a full covariance"])
