@@ -98,7 +98,7 @@ class LatentModel(PassModule):
                 f"`prior` and `posterior` must both be over groups of as many classes, or neither, got "
                 f"{self.prior_module.classes or 'no'} and {classes or 'no'} classes."
             )
-        self.prior_module.connect(shape, self._encode)
+        self.prior_module.connect(shape, self._encode_given, 0 if self.condition is None else self.condition.columns)
         self._has_standard_prior = type(self.prior_module) is StandardNormal
         self.has_joint_rate = self.prior_module.is_joint or (self.head is not None and self.head.is_joint)
         parts = latent_dim if self.head is None else self.head.parts
@@ -293,6 +293,10 @@ class LatentModel(PassModule):
             return posterior_of(output, observed.shape[0], self.latent_dim)
         posterior: td.Distribution = self.head(output)
         return posterior
+
+    def _encode_given(self, observed: Tensor, columns: Tensor | None = None) -> td.Distribution:
+        """Return the posterior of data in the networks' scale, given the columns of their condition."""
+        return self._encode(observed, self._embedded(columns))
 
     def _decode(
         self, z: Tensor, c: Tensor | None = None, observed: Tensor | None = None, mask: Tensor | None = None

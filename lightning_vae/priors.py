@@ -50,19 +50,22 @@ class Prior(WideModule):
         """Number of observations that :meth:`start` still waits for."""
         return 0
 
-    def connect(self, shape: Shape, encode: Callable[[Tensor], td.Distribution]) -> None:
+    def connect(self, shape: Shape, encode: Callable[..., td.Distribution], columns: int = 0) -> None:
         """Give the prior the encoder, once, when the model is built.
 
         Args:
             shape: Shape of one observation.
-            encode: From observations in the networks' scale to q(z|x).
+            encode: From observations in the networks' scale to q(z|x); in a conditional model from these and their
+                conditions to q(z|x, c).
+            columns: Number of columns in which a record holds a condition; 0 without.
         """
 
-    def start(self, x: Tensor) -> None:
+    def start(self, x: Tensor, condition: Tensor | None = None) -> None:
         """Set initial values from data, once, before the first step.
 
         Args:
             x: At least :attr:`wants` observations in the networks' scale, the same ones in each process.
+            condition: Their conditions as a record holds them, shape ``(n, columns)``; ``None`` without.
         """
 
     def forward(self, condition: Tensor | None = None) -> td.Distribution:
@@ -256,10 +259,12 @@ class VampPrior(Prior):
     another prior of each step. The rate is estimated at the sample of the posterior, and has one part. With all
     observations as pseudo-inputs and equal weights, the rate is the mutual information of index and latents.
 
+    In a conditional model each pseudo-input has a condition too, that of an observation, which stays. The components
+    are then :math:`q(z | u_m, c_m)`, and p(z) does not depend on the condition of the observation at hand.
+
     Args:
         latent_dim: Number of latent dimensions k.
-        condition_dim: Number of columns of the condition, which must be 0: an encoder that sees a condition would need
-            one for each pseudo-input.
+        condition_dim: Number of columns of the condition, which it does not depend on.
         components: Number of pseudo-inputs K.
         pseudo_inputs: ``"both"``: they start at observations and are learned; ``"learned"``: they start at random;
             ``"data"``: they are observations, and stay.
@@ -269,6 +274,7 @@ class VampPrior(Prior):
 
     Attributes:
         inputs: The pseudo-inputs, shape ``(K, *shape)``, once the prior is connected.
+        conditions: Their conditions as a record holds them, shape ``(K, columns)``; ``None`` without.
 
     Raises:
         ValueError: If an option is out of range.
@@ -279,6 +285,7 @@ class VampPrior(Prior):
 
     is_joint = True
     inputs: Tensor | None
+    conditions: Tensor | None
     _has_started: Tensor
 
     def __init__(
@@ -291,11 +298,6 @@ class VampPrior(Prior):
         bounded: bool = False,
     ) -> None:
         super().__init__(latent_dim, condition_dim)
-        if condition_dim:
-            raise ValueError(
-                f"`prior` VampPrior can't be used with a condition, got `condition_dim` {condition_dim}: the encoder "
-                "would need a condition for each pseudo-input. Use ConditionalNormal or MixturePrior."
-            )
         check_number("components", components, "an integer of at least 1", integer_from(1))
         _check_choice("pseudo_inputs", pseudo_inputs, PseudoInputs)
         _check_choice("weights", weights, Weights)
@@ -306,10 +308,11 @@ class VampPrior(Prior):
         else:
             self.register_buffer("logits", logits, persistent=False)
         self.register_parameter("inputs", None)
-        self._waits = pseudo_inputs != "learned"
+        self.register_buffer("conditions", None)
+        self._waits = pseudo_inputs != "learned" or condition_dim > 0
         self.register_buffer("_has_started", torch.tensor(int(not self._waits)))
         self.register_load_state_dict_post_hook(_note_start)  # type: ignore[no-untyped-call]
-        self._encode: Callable[[Tensor], td.Distribution] | None = None
+        self._encode: Callable[..., td.Distribution] | None = None
 
     @property
     @override
@@ -317,17 +320,18 @@ class VampPrior(Prior):
         return self.components if self._waits else 0
 
     @override
-    def connect(self, shape: Shape, encode: Callable[[Tensor], td.Distribution]) -> None:
+    def connect(self, shape: Shape, encode: Callable[..., td.Distribution], columns: int = 0) -> None:
         # Not registered as a part: the encoder is the model's. A bound method stays that of the copy in a copied model.
         object.__setattr__(self, "_encode", encode)
         if self.inputs is None:
             size = (self.components, *shape)
             start = torch.rand(size) if self.bounded else torch.randn(size)
             self.inputs = nn.Parameter(start, requires_grad=self.pseudo_inputs != "data")
+            self.conditions = torch.zeros(self.components, columns) if columns else None
 
     @override
     @torch.no_grad()
-    def start(self, x: Tensor) -> None:
+    def start(self, x: Tensor, condition: Tensor | None = None) -> None:
         if not self.wants:
             return
         inputs = self._connected()[1]
@@ -337,7 +341,16 @@ class VampPrior(Prior):
                 f"{tuple(inputs.shape[1:])}, got {len(x)} of shape {tuple(x.shape[1:])}. Set `components` to at most "
                 "the number of observations."
             )
-        inputs.copy_(x[: self.components])
+        if self.pseudo_inputs != "learned":
+            inputs.copy_(x[: self.components])
+        if self.conditions is not None:
+            if condition is None or condition.shape != (len(x), self.conditions.shape[1]):
+                given = None if condition is None else tuple(condition.shape)
+                raise ValueError(
+                    "`prior` VampPrior starts from observations with their conditions, of shape "
+                    f"{(len(x), self.conditions.shape[1])}, got {given}."
+                )
+            self.conditions.copy_(condition[: self.components])
         self._has_started.fill_(1)
         self._waits = False
 
@@ -353,13 +366,13 @@ class VampPrior(Prior):
         for each in training:
             each.training = False
         try:
-            posterior = encode(inputs)
+            posterior = encode(inputs) if self.conditions is None else encode(inputs, self.conditions)
         finally:
             for each in training:
                 each.training = True
         return mixture(posterior, self.logits)
 
-    def _connected(self) -> tuple[Callable[[Tensor], td.Distribution], Tensor]:
+    def _connected(self) -> tuple[Callable[..., td.Distribution], Tensor]:
         if self._encode is None or self.inputs is None:
             raise ValueError("`prior` VampPrior has no encoder: call `connect(shape, encode)` first.")
         return self._encode, self.inputs

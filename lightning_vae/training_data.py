@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,13 +40,16 @@ def data_size(trainer: Trainer | None, number: int = 0) -> int | None:
         return None
 
 
-def first_observations(trainer: Trainer, number: int, scaled: Callable[[Any], Tensor]) -> Tensor:
+def first_observations(trainer: Trainer, number: int, read: Callable[[Any], Sequence[Tensor]]) -> list[Tensor]:
     """Return the first observations of the training data, the same in each process. Training still starts with them.
 
     Args:
         trainer: The Trainer that is about to train.
         number: Number of observations.
-        scaled: From a batch to its observations in the networks' scale.
+        read: From a batch to tensors with a row for each of its observations.
+
+    Returns:
+        These tensors, with ``number`` rows.
 
     Raises:
         ValueError: If there are fewer.
@@ -57,18 +60,18 @@ def first_observations(trainer: Trainer, number: int, scaled: Callable[[Any], Te
         loader.load_state_dict({**place, "position": 0})
     processes = torch.distributed.get_world_size() if several_processes() else 1
     share = -(-number // processes)
-    found: list[Tensor] = []
+    found: list[Sequence[Tensor]] = []
     with torch.random.fork_rng(), torch.no_grad():
         for batch in loader:
-            found.append(scaled(batch))
-            if sum(map(len, found)) >= share:
+            found.append(read(batch))
+            if sum(len(rows) for rows, *_ in found) >= share:
                 break
     if place is not None:
         loader.load_state_dict(place)
-    x = _gathered(torch.cat(found)[:share], share, processes)[:number]
-    if len(x) < number:  # in every process alike
-        raise ValueError(f"`prior` starts from {number} observations, and there are only {len(x)} for training.")
-    return x
+    rows = [_gathered(torch.cat(parts)[:share], share, processes)[:number] for parts in zip(*found, strict=True)]
+    if (there := len(rows[0])) < number:  # in every process alike
+        raise ValueError(f"`prior` starts from {number} observations, and there are only {there} for training.")
+    return rows
 
 
 def _gathered(x: Tensor, share: int, processes: int) -> Tensor:

@@ -232,7 +232,7 @@ class VAE(LatentModel):
         if checks:
             self._checks_next = False
             if (number := self.prior_module.wants) and (trainer := trainer_of(self)) is not None:
-                self.prior_module.start(first_observations(trainer, number, self._scaled_of))
+                self.prior_module.start(*first_observations(trainer, number, self._start_of_prior))
         data = data_of(batch, self.shape)
         x: Tensor | Observations = data
         if self._needs_record or (not isinstance(batch, Tensor | list | tuple) and "mask" in batch):
@@ -254,8 +254,9 @@ class VAE(LatentModel):
         self._record(terms, count)
         return loss
 
-    def _scaled_of(self, batch: Any) -> Tensor:
-        return self._observations(batch, data_of(batch, self.shape), checks=False, is_training=True).scaled
+    def _start_of_prior(self, batch: Any) -> list[Tensor]:
+        seen = self._observations(batch, data_of(batch, self.shape), checks=False, is_training=True)
+        return [seen.scaled] if seen.condition is None else [seen.scaled, seen.condition]
 
     def _loss(self, x: Tensor | Observations) -> tuple[Tensor, Tensor, int | Tensor]:
         """Compute the loss, the terms to log, and the number of observations that they average."""

@@ -28,7 +28,7 @@ from lightning_vae import (
     score,
 )
 from lightning_vae.callbacks import CollapseDetector, FreeBits, LatentSpace, Pictures
-from lightning_vae.datamodules import Digits
+from lightning_vae.datamodules import Digits, TensorLoader
 from tests.doubles import quiet_trainer
 from tests.processes import in_two_processes
 
@@ -38,6 +38,10 @@ MODELS = {
     "a mixture": {"prior": partial(MixturePrior, components=5)},
     "pseudo-inputs": {"prior": partial(VampPrior, components=7)},
     "pseudo-inputs from the data": {"prior": partial(VampPrior, components=7, pseudo_inputs="data")},
+    "pseudo-inputs and their classes": {
+        "prior": partial(VampPrior, components=7, pseudo_inputs="learned"),
+        "condition": partial(Condition, classes=10, embedding=3),
+    },
     "a bounded log-variance": {"posterior": partial(DiagonalGaussian, bound=5.0)},
     "normalised means": {"posterior": BatchNormMeans},
     "a full covariance": {"posterior": FullCovariance},
@@ -181,6 +185,44 @@ def test_the_rate_under_all_observations_as_pseudo_inputs_is_the_mutual_informat
     torch.testing.assert_close(rate, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("pseudo_inputs", ["data", "both", "learned"])
+def test_pseudo_inputs_have_the_conditions_of_observations(tmp_path, pseudo_inputs):
+    condition = partial(Condition, classes=3, covariates=2, embedding=2)
+    prior = partial(VampPrior, components=8, pseudo_inputs=pseudo_inputs)
+    vae = VAE((5,), latent_dim=2, prior=prior, condition=condition, likelihood=partial(Gaussian, variance=1.0))
+    batch = {"x": torch.randn(8, 5), "label": torch.arange(8) % 3, "condition": 100 * torch.randn(8, 2)}
+    batch["index"] = torch.arange(8)
+    vae.condition.set_scale(torch.tensor([50.0, 0.0]), torch.tensor([100.0, 100.0]))
+    quiet_trainer(tmp_path, max_steps=3).fit(vae, TensorLoader(batch, 4))
+    columns = torch.cat([batch["label"][:, None], batch["condition"]], dim=1)
+    assert torch.equal(vae.prior_module.conditions, columns)
+    assert torch.equal(vae.prior_module.inputs, batch["x"]) == (pseudo_inputs == "data")
+
+    # The components are the model's own posteriors, with what the condition's embedding has learned.
+    vae.eval()
+    observations = vae.observe({**batch, "x": vae.prior_module.inputs.detach()})
+    expected, components = vae.encode(observations), vae.prior.component_distribution.base_dist
+    torch.testing.assert_close(components.loc, expected.loc)
+    torch.testing.assert_close(components.scale, expected.scale)
+    codes = vae.condition.codes
+    [gradient] = torch.autograd.grad(vae.prior.log_prob(torch.zeros(2)), codes)
+    assert gradient.any()
+
+    loaded = VAE(
+        (5,), latent_dim=2, prior=prior, condition=condition, likelihood=partial(Gaussian, variance=1.0)
+    ).eval()
+    loaded.load_state_dict(vae.state_dict())
+    z = torch.randn(6, 2)
+    assert torch.equal(loaded.prior.log_prob(z), vae.prior.log_prob(z))
+
+
+def test_a_prior_that_starts_without_its_conditions_says_so():
+    vae = VAE((5,), latent_dim=2, prior=partial(VampPrior, components=4), condition=partial(Condition, classes=3))
+    for condition, given in ((None, "None"), (torch.zeros(4, 2), r"\(4, 2\)")):
+        with pytest.raises(ValueError, match=rf"with their conditions, of shape \(4, 1\), got {given}"):
+            vae.prior_module.start(torch.randn(4, 5), condition)
+
+
 def test_a_copy_of_a_model_with_pseudo_inputs_encodes_them_itself():
     import copy
 
@@ -197,7 +239,6 @@ def test_a_copy_of_a_model_with_pseudo_inputs_encodes_them_itself():
     ("options", "message"),
     [
         ({"prior": ConditionalNormal}, "`condition_dim` must be at least 1"),
-        ({"prior": VampPrior, "condition": partial(Condition, classes=3)}, "VampPrior can't be used with a condition"),
         ({"posterior": partial(CategoricalGroups, classes=2), "prior": LearnedNormal}, "both be over groups"),
         ({"posterior": partial(CategoricalGroups, classes=3)}, "`classes` must divide `latent_dim`"),
         ({"prior": torch.nn.Linear(1, 1)}, "`prior` must be a lightning_vae.Prior"),

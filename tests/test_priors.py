@@ -526,7 +526,6 @@ def test_the_rate_compiles_to_one_graph(prior, head):
             lambda: ConditionalNormal(2, 1, variance="own"),
             "`variance` must be one of 'shared', 'conditional', got 'own'",
         ),
-        (lambda: VampPrior(2, 3), "VampPrior can't be used with a condition, got `condition_dim` 3"),
         (lambda: VampPrior(2, components=0), "`components` must be an integer of at least 1, got 0"),
         (lambda: VampPrior(2, pseudo_inputs="some"), "`pseudo_inputs` must be one of 'learned', 'data', 'both', got"),
         (lambda: VampPrior(2, weights="equal"), "`weights` must be one of 'uniform', 'learned', got 'equal'"),

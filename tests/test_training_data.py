@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from lightning_vae import VAE, Gaussian, VampPrior
+from lightning_vae import VAE, Condition, Gaussian, VampPrior
 from lightning_vae.datamodules import TensorLoader
 from tests.doubles import quiet_trainer
 from tests.processes import in_two_processes
@@ -16,9 +16,11 @@ X = torch.arange(24.0).view(12, 2) / 24
 def fitted(folder, components, **options):
     torch.manual_seed(0)
     prior = partial(VampPrior, components=components, pseudo_inputs="data")
-    vae = VAE((2,), latent_dim=2, likelihood=partial(Gaussian, variance=1.0), prior=prior)
+    condition = partial(Condition, classes=12)
+    vae = VAE((2,), latent_dim=2, likelihood=partial(Gaussian, variance=1.0), prior=prior, condition=condition)
     trainer = quiet_trainer(folder, max_epochs=1, **options)
-    trainer.fit(vae, TensorLoader({"x": X, "index": torch.arange(12)}, 3, shuffle=True))
+    rows = {"x": X, "index": torch.arange(12), "label": torch.arange(12)}
+    trainer.fit(vae, TensorLoader(rows, 3, shuffle=True))
     return vae
 
 
@@ -30,7 +32,8 @@ def share(rank, folder, components):
     options = {"devices": 2, "strategy": "ddp"}
     try:
         vae = fitted(folder, components, **options)
-        torch.save([vae.prior_module.inputs.data, [each.data for each in vae.encoder.parameters()]], folder / f"{rank}")
+        started = torch.cat([vae.prior_module.inputs.data, vae.prior_module.conditions], dim=1)
+        torch.save([started, [each.data for each in vae.encoder.parameters()]], folder / f"{rank}")
     except ValueError as error:
         (folder / f"{rank}").write_text(str(error))
 
@@ -55,7 +58,7 @@ def test_training_still_sees_all_of_the_data_that_the_prior_started_from(tmp_pat
 def test_two_processes_start_from_the_same_observations_of_both(tmp_path):
     in_two_processes(share, tmp_path, 12)
     (one, ours), (other, theirs) = (torch.load(tmp_path / f"{rank}") for rank in range(2))
-    assert rows_of(one) == rows_of(X)
+    assert rows_of(one) == rows_of(torch.cat([X, torch.arange(12.0)[:, None]], dim=1)), "each with its own label"
     assert torch.equal(one, other)
     assert all(map(torch.equal, ours, theirs))
 
