@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_number, integer_from
-from .observations import check_finite, has_values, index_and_label_of
+from .observations import check_finite, has_values, index_and_label_of, warn_of_rounding
 from .posteriors import WideModule
 
 
@@ -166,6 +166,7 @@ class Condition(WideModule):
                     f"{(size, self.covariates)}, got {_given(covariates)}."
                 )
             if check and has_values(numbers):
+                warn_of_rounding("The covariates in `condition`", numbers)
                 check_finite("The covariates in `condition`", numbers)
             numbers = numbers if numbers.dtype == torch.float64 else numbers.float()
             parts.append(numbers.expand(size, self.covariates))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Self
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from .likelihoods import Likelihood
@@ -229,6 +230,8 @@ def check_scale(x: Tensor, levels: int | None, likelihood: Likelihood, mask: Ten
     """
     if not has_values(x):
         return
+    if levels is None:
+        warn_of_rounding("The data", x)
     low, high = check_finite("The data", x)
     if levels is not None and x.is_floating_point() and high <= 1 < levels - 1 and (low, high) != (0, 0):
         raise ValueError(
@@ -267,6 +270,16 @@ def check_finite(what: str, tensor: Tensor) -> tuple[float, float]:
     if not math.isfinite(low + high):
         raise ValueError(f"{what} must be finite, but a batch holds values from {low:g} to {high:g}. Fix the data.")
     return low, high
+
+
+def warn_of_rounding(what: str, tensor: Tensor) -> None:
+    """Warn of real numbers in half precision, to which Lightning rounds each batch under ``bf16-true``."""
+    if tensor.dtype in (torch.bfloat16, torch.float16):
+        digits = 3 if tensor.dtype == torch.bfloat16 else 4
+        rank_zero_warn(
+            f"{what} came in {str(tensor.dtype).removeprefix('torch.')}, rounded to about {digits} digits. With "
+            "`precision='bf16-mixed'` they stay in float32."
+        )
 
 
 def has_values(tensor: Tensor) -> bool:

@@ -306,7 +306,9 @@ def test_half_precision_rounds_neither_classes_nor_the_scale(tmp_path):
     data = {"x": torch.randn(4, 4), "label": torch.tensor([300, 301, 998, 999]), "index": torch.arange(4)}
     data["condition"] = torch.tensor([[4000.0], [4016.0], [4032.0], [3984.0]])  # Lightning rounds the batch itself
     trainer = quiet_trainer(tmp_path, max_epochs=1, precision="bf16-true")
-    trainer.fit(vae, TensorLoader(data, 4), TensorLoader(data, 4))
+    with pytest.warns(UserWarning, match="rounded to about 3 digits. With `precision='bf16-mixed'`") as warned:
+        trainer.fit(vae, TensorLoader(data, 4), TensorLoader(data, 4))
+    assert {str(each.message).split(" came")[0] for each in warned} >= {"The data", "The covariates in `condition`"}
     for columns, c in seen:
         assert columns[:, 0].tolist() == [300, 301, 998, 999]
         assert c[:, :1000].argmax(1).tolist() == [300, 301, 998, 999]

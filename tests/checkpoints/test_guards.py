@@ -368,6 +368,7 @@ def test_an_optimizer_whose_eps_is_lost_in_float16_is_refused(tmp_path, optimize
         quiet_trainer(tmp_path, max_epochs=1, precision="16-true").fit(Optimised(optimizer), vectors(8, batch_size=4))
 
 
+@pytest.mark.filterwarnings("ignore:The data came in")
 @pytest.mark.parametrize(
     ("precision", "optimizer"),
     [
