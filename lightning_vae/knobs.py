@@ -36,7 +36,7 @@ class KnobModule(LightningModule):
         error_limit: The error that a controller holds the module at, ``"squared_error"`` or ``"distortion"``, with its
             limit and the price in nats of each unit above it; saved in checkpoints. ``None`` if none has set it.
         steered_knobs: The knobs that this controller moves; saved with the limit.
-        unread_knobs: The knobs that the loss does not read as the module is configured; moving one is an error.
+        unread_knobs: The knobs that the loss does not read as the module is configured; setting one is an error.
     """
 
     knobs: dict[str, float | None]
@@ -66,6 +66,12 @@ class KnobModule(LightningModule):
         if knobs is None or name not in knobs or name not in self._buffers:
             super().__setattr__(name, value)
             return
+        if name in self.unread_knobs:
+            raise ValueError(
+                f"`{name}` is set to {value}, but the loss of {type(self).__name__} does not read it as it is "
+                "configured: `capacity_weight` or `importance_samples` gives it another loss. Leave out that option "
+                "or the assignment."
+            )
         is_fitting = self._is_fitting
         if is_fitting and isinstance(value, Tensor) and value.device.type != "cpu":  # reading it would synchronise
             check_single(name, value)

@@ -26,6 +26,7 @@ MAX_DISTANCE = 1.25
 
 FLOOR = "the floor of `FreeBits`"
 TARGET = "the target of the rate"
+LIMIT = "the limit of the error"
 
 
 def assess(
@@ -49,11 +50,12 @@ def assess(
     Otherwise the model is balanced. Symptoms of the opposite side are listed, but don't count. NaN is not a symptom.
 
     Args:
-        beta: Weight of the rate that the model was trained with.
+        beta: Weight of the rate that the model was trained with, or that a constraint amounts to.
         terms: The terms of the ELBO.
         latents: The latent space.
         generation: Decodings of prior samples and shuffled latents.
-        holds: The constraints that hold the rate up: ``FLOOR``, ``TARGET``, both or none. The advice names no others.
+        holds: The constraints that hold the rate: ``FLOOR``, ``TARGET`` and ``LIMIT``. The advice names no others, and
+            where the last two find beta it does not say to change it.
     """
     measured = _Measured(beta, terms, latents, generation, tuple(holds))
     found = _collapsed(measured) or _unread(measured) or _width(measured)
@@ -94,7 +96,13 @@ class _Measured:
     @property
     def held_by(self) -> str:
         """The constraints that hold the rate up, as text; empty if there are none."""
-        return " and ".join(self.holds)
+        return " and ".join(each for each in self.holds if each != LIMIT)
+
+    def loosened(self, raises_rate: bool) -> str:
+        """The change of the constraint that finds beta which raises or lowers the rate; empty if there is none."""
+        if TARGET in self.holds:
+            return f"{'raise' if raises_rate else 'lower'} {TARGET}"
+        return f"{'lower' if raises_rate else 'raise'} {LIMIT}" if LIMIT in self.holds else ""
 
     @property
     def fair_beta(self) -> float:
@@ -122,15 +130,15 @@ _Found = tuple[int, list[str], str]  # side, symptoms, advice
 
 def _let_through(measured: _Measured) -> str:
     floor = f"raise {FLOOR}" if FLOOR in measured.holds else "put a floor under the rate with `FreeBits`"
+    change = measured.loosened(True) or f"lower beta or raise it more slowly from 0 with `KLAnnealing`, {floor},"
     return (
-        f"Let more information through: lower beta or raise it more slowly from 0 with `KLAnnealing`, {floor}, or "
-        "weaken the decoder. With a Gaussian likelihood, learn its variance at beta 1: a variance fixed too large "
-        "collapses the model, and no schedule cures that."
+        f"Let more information through: {change} or weaken the decoder. With a Gaussian likelihood, learn its variance "
+        "at beta 1: a variance fixed too large collapses the model, and no schedule cures that."
     )
 
 
 def _make_it_read(measured: _Measured) -> str:
-    drop = f"drop {measured.held_by}, " if measured.holds else ""
+    drop = f"drop {measured.held_by}, " if measured.held_by else ""
     return (
         f"The decoder ignores latents that are paid for: {drop}weaken the decoder, or train with beta at 0 first until "
         "it reads them."
@@ -138,9 +146,10 @@ def _make_it_read(measured: _Measured) -> str:
 
 
 def _bring_together(measured: _Measured) -> str:
-    lower = f", or lower {measured.held_by}" if measured.holds else ""
+    lower = f", or lower {FLOOR}" if FLOOR in measured.holds else ""
+    change = measured.loosened(False) or f"raise beta or hold it at its target for longer{lower}"
     return (
-        f"The latents are not where the prior is: raise beta or hold it at its target for longer{lower}; with an "
+        f"The latents are not where the prior is: {change}; with an "
         "implied beta near 1, use a richer prior rather than more weight."
     )
 
@@ -195,6 +204,8 @@ def _width(measured: _Measured) -> _Found | None:
 
 
 def _lower_beta(measured: _Measured) -> str:
+    if change := measured.loosened(True):
+        return change.capitalize()
     beta = measured.beta / measured.relative_beta
     # An implied beta below beta means that a floor holds the rate up: then lower beta all the way.
     if measured.terms.implied_beta < measured.beta:
@@ -207,12 +218,14 @@ def _raise_beta(measured: _Measured) -> str:
         return "Train with beta at 1: at 0 the rate costs nothing"
     if measured.terms.implied_beta < measured.beta / BETA_BAND:
         narrow = f"The posteriors are narrower than beta {measured.beta:g} makes them"
-        if measured.holds:
+        if measured.held_by:
             return f"{narrow}: lower {measured.held_by}"
         return (
             f"{narrow}: look for a mean in the loss that should be a sum, which gives the rate less weight, or for "
             "over-fitting, against which a smaller decoder or more data help"
         )
+    if change := measured.loosened(False):
+        return change.capitalize()
     # At an optimum the implied beta is about beta, and the ELBO's is the goal. Otherwise something hides a weight.
     is_optimal = measured.terms.implied_beta < BETA_BAND * measured.beta
     beta = measured.fair_beta if is_optimal else measured.beta / measured.relative_beta

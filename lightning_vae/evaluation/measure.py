@@ -11,7 +11,7 @@ from ..checks import check_number, integer_from
 from ..distributed import several_processes, sum_over_processes
 from ..estimators.ex_post import ExPostDensity
 from ..vae import VAE
-from .assessment import FLOOR, TARGET, assess, unassessed, without_variance
+from .assessment import FLOOR, LIMIT, TARGET, assess, unassessed, without_variance
 from .decoding_pass import decode_all
 from .encoding_pass import encode_all
 from .generation import generate
@@ -74,15 +74,16 @@ def evaluate(
         generation = generate(vae, encoded.kept, density)
     finally:
         vae.train(training)
-    beta = float(f"{float(vae.beta):.7g}")  # the significant digits of a float32
+    has_capacity = vae.capacity_weight is not None  # its loss has no beta
+    beta = terms.implied_beta if has_capacity else float(f"{float(vae.beta):.7g}")  # the digits of a float32
     distinct = len(encoded.kept.x)
     if distinct < LEAST_COMPARED:
         assessment = unassessed(distinct)
     elif encoded.constant:
         assessment = without_variance()
     else:
-        has_target = vae.rate_limit is not None or vae.capacity_weight is not None
-        holds = [FLOOR] * bool(vae.free_bits > 0) + [TARGET] * has_target
+        has_target = vae.rate_limit is not None or has_capacity
+        holds = [FLOOR] * bool(vae.free_bits > 0) + [TARGET] * has_target + [LIMIT] * (vae.error_limit is not None)
         assessment = assess(beta, terms, encoded.latents, generation, holds)
     return Evaluation(
         observations=encoded.count,

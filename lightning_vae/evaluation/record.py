@@ -172,7 +172,7 @@ class Evaluation:
     Attributes:
         observations: Number of observations.
         latent_dim: Number of latent dimensions k.
-        beta: Weight of the rate that the model was trained with.
+        beta: Weight of the rate that the model was trained with; under a capacity the implied beta.
         terms: The terms of the ELBO.
         likelihood: The log-likelihood by importance sampling.
         latents: The latent space.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import seed_everything
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 from torch.distributions import Normal
 
@@ -273,6 +273,20 @@ def test_what_would_move_an_unread_knob_is_an_error(tmp_path: Path, twin: Any, f
             model := Watching(), loader()
         )
     assert not model.used, "before the first step"
+
+
+def test_an_assignment_that_the_loss_does_not_read_is_an_error(tmp_path: Path) -> None:
+    class Assigns(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            pl_module.beta = 4.0
+
+    vae = Watching()
+    with pytest.raises(ValueError, match=r"`free_bits` is set to 0.5, but the loss of .* does not read it"):
+        vae.free_bits = 0.5
+    with pytest.raises(ValueError, match=r"`beta` is set to 4.0, but the loss of .* does not read it"):
+        quiet_trainer(tmp_path, callbacks=[Assigns()], max_epochs=1).fit(vae, loader())
+    assert (vae.knobs["free_bits"], float(vae.beta)) == (None, 1.0)
+    vae.capacity = 3.0
 
 
 def test_two_that_move_the_capacity_are_an_error(tmp_path: Path) -> None:

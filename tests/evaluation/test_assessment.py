@@ -11,7 +11,7 @@ from lightning_vae.callbacks.metrics.collapse_state import collapse_state
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules import linear_vae_optimum
 from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
-from lightning_vae.evaluation.assessment import FLOOR, TARGET, assess
+from lightning_vae.evaluation.assessment import FLOOR, LIMIT, TARGET, assess
 from lightning_vae.evaluation.measure import evaluate
 from lightning_vae.evaluation.record import Generation, Latents, Terms
 from tests.doubles import optimal_linear_vae
@@ -147,6 +147,12 @@ USELESS = "Let more information through: lower beta or raise it more slowly from
         ({"shuffled_gap": 0.1}, "The decoder ignores latents that are paid for: weaken the decoder"),
         ({"shuffled_gap": 0.1, "holds": [TARGET]}, "The decoder ignores latents that are paid for: drop the target of"),
         ({"sample_distance": 2.0}, f"{APART};"),
+        ({"beta": 5.0, "implied_beta": 5.0, "holds": [TARGET]}, f"Raise {TARGET}."),
+        ({"beta": 5.0, "implied_beta": 5.0, "holds": [LIMIT]}, f"Lower {LIMIT}."),
+        ({"beta": 0.1, "implied_beta": 0.1, "holds": [TARGET]}, f"Lower {TARGET}."),
+        ({"beta": 0.1, "implied_beta": 0.1, "holds": [LIMIT]}, f"Raise {LIMIT}."),
+        ({"mutual_information_upper": 0.1, "holds": [LIMIT]}, f"Let more information through: lower {LIMIT} or"),
+        ({"sample_distance": 2.0, "holds": [TARGET]}, f"The latents are not where the prior is: lower {TARGET};"),
         ({"sample_distance": 2.0, "holds": [FLOOR]}, f"{APART}, or lower the floor of `FreeBits`;"),
         ({"mutual_information_upper": 0.1}, f"{USELESS}, put a floor under the rate"),
         ({"mutual_information_upper": 0.1, "holds": [FLOOR]}, f"{USELESS}, raise the floor of `FreeBits`"),
@@ -156,6 +162,15 @@ USELESS = "Let more information through: lower beta or raise it more slowly from
 )
 def test_the_advice_names_the_beta_to_go_to(changes, advice):
     assert assessed(**changes).advice.startswith(advice)
+
+
+def test_a_capacity_amounts_to_the_beta_at_its_rate():
+    vae = optimal_linear_vae(observations(), 3, 0.4, 4.0)
+    vae.knobs["beta"], vae.capacity_weight = None, 10.0
+    vae._fill("beta", 1.0)
+    result = evaluated(vae, observations())
+    assert result.beta == result.implied_beta == pytest.approx(4.0, rel=0.05)
+    assert result.assessment.advice.startswith("Raise the target of the rate, or learn")
 
 
 def test_what_was_not_measured_is_not_spoken_of():
