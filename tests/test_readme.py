@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_vae.cli.vae_cli import VAECLI
 from lightning_vae.main import main
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +69,28 @@ def test_files_that_the_pages_name_exist():
 @pytest.mark.parametrize("line", IMPORTS)
 def test_names_that_the_pages_import_exist(line):
     exec(line, {})
+
+
+@pytest.mark.filterwarnings("ignore:FreeBits.* the run is too short")
+def test_the_new_term_of_the_architecture_page_is_trained_annealed_and_saved(tmp_path, monkeypatch):
+    page = (ROOT / "docs/architecture.md").read_text().partition("### An example: a new term")[2]
+    for kind, name in (("python", "label_loss.py"), ("yaml", "labelled.yaml")):
+        (tmp_path / name).write_text(re.search(rf"```{kind}\n(.*?)```", page, flags=re.DOTALL)[1])
+    command = re.search(r"```bash\npython train.py (.*?)\n```", page)[1].replace("labelled", str(tmp_path / "labelled"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(ROOT)
+    short = f"--trainer.max_epochs 10 --trainer.logger.save_dir {tmp_path} --trainer.enable_progress_bar false"
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    trainer = VAECLI(shlex.split(f"{command} {short}")).trainer
+    found = trainer.callback_metrics
+    assert float(found["train/term_labels"]) < 2.0  # log 10 is 2.3
+    loss = found["val/distortion"] + found["val/floored_rate"] + 5 * found["val/term_labels"]
+    assert float(found["val/loss"]) == pytest.approx(float(loss), rel=1e-6)
+    assert float(found["knobs/labels_weight"]) == 5.0
+    vae = trainer.lightning_module
+    [saved] = tmp_path.rglob("last.ckpt")
+    loaded = type(vae).load_from_checkpoint(saved)
+    assert torch.equal(loaded.terms["labels"].classifier.weight, vae.terms["labels"].classifier.weight.cpu())
 
 
 def test_readme_fits_on_a_few_screens():
