@@ -17,22 +17,20 @@ from .base import (
     DataModule,
     Tensors,
     check_apart,
-    check_fraction,
     class_counts,
     shortened,
     sizes,
     split_rows,
 )
+from .file_data import FileDataModule
 from .loaders.array_files import ArrayFile, ArrayRows, Form, find_arrays
-from .loaders.batch_loader import BatchLoader, DataError
-from .loaders.stream_loader import StreamLoader
-from .loaders.tensor_loader import TensorLoader
+from .loaders.batch_loader import DataError
 
 _CHANNELS = (1, 3)  # numbers of channels that tell which axis has them
 _CHUNK = 2**22  # numbers that are checked at once
 
 
-class Arrays(DataModule):
+class Arrays(FileDataModule):
     """Arrays in a `.npy` file, an `.npz` archive or a folder of `.npy` files: images, vectors or series.
 
     The first axis is that of the observations. Integers from 0 to 255 (uint8) have 256 `levels` and booleans 2, which
@@ -95,11 +93,7 @@ class Arrays(DataModule):
         seed: int = 0,
         held_out: Sequence[int | str] = (),
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, held_out=held_out)
-        check_number("memory_budget", memory_budget, "at least 0 GiB", lambda gib: gib >= 0)
-        check_number("num_workers", num_workers, "at least 0", integer_from(0))
-        check_fraction("val_fraction", val_fraction)
-        check_fraction("test_fraction", test_fraction)
+        super().__init__(val_fraction, test_fraction, memory_budget, num_workers, batch_size, seed, held_out)
         if levels is not None:
             check_number("levels", levels, "at least 2", integer_from(2))
         if layout not in (None, "channels_first", "channels_last", "grey"):
@@ -107,11 +101,6 @@ class Arrays(DataModule):
         self._paths = check_apart(path, val_path, test_path)
         self.path = self._paths["train"]
         self.missing = missing
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.memory_budget = memory_budget
-        self.num_workers = num_workers
-
         self._found = {split: find_arrays(path) for split, path in self._paths.items()}
         first = self._found["train"]
         self._keys = {"x": _key_of_data(first, x)}
@@ -122,71 +111,17 @@ class Arrays(DataModule):
         self.levels = {"u1": 256, "b1": 2}.get(data.dtype.str[1:]) if levels is None else levels
         self._form = _form(data, layout, self.levels, missing)
         self.shape = self._form.shape(data.shape[1:])
-        self._rows: dict[str, ArrayRows] = {}
-        self._identity: dict[str, Any] = {}
 
     @override
-    def setup(self, stage: str) -> None:
-        """Check and split the data, print what they are, and read those of a stage if all splits fit in memory.
-
-        Args:
-            stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
-
-        Raises:
-            DataError: If a file is damaged, or rows hold values that can't be used.
-            ValueError: If the files don't fit each other, a split is empty, or compressed data exceed the memory
-                budget.
-        """
-        if not self._rows:
-            self._rows = self._find()
-        if self._fits_in_memory():
-            super().setup(stage)
-
-    @override
-    def file_names(self, stage: str) -> Sequence[str]:
-        return self._rows["test" if stage == "predict" else stage].names
-
-    @override
-    def _hold_out(self, found: dict[str, Tensors]) -> dict[str, Tensors]:
-        """Leave it to `_find`, which knows the files."""
-        return found
-
-    @override
-    def _report(self, found: Any) -> None:
-        """Leave it to `_find`, which knows the files."""
-
-    @override
-    def _fingerprint(self) -> dict[str, Any]:
-        return self._identity
-
-    @override
-    def _read_train(self) -> dict[str, Tensors]:
-        return {split: self._rows[split].tensors() for split in ("train", "val")}
-
-    @override
-    def _read_test(self) -> dict[str, Tensors]:
-        return {"test": self._rows["test"].tensors()}
-
-    @override
-    def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
-        if self._fits_in_memory():
-            return TensorLoader(self._tensors(split), self.batch_size, shuffle=shuffle, seed=self.seed)
-        rows, workers = self._rows[split], self.num_workers
-        return StreamLoader(rows, self.batch_size, shuffle=shuffle, seed=self.seed, num_workers=workers)
-
     def _size(self) -> int:
-        """Return the bytes that the data of all splits take as tensors."""
         numbers = sum(math.prod(found[self._keys["x"]].shape) for found in self._found.values())
         return numbers * (self._form.dtype.itemsize + self.missing)
 
     def _excess(self) -> str:
         return f"The data take {self._size() / 2**30:.3g} GiB, more than `memory_budget` ({self.memory_budget})"
 
-    def _fits_in_memory(self) -> bool:
-        return self._size() <= self.memory_budget * 2**30
-
+    @override
     def _find(self) -> dict[str, ArrayRows]:
-        """Check the files, split them, and print what was found."""
         data = {split: self._checked(found, split) for split, found in self._found.items()}
         others = {split: self._others(found) for split, found in self._found.items()}
         self._number_labels(others)
@@ -203,7 +138,7 @@ class Arrays(DataModule):
             split: {"x": numbers[split]} | {name: values[numbers[split]] for name, values in others[home].items()}
             for split, home in homes.items()
         }
-        tensors |= super()._hold_out({split: tensors[split] for split in ("train", "val")})
+        tensors |= DataModule._hold_out(self, {split: tensors[split] for split in ("train", "val")})
         rows = {}
         for split, home in homes.items():
             chosen, rest = tensors[split]["x"], {name: each for name, each in tensors[split].items() if name != "x"}

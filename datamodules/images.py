@@ -17,9 +17,6 @@ from typing_extensions import override
 
 from ..checks import check_number, integer_from
 from .base import (
-    DataModule,
-    Tensors,
-    check_fraction,
     check_held_out,
     check_left,
     class_counts,
@@ -27,11 +24,10 @@ from .base import (
     sizes,
     split_of_name,
 )
-from .loaders.batch_loader import BatchLoader, DataError
+from .file_data import FileDataModule
+from .loaders.batch_loader import DataError
 from .loaders.decoded_images import decode_images
 from .loaders.image_files import ImageFiles, find_images
-from .loaders.stream_loader import StreamLoader
-from .loaders.tensor_loader import TensorLoader
 
 _SPLIT_FOLDERS = {
     "train": "train",
@@ -64,7 +60,7 @@ class _Image:
     is_deeper: bool
 
 
-class Images(DataModule):
+class Images(FileDataModule):
     """A folder of images of any size, flat or with one sub-folder for each class.
 
     Images are resized until they just cover `size`, then cropped in the centre. Files come in the order of their paths.
@@ -123,28 +119,18 @@ class Images(DataModule):
         seed: int = 0,
         held_out: Sequence[int | str] = (),
     ) -> None:
-        super().__init__(batch_size=batch_size, seed=seed, held_out=held_out)
+        super().__init__(val_fraction, test_fraction, memory_budget, num_workers, batch_size, seed, held_out)
         sides = tuple(size) if isinstance(size, Sequence) else (size, size)
         remedy = "Give one number, or height and width."
         check_number("size", size, "at least 1", lambda _: len(sides) == 2 and all(map(integer_from(1), sides)), remedy)
         check_number("channels", channels, "1 (grey) or 3 (colour)", lambda number: number in (1, 3))
-        check_number("memory_budget", memory_budget, "at least 0 GiB", lambda gib: gib >= 0)
-        check_number("num_workers", num_workers, "at least 0", integer_from(0))
-        check_fraction("val_fraction", val_fraction)
-        check_fraction("test_fraction", test_fraction)
         self.root = Path(root).expanduser()
         self.test_root = Path(test_root).expanduser() if test_root is not None else None
         self.flip = flip
-        self.val_fraction = val_fraction
-        self.test_fraction = test_fraction
-        self.memory_budget = memory_budget
-        self.num_workers = num_workers
         self.background = background
         self.skip_broken = skip_broken
         self.shape: tuple[int, int, int] = (channels, sides[0], sides[1])
         self._colour = _rgb(background)
-        self._files: dict[str, ImageFiles] = {}
-        self._identity: dict[str, Any] = {}
 
     @override
     def prepare_data(self) -> None:
@@ -153,71 +139,15 @@ class Images(DataModule):
             self._files = self._files or self._find()
 
     @override
-    def setup(self, stage: str) -> None:
-        """Find the images and print what was found; read those of a stage if all splits fit in memory.
-
-        Args:
-            stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
-
-        Raises:
-            FileNotFoundError: If a folder is missing or holds no images.
-            DataError: If images can't be read.
-            ValueError: If a folder has another layout, or a split is empty.
-        """
-        if not self._files:
-            self._files = self._find()
-        if self._fits_in_memory():
-            super().setup(stage)
-
-    @override
-    def file_names(self, stage: str) -> Sequence[str]:
-        return self._files["test" if stage == "predict" else stage].names
-
-    @override
-    def _hold_out(self, found: dict[str, Tensors]) -> dict[str, Tensors]:
-        """Leave it to `_find`, before the images are read."""
-        return found
-
-    @override
-    def _report(self, found: Any) -> None:
-        """Leave it to `_find`, which knows the files."""
-
-    @override
-    def _fingerprint(self) -> dict[str, Any]:
-        return self._identity
-
-    @override
     def _training_options(self) -> dict[str, Any]:
         return {**super()._training_options(), "flip": self.flip}
 
     @override
-    def _read_train(self) -> dict[str, Tensors]:
-        return {split: self._files[split].tensors() for split in ("train", "val")}
+    def _size(self) -> int:
+        return sum(map(len, self._files.values())) * math.prod(self.shape)
 
     @override
-    def _read_test(self) -> dict[str, Tensors]:
-        return {"test": self._files["test"].tensors()}
-
-    @override
-    def _loader(self, split: str, shuffle: bool = False) -> BatchLoader:
-        flip = self.flip and split == "train"
-        if self._fits_in_memory():
-            return TensorLoader(self._tensors(split), self.batch_size, shuffle=shuffle, flip=flip, seed=self.seed)
-        return StreamLoader(
-            self._files[split],
-            self.batch_size,
-            shuffle=shuffle,
-            flip=flip,
-            seed=self.seed,
-            num_workers=self.num_workers,
-        )
-
-    def _fits_in_memory(self) -> bool:
-        size = sum(len(files) for files in self._files.values()) * math.prod(self.shape)
-        return size <= self.memory_budget * 2**30
-
     def _find(self) -> dict[str, ImageFiles]:
-        """Find the files, check them, split them, and print what was found."""
         images, passed_over = _scan(self.root)
         if self.test_root is not None:
             if any(image.split == "test" for image in images):

@@ -13,10 +13,10 @@ from typing import IO, Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from typing_extensions import override
 
 from .batch_loader import DataError
+from .file_split import FileSplit
 
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _DAMAGE = (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error, struct.error, KeyError, NotImplementedError)
@@ -183,7 +183,7 @@ class Form:
         return {"x": torch.where(mask, x, 0), "mask": mask}
 
 
-class ArrayRows(Dataset[dict[str, Tensor]]):
+class ArrayRows(FileSplit):
     """A data set of rows of an array, each read from the file on access.
 
     Args:

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from typing_extensions import override
 
 from .batch_loader import DataError
+from .file_split import FileSplit
 
 SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 
@@ -22,7 +23,7 @@ _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 _BETWEEN = {"La": "LA", "LAB": "RGB"}  # modes that Pillow converts to grey only by way of another
 
 
-class ImageFiles(Dataset[dict[str, Tensor]]):
+class ImageFiles(FileSplit):
     """A data set of image files, each read on access.
 
     Args:
@@ -42,10 +43,15 @@ class ImageFiles(Dataset[dict[str, Tensor]]):
         background: tuple[int, int, int],
     ) -> None:
         self.paths = paths
-        self.names = names
+        self._names = names
         self.labels = labels
         self.shape = shape
         self.background = background
+
+    @property
+    @override
+    def names(self) -> Sequence[str]:
+        return self._names
 
     def __len__(self) -> int:
         return len(self.paths)
