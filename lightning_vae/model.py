@@ -98,7 +98,9 @@ class LatentModel(PassModule):
                 f"`prior` and `posterior` must both be over groups of as many classes, or neither, got "
                 f"{self.prior_module.classes or 'no'} and {classes or 'no'} classes."
             )
-        self.prior_module.connect(shape, self._encode_given, 0 if self.condition is None else self.condition.columns)
+        self.prior_module.connect(
+            built.features_shape, self._encode_features, 0 if self.condition is None else self.condition.columns
+        )
         self._has_standard_prior = type(self.prior_module) is StandardNormal
         self.has_joint_rate = self.prior_module.is_joint or (self.head is not None and self.head.is_joint)
         parts = latent_dim if self.head is None else self.head.parts
@@ -285,8 +287,11 @@ class LatentModel(PassModule):
             self._prior = prior
         return prior
 
-    def _encode(self, observed: Tensor, c: Tensor | None = None, mask: Tensor | None = None) -> td.Distribution:
-        x = self.likelihood.features(observed, mask) if self._has_features or mask is not None else observed
+    def _encode(
+        self, observed: Tensor, c: Tensor | None = None, mask: Tensor | None = None, features: bool = False
+    ) -> td.Distribution:
+        has_features = not features and (self._has_features or mask is not None)
+        x = self.likelihood.features(observed, mask) if has_features else observed
         x = x.to(self._network_dtype)
         output = self.encoder(x) if c is None else self.encoder(x, c)
         if self.head is None:
@@ -294,9 +299,9 @@ class LatentModel(PassModule):
         posterior: td.Distribution = self.head(output)
         return posterior
 
-    def _encode_given(self, observed: Tensor, columns: Tensor | None = None) -> td.Distribution:
-        """Return the posterior of data in the networks' scale, given the columns of their condition."""
-        return self._encode(observed, self._embedded(columns))
+    def _encode_features(self, features: Tensor, columns: Tensor | None = None) -> td.Distribution:
+        """Return the posterior of the encoder's input, given the columns of the condition."""
+        return self._encode(features, self._embedded(columns), features=True)
 
     def _decode(
         self, z: Tensor, c: Tensor | None = None, observed: Tensor | None = None, mask: Tensor | None = None

@@ -54,9 +54,8 @@ class Prior(WideModule):
         """Give the prior the encoder, once, when the model is built.
 
         Args:
-            shape: Shape of one observation.
-            encode: From observations in the networks' scale to q(z|x); in a conditional model from these and their
-                conditions to q(z|x, c).
+            shape: Shape of the encoder's input for one observation.
+            encode: From encoder's inputs to q(z|x); in a conditional model from these and the conditions to q(z|x, c).
             columns: Number of columns in which a record holds a condition; 0 without.
         """
 
@@ -64,7 +63,7 @@ class Prior(WideModule):
         """Set initial values from data, once, before the first step.
 
         Args:
-            x: At least :attr:`wants` observations in the networks' scale, the same ones in each process.
+            x: At least :attr:`wants` observations as the encoder sees them, the same ones in each process.
             condition: Their conditions as a record holds them, shape ``(n, columns)``; ``None`` without.
         """
 
@@ -254,7 +253,8 @@ class VampPrior(Prior):
     .. math::
         p(z) = \sum_{m=1}^{K} w_m \, q(z | u_m)
 
-    The pseudo-inputs :math:`u_m` have the shape of an observation, in the networks' scale, and the encoder is the
+    The pseudo-inputs :math:`u_m` are what the encoder sees of an observation: an image or a vector in the networks'
+    scale; of a table's row or of counts the likelihood's ``features``, where a missing number is 0. The encoder is the
     model's own. It encodes them in evaluation mode, also while training: dropout and batch statistics would make
     another prior of each step. The rate is estimated at the sample of the posterior, and has one part. With all
     observations as pseudo-inputs and equal weights, the rate is the mutual information of index and latents.

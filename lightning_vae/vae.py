@@ -256,7 +256,8 @@ class VAE(LatentModel):
 
     def _start_of_prior(self, batch: Any) -> list[Tensor]:
         seen = self._observations(batch, data_of(batch, self.shape), checks=False, is_training=True)
-        return [seen.scaled] if seen.condition is None else [seen.scaled, seen.condition]
+        features = self.likelihood.features(seen.scaled, seen.mask)
+        return [features] if seen.condition is None else [features, seen.condition]
 
     def _loss(self, x: Tensor | Observations) -> tuple[Tensor, Tensor, int | Tensor]:
         """Compute the loss, the terms to log, and the number of observations that they average."""

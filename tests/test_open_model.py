@@ -12,6 +12,7 @@ from lightning_vae import (
     BatchNormMeans,
     Bernoulli,
     CategoricalGroups,
+    Columns,
     Condition,
     ConditionalNormal,
     ConvDecoder,
@@ -22,6 +23,7 @@ from lightning_vae import (
     Laplace,
     LearnedNormal,
     MixturePrior,
+    Poisson,
     Term,
     VampPrior,
     evaluate,
@@ -214,6 +216,34 @@ def test_pseudo_inputs_have_the_conditions_of_observations(tmp_path, pseudo_inpu
     loaded.load_state_dict(vae.state_dict())
     z = torch.randn(6, 2)
     assert torch.equal(loaded.prior.log_prob(z), vae.prior.log_prob(z))
+
+
+def test_pseudo_inputs_are_what_the_encoder_sees_of_a_table(tmp_path):
+    columns = partial(Columns, kinds=["numeric", "count", 3])
+    prior = partial(VampPrior, components=12, pseudo_inputs="data")
+    vae = VAE((3,), latent_dim=2, prior=prior, likelihood=columns)
+    vae.likelihood.set_scale([4000.0, 0, 0], [300.0, 1, 1])
+    x = torch.stack([4000 + 300 * torch.randn(12), torch.arange(12.0) * 5, torch.arange(12.0) % 3], dim=1)
+    mask = torch.rand(12, 3) < 0.7
+    batch = {"x": x.where(mask, 0), "mask": mask, "index": torch.arange(12)}
+    quiet_trainer(tmp_path, max_steps=2).fit(vae, TensorLoader(batch, 12))
+    vae.eval()
+    expected, components = vae.encode(vae.observe(batch)), vae.prior.component_distribution.base_dist
+    torch.testing.assert_close(components.loc, expected.loc)
+    torch.testing.assert_close(components.scale, expected.scale)
+
+
+@pytest.mark.parametrize("pseudo_inputs", ["learned", "both"])
+def test_pseudo_inputs_of_counts_are_learned(tmp_path, pseudo_inputs):
+    torch.manual_seed(0)
+    prior = partial(VampPrior, components=4, pseudo_inputs=pseudo_inputs)
+    vae = VAE((3,), latent_dim=2, prior=prior, likelihood=Poisson)
+    batch = {"x": torch.poisson(torch.full((8, 3), 1000.0)), "index": torch.arange(8)}
+    quiet_trainer(tmp_path, max_epochs=20).fit(vae, TensorLoader(batch, 8))
+    assert vae.prior_module.inputs.isfinite().all()
+    if pseudo_inputs == "both":  # they start at the logarithms, which an optimizer's steps can move
+        moved = vae.prior_module.inputs.detach() - batch["x"][:4].log1p()
+        assert 1e-3 < float(moved.abs().mean()) < 0.1
 
 
 def test_a_prior_that_starts_without_its_conditions_says_so():
