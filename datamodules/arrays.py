@@ -210,16 +210,18 @@ class Arrays(FileDataModule):
         return others
 
     def _number_labels(self, others: Mapping[str, dict[str, Any]]) -> None:
-        """Turn labels into tensors; words into their numbers in alphabetical order over all files."""
+        """Turn labels into tensors; words into numbers, those of `path` in alphabetical order and then the others."""
         if "label" not in self._keys:
             return
         every = [each["label"] for each in others.values()]
         if len({label.dtype.kind == "U" for label in every}) > 1:
             raise ValueError("`label` must hold words in all files, or integers in all. Save the labels alike.")
         if every[0].dtype.kind == "U":
-            self.class_names = np.unique(np.concatenate(every)).tolist()
+            first, rest = others["train"]["label"], np.concatenate(every)
+            self.class_names = [*np.unique(first).tolist(), *np.setdiff1d(rest, first).tolist()]
+            places = {word: place for place, word in enumerate(self.class_names)}
             for each in others.values():
-                each["label"] = np.searchsorted(self.class_names, each["label"])
+                each["label"] = np.array([places[word] for word in each["label"].tolist()])
         for each in others.values():
             each["label"] = torch.from_numpy(each["label"].astype(np.int64))
 

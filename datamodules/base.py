@@ -109,8 +109,15 @@ class DataModule(pl.LightningDataModule, ABC):
 
         Args:
             state_dict: `state_dict()` of the run that saved the checkpoint.
+
+        Raises:
+            ValueError: If a class that the model is given has another number.
         """
-        changes = _changes(state_dict.get("fingerprint", {}), self._fingerprint())
+        fingerprint = self._fingerprint()
+        condition: Any = getattr(getattr(self.trainer, "lightning_module", None), "condition", None)
+        if getattr(condition, "classes", None):
+            _check_numbers(state_dict.get("fingerprint", {}).get("classes", ()), fingerprint.get("classes", ()))
+        changes = _changes(state_dict.get("fingerprint", {}), fingerprint)
         is_resumed = self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING
         options = []
         if is_resumed and not self._has_saved:  # otherwise a tuner restores what it saved at the start of this run
@@ -384,6 +391,17 @@ def _identity(tensors: Tensors) -> dict[str, Any]:
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe the differences between the entries that two records share."""
     return [_change(name, before[name], now[name]) for name in before if name in now and before[name] != now[name]]
+
+
+def _check_numbers(before: Sequence[str], now: Sequence[str]) -> None:
+    """Raise a ValueError if a number stands for another class than before; one side may have more classes."""
+    for number, (name, other) in enumerate(zip(before, now, strict=False)):
+        if name != other:
+            raise ValueError(
+                f"The model is given the class, and class {number} was {name!r} when the checkpoint was trained, now"
+                f" it is {other!r}: {shortened(before)} -> {shortened(now)}. Give the data of that run as the training"
+                " data, and new observations as the test data: then the classes have the same numbers."
+            )
 
 
 def _change(name: str, before: Any, now: Any) -> str:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from .base import DataModule, Tensors, check_apart, check_fraction, shortened, split_rows
 from .loaders.batch_loader import DataError
-from .loaders.table_file import Column, Kind, TableFile, make_column, read_table
+from .loaders.table_file import Column, Kind, TableFile, canonical, categories_of, make_column, read_table
 
 
 class Table(DataModule):
@@ -28,7 +28,7 @@ class Table(DataModule):
     Two different values make a column binary, other numbers numeric, and other words categorical; `fit` prints what was
     found. `columns` says it otherwise. Counts are never guessed. Categories are in alphabetical order, or by value if
     all are numbers. Kinds and categories come from the whole file `path`, and the other files must keep to them, in any
-    order of the columns.
+    order of the columns. Only `label` may have further classes there, whose numbers follow those of `path`.
 
     A batch holds `"x"`, float32 of shape `(B, columns)`: one number for each column in the table's own unit, for a
     category its place in `categories`. `"mask"`, bool of the same shape, is False where a value is missing, which is 0
@@ -302,15 +302,18 @@ def _check_given(file: TableFile, columns: Mapping[str, str], label: str | None,
 
 
 def _label(files: Sequence[TableFile], name: str, kind: Kind | None) -> Column:
-    """Return the column of the label, whose classes may be in any of the files."""
-    cells = [cell for file in files for cell in file.columns[name]]
+    """Return the column of the label: the classes of the first file in order, then those of the others alone."""
+    first, *others = [file.columns[name] for file in files]
+    cells = sum(others, first)
     column = make_column(TableFile(files[0].path, {name: cells}, []), name, kind or "categorical")
     if kind is None and len(column.categories) > max(10, len(cells) / 5):
         raise DataError(
             f"`label` {name!r} has {len(column.categories)} different values in {len(cells)} rows. Numbers that are no"
             f" classes are a `condition`. If they are classes, say `columns` {{{name}: categorical}}."
         )
-    return column
+    trained = categories_of(first)
+    more = [word for word in column.categories if word not in trained and canonical(word) not in trained]
+    return Column(name, column.kind, (*trained, *more))
 
 
 def _offered(column: Column) -> str | int:

@@ -150,7 +150,7 @@ class Column:
         if self.kind == "count":
             return _count, "a count (0, 1, 2, ...)"
         places = {word: float(place) for place, word in enumerate(self.categories)}
-        return lambda cell: places.get(cell, places.get(_canonical(cell))), f"one of {_listed(self.categories)}"
+        return lambda cell: places.get(cell, places.get(canonical(cell))), f"one of {_listed(self.categories)}"
 
 
 def make_column(file: TableFile, name: str, kind: Kind | None = None) -> Column:
@@ -180,9 +180,7 @@ def make_column(file: TableFile, name: str, kind: Kind | None = None) -> Column:
         kind = "binary" if distinct == 2 else "numeric" if is_numeric else "categorical"
     if kind in ("numeric", "count"):
         return Column(name, kind)
-    # By value if all are numbers, and written alike.
-    categories = list(map(_canonical, sorted(words, key=numbers.__getitem__))) if is_numeric else sorted(words)
-    categories = list(dict.fromkeys(categories))
+    categories = categories_of(cells)
     if kind == "binary" and distinct != 2:
         raise DataError(
             f"{file.path}: column {name!r} is said to be binary, but holds {distinct} different values:"
@@ -200,7 +198,19 @@ def make_column(file: TableFile, name: str, kind: Kind | None = None) -> Column:
             f"{file.path}: column {name!r} holds {distinct} different words in {len(file)} rows, such as"
             f" {categories[0]!r}, like a name or a text. {ignore}, or say `columns` {{{name}: categorical}}."
         )
-    return Column(name, kind, tuple(categories))
+    return Column(name, kind, categories)
+
+
+def categories_of(cells: Sequence[str]) -> tuple[str, ...]:
+    """Return the different words in order: by value and written alike if all are numbers.
+
+    Args:
+        cells: The cells of a column; empty ones are passed over.
+    """
+    words = {cell: _number(cell) for cell in cells if cell}
+    if None in words.values():
+        return tuple(sorted(words))
+    return tuple(dict.fromkeys(map(canonical, sorted(words, key=words.__getitem__))))  # type: ignore[arg-type]
 
 
 def _number(word: str) -> float | None:
@@ -217,7 +227,7 @@ def _count(word: str) -> float | None:
     return value if value is not None and value >= 0 and value.is_integer() else None
 
 
-def _canonical(word: str) -> str:
+def canonical(word: str) -> str:
     """Return one way to write a number, so that 1, 1.0 and 01 are one category; any other word as it is."""
     value = _number(word)
     if value is None:

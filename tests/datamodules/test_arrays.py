@@ -159,13 +159,13 @@ def test_missing_values_are_masked_only_if_asked(tmp_path, budget):
         Arrays(tmp_path / "x.npy", memory_budget=budget).setup("fit")
 
 
-def test_words_are_classes_in_alphabetical_order_over_all_files(tmp_path):
+def test_words_are_classes_in_alphabetical_order_and_those_of_other_files_follow(tmp_path):
     train = saved(tmp_path, "train.npz", x=FLOATS, label=np.array(["dog", "cat"] * 15))
     test = saved(tmp_path, "test.npz", x=FLOATS[:4], label=np.array(["bird", "dog", "cat", "cow"]))
     datamodule = ready(Arrays(train, test_path=test))
-    assert datamodule.class_names == ["bird", "cat", "cow", "dog"]
-    assert whole(datamodule.test_dataloader())["label"].tolist() == [0, 3, 1, 2]
-    assert set(whole(datamodule.train_dataloader())["label"].tolist()) == {1, 3}
+    assert datamodule.class_names == ["cat", "dog", "bird", "cow"]
+    assert whole(datamodule.test_dataloader())["label"].tolist() == [2, 1, 0, 3]
+    assert set(whole(datamodule.train_dataloader())["label"].tolist()) == {0, 1}
 
 
 @pytest.mark.parametrize("budget", [2.0, 0.0], ids=["in memory", "mapped"])

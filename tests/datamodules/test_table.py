@@ -8,6 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
+from lightning_vae import Condition
 from lightning_vae.datamodules import DataError, DataModule, Table
 from tests.datamodules.doubles import Watcher, ready, splits, trainer
 
@@ -149,10 +150,44 @@ def test_other_files_are_read_by_the_kinds_and_categories_of_the_first(tmp_path)
     assert tested["mask"].tolist() == [[True, True, False, True], [True] * 4]
     assert tested["label"].tolist() == [0, 1]
     assert table.file_names("predict") == ["test.csv:2", "test.csv:3"]
-    unseen = saved(tmp_path, [("1", "1", "yes", "red", "yak")], NAMES, "unseen.csv")
-    table = ready(Table(path, label="species", test_path=unseen))  # a class that was held out
-    assert table.class_names == ("emu", "gnu", "yak")
-    assert splits(table)[2]["label"].tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("trained", "new", "names"),
+    [
+        (("gnu", "emu"), ("yak", "ant", "emu"), ("emu", "gnu", "ant", "yak")),
+        (("10", "9"), ("1", "x", "9"), ("9", "10", "1", "x")),
+    ],
+)
+def test_classes_of_another_file_come_after_those_of_the_first(tmp_path, trained, new, names):
+    path = saved(tmp_path, [(*row[:4], trained[number % 2]) for number, row in enumerate(ROWS)])
+    unseen = saved(tmp_path, [("1", "1", "yes", "red", word) for word in new], NAMES, "unseen.csv")
+    table = ready(Table(path, label="species", columns={"species": "categorical"}, test_path=unseen))
+    assert table.class_names == names
+    assert [names[label] for label in splits(table)[2]["label"].tolist()] == list(new)
+    train, places = splits(table)[0], table.file_names("train")
+    lines = [int(places[index].removeprefix("table.csv:")) for index in train["index"].tolist()]
+    assert train["label"].tolist() == [1 - line % 2 for line in lines]  # as without the other file
+
+
+class Conditional(Watcher):
+    def __init__(self) -> None:
+        super().__init__()
+        self.condition = Condition(classes=2)
+
+
+def test_a_model_that_is_given_the_class_refuses_a_checkpoint_of_other_classes(tmp_path):
+    path = saved(tmp_path)
+    run, model = trainer(max_epochs=1, num_sanity_val_steps=0), Conditional()
+    run.fit(model, datamodule=Table(path, label="species"))
+    run.save_checkpoint(tmp_path / "saved.ckpt")
+    other = saved(tmp_path, [(*row[:4], row[4].replace("gnu", "ant")) for row in ROWS], NAMES, "other.csv")
+    with pytest.raises(ValueError, match=r"class 0 was 'emu' when .*, now it is 'ant': emu, gnu -> ant, emu"):
+        trainer().test(model, datamodule=Table(other, label="species"), ckpt_path=tmp_path / "saved.ckpt")
+    unseen = saved(tmp_path, [("1", "1", "yes", "red", "ant")], NAMES, "unseen.csv")
+    data = Table(path, label="species", test_path=unseen)
+    with pytest.warns(UserWarning, match="classes: emu, gnu -> emu, gnu, ant"):
+        trainer().test(model, datamodule=data, ckpt_path=tmp_path / "saved.ckpt", verbose=False)
 
 
 def test_a_class_that_is_held_out_remains_in_the_test_and_leaves_the_scale_alone(tmp_path):
