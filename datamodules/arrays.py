@@ -25,6 +25,7 @@ from .base import (
 from .file_data import FileDataModule
 from .loaders.array_files import ArrayFile, ArrayRows, Form, find_arrays
 from .loaders.batch_loader import DataError
+from .loaders.model_scale import check_rounding
 
 _CHANNELS = (1, 3)  # numbers of channels that tell which axis has them
 _CHUNK = 2**22  # numbers that are checked at once
@@ -124,6 +125,10 @@ class Arrays(FileDataModule):
     def _find(self) -> dict[str, ArrayRows]:
         data = {split: self._checked(found, split) for split, found in self._found.items()}
         others = {split: self._others(found) for split, found in self._found.items()}
+        if "condition" in self._keys:
+            file = self._found["train"][self._keys["condition"]]
+            for place, column in enumerate(np.atleast_2d(file.open().T)):
+                check_rounding(f"`condition`: column {place} of {file}", torch.from_numpy(column.astype(np.float64)))
         self._number_labels(others)
         checksums, missing = {}, 0
         for split, file in data.items():

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from .base import DataModule, Tensors, check_apart, check_fraction, shortened, split_rows
 from .loaders.batch_loader import DataError
+from .loaders.model_scale import check_rounding
 from .loaders.table_file import Column, Kind, TableFile, canonical, categories_of, make_column, read_table
 
 
@@ -217,6 +218,8 @@ class Table(DataModule):
         fractions = {split: share for split, share in fractions.items() if split not in files}
         rows = {split: torch.arange(len(file)) for split, file in files.items()}
         rows |= split_rows(len(rows["train"]), fractions, self.seed, self.path)
+        for column in (*self._columns, *self._condition):
+            check_rounding(f"{self.path}: column {column.name!r}", column.numbers(files["train"]))
         every = {split: self._tensors_of(file) for split, file in files.items()}
         data: dict[str, Tensors] = {}
         places = {}

@@ -423,6 +423,12 @@ def test_options_that_do_not_fit(tmp_path, arrays, options, message):
             " these rows.",
         ),
         (
+            {"x": FLOATS, "condition": np.stack([np.arange(30), 2**27 + np.arange(30)], axis=1)},
+            {},
+            "`condition`: column 1 of PATH['condition'] has numbers from 134217728 to 134217757, which float32 would"
+            " round by up to 8, too much for a standard deviation of 8.66. Subtract an offset, such as the smallest.",
+        ),
+        (
             {"x": np.where(FLOATS > 7.3, -np.inf, FLOATS)},
             {"missing": True},
             "PATH['x'] must hold finite numbers, but 1 of 30 rows do not: 29. Remove or fix these rows.",

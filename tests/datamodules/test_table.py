@@ -100,6 +100,14 @@ def test_kinds_are_guessed_or_given(tmp_path, cells, given, kind, categories, nu
     assert all(item["mask"].all() for item in lines.values())
 
 
+def test_times_over_years_stay_apart_in_float32(tmp_path):
+    times = [1.7e9 + 1e6 * row for row in range(30)]
+    table = ready(Table(saved(tmp_path, [(str(time), *row[1:]) for time, row in zip(times, ROWS, strict=True)])))
+    assert {line: item["x"][0].item() for line, item in by_line(table).items()} == pytest.approx(
+        {row + 2: time for row, time in enumerate(times)}, abs=64
+    )
+
+
 def test_conditions_are_numbers_or_one_hot(tmp_path):
     whole = [row for row in ROWS if all(cell.strip() not in ("", "NA", "NaN") for cell in row)]
     table = ready(Table(saved(tmp_path, whole), condition=["colour", "visits", "tame"]))
@@ -387,6 +395,24 @@ def changed(line: int, column: str, cell: str) -> list[list[str]]:
             {"columns": {"size": "numeric"}, "seed": 1},
             "PATH: column 'size' has only the value 7 in the training split, so it has no scale. Leave it out with"
             " `columns` {size: ignored}, or give another kind.",
+        ),
+        (
+            [(str(1.7e9 + row), *rest) for row, (_, *rest) in enumerate(ROWS)],
+            {"columns": {"size": "numeric"}},
+            "PATH: column 'size' has numbers from 1700000000 to 1700000029, which float32 would round by up to 29, too"
+            " much for a standard deviation of 8.66. Subtract an offset, such as the smallest.",
+        ),
+        (
+            [(str(2**27 + row), *rest) for row, (_, *rest) in enumerate(ROWS)],
+            {"columns": {"size": "count"}},
+            "PATH: column 'size' has numbers from 134217728 to 134217757, which float32 would round by up to 8, too"
+            " much for a standard deviation of 8.66. Subtract an offset, such as the smallest.",
+        ),
+        (
+            [(str(2**27 + row), *rest) for row, (_, *rest) in enumerate(ROWS)],
+            {"condition": ["size"]},
+            "PATH: column 'size' has numbers from 134217728 to 134217757, which float32 would round by up to 8, too"
+            " much for a standard deviation of 8.66. Subtract an offset, such as the smallest.",
         ),
         (
             ROWS,
