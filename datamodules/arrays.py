@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -25,9 +25,10 @@ from .base import (
 from .file_data import FileDataModule
 from .loaders.array_files import ArrayFile, ArrayRows, Form, find_arrays
 from .loaders.batch_loader import DataError
-from .loaders.model_scale import check_rounding
+from .loaders.model_scale import check_rounding, is_far_from_one, set_condition_scale, takes_raw_numbers
 
 _CHANNELS = (1, 3)  # numbers of channels that tell which axis has them
+_SAMPLED = 1000  # rows that tell the scale of the data
 _CHUNK = 2**22  # numbers that are checked at once
 
 
@@ -42,7 +43,9 @@ class Arrays(FileDataModule):
     images, unless an axis is 1 or 3 long. Vectors `(N, d)` and series of floats `(N, steps, values)` stay as they are.
 
     An archive or a folder holds several arrays by name: the data, and if there are any a `label` (integers or words,
-    one an observation) and a `condition` (one or more numbers an observation). Files are never unpickled.
+    one an observation) and a `condition` (one or more numbers an observation). `fit` gives the model the mean and the
+    standard deviation of each number of the condition over the training split; 0 and 1 for those that are only 0 or 1.
+    Files are never unpickled.
 
     The split of a row depends only on its number, the seed and the fractions. So a row that is appended moves no
     other, and the sizes of the splits are approximate. `val_path` and `test_path` give splits as files of their own.
@@ -74,6 +77,8 @@ class Arrays(FileDataModule):
         DataError: If a file is damaged, or would have to be unpickled.
         ValueError: If an option is out of range, or an array is not what it is said to be.
     """
+
+    _files: Mapping[str, ArrayRows]
 
     def __init__(
         self,
@@ -112,6 +117,42 @@ class Arrays(FileDataModule):
         self.levels = {"u1": 256, "b1": 2}.get(data.dtype.str[1:]) if levels is None else levels
         self._form = _form(data, layout, self.levels, missing)
         self.shape = self._form.shape(data.shape[1:])
+
+    @override
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            self.set_scales(getattr(self.trainer, "lightning_module", None))
+
+    @override
+    def set_scales(self, model: Any) -> None:
+        """Set the scale of the model's condition. Warn if the model takes real numbers far from order 1 as they are.
+
+        Args:
+            model: The model.
+
+        Raises:
+            ValueError: If the condition has another number of covariates.
+        """
+        if self.levels is None and takes_raw_numbers(model, self.shape):
+            self._check_scale()
+        condition: Any = getattr(model, "condition", None)
+        if "condition" in self._keys and getattr(condition, "covariates", None):
+            numbers = self._files["train"].others["condition"]
+            names = [f"{self._keys['condition']}[{column}]" for column in range(numbers.shape[1])]
+            set_condition_scale(model, names, numbers, ((numbers == 0) | (numbers == 1)).all(0))
+
+    def _check_scale(self) -> None:
+        found = self._splits.get("train") or self._files["train"].some(_SAMPLED)
+        step = max(1, len(found["x"]) // _SAMPLED)
+        x = found["x"][::step]
+        numbers = x[found["mask"][::step]] if self.missing else x
+        if len(numbers) and is_far_from_one(numbers.mean(), numbers.std(correction=0)):
+            rank_zero_warn(
+                f"{type(self).__name__}: the networks take the numbers of {self._keys['x']} as they are, and they are"
+                f" far from mean 0 and standard deviation 1: {numbers.mean():.4g} and {numbers.std(correction=0):.4g}."
+                " Training may fail. Standardise them before you save them."
+            )
 
     @override
     def _size(self) -> int:

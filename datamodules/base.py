@@ -89,6 +89,18 @@ class DataModule(pl.LightningDataModule, ABC):
             self._splits.update(found)
             self._report(found)
 
+    def set_scales(self, model: Any) -> None:
+        """Give a model the scale of the training data, by which it standardises them; here there is none to give.
+
+        `setup("fit")` does so for the Trainer's model: later the scale comes from the checkpoint.
+
+        Args:
+            model: The model, set up for no other data.
+
+        Raises:
+            ValueError: If the model does not fit the data.
+        """
+
     def file_names(self, stage: str) -> Sequence[str]:  # noqa: ARG002  # for data sets of files
         """Return the file of each observation of a stage, by index; empty if the observations have no files.
 

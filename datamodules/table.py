@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from .base import DataModule, Tensors, check_apart, check_fraction, shortened, split_rows
 from .loaders.batch_loader import DataError
-from .loaders.model_scale import check_rounding
+from .loaders.model_scale import check_rounding, is_far_from_one, set_condition_scale, takes_raw_numbers
 from .loaders.table_file import Column, Kind, TableFile, canonical, categories_of, make_column, read_table
 
 
@@ -135,16 +135,40 @@ class Table(DataModule):
                 checkpoint.
         """
         super().setup(stage)
-        model: Any = getattr(self.trainer, "lightning_module", None)
+        if stage == "fit":
+            self.set_scales(getattr(self.trainer, "lightning_module", None))
+
+    @override
+    def set_scales(self, model: Any) -> None:
+        """Set the scale of the model's likelihood and condition.
+
+        Args:
+            model: The model.
+
+        Raises:
+            ValueError: If a column is far from order 1 and the likelihood takes it as it is, or the model is given
+                another number of covariates.
+        """
         likelihood: Any = getattr(model, "likelihood", None)
-        condition: Any = getattr(model, "condition", None)
-        if stage == "fit" and hasattr(likelihood, "set_scale"):
+        if hasattr(likelihood, "set_scale"):
             likelihood.set_scale(self.loc, self.scale)
-        if stage == "fit" and self.condition_names and hasattr(condition, "set_scale"):
-            numbers = self._splits["train"]["condition"].double()
+        elif takes_raw_numbers(model, self.shape):
+            self._check_scale(likelihood)
+        if self.condition_names:
             is_code = torch.tensor(["=" in name for name in self.condition_names])
-            scale = numbers.std(0, correction=0)
-            condition.set_scale(numbers.mean(0).where(~is_code, 0), scale.where(~is_code & (scale > 0), 1))
+            set_condition_scale(model, self.condition_names, self._data["train"]["condition"], is_code)
+
+    def _check_scale(self, likelihood: Any) -> None:
+        far = is_far_from_one(self.loc, self.scale).nonzero().flatten().tolist()
+        if far:
+            columns = shortened(
+                f"{self.column_names[place]} ({self.loc[place]:.4g}, {self.scale[place]:.4g})" for place in far
+            )
+            raise ValueError(
+                f"`likelihood` {type(likelihood).__name__} takes the columns as they are, and they are far from mean 0"
+                f" and standard deviation 1: {columns}. Set `likelihood` to Columns, which standardises them, or"
+                f" standardise them in {self.path}."
+            )
 
     @override
     def file_names(self, stage: str) -> Sequence[str]:

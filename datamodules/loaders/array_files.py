@@ -227,6 +227,10 @@ class ArrayRows(FileSplit):
         """
         return self.form(self.file.open()[self.rows.numpy()]) | self.others
 
+    def some(self, count: int) -> dict[str, Tensor]:
+        """Read at least this many rows from all parts of the file, or all if there are fewer."""
+        return self.form(self.file.open()[self.rows[:: max(1, len(self) // count)].numpy()])
+
     @cached_property
     def _array(self) -> np.ndarray[Any, Any]:
         return self.file.open()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
+from lightning_vae import Condition, Gaussian, Poisson
 from lightning_vae.datamodules import Arrays, DataError, DataModule
 from lightning_vae.datamodules.loaders.array_files import find_arrays
 from tests.datamodules.doubles import Watcher, ready, splits, trainer, whole
@@ -157,6 +158,48 @@ def test_missing_values_are_masked_only_if_asked(tmp_path, budget):
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         Arrays(tmp_path / "x.npy", memory_budget=budget).setup("fit")
+
+
+@pytest.mark.parametrize("budget", [2.0, 0.0], ids=["in memory", "mapped"])
+def test_a_fit_gives_the_condition_the_scale_of_the_training_split(tmp_path, budget):
+    condition = np.stack([1990 + 10 * FLOATS[:, 0], np.arange(30) % 2, np.full(30, 7.0)], axis=1)
+    data = Arrays(saved(tmp_path, x=FLOATS, condition=condition), memory_budget=budget, num_workers=0)
+    model = Watcher()
+    model.condition = Condition(covariates=3)
+    trainer(max_epochs=1).fit(model, datamodule=data)
+    train = whole(data.train_dataloader())["condition"]
+    assert 20 < len(train) < 30
+    torch.testing.assert_close(model.condition.loc, torch.tensor([train[:, 0].mean(), 0, 7]))
+    torch.testing.assert_close(model.condition.scale, torch.tensor([train[:, 0].std(correction=0), 1, 1]))
+    model.condition = Condition(covariates=2)
+    message = (
+        "`covariates` of the model's condition is 2, but the condition of the data has 3 numbers: condition[0],"
+        " condition[1], condition[2]. Set `covariates` to 3, or give the data another `condition`."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        trainer(max_epochs=1).fit(model, datamodule=data)
+    model.condition = Condition(classes=2)  # takes no covariates, and the archive has some
+    trainer(max_epochs=1).fit(model, datamodule=data)
+
+
+@pytest.mark.parametrize("budget", [2.0, 0.0], ids=["in memory", "mapped"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_numbers_far_from_order_1_are_warned_of(tmp_path, budget, missing):
+    far = FLOATS + 100
+    if missing:
+        far[::2] = np.nan
+    np.save(tmp_path / "far.npy", far)
+    np.save(tmp_path / "near.npy", FLOATS - 2)
+    model = Watcher()
+    options: dict[str, Any] = {"memory_budget": budget, "num_workers": 0, "missing": missing}
+    for likelihood in (Gaussian((2,)), Poisson((2,))):  # warnings are errors
+        model.likelihood = likelihood
+        trainer(max_epochs=1).fit(model, datamodule=Arrays(tmp_path / "near.npy", **options))
+    trainer(max_epochs=1).fit(model, datamodule=Arrays(tmp_path / "far.npy", **options))
+    model.likelihood = Gaussian((2,))
+    message = r"^Arrays: the networks take the numbers of x as they are, and they are far .*: 10\d\.\d* and 2\.\d*\. "
+    with pytest.warns(UserWarning, match=message):
+        trainer(max_epochs=1).fit(model, datamodule=Arrays(tmp_path / "far.npy", **options))
 
 
 def test_words_are_classes_in_alphabetical_order_and_those_of_other_files_follow(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lightning_vae import Condition
+from lightning_vae import Columns, Condition, Gaussian, Poisson
 from lightning_vae.datamodules import DataError, DataModule, Table
 from tests.datamodules.doubles import Watcher, ready, splits, trainer
 
@@ -21,6 +21,15 @@ ROWS[3] = ("", "3", "no", "red", "emu")
 ROWS[4] = ("1.0", "NA", "yes", "green", "gnu")
 ROWS[5] = ("1.25", "5", " ", "NaN", "emu")
 NAMES = ("size", "visits", "tame", "colour", "species")
+
+
+class Part(Watcher):
+    """A model with parts of this package."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
 
 
 def saved(
@@ -178,15 +187,9 @@ def test_classes_of_another_file_come_after_those_of_the_first(tmp_path, trained
     assert train["label"].tolist() == [1 - line % 2 for line in lines]  # as without the other file
 
 
-class Conditional(Watcher):
-    def __init__(self) -> None:
-        super().__init__()
-        self.condition = Condition(classes=2)
-
-
 def test_a_model_that_is_given_the_class_refuses_a_checkpoint_of_other_classes(tmp_path):
     path = saved(tmp_path)
-    run, model = trainer(max_epochs=1, num_sanity_val_steps=0), Conditional()
+    run, model = trainer(max_epochs=1, num_sanity_val_steps=0), Part(condition=Condition(classes=2))
     run.fit(model, datamodule=Table(path, label="species"))
     run.save_checkpoint(tmp_path / "saved.ckpt")
     other = saved(tmp_path, [(*row[:4], row[4].replace("gnu", "ant")) for row in ROWS], NAMES, "other.csv")
@@ -273,6 +276,32 @@ def test_a_fit_gives_the_likelihood_the_scale_and_the_checkpoint_keeps_it(tmp_pa
         assert torch.equal(resumed.likelihood.loc, table.loc)
         assert torch.equal(other.loc, table.loc)
         assert torch.equal(other.scale, table.scale)
+
+
+def test_a_likelihood_without_a_scale_refuses_columns_far_from_order_1(tmp_path):
+    rows = [(str(20 + row / 7), str(row / 7), str(row / 300)) for row in range(30)]
+    table = Table(saved(tmp_path, rows, ("far", "near", "small")))
+    message = (
+        r"^`likelihood` Gaussian takes the columns as they are, and they are far from mean 0 and standard deviation 1:"
+        r" far \(21.\d+, 1.\d+\), small \(0.0\d+, 0.0\d+\). Set `likelihood` to Columns, which standardises them, or"
+        rf" standardise them in {re.escape(str(tmp_path))}/table.csv\.$"
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer(max_epochs=1).fit(Part(likelihood=Gaussian((3,))), datamodule=table)
+    near = Table(tmp_path / "table.csv", columns={"far": "ignored", "small": "ignored"})
+    for likelihood, data in ((Gaussian((1,)), near), (Columns((3,), kinds=table.kinds), table), (Poisson((3,)), table)):
+        trainer(max_epochs=1).fit(Part(likelihood=likelihood), datamodule=data)
+
+
+def test_the_number_of_covariates_is_compared(tmp_path):
+    whole = [row for row in ROWS if all(cell.strip() not in ("", "NA", "NaN") for cell in row)]
+    table = Table(saved(tmp_path, whole), condition=["colour", "visits"])
+    message = (
+        "`covariates` of the model's condition is 1, but the condition of the data has 4 numbers: colour=blue,"
+        " colour=green, colour=red, visits. Set `covariates` to 4, or give the data another `condition`."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        trainer(max_epochs=1).fit(Part(condition=Condition(covariates=1)), datamodule=table)
 
 
 def test_a_checkpoint_of_other_columns_is_refused(tmp_path):
