@@ -242,6 +242,8 @@ def rehearse(built: Unrun) -> None:
             "number."
         )
     with _silence():
+        if set_scales := getattr(data, "set_scales", None):  # as `fit` does, for data in units of their own
+            set_scales(built.model)
         evaluate(built.model, list(itertools.islice(transferred(loader, data), 1)), importance_samples=1)
 
 
