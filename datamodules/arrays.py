@@ -252,6 +252,12 @@ class Arrays(FileDataModule):
                         f"`{name}` must have a row for each of the {len(found[self._keys['x']])} observations, got"
                         f" shape {file.shape} in {file}."
                     )
+                first = self._found["train"][self._keys[name]]
+                if name == "condition" and _width(file) != _width(first):
+                    raise ValueError(
+                        f"`condition` must have the {_width(first)} numbers an observation that {first} has, got"
+                        f" {_width(file)} in {file}. Save both alike."
+                    )
                 others[name] = _labels(file) if name == "label" else _conditions(file)
         return others
 
@@ -371,14 +377,20 @@ def _labels(file: ArrayFile) -> np.ndarray[Any, Any]:
     label = label.reshape(len(file))
     if label.dtype.kind == "S":
         label = np.char.decode(label, "utf-8", "replace")
-    if label.dtype.kind == "f" and np.isfinite(label).all() and (label == np.floor(label)).all():
+    if label.dtype.kind == "f" and (np.abs(label) < 2**63).all() and (label == np.floor(label)).all():
         label = label.astype(np.int64)
+    if label.dtype.kind == "u" and label.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"`label` must fit int64, got {label.max()} in {file}. Number the classes from 0.")
     if label.dtype.kind not in "buiU":
         raise ValueError(
             f"`label` must hold integers or words, got {label.dtype} in {file}. Numbers that are no classes are a"
             " `condition`."
         )
     return label
+
+
+def _width(file: ArrayFile) -> int:
+    return math.prod(file.shape[1:])
 
 
 def _conditions(file: ArrayFile) -> Tensor:

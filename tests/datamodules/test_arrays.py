@@ -460,6 +460,11 @@ def test_options_that_do_not_fit(tmp_path, arrays, options, message):
             " `condition`.",
         ),
         (
+            {"x": FLOATS, "label": np.arange(30, dtype=np.uint64) + 2**63},
+            {},
+            "`label` must fit int64, got 9223372036854775837 in PATH['label']. Number the classes from 0.",
+        ),
+        (
             {"x": FLOATS, "condition": np.where(FLOATS > 7, np.inf, 0)},
             {},
             "`condition` must hold finite numbers, but 2 rows of PATH['condition'] don't: row 28, 29. Remove or fix"
@@ -531,6 +536,16 @@ def test_other_files_must_fit_the_first(tmp_path):
     unlabelled = saved(tmp_path, "unlabelled.npz", x=FLOATS)
     with pytest.raises(ValueError, match=r"^`label` is 'label', which .*unlabelled.npz does not have. It has x\.$"):
         Arrays(path, test_path=unlabelled).setup("test")
+    path_given = saved(tmp_path, "given.npz", x=FLOATS, condition=FLOATS[:, 0])
+    same = saved(tmp_path, "same.npz", x=FLOATS, condition=FLOATS[:, :1])
+    Arrays(path_given, test_path=same).setup("test")
+    wide = saved(tmp_path, "wide.npz", x=FLOATS, condition=FLOATS)
+    message = (
+        f"`condition` must have the 1 numbers an observation that {path_given}['condition'] has, got 2 in"
+        f" {wide}['condition']. Save both alike."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Arrays(path_given, test_path=wide).setup("fit")
     words = saved(tmp_path, "words.npz", x=FLOATS, label=np.array(["a"] * 30))
     with pytest.raises(ValueError, match=r"^`label` must hold words in all files, or integers in all. Save the labels"):
         Arrays(path, test_path=words).setup("test")
