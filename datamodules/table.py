@@ -39,7 +39,8 @@ class Table(DataModule):
     and the sizes of the splits are approximate. `val_path` and `test_path` give splits as files of their own.
 
     A checkpoint holds columns, kinds and categories. A run that uses it over a `path` with others is refused. New rows
-    are read as `test_path`, beside the table of the training as `path`.
+    are read as `test_path`, beside the table of the training as `path`. They need only the columns that are used, and
+    no label.
 
     Args:
         path: The CSV file. `~` is the home folder.
@@ -105,10 +106,10 @@ class Table(DataModule):
         self.val_fraction = val_fraction
         self.test_fraction = test_fraction
         files = {split: read_table(each, delimiter, missing) for split, each in paths.items()}
-        _check_files(files)
         kinds = dict(columns or {})
         _check_given(files["train"], kinds, label, self.condition)
         names = [name for name in files["train"].columns if kinds.get(name) != "ignored"]
+        _check_files(files, names, label)
         self._guessed = [name for name in names if name not in kinds and name != label]
         found = {name: make_column(files["train"], name, kinds.get(name)) for name in names if name != label}
         self._label = _label(list(files.values()), label, kinds.get(label)) if label is not None else None
@@ -244,7 +245,7 @@ class Table(DataModule):
         rows |= split_rows(len(rows["train"]), fractions, self.seed, self.path)
         for column in (*self._columns, *self._condition):
             check_rounding(f"{self.path}: column {column.name!r}", column.numbers(files["train"]))
-        every = {split: self._tensors_of(file) for split, file in files.items()}
+        every = {split: self._tensors_of(file, needs_label=split != "test") for split, file in files.items()}
         data: dict[str, Tensors] = {}
         places = {}
         for split, numbers in rows.items():
@@ -253,11 +254,11 @@ class Table(DataModule):
             places[split] = [f"{files[home].path.name}:{files[home].lines[row]}" for row in numbers.tolist()]
         return data, places
 
-    def _tensors_of(self, file: TableFile) -> dict[str, Tensor]:
+    def _tensors_of(self, file: TableFile, needs_label: bool) -> dict[str, Tensor]:
         numbers = torch.stack([column.numbers(file) for column in self._columns], dim=1)
         mask = ~numbers.isnan()
         tensors = {"x": torch.where(mask, numbers, 0).float(), "mask": mask}
-        if self._label:
+        if self._label and (needs_label or any(file.columns.get(self._label.name, ()))):
             tensors["label"] = _complete(file, self._label, "label").long()
         if self._condition:
             codes = [_code(column, _complete(file, column, "condition")) for column in self._condition]
@@ -291,17 +292,17 @@ class Table(DataModule):
         }
 
 
-def _check_files(files: Mapping[str, TableFile]) -> None:
-    """Check that all files have rows, and the columns of the first."""
-    names = set(files["train"].columns)
+def _check_files(files: Mapping[str, TableFile], used: Sequence[str], label: str | None) -> None:
+    """Check that all files have rows and the columns that are used; new rows may lack the label."""
     for split, file in files.items():
         if not len(file):
             raise ValueError(f"{file.path} has no row below the columns' names. Add rows, or name another file.")
-        if names != set(file.columns):
-            lacks, more = sorted(names - set(file.columns)), sorted(set(file.columns) - names)
+        needed = [name for name in used if name != label or split != "test"]
+        if lacks := [name for name in needed if name not in file.columns]:
+            more = [name for name in file.columns if name not in files["train"].columns]
             raise ValueError(
-                f"`{split}_path` must have the columns of `path` in any order, but {file.path} lacks"
-                f" {shortened(lacks) or 'none'} and has {shortened(more) or 'none'} more. Rename, add or remove them."
+                f"`{split}_path` must have the columns of `path` that are used, in any order, but {file.path} lacks"
+                f" {shortened(lacks)}{f', and has {shortened(more)} more' if more else ''}. Rename or add them."
             )
 
 
@@ -330,7 +331,7 @@ def _check_given(file: TableFile, columns: Mapping[str, str], label: str | None,
 
 def _label(files: Sequence[TableFile], name: str, kind: Kind | None) -> Column:
     """Return the column of the label: the classes of the first file in order, then those of the others alone."""
-    first, *others = [file.columns[name] for file in files]
+    first, *others = [file.columns.get(name, []) for file in files]
     cells = sum(others, first)
     column = make_column(TableFile(files[0].path, {name: cells}, []), name, kind or "categorical")
     if kind is None and len(column.categories) > max(10, len(cells) / 5):

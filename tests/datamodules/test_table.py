@@ -216,6 +216,19 @@ def test_a_class_that_is_held_out_remains_in_the_test_and_leaves_the_scale_alone
         Table(tmp_path / "table.csv", held_out=["emu"])
 
 
+@pytest.mark.parametrize("species", [None, ""], ids=["without a column", "empty"])
+def test_new_rows_need_no_label_nor_columns_that_are_ignored(tmp_path, species):
+    rows = [("yes", "7.5", "x", *([] if species is None else [species]))] * 2
+    names = ["tame", "size", "further", *([] if species is None else ["species"])]
+    test = saved(tmp_path, rows, names, "test.csv")
+    ignored: Any = dict.fromkeys(("visits", "colour"), "ignored")
+    table = ready(Table(saved(tmp_path), columns=ignored, label="species", test_path=test))
+    train, _, new = splits(table)
+    assert "label" in train
+    assert new.keys() == {"x", "mask", "index"}
+    assert new["x"].tolist() == [[7.5, 1], [7.5, 1]]
+
+
 def test_a_row_that_is_appended_moves_no_other(tmp_path):
     before = ready(Table(saved(tmp_path, name="a.csv")))
     after = ready(Table(saved(tmp_path, ROWS * 2, name="a.csv")))
@@ -572,11 +585,17 @@ def test_other_files_must_fit_the_first(tmp_path):
         Table(path, val_path=path)
     renamed = saved(tmp_path, ROWS, ("length", *NAMES[1:]), "renamed.csv")
     message = (
-        f"`test_path` must have the columns of `path` in any order, but {renamed} lacks size and has length more."
-        " Rename, add or remove them."
+        f"`test_path` must have the columns of `path` that are used, in any order, but {renamed} lacks size, and has"
+        " length more. Rename or add them."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Table(path, test_path=renamed)
+    unlabelled = saved(tmp_path, [row[:4] for row in ROWS], NAMES[:4], "unlabelled.csv")
+    with pytest.raises(ValueError, match=r"^`val_path` must have the columns .* lacks species\. Rename or add them\.$"):
+        Table(path, label="species", val_path=unlabelled)
+    partly = saved(tmp_path, changed(9, "species", ""), NAMES, "partly.csv")
+    with pytest.raises(DataError, match="`label` 'species' must have a value in each row, but 1 have none, in line 9"):
+        Table(path, label="species", test_path=partly)
     unseen = saved(tmp_path, [("1", "1", "yes", "pink", "emu")], NAMES, "unseen.csv")
     message = (
         f"{unseen}, line 2, column 'colour': 'pink' is not one of blue, green, red. Fix it, name it in `missing`, or"
