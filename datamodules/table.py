@@ -49,7 +49,7 @@ class Table(DataModule):
         condition: Names of columns that the model is given as a condition: a number, or a one-hot code of categories.
             They are no part of the data, and none of their values may be missing.
         missing: Words that mark a missing value. An empty cell always does.
-        delimiter: The character between two cells.
+        delimiter: The character between two cells. A tab may be written as in Python.
         val_path: A CSV file with the validation data. By default they are a part of `path`.
         test_path: A CSV file with the test data. By default they are a part of `path`.
         val_fraction: Approximate share kept for validation, of the rows that are not for the test.
@@ -94,6 +94,7 @@ class Table(DataModule):
         super().__init__(batch_size=batch_size, seed=seed, held_out=held_out)
         check_fraction("val_fraction", val_fraction)
         check_fraction("test_fraction", test_fraction)
+        delimiter = "\t" if delimiter == r"\t" else delimiter  # as a shell passes it on
         if len(delimiter) != 1:
             raise ValueError(f"`delimiter` must be one character, got {delimiter!r}.")
         for name, words in (("condition", condition), ("missing", missing)):

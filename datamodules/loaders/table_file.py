@@ -2,7 +2,8 @@
 
 import csv
 import math
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +16,7 @@ from .batch_loader import DataError
 Kind = Literal["numeric", "count", "binary", "categorical", "ignored"]
 
 _LARGEST = torch.finfo(torch.float32).max
+_WITH_COMMA = re.compile(r"[+-]?[\d.]*\d,[\d.,]*\d")  # 1,5 or 1.234,5 or 1,234.5
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def read_table(path: Path, delimiter: str = ",", missing: Collection[str] = ()) 
     rows, lines = [], []
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            reader = csv.reader(_checked(path, file), delimiter=delimiter, strict=True)
             names = [name.strip() for name in next(reader, [])]
             _check_names(path, names, delimiter)
             last = reader.line_num
@@ -79,6 +81,16 @@ def read_table(path: Path, delimiter: str = ",", missing: Collection[str] = ()) 
         ["" if (word := cell.strip()) in absent else word for cell in column] for column in zip(*rows, strict=True)
     ]
     return TableFile(path, dict(zip(names, cells or [[] for _ in names], strict=True)), lines)
+
+
+def _checked(path: Path, lines: Iterable[str]) -> Iterator[str]:
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:  # valid in UTF-8, and the reader would take it for a word
+            raise DataError(
+                f"{path}, line {number}, has a NUL character, as a file in UTF-16 or a damaged one does. Save it as CSV"
+                " in UTF-8."
+            )
+        yield line
 
 
 def _check_names(path: Path, names: Sequence[str], delimiter: str) -> None:
@@ -176,6 +188,13 @@ def make_column(file: TableFile, name: str, kind: Kind | None = None) -> Column:
         held = f"only {cells[0]!r}" if cells else "no value"
         raise DataError(f"{file.path}: column {name!r} holds {held}, so there is nothing to learn. {ignore}.")
     is_guess = kind is None
+    commas = [word for word in words if _WITH_COMMA.fullmatch(word)]
+    if commas and kind in (None, "numeric", "count") and len(commas) + len(numbers) == len(words):
+        row = file.columns[name].index(commas[0])
+        raise DataError(
+            f"{file.place(row, name)}: {commas[0]!r} has a comma. Write numbers with a point before the decimals, and"
+            f" thousands without a mark; or say `columns` {{{name}: categorical}} if they are no numbers."
+        )
     if kind is None:
         kind = "binary" if distinct == 2 else "numeric" if is_numeric else "categorical"
     if kind in ("numeric", "count"):

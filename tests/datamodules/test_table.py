@@ -96,6 +96,8 @@ def test_the_scale_is_that_of_the_training_split_without_gaps(tmp_path):
         (["0", "1", "1"], "numeric", "numeric", None, [0, 1, 1]),
         (["10", "9", "2.50"], "categorical", 3, ["2.5", "9", "10"], [2, 1, 0]),
         (["10", "9", "x"], "categorical", 3, ["10", "9", "x"], [0, 1, 2]),
+        (['"1,5"', "2", "3"], "categorical", 3, ["1,5", "2", "3"], [0, 1, 2]),
+        (['"1,5"', "a", "b"], None, 3, ["1,5", "a", "b"], [0, 1, 2]),
         (["b", "a", "b"], "categorical", 2, ["a", "b"], [1, 0, 1]),
     ],
 )
@@ -151,6 +153,13 @@ def test_quotes_blank_lines_and_another_delimiter(tmp_path):
         [6, 0],
         [4, 2],
     ]
+
+
+@pytest.mark.parametrize("delimiter", ["\t", r"\t"])
+def test_a_tab_may_be_written_as_a_shell_passes_it_on(tmp_path, delimiter):
+    (tmp_path / "table.csv").write_text("a\tb\n" + "".join(f"{row}\t{row % 3}\n" for row in range(30)))
+    table = ready(Table(tmp_path / "table.csv", delimiter=delimiter))
+    assert table.column_names == ("a", "b")
 
 
 def test_other_files_are_read_by_the_kinds_and_categories_of_the_first(tmp_path):
@@ -378,6 +387,21 @@ def changed(line: int, column: str, cell: str) -> list[list[str]]:
             "PATH, line 9, column 'size': 'big' is no number, as most of the column are. Fix it, name it in `missing`,"
             " or say `columns` {size: categorical}.",
         ),
+        *(
+            (
+                [(cells[row % len(cells)], *rest) for row, (_, *rest) in enumerate(ROWS)],
+                {"columns": {"size": kind}} if kind else {},
+                f"PATH, line 2, column 'size': {cells[0][1:-1]!r} has a comma. Write numbers with a point before the"
+                " decimals, and thousands without a mark; or say `columns` {size: categorical} if they are no numbers.",
+            )
+            for cells, kind in [
+                (['"1,5"', '"-2,25"'], None),
+                (['"1.234,5"', "3"], None),
+                (['"1,234.5"', '"9"', '"1,000,000"'], None),
+                (['"1,5"', "2"], "numeric"),
+                (['"1,500"', "2"], "count"),
+            ]
+        ),
         (
             changed(9, "size", "1e39"),
             {"columns": {"size": "numeric"}},
@@ -558,6 +582,10 @@ def test_a_table_that_does_not_fit(tmp_path, rows, options, message):
             "a,b\n1,2,3\n",
             "PATH, line 2: a row must have the 2 cells that the first line names, got 3. Fix it, or quote cells that"
             " hold ','.",
+        ),
+        (
+            "a,b\n1,x\n2,\0\n",
+            "PATH, line 3, has a NUL character, as a file in UTF-16 or a damaged one does. Save it as CSV in UTF-8.",
         ),
         ('a,b\n1,"2\n', "PATH, line 2, can't be read as CSV: unexpected end of data. Fix it."),
     ],
