@@ -29,6 +29,7 @@ _LEAST = {
     "accumulate_grad_batches": 1,
     "gradient_clip_val": 0,
 }
+_MISSING = object()
 _LARGEST = {int: 2**63 - 1, float: torch.finfo(torch.float32).max}
 
 
@@ -70,6 +71,8 @@ def check_text(text: str) -> None:
 def check_empty(text: str, config: dict[str, Any]) -> None:
     """Refuse empty mappings that jsonargparse drops, or takes for a class that was never named.
 
+    What a later input has replaced is not compared: a class by another one, or a mapping by ``None``.
+
     Args:
         text: The input, in YAML.
         config: The result of jsonargparse.
@@ -80,15 +83,20 @@ def check_empty(text: str, config: dict[str, Any]) -> None:
     pending: list[tuple[str, Any, Any]] = [("", yaml.safe_load(text), config)]
     while pending:
         name, given, made = pending.pop()
-        if given == {} and made is None:
+        if given == {} and made is _MISSING:
             raise ValueError(f"`{name[1:]}` is not an option.")
         if given == {} and isinstance(made, dict) and "class_path" in made:
             raise ValueError(f"`{name[1:]}` must name a class by its `class_path`, got an empty mapping.")
-        if isinstance(given, dict) and isinstance(made, dict):
+        if isinstance(given, dict) and isinstance(made, dict) and _class_of(given) in ("", _class_of(made)):
             kept = ((key, item) for key, item in given.items() if item or key not in ("init_args", "dict_kwargs"))
-            pending.extend((f"{name}.{key}", item, made.get(key)) for key, item in kept)
+            pending.extend((f"{name}.{key}", item, made.get(key, _MISSING)) for key, item in kept)
         elif isinstance(given, list) and isinstance(made, list):
             pending.extend((f"{name}.{n}", *both) for n, both in enumerate(zip(given, made, strict=False)))
+
+
+def _class_of(mapping: dict[str, Any]) -> str:
+    """Return the name of a class without its modules; empty if none is named."""
+    return str(mapping.get("class_path") or "").rpartition(".")[2]
 
 
 def check_values(config: dict[str, Any], subcommand: str) -> None:

@@ -34,6 +34,10 @@ def test_mistakes_in_a_text_are_named(text, says):
     ("text", "made", "says"),
     [
         ("betta: {}", {}, "`betta` is not an option"),
+        ("data: {class_path: Table, init_args: {betta: {}}}", {"data": {"class_path": "a.Table", "init_args": {}}},
+         "`data.init_args.betta` is not an option"),
+        ("model: {init_args: {betta: {}}}", {"model": {"class_path": "a.VAE", "init_args": {}}},
+         "`model.init_args.betta` is not an option"),
         ("model: {init_args: {likelihood: {}}}", {"model": {"init_args": {"likelihood": {"class_path": "Gaussian"}}}},
          "`model.init_args.likelihood` must name a class"),
         ("callbacks: [{}]", {"callbacks": [{"class_path": "A"}]}, "`callbacks.0` must name a class"),
@@ -43,6 +47,19 @@ def test_empty_mappings_are_named(text, made, says):
     with pytest.raises(ValueError, match=says):
         check_empty(text, made)
     check_empty("model: {class_path: VAE, init_args: {}}", {"model": {"class_path": "VAE", "init_args": None}})
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"class_path": "lightning_vae.datamodules.Table", "init_args": {"columns": None}},
+        {"class_path": "lightning_vae.datamodules.Table", "init_args": {"columns": {"visits": "count"}}},
+        {"class_path": "lightning_vae.datamodules.Digits", "init_args": {"seed": 0}},
+        None,
+    ],
+)
+def test_what_a_later_input_has_replaced_is_no_mistake(made):
+    check_empty("data: {class_path: Table, init_args: {columns: {}}}", {"data": made})
 
 
 @pytest.mark.parametrize(
