@@ -79,7 +79,7 @@ class RecordingVAE(VAE):
 
 
 def optimal_linear_vae(
-    x: Tensor, latent_dim: int, variance: float, beta: float = 1.0, trained_variance: float | None = None
+    x: Tensor, latent_dim: int, variance: float, beta: float = 1.0, trained_variance: float | None = None, **parts: Any
 ) -> VAE:
     """The linear VAE at its closed-form optimum on centred data x, in float64, without training.
 
@@ -96,6 +96,7 @@ def optimal_linear_vae(
         decoder=LinearDecoder,
         likelihood=partial(Gaussian, variance=variance),
         beta=beta,
+        **parts,
     ).double()
     with torch.no_grad():
         vae.decoder.map.weight.copy_(directions * signal)
@@ -116,7 +117,7 @@ def digits(size: int = 297, batch_size: int = 64) -> TensorLoader:
 def small_vae(likelihood: Any = Bernoulli, **options: Any) -> VAE:
     """An untrained VAE of digits with three latent dimensions, in float64."""
     torch.manual_seed(1)
-    return VAE((1, 8, 8), 17, latent_dim=3, likelihood=likelihood, **options).double()
+    return VAE((1, 8, 8), 17, **{"latent_dim": 3, **options}, likelihood=likelihood).double()
 
 
 def weight_averaging(**options: Any) -> Any:

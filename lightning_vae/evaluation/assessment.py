@@ -122,7 +122,15 @@ class _Measured:
     @property
     def active(self) -> str:
         """The active units, in words."""
-        return f"{self.latents.active_units} of {len(self.latents.rate_per_dimension)} dimensions are active"
+        return f"{self.latents.active_units} of {len(self.latents.variance_per_dimension)} dimensions are active"
+
+    @property
+    def share(self) -> str:
+        """The part of the rate that the active units have, in words."""
+        rate, latents = self.terms.rate, self.latents
+        if len(latents.rate_per_dimension) == len(latents.variance_per_dimension):
+            return f"{latents.active_rate:.3g} of the rate's {rate:.3g} nats"
+        return f"a rate of {rate:.3g} nats"
 
 
 _Found = tuple[int, list[str], str]  # side, symptoms, advice
@@ -157,10 +165,7 @@ def _bring_together(measured: _Measured) -> str:
 def _collapsed(measured: _Measured) -> _Found | None:
     rate, information = measured.terms.rate, measured.latents.mutual_information_upper
     if measured.latents.active_rate < MIN_INFORMATION:
-        symptom = (
-            f"latent space: {measured.active}, with {measured.latents.active_rate:.3g} of the rate's {rate:.3g} nats; "
-            f"below {MIN_INFORMATION:g} they are not used"
-        )
+        symptom = f"latent space: {measured.active}, with {measured.share}; below {MIN_INFORMATION:g} they are not used"
     elif information < MIN_INFORMATION:
         symptom = (
             f"latent space: of a rate of {rate:.3g} nats at most {information:.3g} are information about the data; "

@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch import distributions as td
 
+from ..callbacks.metrics.active_units import is_active
 from ..callbacks.metrics.aggregate_posterior import AggregateMoments, AggregatePosterior
 from ..callbacks.metrics.observation_subset import ObservationSubset
 from ..callbacks.metrics.running_moments import RunningMoments
@@ -125,7 +126,7 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     mixture = None
     if is_gaussian and len(mean) >= LEAST_COMPARED:
         mixture = mixture_estimates(mean, variance, rates=own_rates)
-    latents = _latents(moments, rates, widths, mixture, count)
+    latents = _latents(moments, rates, widths, mixture, count, None if vae.head is None else vae.head.classes)
     index, *rows, condition = data.compute().split([1, k, k, size, columns], dim=1)
     means, z, x = (each.to(vae.working_dtype) for each in rows)
     kept = Kept(index[:, 0].long(), means, z, x, condition if columns else None)
@@ -163,7 +164,12 @@ def _no_classes(label: Any) -> str:
 
 
 def _latents(
-    moments: AggregateMoments, rates: Tensor, widths: Tensor, mixture: MixtureEstimates | None, count: int
+    moments: AggregateMoments,
+    rates: Tensor,
+    widths: Tensor,
+    mixture: MixtureEstimates | None,
+    count: int,
+    classes: int | None,
 ) -> Latents:
     """Describe the latent space.
 
@@ -173,9 +179,12 @@ def _latents(
         widths: Mean standard deviation of each dimension's posterior.
         mixture: Estimates from some posteriors; ``None`` if they are no diagonal Gaussians, or too few.
         count: Number of observations.
+        classes: Number of classes of each group of categories; ``None`` for continuous latents.
     """
-    active = moments.active()
-    units = int(active.sum())
+    variance, active = moments.variance_of_means, moments.active()
+    if classes:
+        variance = variance.unflatten(0, (-1, classes)).sum(1)
+    units = int(is_active(variance).sum())
     nan = math.nan
     return Latents(
         active_units=units if count > 1 else None,
@@ -186,11 +195,11 @@ def _latents(
         marginal_kl=float(mixture.marginal_kl) if mixture else nan,
         marginal_kl_lower=float(mixture.rate - mixture.upper) if mixture else nan,
         total_correlation=float(mixture.total_correlation) if mixture else nan,
-        posterior_width=float((widths[active] if units else widths).mean()),
+        posterior_width=float((widths[active] if active.any() else widths).mean()),
         aggregate_mean_square=float(moments.mean.square().mean()),
         aggregate_variance_mean=float(moments.covariance.diagonal().mean()),
         rate_per_dimension=tuple(rates.tolist()),
-        variance_per_dimension=tuple(moments.variance_of_means.tolist()) if count > 1 else (nan,) * len(widths),
+        variance_per_dimension=tuple(variance.tolist()) if count > 1 else (nan,) * len(variance),
     )
 
 

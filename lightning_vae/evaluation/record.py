@@ -67,8 +67,8 @@ class Latents:
     """The latent space as seen in the posteriors.
 
     Attributes:
-        active_units: Number of dimensions whose posterior mean has a variance over the data above 0.01; ``None`` for a
-            single observation.
+        active_units: Number of dimensions, or groups of categories, whose posterior mean has a variance over the data
+            above 0.01, in units of the prior's variance; ``None`` for a single observation.
         mutual_information: Mutual information of data and latents: a lower bound on average, at most log M. If it is
             saturated, read it as "at least".
         mutual_information_upper: The smaller of two upper bounds.
@@ -83,8 +83,10 @@ class Latents:
             prior's is 1.
         aggregate_mean_square: Squared mean of the aggregate posterior, averaged over the dimensions; the prior's is 0.
         aggregate_variance_mean: Its variance, averaged over the dimensions; the prior's is 1.
-        rate_per_dimension: Rate of each dimension, of length k.
-        variance_per_dimension: Variance over the data of each posterior mean, of length k.
+        rate_per_dimension: Rate of each dimension, of length k; of each group of categories; or of length 1, the whole,
+            if the prior or the posterior is joint.
+        variance_per_dimension: Variance over the data of each posterior mean, of length k; of categories the sum over
+            each group's classes.
     """
 
     active_units: int | None
@@ -103,8 +105,10 @@ class Latents:
 
     @property
     def active_rate(self) -> float:
-        """Rate of the active dimensions."""
+        """Rate of the active dimensions; the whole rate if it is joint and some are active."""
         active = is_active(torch.tensor(self.variance_per_dimension, dtype=torch.float64))
+        if len(self.rate_per_dimension) != len(active):
+            return sum(self.rate_per_dimension) if active.any() else 0.0
         return sum(compress(self.rate_per_dimension, active))
 
 
@@ -242,7 +246,7 @@ class Evaluation:
         few = ": more would lower it" if effective < min(_FEW, samples / 2) else ""
         saturated = latents.mutual_information_saturated
         bounds = f"bounds {_number(latents.mutual_information)}, {_number(latents.mutual_information_upper)}"
-        units = latents.active_units
+        units, dimensions = latents.active_units, len(latents.variance_per_dimension)
         cap = f">= log M = {math.log(max(latents.mutual_information_observations, 1)):.2f}"
         return {
             "likelihood, nats per observation": [
@@ -257,11 +261,11 @@ class Evaluation:
                 (
                     "NLL, active units only",
                     _number(likelihood.nll_active_only),
-                    "" if units is None else f"{self.latent_dim - units} inactive ones removed",
+                    "" if units is None else f"{dimensions - units} inactive ones removed",
                 ),
             ],
             "latent space": [
-                ("active units", "-" if units is None else f"{units} of {self.latent_dim}", ""),
+                ("active units", "-" if units is None else f"{units} of {dimensions}", ""),
                 (
                     "mutual information",
                     cap if saturated else _number(latents.mutual_information),

@@ -11,7 +11,15 @@ from torch import distributions as td
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_vae import VAE, DiscretisedLogistic, Gaussian, LinearDecoder, LinearEncoder
+from lightning_vae import (
+    VAE,
+    CategoricalGroups,
+    DiscretisedLogistic,
+    Gaussian,
+    LinearDecoder,
+    LinearEncoder,
+    MixturePrior,
+)
 from lightning_vae.callbacks import CollapseDetector
 from lightning_vae.callbacks.metrics.observation_subset import random_keys
 from lightning_vae.datamodules import Digits, linear_vae_optimum
@@ -291,6 +299,41 @@ def test_a_posterior_that_is_not_gaussian_leaves_out_what_needs_one():
     assert written["mutual_information"] is written["marginal_kl"] is written["implied_beta"] is None
     assert "mutual information" not in result.table()
     assert "nan" not in result.table()
+
+
+ONE_GAUSSIAN = partial(MixturePrior, components=1)  # N(0, I), but joint
+
+
+def test_a_joint_rate_gets_the_verdict_of_the_same_model_with_parts(x):
+    with_parts, joint = (optimal_linear_vae(x, 4, 1.0, **prior) for prior in ({}, {"prior": ONE_GAUSSIAN}))
+    with torch.no_grad():  # the first dimension is one of the inactive ones
+        for vae in (with_parts, joint):
+            for weights in (vae.encoder.mean.weight, vae.encoder.log_variance, vae.decoder.map.weight.T):
+                weights.copy_(weights.flip(0))
+    one, two = (evaluate(vae, loader(x), importance_samples=1) for vae in (with_parts, joint))
+    assert one.active_units == two.active_units == 3
+    assert one.latents.active_rate == pytest.approx(two.latents.active_rate, abs=0.05)
+    assert one.verdict == two.verdict == "balanced"
+    assert "3 of 4 dimensions are active" in " ".join(two.symptoms)
+    with torch.no_grad():
+        joint.encoder.mean.weight.zero_()
+    symptom = evaluate(joint, loader(x), importance_samples=1).symptoms[0]
+    assert symptom.startswith("latent space: 0 of 4 dimensions are active, with a rate of ")
+
+
+def test_of_categories_groups_are_active():
+    vae = small_vae(posterior=partial(CategoricalGroups, classes=4), latent_dim=12)
+    with torch.no_grad():
+        last = vae.encoder.layers[-1]
+        last.weight[:4].zero_()  # the first of the three groups tells nothing of x, the others do
+        last.weight[4:].mul_(20)
+    result = evaluate(vae, digits(128), importance_samples=1)
+    means = torch.cat([vae.encode(vae.observe(batch)).mean for batch in digits(128)])
+    spread = means.var(0, correction=0).sum(1)
+    assert result.variance_per_dimension == pytest.approx(spread.tolist())
+    assert result.active_units == 2
+    assert result.latents.active_rate == pytest.approx(sum(result.rate_per_dimension[1:]))
+    assert "active units              2 of 3" in result.table()
 
 
 def test_one_latent_dimension_and_few_observations():

@@ -88,6 +88,14 @@ def test_the_rate_of_active_dimensions_is_of_those_strictly_above_the_threshold(
     assert RECORD.latents.active_rate == pytest.approx(4.9)
 
 
+@pytest.mark.parametrize(
+    ("variances", "rate"), [((0.0, 0.9, 0.8), 5.0), ((0.9, 0.0, 0.0), 5.0), ((0.0, 0.0, 0.0), 0.0)]
+)
+def test_a_joint_rate_is_that_of_the_active_dimensions(variances, rate):
+    joint = replace(RECORD.latents, rate_per_dimension=(5.0,), variance_per_dimension=variances)
+    assert joint.active_rate == rate
+
+
 def test_the_table_leaves_out_what_is_unknown():
     lines = RECORD.table().split("\n")
     assert lines[0] == "300 observations"
