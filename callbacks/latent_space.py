@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.distributions import Normal
 from typing_extensions import override
 
 from .base import Callback, validates
@@ -18,12 +17,13 @@ from .drawing.best_effort import BestEffort
 from .drawing.draw_schedule import DrawSchedule
 from .drawing.images import thumbnails
 from .drawing.media_logger import MediaLogger
-from .drawing.panels import density_panels, scatter_panels
+from .drawing.panels import DENSITY_GRID, density_panels, scatter_panels
 from .metrics.observation_subset import evenly_spaced_rows
 from .metrics.posterior_summary import PosteriorSummary
+from .metrics.prior_units import marginal_densities
 from .reading.batch_fields import LABELS, OBSERVATIONS, batch_part
 from .reading.distributions import Second, is_sequence
-from .reading.latent_reader import LatentReader, Places
+from .reading.latent_reader import Latent, LatentReader, Places
 from .schedules import at_least, check_number
 
 if TYPE_CHECKING:
@@ -39,9 +39,10 @@ class LatentSpace(Callback):
     At some validation passes, the first and the last among them, TensorBoard and other loggers of pictures get
 
     - ``latent/against_prior``: for each active dimension, in order of rate, at most 12, a histogram of the posterior
-      means and the density of the aggregate posterior, against the density of the prior,
+      means and the density of the aggregate posterior, against the density of the prior, in units of the prior: its
+      mean and standard deviation in this dimension,
     - ``latent/by_label``: the posterior means in the planes of the four active dimensions with the highest rate,
-      coloured by label, with circles at one and two standard deviations of the prior.
+      coloured by label, in the same units, with circles at one and two standard deviations of the prior.
 
     TensorBoard also gets histograms of all ``latent/posterior_mean`` and ``latent/posterior_scale``. When training
     ends, its projector gets the posterior means as ``latent``, with labels and thumbnails of the observations.
@@ -90,7 +91,7 @@ class LatentSpace(Callback):
         self.label = label
         self.observations = observations
         self._reader = LatentReader(posterior, prior, None, second, chunk, mask=mask)
-        self._unit = "prior"
+        self._prior: Tensor | None = None  # the densities of its dimensions
         self._draw_schedule = DrawSchedule(times)
         self._attempt = BestEffort("LatentSpace")
         self._draws = False
@@ -150,12 +151,13 @@ class LatentSpace(Callback):
                 if self._reader.offers_none(pl_module):
                     return  # this process's share of the batch was empty
                 first_view = self._reader.read(pl_module, batch)[0].values()
-                self._unit = "prior" if all(isinstance(each.prior, Normal) for each in first_view) else "N(0, 1)"
                 codes = PosteriorSummary.beside(
                     PosteriorSummary.of(each.posterior, each.prior, each.z, each.mask) for each in first_view
                 )
                 if self._rows and codes.mean.shape[1] != self._rows[0].codes.mean.shape[1]:
                     return  # of sequences of different lengths, keep only those as long as the first batch's
+                if not self._rows:
+                    self._prior = _densities(first_view, codes)
                 rows = _Rows.of(codes, batch, self.label)
                 batches = trainer.num_val_batches
                 place, total = sum(batches[:dataloader_idx]) + batch_idx, sum(batches)
@@ -169,7 +171,7 @@ class LatentSpace(Callback):
         if self._draws and self._count > 1:
             with self._attempt("the latent space"):
                 rows = _Rows.joined(self._rows, self.observations)
-                pictures = _pictures(rows.codes, rows.labels, self._unit)
+                pictures = _pictures(rows.codes, rows.labels, self._prior)
                 if not trainer.sanity_checking:
                     self._latest = rows
                     self._show(MediaLogger(trainer), pictures, rows.codes, self.step(trainer))
@@ -250,7 +252,16 @@ class _Rows(NamedTuple):
         )
 
 
-def _pictures(codes: PosteriorSummary, labels: list[str] | None, unit: str) -> dict[str, Tensor]:
+def _densities(latents: Iterable[Latent], codes: PosteriorSummary) -> Tensor | None:
+    """Return the prior's density in each dimension of a summary, ``None`` unless all are known."""
+    found = [marginal_densities(each.prior, each.posterior.mean, DENSITY_GRID) for each in latents]
+    if any(each is None for each in found):
+        return None
+    densities = torch.cat(found, dim=1)  # type: ignore[arg-type]
+    return densities if codes.numbers is None else densities[:, list(codes.numbers)]
+
+
+def _pictures(codes: PosteriorSummary, labels: list[str] | None, prior: Tensor | None) -> dict[str, Tensor]:
     """Return the pictures by tag, each of shape ``(3, H, W)``, uint8."""
     mean, scale = codes.in_units_of_prior
     dimensions = (codes.active or codes.order[:1])[:_MAX_DENSITIES]
@@ -259,8 +270,9 @@ def _pictures(codes: PosteriorSummary, labels: list[str] | None, unit: str) -> d
     planes = _planes(dimensions[:_MAX_SCATTERED], mean.shape[1])
     names = [(codes.name(across), codes.name(up)) for across, up in planes]
     points = torch.stack([mean[:, plane] for plane in planes])
+    of_prior = None if prior is None else prior[:, dimensions]
     return {
-        "latent/against_prior": density_panels(mean[:, dimensions], scales, titles, unit),
+        "latent/against_prior": density_panels(mean[:, dimensions], scales, titles, of_prior),
         "latent/by_label": scatter_panels(points, names, labels),
     }
 

@@ -19,6 +19,8 @@ _CURVE_WIDTH, _CURVE_HEIGHT, _CURVE_MARGIN, _CURVE_TITLE = 128, 84, 6, 14
 _CURVE_POINTS = 128  # at most; longer vectors are averaged
 _DENSITY_WIDTH, _DENSITY_HEIGHT, _DENSITY_MARGIN, _DENSITY_TITLE, _DENSITY_LEGEND = 112, 64, 5, 16, 18
 _DENSITY_BINS, _DENSITY_REACH, _DENSITY_TOP = 32, 4.0, 0.6
+DENSITY_GRID = torch.linspace(-_DENSITY_REACH, _DENSITY_REACH, 81)
+"""The points of a density, in units of the prior."""
 _MEANS: Colour = (190, 210, 235)
 _AGGREGATE: Colour = (31, 119, 180)
 _PRIOR: Colour = (40, 40, 40)
@@ -75,33 +77,34 @@ def curve_panels(
 
 
 def density_panels(
-    mean: Tensor, scale: Tensor | None, titles: Sequence[str], unit: str = "prior", columns: int = 3
+    mean: Tensor, scale: Tensor | None, titles: Sequence[str], prior: Tensor | None = None, columns: int = 3
 ) -> Tensor:
     """Draw the posterior means and the aggregate posterior of each latent dimension against the prior.
 
     Each panel goes from -4 to 4. It holds a histogram of the posterior means (light blue, with outliers in the
     outermost bars), the density of the aggregate posterior, which is the mean of q(z_j|x) over the observations (blue
-    line), and the density of the prior N(0, 1) (black line). Densities are cut off at 1.5 times the prior's maximum. An
+    line), and the density of the prior (black line). Densities are cut off at 1.5 times the maximum of N(0, 1). An
     active dimension has a wide histogram, and blue on black. In an inactive dimension the histogram is a spike.
 
     Args:
         mean: Posterior means in units of the prior, shape ``(observations, dimensions)``. NaN is left out.
         scale: The posteriors' standard deviations, of the same shape. ``None`` leaves out the blue line.
         titles: One for each dimension.
-        unit: Name of N(0, 1) in the legend.
+        prior: Density of the prior in its own units at :data:`DENSITY_GRID`, shape ``(points, dimensions)``. ``None``
+            draws N(0, 1), which the legend then names.
         columns: Panels in a row.
 
     Returns:
         An image of shape ``(3, height, width)``, uint8.
     """
     mean = mean.detach().float().cpu()
-    grid = torch.linspace(-_DENSITY_REACH, _DENSITY_REACH, 81)
+    grid = DENSITY_GRID
     height = _DENSITY_HEIGHT + _DENSITY_TITLE
     rows = math.ceil(mean.shape[1] / columns)
     canvas = Canvas(_DENSITY_WIDTH * max(3, min(columns, mean.shape[1])), height * rows + _DENSITY_LEGEND)
     canvas.text((_DENSITY_MARGIN, 3), "posterior means", (110, 140, 190))
     canvas.text((_DENSITY_MARGIN + 95, 3), "aggregate posterior" if scale is not None else "", _AGGREGATE)
-    canvas.text((_DENSITY_MARGIN + 215, 3), unit, _PRIOR)
+    canvas.text((_DENSITY_MARGIN + 215, 3), "N(0, 1)" if prior is None else "prior", _PRIOR)
     for number, title in enumerate(titles):
         left = number % columns * _DENSITY_WIDTH + _DENSITY_MARGIN
         top = number // columns * height + _DENSITY_LEGEND + _DENSITY_TITLE
@@ -114,12 +117,13 @@ def density_panels(
             width = scale[:, number].detach().float().cpu()[known].clamp(min=1e-3)
             aggregate = (_standard_normal((grid[:, None] - values) / width) / width).mean(1)
             canvas.line(_density_points(panel, grid, aggregate), _AGGREGATE, 1.2)
-        canvas.line(_density_points(panel, grid, _standard_normal(grid)), _PRIOR, 1.2)
+        of_prior = _standard_normal(grid) if prior is None else prior[:, number]
+        canvas.line(_density_points(panel, grid, of_prior), _PRIOR, 1.2)
     return canvas.image()
 
 
 def scatter_panels(points: Tensor, names: Sequence[tuple[str, str]], labels: Sequence[str] | None = None) -> Tensor:
-    """Draw panels of dots from -3 to 3, with circles at one and two standard deviations of the prior N(0, I).
+    """Draw panels of dots from -3 to 3, with circles at 1 and 2, which are standard deviations in units of the prior.
 
     Up to 20 different labels each have their own colour. More labels share a colour map, from dark to light.
 

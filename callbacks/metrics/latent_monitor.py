@@ -22,6 +22,7 @@ from .latent_layout import LatentLayout
 from .latent_report import LatentReport, Thresholds, report
 from .latent_sums import LatentSums
 from .observation_subset import ObservationSubset
+from .prior_units import prior_units
 
 _MOST_DIMENSIONS = 1024  # that the mutual information is estimated from
 _MOST_CLASSES = 2**14  # of all groups together
@@ -37,7 +38,7 @@ class _Rows(NamedTuple):
         index: Of shape ``(N,)``.
         mean: Means; of categories their probabilities. Of shape ``(N, columns)`` like the next three and the last.
         scale: Standard deviations, if known.
-        loc: Means of a Gaussian prior; ``None`` for N(0, I).
+        loc: Means of the prior; ``None`` for N(0, I), and where they are not known.
         unit: Its standard deviations.
         rates: Rates in parts; ``None`` if they are those of Gaussians, in closed form.
         mask: Which positions count; ``None`` for all.
@@ -62,9 +63,10 @@ class LatentMonitor(WrapperMetric):
     :meth:`update` with each batch's posterior, :meth:`compute` at the end of a pass, and :meth:`reset` before the next.
     Under torch.distributed all processes are merged exactly; call both on all of them.
 
-    Where the prior is Gaussian, posteriors are measured in its units: a dimension is active by the variance of
-    ``(mean - prior mean) / prior scale``. That is the usual definition for N(0, I), and for a prior p(z|c) it leaves
-    out what the condition alone explains. The shift and scale are those of the latents as they are.
+    Posteriors are measured in units of the prior, also of a joint one such as a mixture: a dimension is active by the
+    variance of ``(mean - prior mean) / prior scale``, from the prior's mean and standard deviation in this dimension.
+    That is the usual definition for N(0, I), and for a prior p(z|c) it leaves out what the condition alone explains.
+    The shift and scale are those of the latents as they are.
 
     Args:
         observations: Number of observations that the mutual information is estimated from: a fixed random subset, by
@@ -423,7 +425,7 @@ class _Group(NamedTuple):
     kind: int
     mean: Tensor  # (N, ...); of categories the probabilities
     scale: Tensor | None  # of a Gaussian
-    prior: Normal | None  # if it is another Gaussian than N(0, I)
+    prior: Normal | None  # with the prior's moments, which are the units of the latents; `None` for those of N(0, I)
     rates: Tensor | None  # `None`: in closed form from these
     is_estimate: bool
     mask: Tensor | None
@@ -449,7 +451,7 @@ class _Group(NamedTuple):
             unit = None if is_standard else _expanded(prior, posterior)
             return cls(kind, mean, scale, unit, None, False, positions, 1)
         rates, is_estimate = (torch.full_like(mean, -math.inf), False) if prior is None else latent.rates()
-        return cls(kind, mean, scale, None, rates, is_estimate, positions, 1)
+        return cls(kind, mean, scale, prior_units(prior, mean), rates, is_estimate, positions, 1)
 
     @property
     def parts(self) -> int:
@@ -494,12 +496,15 @@ def _joined(waiting: Sequence[_Rows]) -> _Rows:
 def _measured(rows: _Rows) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None, Tensor]:
     """Return means and variances in units of the prior, as they are if that is something else, and rates; float64."""
     mean = exact(rows.mean)
+    loc, unit = (None if each is None else exact(each) for each in (rows.loc, rows.unit))
     if rows.scale is None:
         assert rows.rates is not None
         # NaN in the place of what is not known would hide a scale that is negative.
-        return mean, torch.full_like(mean, -math.inf), None, exact(rows.rates)
+        unknown, rates = torch.full_like(mean, -math.inf), exact(rows.rates)
+        if loc is None or unit is None:
+            return mean, unknown, None, rates
+        return (mean - loc) / unit, unknown, (mean, unknown), rates
     scale = exact(rows.scale)
-    loc, unit = (None if each is None else exact(each) for each in (rows.loc, rows.unit))
     prior = Normal(0.0, 1.0) if loc is None or unit is None else Normal(loc, unit, False)
     rates = exact(rows.rates) if rows.rates is not None else kl_per_dimension(Normal(mean, scale, False), prior)
     if loc is None or unit is None:

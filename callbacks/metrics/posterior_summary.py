@@ -14,6 +14,7 @@ from torch.distributions import Distribution, Normal
 from ..reading.kl_rates import rate_parts
 from ..reading.padding import mask_like
 from .active_units import is_active
+from .prior_units import prior_units
 
 _COLUMNS = ("mean", "scale", "rates", "standard", "standard_scale")
 _MOST_DIMENSIONS = 256  # that a picture chooses from: all, or a fixed random choice
@@ -28,7 +29,7 @@ class PosteriorSummary:
         mean: Posterior means.
         scale: Standard deviations; ``None`` if the posterior is not Gaussian.
         rates: KL divergences from the prior; ``None`` if they are not known for each dimension.
-        standard: Means in units of a Gaussian prior; the means for another one.
+        standard: Means in units of the prior, which are its moments in each dimension; the means if it has none.
         standard_scale: Standard deviations in the same units.
         numbers: The dimensions' numbers in the model, if these are not all.
 
@@ -58,9 +59,9 @@ class PosteriorSummary:
             return cls(_by_row(posterior))
         mean, scale = _by_row(posterior.mean), _by_row(posterior.stddev) if isinstance(posterior, Normal) else None
         standard, standard_scale = mean, scale
-        if isinstance(posterior, Normal) and isinstance(prior, Normal) and scale is not None:
-            centre, unit = (_by_row(each.expand(posterior.batch_shape)) for each in (prior.loc, prior.scale))
-            standard, standard_scale = (mean - centre) / unit, scale / unit
+        if (units := prior_units(prior, posterior.mean)) is not None:
+            centre, unit = _by_row(units.loc), _by_row(units.scale)
+            standard, standard_scale = (mean - centre) / unit, None if scale is None else scale / unit
         summary = cls(mean, scale, _rates(posterior, prior, z), standard, standard_scale)
         if mask is None:
             return summary
@@ -97,7 +98,7 @@ class PosteriorSummary:
 
     @property
     def in_units_of_prior(self) -> tuple[Tensor, Tensor | None]:
-        """Means and standard deviations relative to a Gaussian prior; unchanged for another one."""
+        """Means and standard deviations in units of the prior; unchanged if it has none."""
         return (self.mean, self.scale) if self.standard is None else (self.standard, self.standard_scale)
 
     @property

@@ -248,13 +248,18 @@ def _mismatched(measured: _Measured) -> list[str]:
 
 
 def _all_well(measured: _Measured) -> tuple[str, ...]:
-    width = f"posterior width: {measured.latents.posterior_width:.2g} of the prior's on active dimensions"
-    if measured.relative_beta > 0:
-        width += f", optimal at a beta of {measured.relative_beta:.3g}{_corrected(measured)}"
+    widths = [] if math.isnan(measured.latents.posterior_width) else [_width_of(measured)]
     is_unknown = math.isnan(measured.latents.marginal_kl_lower)
     space = f"latent space: {measured.active}" if is_unknown else f"{_apart(measured)}; {measured.active}"
     generation = [] if math.isnan(measured.generation.sample_distance) else [_samples(measured)]
-    return (width, space, *generation, _gap(measured))
+    return (*widths, space, *generation, _gap(measured))
+
+
+def _width_of(measured: _Measured) -> str:
+    width = f"posterior width: {measured.latents.posterior_width:.2g} of the prior's on active dimensions"
+    if measured.relative_beta > 0:
+        width += f", optimal at a beta of {measured.relative_beta:.3g}{_corrected(measured)}"
+    return width
 
 
 def _corrected(measured: _Measured) -> str:

@@ -132,8 +132,3 @@ def decoded_means(vae: VAE, z: Tensor, condition: Tensor | None = None) -> list[
     size = decoded_at_once(vae)
     conditions = [None] * len(z) if condition is None else condition.split(size)
     return [decode(vae, *pair).mean.flatten(1) for pair in zip(z.split(size), conditions, strict=False)]
-
-
-def prior_units(prior: td.Distribution) -> tuple[Tensor | float, Tensor | float]:
-    """Return the mean and the scale of a diagonal Gaussian prior, in which latents are measured; else 0 and 1."""
-    return (prior.loc, prior.scale) if isinstance(prior, td.Normal) else (0.0, 1.0)

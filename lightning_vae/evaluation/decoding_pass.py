@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch import distributions as td
 
+from ..callbacks.metrics.prior_units import prior_units
 from ..callbacks.metrics.running_moments import RunningMoments
 from ..distributed import sum_over_processes
 from ..estimators.importance import ImportanceWeightedLikelihood
 from ..noise import sample_by_index
 from ..vae import VAE
-from .chunks import Target, batches, importance_draws, in_parts, log_likelihood, prior_units
+from .chunks import Target, batches, importance_draws, in_parts, log_likelihood
 from .encoding_pass import Encoded
 from .record import LikelihoodEstimate, Terms
 
@@ -41,14 +42,15 @@ def decode_all(vae: VAE, loader: Iterable[Any], number: int, encoded: Encoded) -
     for observations in batches(vae, loader, number):
         target, index, posterior = Target.of(observations), observations.index, vae.encode(observations)
         prior = vae.prior_given(observations.condition)
-        loc, unit = prior_units(prior)
+        units = prior_units(prior, posterior.mean)
         log_weights, log_pruned, distortion = [], [], torch.zeros(len(index), dtype=torch.float64, device=device)
         for z, likelihoods, ratio in importance_draws(vae, observations, posterior, prior, number):
             distortion -= likelihoods.sum(dim=0)
             log_weights.append(likelihoods + ratio.sum(dim=2))
             if prunes:
                 # The same noise, but around the mean over the data: it carries no information about this x.
-                blind = loc + unit * (mean + scale * (z - posterior.mean) / posterior.stddev)
+                blind = mean + scale * (z - posterior.mean) / posterior.stddev
+                blind = blind if units is None else units.loc + units.scale * blind
                 without = log_likelihood(vae, target, torch.where(active, z, blind))
                 log_pruned.append(without + (ratio * active).sum(dim=2))
         likelihood.update(torch.cat(log_weights))

@@ -16,6 +16,7 @@ from torch import distributions as td
 from ..callbacks.metrics.active_units import is_active
 from ..callbacks.metrics.aggregate_posterior import AggregateMoments, AggregatePosterior
 from ..callbacks.metrics.observation_subset import ObservationSubset
+from ..callbacks.metrics.prior_units import prior_units
 from ..callbacks.metrics.running_moments import RunningMoments
 from ..distributed import sum_over_processes
 from ..estimators.mixture import MixtureEstimates, mixture_estimates
@@ -24,7 +25,7 @@ from ..noise import sample_by_index
 from ..objective import rate_parts
 from ..observations import Observations
 from ..vae import VAE
-from .chunks import batches, prior_units
+from .chunks import batches
 from .record import LEAST_COMPARED, Labels, Latents
 
 
@@ -80,7 +81,7 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     rates_and_widths = RunningMoments(parts + k).to(device)
     posteriors = ObservationSubset(2 * k + 2 + columns, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size + columns, samples).to(device)
-    is_gaussian, is_standard, warned = True, True, False
+    is_gaussian, is_standard, has_units, warned = True, True, True, False
     first, varies = None, torch.zeros((), dtype=torch.float64, device=device)
     for part in batches(vae, loader):
         index, posterior, prior = part.index, vae.encode(part), vae.prior_given(part.condition)
@@ -97,16 +98,17 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
         z = sample_by_index(posterior, index)
         conditions = [] if part.condition is None else [part.condition]
         row = [index[:, None].double(), mean, z.flatten(1), x.flatten(1), *conditions]
-        loc, unit = prior_units(prior)  # of categories, none
-        mean, variance = (mean - loc) / unit, variance / unit**2
+        if (units := prior_units(prior, mean)) is not None:
+            mean, variance = (mean - units.loc) / units.scale, variance / units.scale.square()
+        has_units = has_units and units is not None
         aggregate.update(mean, variance)
         rates = rate_parts(posterior, prior, z)
         rates_and_widths.update(torch.cat([rates.double(), variance.sqrt().double()], dim=1))
-        classes = _classes(part)
-        if classes is None and part.label is not None and not warned:
+        known = _classes(part)
+        if known is None and part.label is not None and not warned:
             rank_zero_warn(_no_classes(part.label))
             warned = True
-        labels = torch.full_like(index, -1) if classes is None else classes
+        labels = torch.full_like(index, -1) if known is None else known
         rate = rates.sum(dim=1, keepdim=True).double()
         summary = [mean, variance, rate, labels[:, None].double(), *conditions]
         posteriors.update(torch.cat(summary, dim=1), index)
@@ -126,7 +128,8 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     mixture = None
     if is_gaussian and len(mean) >= LEAST_COMPARED:
         mixture = mixture_estimates(mean, variance, rates=own_rates)
-    latents = _latents(moments, rates, widths, mixture, count, None if vae.head is None else vae.head.classes)
+    classes = None if vae.head is None else vae.head.classes
+    latents = _latents(moments, rates, widths if has_units else None, mixture, count, classes)
     index, *rows, condition = data.compute().split([1, k, k, size, columns], dim=1)
     means, z, x = (each.to(vae.working_dtype) for each in rows)
     kept = Kept(index[:, 0].long(), means, z, x, condition if columns else None)
@@ -166,7 +169,7 @@ def _no_classes(label: Any) -> str:
 def _latents(
     moments: AggregateMoments,
     rates: Tensor,
-    widths: Tensor,
+    widths: Tensor | None,
     mixture: MixtureEstimates | None,
     count: int,
     classes: int | None,
@@ -174,9 +177,9 @@ def _latents(
     """Describe the latent space.
 
     Args:
-        moments: Moments of the aggregate posterior.
+        moments: Moments of the aggregate posterior, in units of the prior.
         rates: Mean of each part of the rate.
-        widths: Mean standard deviation of each dimension's posterior.
+        widths: Mean standard deviation of each dimension's posterior, in units of the prior; ``None`` if it has none.
         mixture: Estimates from some posteriors; ``None`` if they are no diagonal Gaussians, or too few.
         count: Number of observations.
         classes: Number of classes of each group of categories; ``None`` for continuous latents.
@@ -195,9 +198,9 @@ def _latents(
         marginal_kl=float(mixture.marginal_kl) if mixture else nan,
         marginal_kl_lower=float(mixture.rate - mixture.upper) if mixture else nan,
         total_correlation=float(mixture.total_correlation) if mixture else nan,
-        posterior_width=float((widths[active] if active.any() else widths).mean()),
-        aggregate_mean_square=float(moments.mean.square().mean()),
-        aggregate_variance_mean=float(moments.covariance.diagonal().mean()),
+        posterior_width=nan if widths is None else float((widths[active] if active.any() else widths).mean()),
+        aggregate_mean_square=nan if widths is None else float(moments.mean.square().mean()),
+        aggregate_variance_mean=nan if widths is None else float(moments.covariance.diagonal().mean()),
         rate_per_dimension=tuple(rates.tolist()),
         variance_per_dimension=tuple(variance.tolist()) if count > 1 else (nan,) * len(variance),
     )
@@ -205,8 +208,8 @@ def _latents(
 
 def _labels(means: Tensor, labels: Tensor, condition: Tensor | None) -> Labels:
     """Predict the labels, unless some are missing (-1), all are the same, or there are too few; and the condition."""
-    known = condition is not None and len(means) >= LEAST_COMPARED
-    of_condition = linear_probe_r2(means, condition) if known else math.nan  # type: ignore[arg-type]
+    is_known = condition is not None and len(means) >= LEAST_COMPARED
+    of_condition = linear_probe_r2(means, condition) if is_known else math.nan  # type: ignore[arg-type]
     if len(labels) < LEAST_COMPARED or bool((labels < 0).any()) or bool((labels == labels[0]).all()):
         return Labels(math.nan, math.nan, of_condition)
     return Labels(knn_accuracy(means, labels), linear_probe_accuracy(means, labels), of_condition)

@@ -79,9 +79,10 @@ class Latents:
         marginal_kl_lower: A lower bound on it: the rate minus the upper bound of the mutual information.
         total_correlation: Total correlation of the aggregate posterior; that of a Gaussian with its moments if
             saturated.
-        posterior_width: Mean standard deviation of the active dimensions' posteriors (of all if none is active); the
-            prior's is 1.
-        aggregate_mean_square: Squared mean of the aggregate posterior, averaged over the dimensions; the prior's is 0.
+        posterior_width: Mean standard deviation of the active dimensions' posteriors (of all if none is active), in
+            units of the prior's. This and the next two are NaN for categories and for a prior without known moments.
+        aggregate_mean_square: Squared mean of the aggregate posterior in the same units, averaged over the dimensions;
+            the prior's is 0.
         aggregate_variance_mean: Its variance, averaged over the dimensions; the prior's is 1.
         rate_per_dimension: Rate of each dimension, of length k; of each group of categories; or of length 1, the whole,
             if the prior or the posterior is joint.

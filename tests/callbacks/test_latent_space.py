@@ -6,10 +6,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
-from torch.distributions import Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 from torch.utils.data import DataLoader
 
-from lightning_vae.callbacks import LatentSpace
+from lightning_vae.callbacks import LatentSpace, latent_space
 from lightning_vae.callbacks.drawing.media_logger import MediaLogger
 from lightning_vae.callbacks.latent_space import _names, _planes
 from tests.doubles import quiet_trainer
@@ -45,6 +45,30 @@ def run(root, callback, model):
 
 def test_it_draws_a_foreign_posterior(tmp_path):
     assert set(run(tmp_path, LatentSpace("enc", chunk=1), Foreign())) == {"latent/against_prior", "latent/by_label"}
+
+
+class WithMixture(Foreign):
+    """One whose prior has two far components, both narrow."""
+
+    def __init__(self):
+        super().__init__()
+        parts = Independent(Normal(torch.tensor([[-8.0] * 3, [8.0] * 3]), torch.full((2, 3), 0.8)), 1)
+        self.prior = MixtureSameFamily(Categorical(torch.ones(2)), parts)
+
+
+def test_posteriors_are_drawn_against_the_density_of_a_mixture_in_its_units(tmp_path, monkeypatch):
+    drawn = []
+    draw = latent_space.density_panels
+    monkeypatch.setattr(latent_space, "density_panels", lambda *args: drawn.append((args[0], args[3])) or draw(*args))
+    model = WithMixture()
+    run(tmp_path, LatentSpace("enc", chunk=1, times=1), model)
+    mean, prior = drawn[-1]
+    assert mean.abs().max() < 1  # of the prior's standard deviation, 8.04
+    assert 20 * prior[40].max() < prior[30].min()  # nothing at 0, and a component at -1
+    model.prior = Normal(0.0, 1.0)
+    drawn.clear()
+    run(tmp_path / "standard", LatentSpace("enc", chunk=1, times=1), model)
+    torch.testing.assert_close(drawn[-1][1][40], torch.full_like(drawn[-1][1][40], 0.39894))
 
 
 def test_a_wrong_path_is_an_error_before_the_first_step(tmp_path):

@@ -1,7 +1,9 @@
 """Every number of an evaluation against its exact value on the linear VAE, and what does not change it."""
 
+import copy
 import json
 import math
+import re
 from functools import partial
 from pathlib import Path
 
@@ -321,6 +323,30 @@ def test_a_joint_rate_gets_the_verdict_of_the_same_model_with_parts(x):
     assert symptom.startswith("latent space: 0 of 4 dimensions are active, with a rate of ")
 
 
+@pytest.mark.filterwarnings("ignore:CollapseDetector")
+@pytest.mark.parametrize("components", [1, 5])
+def test_the_scale_of_a_joint_prior_changes_no_number(tmp_path, x, components):
+    torch.manual_seed(0)
+    vae = optimal_linear_vae(x, 4, VARIANCE, prior=partial(MixturePrior, components=components))
+    small, scale = copy.deepcopy(vae), 0.03
+    with torch.no_grad():  # the same model, with other units of z
+        small.encoder.mean.weight.mul_(scale)
+        small.encoder.log_variance.add_(2 * math.log(scale))
+        small.decoder.map.weight.div_(scale)
+        small.prior_module.loc.mul_(scale)
+        small.prior_module.log_scale.add_(math.log(scale))
+    one, two = (evaluate(model, loader(x), importance_samples=1) for model in (vae, small))
+    assert two.active_units == 4
+    assert two.scalars() == pytest.approx(one.scalars(), rel=1e-6, abs=1e-9, nan_ok=True)
+    assert two.variance_per_dimension == pytest.approx(one.variance_per_dimension)
+    if components == 1:  # the prior is N(0, I)
+        assert one.latents.aggregate_variance_mean == pytest.approx(1, abs=1e-6)
+    trainer = quiet_trainer(tmp_path, callbacks=[CollapseDetector()])
+    trainer.validate(small, loader(x), verbose=False)
+    assert trainer.callback_metrics["latent/active_units"] == 4
+    assert trainer.callback_metrics["latent/marginal_kl"] == pytest.approx(two.latents.marginal_kl, rel=1e-4)
+
+
 def test_of_categories_groups_are_active():
     vae = small_vae(posterior=partial(CategoricalGroups, classes=4), latent_dim=12)
     with torch.no_grad():
@@ -334,6 +360,8 @@ def test_of_categories_groups_are_active():
     assert result.active_units == 2
     assert result.latents.active_rate == pytest.approx(sum(result.rate_per_dimension[1:]))
     assert "active units              2 of 3" in result.table()
+    assert not {"aggregate variance", "posterior width", "nan"} & {*re.split("  +|\n", result.table())}
+    assert all("posterior width" not in symptom for symptom in result.symptoms)
 
 
 def test_one_latent_dimension_and_few_observations():

@@ -1,7 +1,13 @@
 import pytest
 import torch
 
-from lightning_vae.callbacks.drawing.panels import _label_colours, curve_panels, density_panels, scatter_panels
+from lightning_vae.callbacks.drawing.panels import (
+    DENSITY_GRID,
+    _label_colours,
+    curve_panels,
+    density_panels,
+    scatter_panels,
+)
 from tests.callbacks.drawing.pixels import coloured
 
 
@@ -29,6 +35,16 @@ def test_the_aggregate_posterior_is_the_mean_of_the_posteriors():
     same = density_panels(torch.zeros(50, 1), torch.ones(50, 1), ["z0"])  # equal to the prior, which is drawn over it
     other = density_panels(torch.full((50, 1), 2.0), torch.full((50, 1), 0.5), ["z0"])
     assert coloured(other[:, 20:], blue, 40).sum() > 5 * coloured(same[:, 20:], blue, 40).sum()
+
+
+def test_the_priors_curve_is_the_given_density():
+    dark = (40, 40, 40)
+    spike = 0.4 * torch.exp(-0.5 * ((DENSITY_GRID + 2) / 0.5) ** 2)[:, None]
+    standard, own = (density_panels(torch.full((9, 1), 9.0), None, ["z0"], prior) for prior in (None, spike))
+    below = slice(40, 90)  # within the panel, above its foot
+    where = [coloured(each[:, below], dark, 60).nonzero()[:, 1].float() for each in (standard, own)]
+    assert where[0].mean() == pytest.approx(5 + 102 * 0.5, abs=3)
+    assert where[1].mean() == pytest.approx(5 + 102 * 0.25, abs=3)
 
 
 def test_dots_have_their_labels_colours_and_places():
