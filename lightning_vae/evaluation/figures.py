@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -12,7 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..checks import check_number, integer_from
+from ..observations import Observations
 from ..vae import VAE
+from .chunks import decode
+from .generation import prior_sample
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,6 +40,7 @@ COLOURS = (
 )
 _COLUMNS = 4
 _IMAGES = 8
+_AT_ONCE = 500  # observations that are encoded at once
 _NAME_WIDTH = 36  # letters above a panel
 _LEGEND_WIDTH = 84  # letters under a rate-distortion figure
 _BOUND = "Shannon's bound for these Gaussian data"
@@ -52,7 +57,8 @@ def compare_latents(
 
     Two-dimensional spaces are shown directly, larger ones by their first two principal components or by t-SNE, and
     one-dimensional ones against the observations' labels. Points are posterior means, coloured by label if the batches
-    have labels. Spaces shown directly or by principal components share one scale.
+    have labels. Spaces shown directly or by principal components share one scale. A conditional model's samples are
+    drawn under the conditions of the first observations.
 
     Args:
         models: The models by name, or without names. They must accept the same data.
@@ -87,10 +93,10 @@ def compare_latents(
         raise ValueError(f"`projection` must be 'pca' or 'tsne', got {projection!r}.")
     check_number("observations", observations, "at least 2", integer_from(2))
     check_number("seed", seed, "an integer", integer_from())
-    x, index, labels = _first(loader, observations, named)
-    views = [_view(model, x, index, projection, seed) for model in named.values()]
+    seen, labels = _first(loader, observations, named)
+    views = [_view(torch.cat(each.means), projection, seed) for each in seen]
     kinds = [] if labels is None else labels.unique().tolist()
-    pictured = _are_images(x)
+    pictured = _are_images(seen[0].pairs[0][0])
     captions = _captions(list(named))
     reach = max((float(view.points.abs().max()) for view in views if view.shares_scale), default=1.0)
 
@@ -100,18 +106,18 @@ def compare_latents(
     height = 4.6 + 0.17 * len(room)
     figure = Figure(figsize=(3.4 * columns, height * rows + 0.3), layout="constrained")
     grids = figure.subfigures(rows, columns, squeeze=False, wspace=0.03, hspace=0.04)
-    for panel, caption, model, view in zip(grids.flat, captions, named.values(), views, strict=False):
+    for panel, caption, model, of_model, view in zip(grids.flat, captions, named.values(), seen, views, strict=False):
         points, reconstructed, sampled = panel.subplots(3, 1, height_ratios=(6, 1.9, 1.9))
         if not pictured:
             sampled.sharey(reconstructed)  # show samples on the scale of the data
         panel.suptitle(caption, y=0.99, fontsize=10, in_layout=False)
         points.set_title(room, fontsize=10, pad=12)  # a placeholder of fixed height, whatever its letters
         _scatter(points, view, labels, 1.06 * max(reach, 1.0))
-        original, reconstruction = x[:_IMAGES], _in_chunks(model, x[:_IMAGES], index[:_IMAGES], "reconstruct")
+        original, reconstruction = (torch.cat(each) for each in zip(*of_model.pairs, strict=True))
         _show(reconstructed, model.levels, original, reconstruction)
         reconstructed.set_title("data and, below, reconstructions" if pictured else "data, reconstructions (dashed)",
                                 fontsize=8, color="0.3", pad=4)  # fmt: skip
-        _show(sampled, model.levels, *_samples(model, 2 * _IMAGES if pictured else _IMAGES, seed))
+        _show(sampled, model.levels, *_samples(model, 2 * _IMAGES if pictured else _IMAGES, seed, of_model.conditions))
         sampled.set_title("samples from the prior", fontsize=8, color="0.3", pad=4)
     if 1 < len(kinds) <= len(COLOURS):
         _explain(figure, kinds)
@@ -213,31 +219,61 @@ class _View(NamedTuple):
     shares_scale: bool
 
 
-def _first(loader: Iterable[Any], most: int, models: Mapping[str, VAE]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Read the first observations, their indices, and their labels if there are any."""
-    parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+@dataclass
+class _Seen:
+    """What a model makes of the first observations, on the CPU.
+
+    Attributes:
+        means: Posterior means, shape ``(n, k)``.
+        pairs: The first of the data, NaN where numbers are missing, and their reconstructions.
+        conditions: Conditions of the observations, shape ``(n, columns)``; empty for a model without.
+    """
+
+    means: list[Tensor] = field(default_factory=list)
+    pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    conditions: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def add(self, model: VAE, observations: Observations) -> None:
+        """Encode observations, and reconstruct the first, as at evaluation."""
+        training = model.training
+        model.eval()
+        shown = sum(len(x) for x, _ in self.pairs)
+        if (first := observations[: max(_IMAGES - shown, 0)]).x.numel():
+            x = first.x if first.mask is None else first.x.float().masked_fill(~first.mask, math.nan)
+            self.pairs.append((x.cpu(), model.reconstruct(first).float().cpu()))
+        for part in observations.split(_AT_ONCE):
+            self.means.append(model.encode(part).mean.flatten(1).double().cpu())
+            if part.condition is not None:
+                self.conditions.append(part.condition.cpu())
+        model.train(training)
+
+
+def _first(loader: Iterable[Any], most: int, models: Mapping[str, VAE]) -> tuple[list[_Seen], Tensor | None]:
+    """Read the first observations: what each model makes of them, and their labels if there are any."""
+    seen = {name: _Seen() for name in models}
+    labels: list[Tensor | None] = []
     count = 0
     for batch in loader:
         for name, model in models.items():
             try:
-                observations = model.observe(batch, first=count)
+                observations = model.observe(batch, first=count)[: most - count]
             except ValueError as error:
                 raise ValueError(f"`models`: {name.splitlines()[0]!r} does not accept these data. {error}") from None
+            seen[name].add(model, observations)
         label = observations.label
         is_number = isinstance(label, Tensor) and label.shape == (len(observations),)
-        parts.append((observations.x.cpu(), observations.index.cpu(), label.cpu() if is_number else None))
+        labels.append(label.cpu() if is_number else None)
         count += len(observations)
         if count >= most:
             break
     if count < 2:
         raise ValueError(f"`loader` must hold at least 2 observations, got {count}.")
-    xs, indices, labels = zip(*parts, strict=True)
-    known = None if any(label is None for label in labels) else torch.cat(labels)[:most]
-    return torch.cat(xs)[:most], torch.cat(indices)[:most], known
+    known = [label for label in labels if label is not None]
+    return list(seen.values()), torch.cat(known) if len(known) == len(labels) else None
 
 
-def _view(model: VAE, x: Tensor, index: Tensor, projection: Projection, seed: int) -> _View:
-    means = _in_chunks(model, x, index, "encode").double()
+def _view(means: Tensor, projection: Projection, seed: int) -> _View:
     if means.shape[1] <= 2:
         return _View(means, ("z0", "z1"), True)
     if projection == "pca" or len(means) < 3:
@@ -253,25 +289,15 @@ def _view(model: VAE, x: Tensor, index: Tensor, projection: Projection, seed: in
 
 
 @torch.no_grad()
-def _in_chunks(model: VAE, x: Tensor, index: Tensor, what: Literal["encode", "reconstruct"]) -> Tensor:
-    """Encode or reconstruct as at evaluation, on the model's device, and copy the result to the CPU."""
-    training, results = model.training, []
-    model.eval()
-    for start in range(0, len(x), 500):
-        part = slice(start, start + 500)
-        observations = model.observe({"x": x[part], "index": index[part]}, first=start)
-        result = model.encode(observations).mean if what == "encode" else model.reconstruct(observations)
-        results.append(result.float().cpu())
-    model.train(training)
-    return torch.cat(results)
-
-
-@torch.no_grad()
-def _samples(model: VAE, number: int, seed: int) -> list[Tensor]:
+def _samples(model: VAE, number: int, seed: int, conditions: list[Tensor]) -> list[Tensor]:
+    """Decode samples of the prior; in a conditional model under the conditions of the first observations."""
     training = model.training
     model.eval()
-    z = torch.randn(number, model.latent_dim, generator=torch.Generator().manual_seed(seed))
-    samples = model.to_data_scale(model.decode(z.to(model.device)).mean).float().cpu()
+    places = torch.arange(number, device=model.device)
+    known = torch.cat(conditions).to(model.device) if conditions else None
+    condition = None if known is None else known[places % len(known)]
+    z = prior_sample(model, places, condition, seed)
+    samples = model.to_data_scale(decode(model, z, condition).mean).float().cpu()
     model.train(training)
     return list(samples.split(_IMAGES))
 
@@ -327,7 +353,7 @@ def _show(axes: Axes, levels: int | None, *rows: Tensor) -> None:
     if _are_images(rows[0]):
         top = 1.0 if levels is None else levels - 1.0
         gap = max(1, rows[0].shape[-1] // 16)
-        framed = [pad((row.float() / top).clamp(0, 1), (0, gap, 0, gap), value=1.0) for row in rows]
+        framed = [pad((row.float().nan_to_num(nan=0.0) / top).clamp(0, 1), (0, gap, 0, gap), value=1.0) for row in rows]
         tiles = torch.cat([torch.cat(list(row), dim=-1) for row in framed], dim=-2)[:, :-gap, :-gap]
         picture = tiles.permute(1, 2, 0).squeeze(-1).numpy()
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")

@@ -1,12 +1,13 @@
 """The figures that compare models."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from matplotlib.colors import to_hex
 
-from lightning_vae import VAE
+from lightning_vae import VAE, CategoricalGroups, Columns, Condition, ConditionalNormal, LearnedNormal
 from lightning_vae.evaluation.figures import CurvePoint, compare_latents, rate_distortion
 
 
@@ -44,6 +45,61 @@ def test_two_dimensions_are_shown_as_they_are_and_more_by_their_principal_compon
     centred = means(space, loader) - means(space, loader).mean(dim=0)
     variances = torch.linalg.eigvalsh(centred.T @ centred / 40).flip(0)[:2]
     torch.testing.assert_close(five.square().mean(dim=0), variances)
+
+
+def drawn_samples(model, seen, loader):
+    """The latents that `compare_latents` decodes beside those of its reconstructions."""
+    decoded, decode = [], model.decode
+    model.decode = lambda z, *condition: decoded.append((z, *condition)) or decode(z, *condition)
+    figure = compare_latents([model], loader, observations=seen)
+    del model.decode
+    return figure, decoded[-1]
+
+
+def test_samples_come_from_the_models_own_prior():
+    torch.manual_seed(0)
+    model = VAE(shape=(6,), latent_dim=2, prior=LearnedNormal)
+    with torch.no_grad():
+        model.prior_module.loc.fill_(50.0)
+    z = drawn_samples(model, 40, batches())[1][0]
+    assert z.mean() == pytest.approx(50, abs=1)
+
+
+def test_a_conditional_models_latents_are_those_of_its_conditions():
+    torch.manual_seed(0)
+    model = VAE(shape=(6,), latent_dim=2, condition=partial(Condition, classes=4), prior=ConditionalNormal)
+    figure, (_, condition) = drawn_samples(model, 40, batches())
+    assert condition.flatten().tolist() == [0, 1, 2, 3] * 2
+    with torch.no_grad():
+        means = torch.cat([model.encode(model.observe(batch)).mean for batch in batches()]).double()
+    order = torch.arange(40).reshape(-1, 4).T.flatten()
+    torch.testing.assert_close(drawn(figure)[0], means[order])
+
+
+def test_missing_numbers_stay_missing():
+    torch.manual_seed(0)
+    model = VAE(shape=(2,), latent_dim=2, kinds=["numeric", "numeric"], likelihood=Columns)
+    model.likelihood.set_scale([4000.0, 200.0], [800.0, 14.0])
+    x = torch.tensor([4000.0, 200.0]) + torch.randn(40, 2) * torch.tensor([800.0, 14.0])
+    whole = {"x": x, "mask": torch.rand(40, 2) > 0.4, "index": torch.arange(40)}
+    loader = [{name: part[start : start + 3] for name, part in whole.items()} for start in range(0, 40, 3)]
+    figure = compare_latents([model], loader, observations=20)
+    with torch.no_grad():
+        means = model.encode(model.observe(whole)).mean[:20].double()
+    torch.testing.assert_close(drawn(figure)[0], means, rtol=1e-5, atol=1e-5)
+    lines = [line.get_ydata() for line in figure.subfigs[0].axes[1].lines[:4]]
+    assert [bool(math.isnan(y)) for line in lines for y in line] == (~whole["mask"][:4]).flatten().tolist()
+
+
+def test_groups_of_categories_are_drawn_as_columns():
+    torch.manual_seed(0)
+    model = VAE(shape=(6,), latent_dim=8, posterior=partial(CategoricalGroups, classes=4))
+    loader = batches()
+    with torch.no_grad():
+        means = torch.cat([model.encode(model.observe(batch)).mean for batch in loader]).flatten(1).double()
+    found = drawn(compare_latents([model], loader))[0]
+    variances = torch.linalg.eigvalsh((means - means.mean(0)).T @ (means - means.mean(0)) / 40).flip(0)[:2]
+    torch.testing.assert_close(found.square().mean(dim=0), variances)
 
 
 def test_spaces_share_a_scale_and_carry_their_names():
