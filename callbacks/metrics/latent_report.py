@@ -218,7 +218,7 @@ class _Information(NamedTuple):
         if classes > 1:
             estimate = float(categorical_mutual_information(columns.unflatten(1, (-1, classes))).mutual_information)
             rate = float(rates.mean()) if has_rate else None
-            return cls(estimate, None if rate is None else rate - estimate, rate, len(kept))
+            return cls(estimate, None if rate is None else max(rate - estimate, 0.0), rate, len(kept))
         mean, variance = columns.chunk(2, dim=1)
         sample = PosteriorSample.draw(mean, variance)
         nats, marginal_kl, _ = decompose_rate(

@@ -28,7 +28,7 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tens
     Both terms use the same sample, and the mixture includes the sample's own component. So the estimate is 0 if all
     posteriors are equal, is on average a lower bound on the true value, and is at most about :math:`\log M`. Above
     :math:`0.9 \log M`, read it as "at least". Part of the sampling noise is removed: see
-    :meth:`PosteriorSample.average`.
+    :meth:`PosteriorSample.average`. Where noise would make the estimate negative, it is 0.
 
     Both the detector's ``latent/mutual_information`` and the evaluation's ``mutual_information`` are this estimate.
 
@@ -122,9 +122,12 @@ class PosteriorSample(NamedTuple):
         return torch.cat(results) - math.log(max(count - leave_one_out, 1))
 
     def information(self, log_mixture: Tensor) -> Tensor:
-        r"""Average :math:`\log q(z_n|x_n) - \log q(z_n)`, with the log-density of the mixture, of shape ``(M,)``."""
+        r"""Average :math:`\log q(z_n|x_n) - \log q(z_n)`, with the log-density of the mixture, of shape ``(M,)``.
+
+        An information is never negative, so an average that is, by sampling noise, is returned as 0.
+        """
         self._check(log_mixture)
-        return self.average(self.log_own - log_mixture)
+        return self.average(self.log_own - log_mixture).clamp(min=0)
 
     def average(self, terms: Tensor) -> Tensor:
         r"""Average terms of the samples, with less noise than in their plain mean.

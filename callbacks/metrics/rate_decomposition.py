@@ -15,7 +15,6 @@ from .running_moments import check_posteriors
 
 _SATURATED = 0.9  # of log M
 _FOLDS = 10
-_TOLERANCE = 1e-4  # relative, and in nats: single precision
 
 
 class RateDecomposition(NamedTuple):
@@ -38,17 +37,21 @@ def decompose_rate(sample: PosteriorSample, log_mixture: Tensor, rates: Tensor |
 
     .. math:: E_x KL(q(z|x) \| p(z)) = I(x; z) + KL(q(z) \| p(z))
 
-    The marginal KL is the rate less the mutual information. If that is saturated, the difference is too large, and the
-    marginal KL is the lower bound from the moments of q(z), :func:`cross_fitted_marginal_kl`. The bound holds only for
-    the prior N(0, I); with any other prior the marginal KL stays the difference.
+    The marginal KL is the rate less the mutual information, and 0 where sampling noise makes that negative. If the
+    mutual information is saturated, the difference is too large, and the marginal KL is a lower bound from the moments
+    of q(z): the rate less an upper bound of the mutual information, which depends on no prior,
+
+    .. math:: I(x; z) \le E_x KL(q(z|x) \| N(0, I)) - \text{cross-fitted } KL(N(m, C) \| N(0, I))
+
+    Under N(0, I) it is :func:`cross_fitted_marginal_kl`.
 
     Both the detector's ``latent/marginal_kl`` and the evaluation's ``marginal_kl`` are this number.
 
     Args:
         sample: A sample of each posterior.
         log_mixture: Their :meth:`PosteriorSample.log_mixture`.
-        rates: KL divergence of each posterior from the model's prior, in nats, of shape ``(M,)``; NaN if it has no
-            closed form. ``None`` means the prior N(0, I), which is also recognised by its rates.
+        rates: KL divergence of each posterior from the model's prior, or its estimate, in nats, of shape ``(M,)``; NaN
+            if it is not known. ``None`` means the prior N(0, I).
 
     Raises:
         ValueError: If there is not one number for each sample.
@@ -62,11 +65,14 @@ def decompose_rate(sample: PosteriorSample, log_mixture: Tensor, rates: Tensor |
         )
     information = sample.information(log_mixture)
     saturated = is_saturated(float(information), len(sample.z))
-    if rates is None or torch.allclose(rates, sample.rates, rtol=_TOLERANCE, atol=_TOLERANCE):
-        if saturated:
-            return RateDecomposition(information, cross_fitted_marginal_kl(sample.mean, sample.variance), saturated)
-        rates = sample.rates
-    return RateDecomposition(information, rates.mean() - information, saturated)
+    at_most = information_bound(sample) if saturated else information
+    rate = (sample.rates if rates is None else rates).mean()
+    return RateDecomposition(information, (rate - at_most).clamp(min=0), saturated)
+
+
+def information_bound(sample: PosteriorSample) -> Tensor:
+    """Estimate an upper bound on the mutual information, in nats, from the moments of q(z) alone."""
+    return sample.rates.mean() - cross_fitted_marginal_kl(sample.mean, sample.variance)
 
 
 def is_saturated(information: float, observations: int) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..callbacks.metrics.aggregate_posterior import aggregate_moments
 from ..callbacks.metrics.mutual_information import SEED, PosteriorSample
-from ..callbacks.metrics.rate_decomposition import cross_fitted_marginal_kl, decompose_rate, is_saturated
+from ..callbacks.metrics.rate_decomposition import decompose_rate, information_bound, is_saturated
 from .closed_forms import gaussian_total_correlation
 
 _AT_ONCE = 2**20  # pairs of observations
@@ -23,10 +23,10 @@ class MixtureEstimates(NamedTuple):
         lower: Estimate of the mutual information of x and z that is a lower bound on average and at most log M.
         upper_leave_one_out: Upper bound on average, without the sample's own component in the mixture. Far too large
             if posteriors hardly overlap.
-        upper_moments: Upper bound: the rate minus a lower bound on the marginal KL from the moments of q(z). No cap.
+        upper_moments: Upper bound from the moments of q(z). No cap.
         rate: Mean KL of those posteriors to the prior.
-        marginal_kl: KL(q(z) || p(z)), the rate minus the lower estimate. If that is saturated, the lower bound from the
-            moments of q(z).
+        marginal_kl: KL(q(z) || p(z)), the rate minus the lower estimate. If that is saturated, a lower bound: the rate
+            minus ``upper_moments``.
         total_correlation: KL(q(z) || prod_j q(z_j)). If the mutual information is saturated, that of the Gaussian with
             the moments of q(z).
         observations: Number of posteriors M.
@@ -66,10 +66,11 @@ def mixture_estimates(
     .. math::
         I_{lower} &= \frac1M \sum_n \left[ \log q(z_n|x_n) - \log \frac1M \sum_m q(z_n|x_m) \right] \\
         I_{upper} &= \frac1M \sum_n \left[ \log q(z_n|x_n) - \log \frac1{M-1} \sum_{m \ne n} q(z_n|x_m) \right] \\
-        I_{moments} &= \text{rate} - \text{cross-fitted } KL(N(m, C) \| p) \\
+        I_{moments} &= E_x KL(q(z|x) \| N(0, I)) - \text{cross-fitted } KL(N(m, C) \| N(0, I)) \\
         TC &= \frac1M \sum_n \left[ \log \frac1M \sum_m q(z_n|x_m)
               - \sum_j \log \frac1M \sum_m q(z_{nj}|x_m) \right]
 
+    The information depends on no prior, so each bound holds under any. An estimate that noise would make negative is 0.
     Every term uses the same sample, so the lower bound is 0 if all posteriors are equal. It is
     :func:`~lightning_vae.callbacks.mutual_information`. That and the marginal KL are the numbers that
     ``CollapseDetector`` logs. A control variate removes part of the noise from every estimate.
@@ -78,9 +79,7 @@ def mixture_estimates(
         mean: Means of the posteriors, of shape ``(M, k)``, M at least 2.
         variance: Their variances, of shape ``(M, k)``.
         seed: Seed of the samples, which are drawn on the CPU.
-        rates: Rate of each posterior under a prior other than N(0, I), in nats, of shape ``(M,)``. The bounds from the
-            moments of q(z) hold for N(0, I) only. Without them the upper bound is that of the sample, and a saturated
-            marginal KL is the rate less the mutual information, which is too large.
+        rates: Rate of each posterior under a prior other than N(0, I), in nats, of shape ``(M,)``.
 
     Raises:
         ValueError: If there are fewer than two posteriors, the shapes differ, or a variance is not positive.
@@ -107,19 +106,14 @@ def mixture_estimates(
     log_mixture = sample.log_mixture()
     lower, marginal_kl, saturated = decompose_rate(sample, log_mixture, rates)
     rate = (sample.rates if rates is None else rates).mean()
-
-    if rates is not None:
-        by_moments = rate.new_zeros(())  # the marginal KL is at least 0
-    else:
-        by_moments = marginal_kl if saturated else cross_fitted_marginal_kl(mean, variance)
     if saturated:
         total_correlation = gaussian_total_correlation(aggregate_moments(mean, variance).covariance)
     else:
-        total_correlation = sample.average(log_mixture - _log_marginals(sample))
+        total_correlation = sample.average(log_mixture - _log_marginals(sample)).clamp(min=0)
     return MixtureEstimates(
         lower=lower,
         upper_leave_one_out=sample.information(sample.log_mixture(leave_one_out=True)),
-        upper_moments=rate - by_moments,
+        upper_moments=information_bound(sample),
         rate=rate,
         marginal_kl=marginal_kl,
         total_correlation=total_correlation,

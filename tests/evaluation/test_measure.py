@@ -35,6 +35,7 @@ from tests.processes import in_two_processes
 
 SPECTRUM = (5.0, 3.0, 1.5, 0.8, 0.3, 0.1)
 VARIANCE = 0.4
+ONE_GAUSSIAN = partial(MixturePrior, components=1)  # N(0, I), but joint
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,21 @@ def test_a_saturated_mutual_information_is_printed_as_at_least(x):
     assert result.latents.marginal_kl == pytest.approx(0, abs=0.05)
     assert "mutual information        >= log M = 7.62" in result.table()
     assert "marginal KL               >= " in result.table()
+
+
+@pytest.mark.parametrize("observations", [100, 2048])
+def test_a_joint_prior_changes_no_bound(x, observations):
+    # A posterior far from N(0, I), once by its own name and once as a mixture of one component.
+    models = [optimal_linear_vae(x, 4, 0.1, **prior) for prior in ({}, {"prior": ONE_GAUSSIAN})]
+    for vae in models:
+        with torch.no_grad():
+            vae.encoder.mean.bias.fill_(1.0)
+    one, two = (evaluate(vae, loader(x), importance_samples=1, observations=observations).latents for vae in models)
+    assert one.mutual_information_saturated == two.mutual_information_saturated == (observations == 100)
+    assert two.marginal_kl == pytest.approx(one.marginal_kl, abs=0.2)  # 2 nats: half the square of the shift in each
+    assert two.marginal_kl == pytest.approx(2.0, abs=0.5)
+    assert two.marginal_kl_lower == pytest.approx(one.marginal_kl_lower, abs=0.2)
+    assert two.mutual_information_upper == pytest.approx(one.mutual_information_upper, abs=1e-6)
 
 
 def test_inactive_units_are_removed_without_a_loss_and_others_move_the_likelihood(x):
@@ -301,9 +317,6 @@ def test_a_posterior_that_is_not_gaussian_leaves_out_what_needs_one():
     assert written["mutual_information"] is written["marginal_kl"] is written["implied_beta"] is None
     assert "mutual information" not in result.table()
     assert "nan" not in result.table()
-
-
-ONE_GAUSSIAN = partial(MixturePrior, components=1)  # N(0, I), but joint
 
 
 def test_a_joint_rate_gets_the_verdict_of_the_same_model_with_parts(x):
