@@ -42,4 +42,12 @@ def fit_density(vae: VAE, loader: Iterable[Any], components: int = 10) -> ExPost
             latents.update(sample_by_index(vae.encode(part), part.index).double(), part.index)
     finally:
         vae.train(training)
-    return ExPostDensity.fit(latents.compute(), components)
+    z = latents.compute()
+    if len(z) <= max(components, vae.latent_dim):
+        most = f"Set at most {len(z) - 1}" if len(z) > vae.latent_dim + 1 else "Give more training data"
+        raise ValueError(
+            "`components`, the number of Gaussians of `--evaluation.ex_post`, must be below the number of latents that "
+            f"they are fitted to, as must the number of dimensions, {vae.latent_dim}; got {components} for the "
+            f"{len(z)} latents of the training data. {most}, or leave the option out."
+        )
+    return ExPostDensity.fit(z, components)

@@ -19,6 +19,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from ..checks import check_number, integer_from
+from ..estimators.ex_post import ExPostDensity
 from ..vae import VAE
 from .chunks import decode
 from .ex_post_fit import fit_density
@@ -70,6 +71,7 @@ class EvaluationReport(Callback):
         self.samples = samples
         self.metrics = metrics
         self.ex_post = ex_post
+        self._density: ExPostDensity | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -85,6 +87,9 @@ class EvaluationReport(Callback):
         if len(loaders) > 1:
             rank_zero_warn(f"Only the first of {len(loaders)} test loaders is evaluated.")
         check_rereadable(loaders[0])
+        if self.ex_post is not None:  # before the test, as it may fail
+            assert isinstance(pl_module, VAE)
+            self._density = fit_density(pl_module, _training_data(trainer), self.ex_post)
         if not trainer.loggers or trainer.log_dir is None:
             rank_zero_warn("Without a logger the evaluation is only printed: there is no run folder to write it to.")
 
@@ -96,7 +101,7 @@ class EvaluationReport(Callback):
         limit = int(number) if number < (sized_len(loader) or math.inf) else None  # `limit_test_batches`
         if limit is not None or _has_transfer_hooks(trainer):
             loader = _AsTested(trainer, loader, limit)
-        density = None if self.ex_post is None else fit_density(pl_module, _training_data(trainer), self.ex_post)
+        density, self._density = self._density, None
         result = evaluate(
             pl_module, loader, self.importance_samples, self.observations, self.samples, self.metrics, density
         )
@@ -119,12 +124,14 @@ class EvaluationReport(Callback):
         target.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
             _write(picture, target / f"{name}.png")
+        others = [f"{name}.png" for name in pictures]
         if density is not None:
             torch.save(vars(density), target / "ex_post.pt")
+            others.append("ex_post.pt")
         whole = target / ".evaluation.json"  # a file under the final name is complete, and is written last
         whole.write_text(json.dumps(result.to_dict(), indent=2, allow_nan=False) + "\n")
         whole.replace(target / "evaluation.json")
-        print("Written:  " + ", ".join([f"{target}/evaluation.json", *(f"{name}.png" for name in pictures)]))
+        print("Written:  " + ", ".join([f"{target}/evaluation.json", *others]))
 
 
 def _training_data(trainer: Trainer) -> Iterable[Any]:
