@@ -248,6 +248,8 @@ class Evaluation:
         saturated = latents.mutual_information_saturated
         bounds = f"bounds {_number(latents.mutual_information)}, {_number(latents.mutual_information_upper)}"
         units, dimensions = latents.active_units, len(latents.variance_per_dimension)
+        is_compared = self.assessment.verdict is not None and not math.isnan(generation.shuffled_gap)
+        lacks_distances = is_compared and math.isnan(generation.sample_distance)
         cap = f">= log M = {math.log(max(latents.mutual_information_observations, 1)):.2f}"
         return {
             "likelihood, nats per observation": [
@@ -300,6 +302,11 @@ class Evaluation:
                     "interpolations",
                     _number(generation.interpolation_distance),
                     "distance to the data; reconstructions 1",
+                ),
+                (
+                    "distances of samples",
+                    "none" if lacks_distances else "-",
+                    "numbers are missing in the data, or fewer than 3 observations differ",
                 ),
             ],
             "labels, from posterior means": [

@@ -112,6 +112,17 @@ def test_the_table_leaves_out_what_is_unknown():
     assert "labels" not in RECORD.table()
 
 
+def test_the_table_gives_the_reason_for_missing_distances():
+    reason = "distances of samples      none                numbers are missing in the data, or fewer than 3"
+    nan = replace(RECORD.generation, sample_distance=math.nan, interpolation_distance=math.nan)
+    without = replace(RECORD, generation=nan)
+    assert reason in without.table()
+    assert "prior samples" not in without.table()
+    assert reason not in RECORD.table()
+    # Of too few observations the assessment has told.
+    assert reason not in replace(without, assessment=replace(RECORD.assessment, verdict=None)).table()
+
+
 def test_the_table_says_what_is_only_a_bound():
     saturated = replace(RECORD, latents=replace(RECORD.latents, mutual_information_saturated=True)).table()
     assert f"mutual information        >= log M = {math.log(300):.2f}" in saturated
