@@ -15,6 +15,7 @@ from ..callbacks.metrics.running_moments import RunningMoments
 from ..distributed import sum_over_processes
 from ..estimators.importance import ImportanceWeightedLikelihood
 from ..noise import sample_by_index
+from ..priors import Prior
 from ..vae import VAE
 from .chunks import Target, batches, importance_draws, in_parts, log_likelihood
 from .encoding_pass import Encoded
@@ -97,7 +98,8 @@ def _slopes(
 
     At an optimum of ``distortion + beta * rate`` in the posterior's width, the ratio of the two derivatives is
     ``-beta``. The rate's is in closed form for a Gaussian posterior and prior, ``sum_j (variance_j - 1)`` in units of
-    the prior, and NaN for others; the distortion's is a central difference with common noise.
+    the prior. For another prior, and for the distortion, it is a central difference with common noise. It is NaN for
+    other posteriors, and for a prior that the encoder makes, as a VampPrior, which would widen with the posteriors.
 
     Yields:
         For each observation: the derivatives of distortion and rate by log c at c = 1, in nats; the squared error; and
@@ -112,8 +114,15 @@ def _slopes(
         wider, narrower = log_likelihood(vae, target, z + step), log_likelihood(vae, target, z - step)
         yield (narrower - wider).mean(dim=0) / (2 * _WIDTH_STEP)
 
-    is_gaussian = isinstance(posterior, td.Normal) and isinstance(prior, td.Normal)
-    yield ((posterior.variance / prior.variance).double() - 1).sum(dim=1) if is_gaussian else unknown
+    uses_encoder = type(vae.prior_module).connect is not Prior.connect
+    if not isinstance(posterior, td.Normal) or uses_encoder:
+        yield unknown
+    elif isinstance(prior, td.Normal):
+        yield ((posterior.variance / prior.variance).double() - 1).sum(dim=1)
+    else:
+        narrower, wider = (prior.log_prob(each).double() for each in (z - step, z + step))
+        slope = (narrower - wider).flatten(1).view(*z.shape[:2], -1).sum(2).mean(dim=0) / (2 * _WIDTH_STEP)
+        yield slope - z[0, 0].numel()  # the entropy's part
 
     errors, claimed = zip(*(_error_and_variance(*pair) for pair in in_parts(vae, z, target)), strict=True)
     yield torch.cat(errors).view(len(z), -1).mean(dim=0)

@@ -21,12 +21,16 @@ from lightning_vae import (
     LinearDecoder,
     LinearEncoder,
     MixturePrior,
+    Prior,
+    VampPrior,
 )
 from lightning_vae.callbacks import CollapseDetector
 from lightning_vae.callbacks.metrics.observation_subset import random_keys
 from lightning_vae.datamodules import Digits, linear_vae_optimum
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
+from lightning_vae.evaluation.chunks import Target
+from lightning_vae.evaluation.decoding_pass import _slopes
 from lightning_vae.evaluation.measure import evaluate
 from lightning_vae.evaluation.record import Evaluation
 from lightning_vae.noise import sample_by_index
@@ -358,6 +362,38 @@ def test_the_scale_of_a_joint_prior_changes_no_number(tmp_path, x, components):
     trainer.validate(small, loader(x), verbose=False)
     assert trainer.callback_metrics["latent/active_units"] == 4
     assert trainer.callback_metrics["latent/marginal_kl"] == pytest.approx(two.latents.marginal_kl, rel=1e-4)
+
+
+class LaplacePrior(Prior):
+    def forward(self, condition=None):
+        return td.Laplace(torch.zeros(self.latent_dim).double(), 1.0)
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_the_implied_beta_under_a_prior_without_a_closed_form(x, beta):
+    joint = optimal_linear_vae(x, 4, VARIANCE, beta, prior=ONE_GAUSSIAN)
+    terms = evaluate(joint, loader(x), importance_samples=1).terms
+    assert terms.implied_beta == pytest.approx(beta, rel=0.05)
+    assert abs(terms.implied_beta - beta) < 4 * terms.implied_beta_error
+
+
+def test_the_slope_of_the_rate_is_that_of_its_parts(x):
+    # Under a Laplace prior: d/dlog c of E|z| is that of a folded normal, 2 s phi(m / s), less 1 for the entropy.
+    vae = optimal_linear_vae(x, 4, VARIANCE, prior=LaplacePrior).requires_grad_(False)
+    observations = vae.observe(x)
+    posterior = vae.encode(observations)
+    target, prior = Target.of(observations), vae.prior_given(None)
+    found = [*_slopes(vae, target, posterior, prior, observations.index)][1].mean()
+    density = td.Normal(0.0, 1.0).log_prob(posterior.mean / posterior.stddev).exp()
+    exact = (2 * posterior.stddev * density - 1).sum(1).mean()
+    assert found == pytest.approx(float(exact), abs=0.02)
+
+
+def test_a_vamp_prior_has_no_implied_beta():
+    vae = small_vae(prior=partial(VampPrior, components=5, pseudo_inputs="learned"))
+    result = evaluate(vae, digits(64), importance_samples=1)
+    assert math.isnan(result.implied_beta)
+    assert math.isfinite(result.aggregate_variance_mean)
 
 
 def test_of_categories_groups_are_active():
