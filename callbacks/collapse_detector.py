@@ -168,6 +168,7 @@ class CollapseDetector(Callback):
         self._passes = 0
         self._alarming_passes = 0
         self._reported = ""
+        self._said: set[str] = set()  # reasons why a pass can't be judged
         self._rates, self._variances = DimensionHistory(), DimensionHistory()
         self._saved_pass: dict[str, Any] = {}
         self._saves_pass = False
@@ -325,10 +326,16 @@ class CollapseDetector(Callback):
 
     def _end_pass(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert self._pass is not None
-        measured = self._pass.compute()
+        try:
+            measured = self._pass.compute()
+            reason = _unusable(measured)
+        except ValueError as error:
+            measured, reason = None, f"the posteriors of this pass can't be judged ({error}). Training continues."
         self._pass.reset()
-        if (reason := _unusable(measured)) or measured is None:
-            rank_zero_warn(f"{self._title}: {reason}")
+        if reason or measured is None:
+            if reason not in self._said:
+                self._said.add(reason)
+                rank_zero_warn(f"{self._title}: {reason}")
             return
         self.report, self.shift, self.scale = measured, measured.shift, measured.scale
         anneals, floors = _measures_taken(trainer, pl_module)
@@ -439,8 +446,6 @@ def _unusable(measured: LatentReport | None) -> str:
         )
     if measured.count < 2:
         return "a variance over the data needs two observations, and this pass had one."
-    if not measured.variance.isfinite().all():
-        return "the posterior's means are not finite, so they can't be judged."
     if measured.rate is not None and math.isnan(measured.rate):
         return (
             "the rate is not a number, so the posterior can't be judged: a scale or a variance was negative or zero. "

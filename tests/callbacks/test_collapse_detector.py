@@ -1,5 +1,6 @@
 import csv
 import json
+import math
 import pickle
 from functools import partial
 from pathlib import Path
@@ -760,11 +761,11 @@ def test_a_negative_scale_is_refused_by_name(tmp_path):
         normalised_with_validation(tmp_path, detector, Head())
 
 
-def normalised_with_validation(tmp_path, detector, model):
+def normalised_with_validation(tmp_path, detector, model, epochs=1):
     data = DataLoader([(row,) for row in torch.randn(16, 4)], 8)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = Trainer(
-        default_root_dir=tmp_path, max_epochs=1, enable_model_summary=False, callbacks=[detector], **options
+        default_root_dir=tmp_path, max_epochs=epochs, enable_model_summary=False, callbacks=[detector], **options
     )
     trainer.fit(model, data, data)
     return trainer
@@ -781,6 +782,18 @@ def test_a_scale_that_turns_negative_gives_no_rate(tmp_path):
     with pytest.warns(UserWarning, match="the rate is not a number.*log_variance"):
         trainer = normalised_with_validation(tmp_path, detector, model)
     assert "latent/rate" not in trainer.callback_metrics
+
+
+def test_means_that_are_not_finite_do_not_end_the_run(tmp_path):
+    class Diverges(Normalised):
+        def validation_step(self, batch, batch_idx):
+            self.posterior = Normal(torch.full((8, 2), math.nan), torch.ones(8, 2), validate_args=False)
+
+    with pytest.warns(UserWarning, match="can't be judged.*nan") as said:
+        trainer = normalised_with_validation(tmp_path, CollapseDetector(), Diverges(), epochs=3)
+    assert trainer.current_epoch == 3
+    assert len([each for each in said if "can't be judged" in str(each.message)]) == 1
+    assert "latent/active_units" not in trainer.callback_metrics
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path, monkeypatch):
