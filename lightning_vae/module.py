@@ -74,6 +74,12 @@ class RunModule(KnobModule):
 
     @override
     def on_train_epoch_end(self) -> None:
+        """Pass on the epoch's means, after checking that they are finite: a short run has no logging step.
+
+        Raises:
+            FloatingPointError: If a term of the loss is not finite.
+        """
+        self.training_means.check_finite(self.trainer.accumulate_grad_batches)
         # For callbacks that monitor the epoch's means; the loggers already have the curve.
         has_ended = self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
         self.trainer.callback_metrics.update(self.training_means.epoch(has_ended))

@@ -79,11 +79,17 @@ class TrainingMeans:
         if found := self._sums.first_not_finite():
             term, batches = found
             name = (*_TERMS, *(f"term_{each}" for each in self._added))[term]
+            first = self._step - batches // batches_per_step
+            remedy = (
+                "A run resumed from the last checkpoint will fail here again unless something changes: set "
+                "`gradient_clip_val`, or start over with a lower learning rate."
+                if first
+                else "No step had been made before, so the learning rate is not the cause: check the scale of the "
+                "data, which the networks and most likelihoods want near 1, and the model."
+            )
             raise FloatingPointError(
-                f"`train/{name}` is not a finite number since step {self._step - batches // batches_per_step}, "
-                f"so training ends at step {self._step}; nothing has been saved since. A run resumed from the last "
-                "checkpoint will fail here again unless something changes: set `gradient_clip_val`, or start over with "
-                "a lower learning rate."
+                f"`train/{name}` is not a finite number since step {first}, so training ends at step {self._step}; "
+                f"nothing has been saved since. {remedy}"
             )
 
     def reset(self) -> None:

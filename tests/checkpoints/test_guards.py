@@ -55,10 +55,17 @@ def test_the_term_and_the_step_are_named_at_the_next_logging_step(
 
 def test_the_step_is_found_between_logging_steps_far_apart_and_under_accumulation(tmp_path: Path) -> None:
     callbacks = [ModelCheckpoint(tmp_path, save_top_k=0)]
-    with pytest.raises(FloatingPointError, match="since step 70, so training ends at step 199"):
+    with pytest.raises(FloatingPointError, match="since step 70, so training ends at step 99"):
         fit(tmp_path, Failing("distortion", 70), log_every_n_steps=200, callbacks=callbacks)
     with pytest.raises(FloatingPointError, match="since step 35, so training ends at step 39"):
         fit(tmp_path, Failing("distortion", 70), log_every_n_steps=10, accumulate_grad_batches=2, callbacks=callbacks)
+
+
+def test_a_run_without_a_logging_step_is_checked_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="since step 7, so training ends at step 99.*lower learning rate"):
+        fit(tmp_path, Failing("distortion", 7), log_every_n_steps=1000, enable_checkpointing=False)
+    with pytest.raises(FloatingPointError, match="since step 0, so training ends at step 2.*scale of the data"):
+        fit(tmp_path, Failing("distortion", 0), max_steps=3, log_every_n_steps=50, enable_checkpointing=False)
 
 
 def test_nothing_is_saved_that_is_not_finite(tmp_path: Path) -> None:
