@@ -64,7 +64,8 @@ class GECO(WeightController):
             a tenth more. To measure that error, run with a ``squared_error`` near 0: the report that it is out of reach
             names the least error.
         attribute: Where the module keeps the weight of the KL term: a dotted path as in :class:`KLAnnealing`, or
-            several. Where the loss has a weight of the reconstruction instead, use ``setter``.
+            several. In ``lightning_vae.VAE`` it must be ``beta``. Where the loss has a weight of the reconstruction
+            instead, use ``setter``.
         error: Where the error is. ``None`` is ``lightning_vae.VAE``'s own. A path, as for the posterior in
             :class:`CollapseDetector`, to a submodule's output or an attribute, or a callable ``(pl_module, batch) ->
             value``. The value is the reconstruction, in the shape of the observations; or a ``Distribution`` p(x|z),

@@ -45,6 +45,7 @@ class TargetRate(WeightController):
             another function of it, which ends with the run.
         bits: The same in bits, instead of ``nats``.
         attribute: Where the module keeps the weight: a dotted path as in :class:`KLAnnealing`, or several.
+            In ``lightning_vae.VAE`` it must be ``beta``.
         posterior: Where to read the posterior, as in :class:`CollapseDetector`; ``None`` is the module's own
             ``posterior``. Several posteriors in a step count as that many observations; the rates of named groups add
             up.

@@ -281,6 +281,17 @@ class WeightController(AttributeWriter):
                 )
 
     @override
+    def _refuse_unread(self, pl_module: Any) -> None:
+        super()._refuse_unread(pl_module)
+        knobs = knobs_of(pl_module)
+        others = [path for path in self._paths if path in knobs and path != "beta"] if "beta" in knobs else []
+        if others:  # its direction may be another, and two controllers would set one limit
+            raise MisconfigurationException(
+                f"{self._title}: of the knobs of {type(pl_module).__name__} it moves `beta` alone, the weight of the rate, "
+                f"got attribute={self.attribute!r}. Leave `attribute` out, or move `{others[0]}` along a schedule."
+            )
+
+    @override
     def _refuse_twins(self, trainer: Trainer) -> None:
         super()._refuse_twins(trainer)
         for each in callbacks_of(trainer):

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal, kl_divergence
 
-from lightning_vae import VAE
+from lightning_vae import MMD, VAE
 from lightning_vae.callbacks import GECO, KLAnnealing, Linear, Staged, TargetRate
 from lightning_vae.callbacks.geco import sum_and_count
 from lightning_vae.datamodules import Gaussian as GaussianData
@@ -508,6 +508,23 @@ def test_two_that_move_one_weight_are_an_error(tmp_path: Path, twin: Any, messag
     callbacks = [GECO(squared_error=1.0), twin()]
     with pytest.raises(MisconfigurationException, match=message):
         quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(RecordingVAE(), loader())
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda: GECO(distortion=2.0, attribute="mmd_weight", name="second"),
+        lambda: GECO(squared_error=2.0, attribute=["free_bits", "mmd_weight"], start=3.0, name="second"),
+        lambda: TargetRate(2.0, attribute="mmd_weight"),
+    ],
+)
+@pytest.mark.parametrize("alone", [True, False])
+def test_another_knob_than_beta_is_an_error(tmp_path: Path, second: Any, alone: bool) -> None:
+    """Its direction would be wrong, and the limit of one controller would replace that of the other."""
+    model = RecordingVAE(terms={"mmd": MMD})
+    callbacks = [second()] if alone else [GECO(squared_error=1.0), second()]
+    with pytest.raises(MisconfigurationException, match=r"moves `beta` alone.*got attribute=.*Leave `attribute` out"):
+        quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(model, loader())
 
 
 # ---- options
