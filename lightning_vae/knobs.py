@@ -101,7 +101,7 @@ class KnobModule(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if stage == "fit":  # a checkpoint restores the limit of the resumed run
+        if stage == "fit":  # a controller sets its limit when fitting starts
             self.rate_limit, self.error_limit, self.steered_knobs = None, None, ()
             for name, value in self.knobs.items():
                 if value is not None:  # otherwise the knob stays as it is
@@ -126,16 +126,21 @@ class KnobModule(LightningModule):
         if "knob_targets" in saved:  # version 0.1.0, in which a controller always moved beta
             steered = ["beta"] if saved.get("rate_limit") else []
             saved = {**saved, "knob_values": saved["knob_targets"], "knobs": self.knobs, "steered_knobs": steered}
-        self.rate_limit, self.error_limit = saved.get("rate_limit"), saved.get("error_limit")
-        self.steered_knobs = tuple(saved.get("steered_knobs", ()))
+        steered = tuple(saved.get("steered_knobs", ()))
+        if not self._is_fitting:  # in a fit, the limit is that of a controller of this run
+            self.rate_limit, self.error_limit = saved.get("rate_limit"), saved.get("error_limit")
+            self.steered_knobs = steered
         for name, value in saved.get("knob_values", {}).items():
             if name not in self.knobs:  # of a loss that the module is no longer configured with
                 continue
-            self._load_knob(name, value, saved["knobs"][name], saved.get("constructed_knobs", {}).get(name))
+            constructed = saved.get("constructed_knobs", {}).get(name)
+            self._load_knob(name, value, saved["knobs"][name], constructed, name in steered)
         for name, value in saved.get("chosen", {}).items():
             setattr(self, name, value)
 
-    def _load_knob(self, name: str, value: float, configured: float | None, constructed: float | None) -> None:
+    def _load_knob(
+        self, name: str, value: float, configured: float | None, constructed: float | None, is_steered: bool
+    ) -> None:
         """Take a knob's value from a checkpoint, unless the module is configured with another number.
 
         Args:
@@ -143,10 +148,11 @@ class KnobModule(LightningModule):
             value: Its value when the checkpoint was saved.
             configured: The number that the saved module was configured with.
             constructed: The number that its constructor set.
+            is_steered: Whether a controller has found the value.
         """
         own, value = self.knobs[name], checked_number(name, value)
         if self._is_fitting:
-            keeps = own is not None and name not in self.steered_knobs  # keep the weight that a controller has found
+            keeps = own is not None and not is_steered  # keep the weight that a controller has found
             if keeps and float(getattr(self, name)) != value:
                 rank_zero_warn(
                     f"The checkpoint was saved with `{name}={value:g}`; the run continues with `{name}={own:g}`, which "

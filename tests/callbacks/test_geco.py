@@ -443,6 +443,27 @@ def test_resuming_the_vae_goes_on_bit_by_bit(tmp_path: Path) -> None:
         assert resumed.error_limit == whole.error_limit
 
 
+@pytest.mark.filterwarnings("ignore:.*the checkpoint holds no state of this callback")
+@pytest.mark.parametrize("controller", [lambda: GECO(squared_error=2.0), lambda: TargetRate(0.3)])
+def test_resuming_without_it_drops_its_limit_and_says_so(tmp_path: Path, controller: Any) -> None:
+    trainer = quiet_trainer(tmp_path, callbacks=[controller()], max_epochs=1)
+    trainer.fit(RecordingVAE(), loader(), loader())
+    trainer.save_checkpoint(path := tmp_path / "a.ckpt")
+
+    trainer = quiet_trainer(tmp_path, callbacks=[KLAnnealing(Linear(stop=3.0, steps=1))], max_epochs=2)
+    with pytest.warns(UserWarning, match="none of this run does: `val/loss` is the loss at the module's knobs"):
+        trainer.fit(model := RecordingVAE(), loader(), loader(), ckpt_path=path)
+    assert (model.rate_limit, model.error_limit, model.steered_knobs) == (None, None, ())
+    values = trainer.callback_metrics
+    assert values["val/loss"] == pytest.approx(float(values["val/distortion"] + 3.0 * values["val/rate"]))
+
+    other = GECO(distortion=2.0) if isinstance(controller(), TargetRate) else TargetRate(0.3)
+    trainer = quiet_trainer(tmp_path, callbacks=[other], max_epochs=2)
+    with pytest.warns(UserWarning, match="none of this run does"):
+        trainer.fit(model := RecordingVAE(), loader(), loader(), ckpt_path=path)
+    assert (model.rate_limit is None) != (model.error_limit is None)
+
+
 class Sharing(RecordingVAE):
     """Leaves behind what its process did."""
 
