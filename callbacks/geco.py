@@ -58,7 +58,8 @@ class GECO(WeightController):
     Args:
         squared_error: The constraint on the squared error, summed over an observation: a number, a schedule of the
             training step with an explicit end, or another function of it, which ends with the run. For
-            ``lightning_vae.VAE`` it is in the networks' scale, where images are in [0, 1].
+            ``lightning_vae.VAE`` it is in the networks' scale, where images are in [0, 1] and the numeric columns of a
+            table are standardised. A table with other columns needs a ``distortion``.
         distortion: A constraint on the distortion in nats instead of ``squared_error``, in the same forms.
         factor: Multiplies ``squared_error``: 1.1 with the error that an autoencoder of this architecture reaches allows
             a tenth more. To measure that error, run with a ``squared_error`` near 0: the report that it is out of reach
@@ -91,8 +92,8 @@ class GECO(WeightController):
 
     Raises:
         ValueError: If an option is out of range, or, when fitting starts, if a path leads nowhere, there is no
-            positive weight to start from, or the constraint ends at no valid number. In the first step, if the error
-            can't be read.
+            positive weight to start from, the constraint ends at no valid number, or the likelihood's observations have
+            no squared error. In the first step, if the error can't be read.
         lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, if another callback moves
             the same weight, or a monitor watches ``train/loss``, which moves.
 
@@ -235,8 +236,17 @@ class GECO(WeightController):
                 f"{self._title}: {type(pl_module).__name__} trains on a multi-sample bound, `importance_samples="
                 f"{pl_module.importance_samples}`, whose error is not known. Train on the ELBO."
             )
+        if self._sets_limit and self.kind == "squared_error":
+            self._check_likelihood(getattr(pl_module, "likelihood", None))
         if self._sets_limit:
             pl_module.error_limit = (self.kind, limit + self.tolerance * self._scale(limit), self._price(limit))
+
+    def _check_likelihood(self, likelihood: Any) -> None:
+        """Refuse a likelihood whose observations have no squared error."""
+        try:
+            getattr(likelihood, "error_unit", lambda: 1.0)()
+        except ValueError as error:
+            raise ValueError(f"{self._title}: {error}") from None
 
 
 @torch.no_grad()

@@ -392,7 +392,12 @@ def constrained_rate_loss(rate: Tensor, error: Tensor, limit: float, price: floa
 
 
 def constrained_error(
-    kind: str, distortion: Tensor, likelihood: Distribution, x: Tensor, mask: Tensor | None = None
+    kind: str,
+    distortion: Tensor,
+    likelihood: Distribution,
+    x: Tensor,
+    mask: Tensor | None = None,
+    unit: Tensor | float = 1.0,
 ) -> Tensor:
     """Return the error of each observation that a constraint limits, without its graph, shape ``(B,)``.
 
@@ -402,6 +407,7 @@ def constrained_error(
         likelihood: ``p(x|z)`` at the sample of the posterior.
         x: The observations, shape ``(B, *shape)``.
         mask: True where a number of ``x`` is there; ``None`` if all are.
+        unit: The unit of the squared error: a number, or one for each number of an observation, of shape ``shape``.
 
     Raises:
         ValueError: If the mean of p(x|z) has another shape than the data.
@@ -415,7 +421,7 @@ def constrained_error(
                 f"The squared error needs a mean of p(x|z) in the shape of the data, {tuple(x.shape)}, got "
                 f"{tuple(mean.shape)}. Constrain the distortion."
             )
-        errors = (mean - x).square()
+        errors = ((mean - x) / unit).square()
         return (errors if mask is None else errors * mask).flatten(1).sum(1)
 
 

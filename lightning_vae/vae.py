@@ -312,7 +312,9 @@ class VAE(LatentModel):
         likelihood = self._decode(z, c, observed if self.training and index is None else None, mask)
         distortion = -log_prob_of(likelihood, observed, mask)
         if self.error_limit is not None:
-            self.constrained_error = constrained_error(self.error_limit[0], distortion, likelihood, observed, mask)
+            kind = self.error_limit[0]
+            unit = self.likelihood.error_unit() if kind == "squared_error" else 1.0
+            self.constrained_error = constrained_error(kind, distortion, likelihood, observed, mask, unit)
         if self._has_terms and isinstance(x, Observations):
             self._step = Step(x, posterior, prior, z, likelihood, data_size(trainer_of(self), self._loader))
         return ELBOTerms(distortion, rate_parts(posterior, prior, z))

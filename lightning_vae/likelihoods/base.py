@@ -91,6 +91,17 @@ class Likelihood(nn.Module):
             ValueError: If they are not.
         """
 
+    def error_unit(self) -> Tensor | float:
+        """Return what the difference of an observation and its mean is divided by in a constraint on the squared error.
+
+        Returns:
+            A number, or one for each number of an observation: 1, unless the distribution is not in the networks' scale.
+
+        Raises:
+            ValueError: If the squared error has no meaning for these observations.
+        """
+        return 1.0
+
     def check_mask(self) -> None:
         """Check that the likelihood can leave missing numbers out.
 

@@ -158,6 +158,15 @@ class Columns(Likelihood):
             top = kind - 1 if isinstance(kind, int) else {"binary": 1.0, "count": math.inf}[kind]
             check_integers(f"`kinds`: column {column} is {kind!r} and", values, top)
 
+    def error_unit(self) -> Tensor:
+        """Return the scale of each column, shape ``(columns,)``, if all are numeric."""
+        if others := [str(kind) for kind in self._groups if kind != "numeric"]:
+            raise ValueError(
+                f"`squared_error` can't be the constraint for a table with columns of kind {', '.join(others)}, whose "
+                "numbers have no common unit. Constrain the `distortion`."
+            )
+        return self.scale
+
     def _split(self, columns: Tensor) -> tuple[Tensor, ...]:
         """Split what holds one number for each column by the kinds."""
         parts: tuple[Tensor, ...] = columns[..., self._order].split(list(self._groups.values()), dim=-1)

@@ -7,7 +7,10 @@ import torch
 from scipy.stats import bernoulli, nbinom, norm
 
 from lightning_vae import VAE, Columns
+from lightning_vae.callbacks import GECO
 from lightning_vae.checkpoints.class_paths import build, describe
+from lightning_vae.datamodules import TensorLoader
+from tests.doubles import quiet_trainer
 
 KINDS = [3, "numeric", "count", "binary", "numeric", 2, 3]
 LOC = [9.0, 2007.0, 9.0, 9.0, -4.0, 9.0, 9.0]  # those of other kinds are ignored
@@ -224,3 +227,32 @@ def test_every_parameter_of_any_table_is_trained(kinds):
     vae.elbo_terms(torch.tensor([[0.0, 1.0], [1.0, 1.0]])).elbo.sum().backward()
     assert all(parameter.grad is not None for parameter in vae.parameters())
     assert vae.likelihood.learns_each_scale == ("numeric" in kinds)
+
+
+def constrained(tmp_path, kinds, data, callback):
+    torch.manual_seed(0)
+    vae = VAE(shape=(len(kinds),), latent_dim=2, likelihood=Columns, kinds=kinds)
+    vae.likelihood.set_scale(data.mean(0), data.std(0, correction=0))
+    loader = TensorLoader({"x": data}, batch_size=10)
+    trainer = quiet_trainer(tmp_path, callbacks=[callback], max_epochs=1)
+    trainer.fit(vae, loader, loader)
+    return vae, trainer.callback_metrics
+
+
+@pytest.mark.filterwarnings("ignore:.*learns a scale for each number")
+def test_a_constraint_on_the_squared_error_is_in_standardised_units(tmp_path):
+    data = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    found = [
+        float(constrained(tmp_path, ["numeric"] * 2, data * unit, GECO(squared_error=1.0))[1]["val/squared_error"])
+        for unit in (1.0, torch.tensor([1024.0, 1 / 64]))
+    ]
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert 1.0 < found[0] < 4.0
+
+
+def test_a_row_of_other_kinds_has_no_squared_error(tmp_path):
+    data = torch.tensor([[0.5, 1.0, 2.0], [2.5, 0.0, 0.0]]).repeat(10, 1)
+    message = r"GECO\(beta\): `squared_error` can't be .* kind binary, 3, .* Constrain the `distortion`"
+    with pytest.raises(ValueError, match=message):
+        constrained(tmp_path, ["numeric", "binary", 3], data, GECO(squared_error=1.0))
+    assert "val/distortion" in constrained(tmp_path, ["numeric", "binary", 3], data, GECO(distortion=1.0))[1]
