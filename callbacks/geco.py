@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.distributions import Distribution
 from typing_extensions import override
@@ -18,7 +19,7 @@ from .reading.distributions import describe
 from .schedules import Schedule, check_number, is_positive
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
+    from lightning.pytorch import LightningModule, Trainer
 
 ErrorKind = Literal["squared_error", "distortion"]
 
@@ -177,6 +178,23 @@ class GECO(WeightController):
     def target(self, step: int) -> float:
         """Return the limit of a step's error."""
         return self.factor * super().target(step)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "kind": self.kind}
+
+    @override
+    def _prepare(
+        self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
+    ) -> None:
+        saved = restored.get("kind", self.kind)
+        if saved != self.kind:
+            rank_zero_warn(
+                f"{self._title}: the checkpoint was saved under a constraint on the {saved}, and this run has one on the "
+                f"{self.kind}. The weight goes on where it was; the average starts with the next error."
+            )
+            restored = {**restored, "average": math.nan, "steps_at_bound": 0.0}
+        super()._prepare(trainer, pl_module, current, restored)
 
     @override
     def _scale(self, target: float) -> float:

@@ -443,6 +443,23 @@ def test_resuming_the_vae_goes_on_bit_by_bit(tmp_path: Path) -> None:
         assert resumed.error_limit == whole.error_limit
 
 
+@pytest.mark.filterwarnings("ignore:.*the run continues under Constant")
+def test_resuming_with_the_other_error_starts_its_average(tmp_path: Path) -> None:
+    trainer = quiet_trainer(tmp_path, callbacks=[first := GECO(squared_error=2.0)], max_epochs=1)
+    trainer.fit(RecordingVAE(), loader())
+    trainer.save_checkpoint(path := tmp_path / "a.ckpt")
+
+    seen, second = Errors(), GECO(distortion=20.0, smoothing=0.9)
+    trainer = quiet_trainer(tmp_path, callbacks=[second, seen], max_epochs=2)
+    with pytest.warns(UserWarning, match="a constraint on the squared_error, and this run has one on the distortion"):
+        trainer.fit(model := RecordingVAE(), loader(), ckpt_path=path)
+    assert betas(model)[0] == pytest.approx(float(first.weight))  # type: ignore[arg-type]
+    average = seen.errors[0]
+    for error in seen.errors[1:]:
+        average = 0.9 * average + 0.1 * error
+    assert float(second.state_dict()["average"]) == pytest.approx(average, rel=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:.*the checkpoint holds no state of this callback")
 @pytest.mark.parametrize("controller", [lambda: GECO(squared_error=2.0), lambda: TargetRate(0.3)])
 def test_resuming_without_it_drops_its_limit_and_says_so(tmp_path: Path, controller: Any) -> None:
