@@ -254,17 +254,26 @@ class GECO(WeightController):
                 f"{self._title}: {type(pl_module).__name__} trains on a multi-sample bound, `importance_samples="
                 f"{pl_module.importance_samples}`, whose error is not known. Train on the ELBO."
             )
-        if self._sets_limit and self.kind == "squared_error":
+        if self._sets_limit:
             self._check_likelihood(getattr(pl_module, "likelihood", None))
         if self._sets_limit:
             pl_module.error_limit = (self.kind, limit + self.tolerance * self._scale(limit), self._price(limit))
 
     def _check_likelihood(self, likelihood: Any) -> None:
-        """Refuse a likelihood whose observations have no squared error."""
-        try:
-            getattr(likelihood, "error_unit", lambda: 1.0)()
-        except ValueError as error:
-            raise ValueError(f"{self._title}: {error}") from None
+        """Refuse a likelihood without a squared error, and warn of one that a small weight makes degenerate."""
+        if self.kind == "squared_error" and hasattr(likelihood, "error_unit"):
+            try:
+                likelihood.error_unit()
+            except ValueError as error:
+                raise ValueError(f"{self._title}: {error}") from None
+        assert self._first is not None
+        smallest = self._smallest(self._first)
+        if smallest < 1 and getattr(likelihood, "learns_each_scale", False):
+            rank_zero_warn(
+                f"{self._title}: `{self.name}` may fall to {smallest:g} with a likelihood that learns a scale for each "
+                "number of an observation: below 1 this loss has no minimum, so scales fall until they reach their lower "
+                "bound. Set `min_beta` to at least 1, or fix the scales, or share one."
+            )
 
 
 @torch.no_grad()

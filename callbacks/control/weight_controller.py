@@ -245,7 +245,7 @@ class WeightController(AttributeWriter):
         self._target = self.weight
 
     def _bounded(self, first: float) -> PIController:
-        smallest = first / 100 if self.min_beta is None else self.min_beta
+        smallest = self._smallest(first)
         largest = first * 100 if self.max_beta is None else self.max_beta
         if not smallest <= first <= largest:
             raise ValueError(
@@ -254,6 +254,10 @@ class WeightController(AttributeWriter):
             )
         lower, upper = sorted(self.sign * math.log(bound) for bound in (smallest, largest))
         return PIController(lower, upper, self.proportional, self.integral, self.smoothing, self.tolerance)
+
+    def _smallest(self, first: float) -> float:
+        """Return the smallest weight, where the run begins with ``first``."""
+        return first / 100 if self.min_beta is None else self.min_beta
 
     def _set_limits(self, pl_module: Any) -> None:
         """Pass the constraint for model selection to a module with knobs."""

@@ -250,9 +250,18 @@ def test_a_constraint_on_the_squared_error_is_in_standardised_units(tmp_path):
     assert 1.0 < found[0] < 4.0
 
 
+@pytest.mark.filterwarnings("ignore:.*learns a scale for each number")
 def test_a_row_of_other_kinds_has_no_squared_error(tmp_path):
     data = torch.tensor([[0.5, 1.0, 2.0], [2.5, 0.0, 0.0]]).repeat(10, 1)
     message = r"GECO\(beta\): `squared_error` can't be .* kind binary, 3, .* Constrain the `distortion`"
     with pytest.raises(ValueError, match=message):
         constrained(tmp_path, ["numeric", "binary", 3], data, GECO(squared_error=1.0))
     assert "val/distortion" in constrained(tmp_path, ["numeric", "binary", 3], data, GECO(distortion=1.0))[1]
+
+
+def test_a_weight_that_may_fall_below_one_is_warned_of(tmp_path):
+    data = torch.randn(20, 2, generator=torch.Generator().manual_seed(0))
+    for options in ({"squared_error": 1.0}, {"distortion": 1.0, "min_beta": 0.5}):
+        with pytest.warns(UserWarning, match=r"GECO\(beta\): `beta` may fall to 0\.\d+ .* `min_beta` to at least 1"):
+            constrained(tmp_path, ["numeric"] * 2, data, GECO(**options))
+    constrained(tmp_path, ["numeric"] * 2, data, GECO(squared_error=1.0, min_beta=1.0))  # a warning would be an error
