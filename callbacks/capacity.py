@@ -54,7 +54,8 @@ class Capacity(AttributeScheduler):
         name: Logged as ``knobs/<name>``; the path's last part if not given.
 
     Raises:
-        ValueError: If the capacity is negative, or, when fitting starts, if a path leads nowhere.
+        ValueError: If the capacity is negative (of a schedule: when fitting starts, or at that step), or, when fitting
+            starts, if a path leads nowhere.
         lightning.pytorch.utilities.exceptions.MisconfigurationException: When fitting starts, as for
             :class:`KLAnnealing`. A callback that moves ``beta`` or ``free_bits`` is an error with a
             ``capacity_weight``, as the loss does not read them.
@@ -110,10 +111,25 @@ class Capacity(AttributeScheduler):
         return {**super().state_dict(), "side": self._side, "since": self._since}
 
     @override
+    def _value(self, step: int) -> float:
+        capacity = super()._value(step)
+        self._check(capacity, step)
+        return capacity
+
+    def _check(self, capacity: float | None, step: float) -> None:
+        if capacity is not None and capacity < 0:
+            raise ValueError(
+                f"{self._title}: the capacity must be a rate of at least 0 at each step, got {capacity:g} at step "
+                f"{step:.0f}. Change the `schedule`."
+            )
+
+    @override
     def _prepare(
         self, trainer: Trainer, pl_module: LightningModule, current: float | None, restored: dict[str, Any]
     ) -> None:
         super()._prepare(trainer, pl_module, current, restored)
+        for step, capacity in ((0, self._schedule(0)), (self._schedule.length, self._schedule.final)):
+            self._check(capacity, step)
         self._side, self._since = restored.get("side", 0), restored.get("since")
 
     @override

@@ -307,6 +307,24 @@ def test_a_monitor_of_the_moving_loss_is_an_error(tmp_path: Path) -> None:
         quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(Watching(), loader())
 
 
+@pytest.mark.parametrize(
+    ("schedule", "value", "step", "steps"),
+    [
+        (Linear(start=2.0, stop=-1.0, steps=3), "-1", 3, 0),
+        (Linear(start=-2.0, stop=1.0, steps=3), "-2", 0, 0),
+        (lambda step: 1.0 - step, "-1", 2, 2),
+    ],
+)
+def test_a_schedule_of_negative_capacities_is_an_error(
+    tmp_path: Path, schedule: Any, value: str, step: int, steps: int
+) -> None:
+    message = rf"Capacity\(capacity\): the capacity must be .* got {value} at step {step}\. Change"
+    model = Watching()
+    with pytest.raises(ValueError, match=message):
+        quiet_trainer(tmp_path, callbacks=[Capacity(schedule)], max_epochs=1).fit(model, loader())
+    assert len(model.capacities) == steps
+
+
 @pytest.mark.parametrize("model", [RecordingVAE, ForeignModule])
 def test_a_loss_without_a_capacity_is_an_error(tmp_path: Path, model: type[Any]) -> None:
     message = r"Capacity\(capacity\): .* has no 'capacity'.* give `lightning_vae.VAE` a `capacity_weight`, or your own"
