@@ -172,8 +172,11 @@ def _describe(error: Exception) -> str:
     """Describe an error in one line, with its location in the code unless it names an option."""
     if isinstance(error, UnicodeDecodeError):
         return f"`--config`: a file is not UTF-8 text ({error})."
-    if "more than one stateful callback" in str(error):
-        return f"`trainer.callbacks`: {error}"  # two files that each bring the same one
+    if twin := re.search(r"more than one stateful callback of type (`\w+`)", str(error)):
+        return (
+            f"`trainer.callbacks`: two {twin[1]} would save their states under one key. Remove one, which another config "
+            "may have brought, or distinguish them by their options, such as `attribute` and `name`."
+        )
     text = str(error).partition("\nException raised from")[0]  # torch adds a page on its own functions
     if isinstance(error, _INPUT_ERRORS) or "`" in text:
         return text
