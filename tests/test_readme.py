@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_vae import VAE
 from lightning_vae.cli.vae_cli import VAECLI
 from lightning_vae.main import main
 
@@ -43,6 +44,35 @@ def test_commands_of_the_command_line_parse(command, monkeypatch, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([*arguments, "--help" if arguments[0] == "auroc" else "--print_config"])
     assert exit_.value.code == 0, capsys.readouterr().err
+
+
+class FirstStepError(BaseException):
+    """Raised in place of the first step; the command line handles no such error."""
+
+
+# Those that need no data of the reader's, no earlier run and no second process.
+TRAININGS = [
+    line
+    for line in COMMANDS
+    if re.search(r"fit --config configs/(digits|collapse|linear)\.yaml", line)
+    and not re.search("devices|num_nodes|ckpt_path|labelled|print_config|precision", line)
+]
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("command", TRAININGS)
+def test_trainings_reach_their_first_step(command, tmp_path, monkeypatch):
+    def reached(*_):
+        raise FirstStepError
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.setattr(VAE, "training_step", reached)
+    monkeypatch.chdir(ROOT)
+    short = f"--trainer.logger.save_dir {tmp_path} --trainer.enable_progress_bar false"
+    arguments = shlex.split(command.partition("train.py ")[2], comments=True)
+    with pytest.raises(FirstStepError):
+        main([*arguments, *shlex.split(short)])
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if line.startswith("python benchmarks/")])
