@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import inspect
 import os
 import re
 import sys
@@ -33,6 +34,7 @@ _NOISE = re.compile(
     r"|Expected a path but|Not a valid subclass|Subclass types expect|a class path \(str\)|a dict with"
     r"|Problem with given class_path"
 )
+_UNKNOWN = re.compile(r"Problem with given class_path '([\w.]+)':\s+Option '([^'\n]+)' is not accepted")
 _STRUCTURE = re.compile(r"\.? Got value: (Namespace|NestedArg)\(.*")
 # A class name that was not found, or a path into this package, in a message.
 _NAME = re.compile(r"import path string: (\w+)\s*$|(?<![\w./-])(lightning_vae(?:\.\w+)+)", re.MULTILINE)
@@ -109,6 +111,7 @@ def readable(message: str) -> str:
     """
     keys, faults, given = [], [], ""
     message = re.sub(r"Call to compute_fn of link .*? failed: ", "", message, flags=re.DOTALL)
+    message = _UNKNOWN.sub(_name_options, message)
     for line in message.splitlines():
         text = line.strip().removeprefix("- ")
         if key := re.search(r'Parser key "([^"]+)":?\s*(.*)', text):
@@ -118,6 +121,8 @@ def readable(message: str) -> str:
             given = f", got {value[1]}"
         elif text and not _NOISE.match(text) and not text.startswith("Given value: "):
             faults.append(_STRUCTURE.sub("", text))
+    if any(" has no option " in each for each in faults):  # the other attempts say less
+        faults = [each for each in faults if " is not accepted" not in each]
     option = ".".join(dict.fromkeys(keys))
     prefix = f"{option}: " if option else ""
     missing = (name or path for name, path in _NAME.findall(message) if name or not _is_there(path))
@@ -129,6 +134,19 @@ def readable(message: str) -> str:
         return _shortened(message)
     fault = "; ".join(dict.fromkeys(faults)) + (given if len(faults) == 1 and given[6:] not in faults[0] else "")
     return _shortened(prefix + fault) + _suggestion(fault)
+
+
+def _name_options(fault: re.Match[str]) -> str:
+    """Name the class that does not have an option, and the options that it has."""
+    path, option = fault.groups()
+    try:
+        parameters = inspect.signature(resolve_name(path)).parameters.values()
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return fault[0]
+    names = [each.name for each in parameters if each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)]
+    if not names:  # such as a base class, which the parser has tried too
+        return fault[0]
+    return f"{path.rpartition('.')[2]} has no option '{option}', only {', '.join(names)}"
 
 
 def _successor(path: str) -> str | None:

@@ -319,7 +319,7 @@ def test_two_processes_from_the_command_line(tmp_path):
 
 
 BROKEN = {
-    "an unknown key": (["--model.betta=1"], "model: Option 'betta' is not accepted"),
+    "an unknown key": (["--model.betta=1"], "model: VAE has no option 'betta', only shape, "),
     "an unknown class": (["--data=Digitz"], "Did you mean Digits"),
     "a wrong type": (["--trainer.max_epochs=many"], "trainer.max_epochs: Expected a <class 'int'>, got many"),
     "a wrong type deep down": (["--model.encoder.hidden=x"], "model.encoder.hidden: Expected"),
