@@ -30,10 +30,12 @@ def auroc(arguments: Sequence[str]) -> None:
         arguments: The command line after ``auroc``.
     """
     parser = Parser(prog=f"{Path(sys.argv[0]).name} auroc", description=_DESCRIPTION)
-    parser.add_argument("table", type=str, help="The CSV file, such as logs/digits/version_1/latents.csv.")
+    parser.add_argument("table", type=str | None, nargs="?", help="The CSV file, such as logs/digits/version_1/latents.csv.")
     parser.add_argument("--outlier_class", type=str, action="append", required=True, metavar="CLASS",
         help="The class to find: by name if the classes have names, else by number. Repeatable.")  # fmt: skip
     options = expand_home(parser.parse_args(list(arguments)))
+    if options.table is None:
+        exit_with("`auroc` needs the table that `predict` has written, such as logs/digits/version_1/latents.csv.")
     try:
         classes, scores = read(Path(options.table))
         print(compare(options.table, classes, scores, options.outlier_class))

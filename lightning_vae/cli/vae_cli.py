@@ -20,6 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import TorchCheckpointIO
 from lightning_utilities.core import rank_zero
+from lightning_utilities.core.rank_zero import rank_zero_info
 from typing_extensions import override
 
 from .. import callbacks as callbacks  # importing them gives their classes short names in configs
@@ -264,6 +265,9 @@ class VAECLI(LightningCLI):
             callbacks.append(self.config_init["predict"]["latents"])
         elif any(option is not None for option in self.config["predict"]["latents"].as_dict().values()):
             exit_with("`--latents`: the callbacks have a LatentsWriter already. Give its options there.")
+        path = self.config["predict"]["latents"]["path"]
+        if path and os.path.exists(path):
+            rank_zero_info(f"`--latents.path`: {path} is there already, and is overwritten.")
         self.trainer.predict(**{**kwargs, "return_predictions": False})
 
     def after_fit(self) -> None:

@@ -111,3 +111,9 @@ def test_a_command_line_that_lacks_something_ends_in_one_message(tmp_path, capsy
     said = capsys.readouterr().err
     assert said.startswith("error: ")
     assert "All options: train.py auroc --help" in said
+
+
+def test_a_command_line_without_a_table_says_what_it_needs(capsys):
+    with pytest.raises(SystemExit):
+        main(["auroc", "--outlier_class", "3"])
+    assert capsys.readouterr().err.startswith("error: `auroc` needs the table that `predict` has written")
