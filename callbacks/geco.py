@@ -190,8 +190,8 @@ class GECO(WeightController):
         saved = restored.get("kind", self.kind)
         if saved != self.kind:
             rank_zero_warn(
-                f"{self._title}: the checkpoint was saved under a constraint on the {saved}, and this run has one on the "
-                f"{self.kind}. The weight goes on where it was; the average starts with the next error."
+                f"{self._title}: the checkpoint was saved under a constraint on the {saved}, and this run has one on "
+                f"the {self.kind}. The weight goes on where it was; the average starts with the next error."
             )
             restored = {**restored, "average": math.nan, "steps_at_bound": 0.0}
         super()._prepare(trainer, pl_module, current, restored)
@@ -271,8 +271,8 @@ class GECO(WeightController):
         if smallest < 1 and getattr(likelihood, "learns_each_scale", False):
             rank_zero_warn(
                 f"{self._title}: `{self.name}` may fall to {smallest:g} with a likelihood that learns a scale for each "
-                "number of an observation: below 1 this loss has no minimum, so scales fall until they reach their lower "
-                "bound. Set `min_beta` to at least 1, or fix the scales, or share one."
+                "number of an observation: below 1 this loss has no minimum, so scales fall until they reach their "
+                "lower bound. Set `min_beta` to at least 1, or fix the scales, or share one."
             )
 
 

@@ -124,8 +124,8 @@ class KnobModule(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         saved = checkpoint.get(MODULE_KEY, {})
         if "knob_targets" in saved:  # version 0.1.0, in which a controller always moved beta
-            steered = ["beta"] if saved.get("rate_limit") else []
-            saved = {**saved, "knob_values": saved["knob_targets"], "knobs": self.knobs, "steered_knobs": steered}
+            found = ["beta"] if saved.get("rate_limit") else []
+            saved = {**saved, "knob_values": saved["knob_targets"], "knobs": self.knobs, "steered_knobs": found}
         steered = tuple(saved.get("steered_knobs", ()))
         if not self._is_fitting:  # in a fit, the limit is that of a controller of this run
             self.rate_limit, self.error_limit = saved.get("rate_limit"), saved.get("error_limit")

@@ -291,8 +291,8 @@ class WeightController(AttributeWriter):
         others = [path for path in self._paths if path in knobs and path != "beta"] if "beta" in knobs else []
         if others:  # its direction may be another, and two controllers would set one limit
             raise MisconfigurationException(
-                f"{self._title}: of the knobs of {type(pl_module).__name__} it moves `beta` alone, the weight of the rate, "
-                f"got attribute={self.attribute!r}. Leave `attribute` out, or move `{others[0]}` along a schedule."
+                f"{self._title}: of the knobs of {type(pl_module).__name__} it moves `beta` alone, the weight of the "
+                f"rate, got attribute={self.attribute!r}. Leave it out, or move `{others[0]}` along a schedule."
             )
 
     @override

@@ -134,8 +134,8 @@ class Guards(Companion):
         held = next((name for name in ("rate_limit", "error_limit") if own.get(name)), None)
         if held and getattr(pl_module, held) is None:
             rank_zero_warn(
-                f"The checkpoint was saved under a callback that holds the {held.partition('_')[0]}, and none of this run "
-                "does: `val/loss` is the loss at the module's knobs from here on, not comparable with the one before."
+                f"The checkpoint was saved under a callback that holds the {held.partition('_')[0]}, and none of this "
+                "run does: `val/loss` is the loss at the module's knobs from here on, and not that of before."
             )
         if changed := _differences(own.get("length", {}), _length(trainer)):
             rank_zero_info(f"The run is not as long as when it was saved: {changed}.")

@@ -30,7 +30,9 @@ def auroc(arguments: Sequence[str]) -> None:
         arguments: The command line after ``auroc``.
     """
     parser = Parser(prog=f"{Path(sys.argv[0]).name} auroc", description=_DESCRIPTION)
-    parser.add_argument("table", type=str | None, nargs="?", help="The CSV file, such as logs/digits/version_1/latents.csv.")
+    parser.add_argument(
+        "table", type=str | None, nargs="?", help="The CSV file, such as logs/digits/version_1/latents.csv."
+    )
     parser.add_argument("--outlier_class", type=str, action="append", required=True, metavar="CLASS",
         help="The class to find: by name if the classes have names, else by number. Repeatable.")  # fmt: skip
     options = expand_home(parser.parse_args(list(arguments)))

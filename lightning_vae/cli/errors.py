@@ -192,8 +192,8 @@ def _describe(error: Exception) -> str:
         return f"`--config`: a file is not UTF-8 text ({error})."
     if twin := re.search(r"more than one stateful callback of type (`\w+`)", str(error)):
         return (
-            f"`trainer.callbacks`: two {twin[1]} would save their states under one key. Remove one, which another config "
-            "may have brought, or distinguish them by their options, such as `attribute` and `name`."
+            f"`trainer.callbacks`: two {twin[1]} would save their states under one key. Remove one, which another "
+            "config may have brought, or distinguish them by their options, such as `attribute` and `name`."
         )
     text = str(error).partition("\nException raised from")[0]  # torch adds a page on its own functions
     if isinstance(error, _INPUT_ERRORS) or "`" in text:

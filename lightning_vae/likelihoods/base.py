@@ -92,10 +92,10 @@ class Likelihood(nn.Module):
         """
 
     def error_unit(self) -> Tensor | float:
-        """Return what the difference of an observation and its mean is divided by in a constraint on the squared error.
+        """Return the unit of an observation's difference from its mean, for a constraint on the squared error.
 
         Returns:
-            A number, or one for each number of an observation: 1, unless the distribution is not in the networks' scale.
+            A number, or one for each number of an observation: 1, unless the distribution has another scale.
 
         Raises:
             ValueError: If the squared error has no meaning for these observations.

@@ -561,7 +561,7 @@ def test_another_knob_than_beta_is_an_error(tmp_path: Path, second: Any, alone: 
     """Its direction would be wrong, and the limit of one controller would replace that of the other."""
     model = RecordingVAE(terms={"mmd": MMD})
     callbacks = [second()] if alone else [GECO(squared_error=1.0), second()]
-    with pytest.raises(MisconfigurationException, match=r"moves `beta` alone.*got attribute=.*Leave `attribute` out"):
+    with pytest.raises(MisconfigurationException, match=r"moves `beta` alone.*got attribute=.*Leave it out"):
         quiet_trainer(tmp_path, callbacks=callbacks, max_epochs=1).fit(model, loader())
 
 

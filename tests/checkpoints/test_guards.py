@@ -62,9 +62,9 @@ def test_the_step_is_found_between_logging_steps_far_apart_and_under_accumulatio
 
 
 def test_a_run_without_a_logging_step_is_checked_at_the_end_of_an_epoch(tmp_path: Path) -> None:
-    with pytest.raises(FloatingPointError, match="since step 7, so training ends at step 99.*lower learning rate"):
+    with pytest.raises(FloatingPointError, match=r"since step 7, so training ends at step 99.*lower learning rate"):
         fit(tmp_path, Failing("distortion", 7), log_every_n_steps=1000, enable_checkpointing=False)
-    with pytest.raises(FloatingPointError, match="since step 0, so training ends at step 2.*scale of the data"):
+    with pytest.raises(FloatingPointError, match=r"since step 0, so training ends at step 2.*scale of the data"):
         fit(tmp_path, Failing("distortion", 0), max_steps=3, log_every_n_steps=50, enable_checkpointing=False)
 
 
