@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from .checkpoints.class_paths import build, describe
+from .checkpoints.class_paths import describe
 from .checkpoints.exact_resume import trainer_of
 from .checks import check_number, integer_from
 from .compiling import CompiledMethod, CompileMode
@@ -41,6 +41,7 @@ from .posteriors import PosteriorHead
 from .priors import Prior
 from .running_sums import TrainingMeans
 from .terms import Step, Term
+from .terms.base import build_terms
 from .training_data import data_size, first_observations
 
 
@@ -195,7 +196,7 @@ class VAE(LatentModel):
         self._update_hparams(described if isinstance(given, list | tuple) else {**described, "shape": shape})
 
         self._build(shape, levels, kinds, latent_dim, **parts)
-        self.terms = nn.ModuleDict({name: build(f"terms.{name}", term, of=Term) for name, term in terms.items()})
+        self.terms = build_terms(terms)
         weights: Any = {f"{name}_weight": (term.weight, 1.0) for name, term in self.terms.items()}
         try:
             group_rates(torch.zeros(1, self.rate_parts), free_bits_per)

@@ -22,7 +22,19 @@ class SquaredError(Term):
         return (step.likelihood.mean - step.observations.scaled).square().flatten(1).sum(1).mean()
 
 
+class LabelLoss(Term):
+    """A term of one's own with parameters, which it draws."""
+
+    def __init__(self, weight=1.0):
+        super().__init__(weight)
+        self.classifier = torch.nn.Linear(4, 10)
+
+    def forward(self, step: Step) -> Tensor:
+        return torch.nn.functional.cross_entropy(self.classifier(step.z), step.observations.label)
+
+
 TERMS = {
+    "labels": LabelLoss,
     "mmd": MMD,
     "tc": TotalCorrelation,
     "dip": DIP,
@@ -42,7 +54,8 @@ def fit(folder, epochs=1, callbacks=(), **options):
 def test_at_weight_0_the_run_is_bit_for_bit_the_run_without_the_term(tmp_path, name):
     plain, one = fit(tmp_path)
     vae, other = fit(tmp_path, terms={name: partial(TERMS[name], weight=0.0)})
-    for parameter, same in zip(plain.parameters(), vae.parameters(), strict=True):
+    others = {key: value for key, value in vae.named_parameters() if not key.startswith("terms.")}
+    for parameter, same in zip(plain.parameters(), others.values(), strict=True):
         assert torch.equal(parameter, same)
     metrics = {
         key: value for key, value in other.callback_metrics.items() if "term_" not in key and "weight" not in key

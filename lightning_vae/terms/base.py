@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 from typing_extensions import override
 
+from ..checkpoints.class_paths import build
 from ..objective import checked_number
 from ..observations import Observations
 
@@ -39,7 +43,8 @@ class Term(nn.Module):
     A term of one's own derives from it and defines ``forward``. It may hold networks and parameters.
 
     Args:
-        weight: Weight of the term in the loss. 0 leaves the training as it is without the term.
+        weight: Weight of the term in the loss. 0 leaves the training as it is without the term, as long as the term
+            and its gradients are finite.
 
     Raises:
         ValueError: If the weight is negative or not finite.
@@ -60,6 +65,21 @@ class Term(nn.Module):
             A scalar, averaged over the batch, in nats unless the term says otherwise. Its gradient trains the model.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `forward(step)`, which returns a scalar.")
+
+
+def build_terms(terms: Mapping[str, Any]) -> nn.ModuleDict:
+    """Build terms by name. What they draw leaves the random state of the run as it is without them.
+
+    Args:
+        terms: What was given for each: a term, or its constructor.
+
+    Raises:
+        ValueError: If a term can't be built.
+        TypeError: If one is no term.
+    """
+    device = torch.get_default_device()
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        return nn.ModuleDict({name: build(f"terms.{name}", term, of=Term) for name, term in terms.items()})
 
 
 def check_several(name: str, count: int) -> None:
