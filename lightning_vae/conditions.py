@@ -195,6 +195,11 @@ class Condition(WideModule):
         if isinstance(value, Mapping):
             return self.columns_of(value.get("label"), value.get("condition"), size)
         if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == self.columns and self.classes:
+            if has_values(classes := value[:, 0].double()) and not bool((classes.round() == classes).all()):
+                raise ValueError(
+                    f"`condition` must have a class in its first column, integers from 0 to {self.classes - 1}, got "
+                    f"numbers such as {float(classes[classes.round() != classes][0]):g}."
+                )
             return self.columns_of(value[:, 0].long(), value[:, 1:], size)
         if self.classes and self.covariates:
             raise ValueError(f"`condition` must be {self.wanted}, got {_given(value)}.")

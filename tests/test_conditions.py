@@ -213,6 +213,14 @@ MISSING = {
         lambda vae: vae.observe({"x": torch.zeros(2, 1, 8, 8), "label": torch.tensor([0.5, 1])}),
         "must be a class for each of 2 observations, integers from 0 to 9, got torch.float32",
     ),
+    "fractions in a column": (
+        lambda vae: vae.sample(3, condition=torch.tensor([[2.0], [1.7], [3.0]])),
+        r"must have a class in its first column, integers from 0 to 9, got numbers such as 1\.7",
+    ),
+    "no number in a column": (
+        lambda vae: vae.sample(1, condition=torch.tensor([[float("nan")]])),
+        "integers from 0 to 9, got numbers such as nan",
+    ),
     "a sample of nothing": (lambda vae: vae.sample(2), r"conditional, so it needs `condition=`: a class from 0 to 9"),
     "data alone": (lambda vae: vae.encode(torch.zeros(2, 1, 8, 8)), "conditional, so it needs `condition=`"),
     "latents alone": (lambda vae: vae.decode(torch.zeros(2, 3)), "conditional, so it needs `condition=`"),
