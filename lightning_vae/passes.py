@@ -198,3 +198,17 @@ class PassModule(RunModule):
 
     def _floored_rate(self, rates: Tensor) -> Tensor:
         return free_bits(rates, self.free_bits, self.free_bits_per, self.free_bits_average)
+
+
+def wrong_terms(terms: ELBOTerms, size: int, parts: int) -> ValueError:
+    """Return the error of terms that are not one row for each of ``size`` observations, with the model's parts."""
+    found, remedy = tuple(terms.rate_per_dimension.shape), ""
+    if found != (size, parts) and found[:-1] == (size,) and 1 in (found[-1], parts):
+        remedy = (
+            " The class of a `prior` or `posterior` that gives one distribution over whole latents must set `is_joint = "
+            "True`, any other one `False`."
+        )
+    return ValueError(
+        f"`elbo_terms` must return a distortion of shape {(size,)} and rates of shape {(size, parts)}, one row per "
+        f"observation, got {tuple(terms.distortion.shape)} and {found}.{remedy}"
+    )

@@ -37,6 +37,7 @@ from .observations import (
     check_scale,
     data_of,
 )
+from .passes import wrong_terms
 from .posteriors import PosteriorHead
 from .priors import Prior
 from .running_sums import TrainingMeans
@@ -278,14 +279,9 @@ class VAE(LatentModel):
 
     def _checked_terms(self, x: Tensor | Observations, size: int) -> ELBOTerms:
         """Return :meth:`elbo_terms`, which a subclass may override, after checking the shapes of its result."""
-        terms = self.elbo_terms(x)
-        distortion, rates = terms
-        if distortion.shape != (size,) or rates.shape[:-1] != (size,):
-            raise ValueError(
-                f"`elbo_terms` must return a distortion of shape {(size,)} and rates of shape "
-                f"{(size, self.latent_dim)}, one row per observation, got {tuple(distortion.shape)} and "
-                f"{tuple(rates.shape)}."
-            )
+        distortion, rates = terms = self.elbo_terms(x)
+        if distortion.shape != (size,) or rates.shape != (size, self.rate_parts):
+            raise wrong_terms(terms, size, self.rate_parts)
         return terms
 
     def elbo_terms(self, x: Tensor | Observations, index: Tensor | None = None) -> ELBOTerms:
@@ -338,6 +334,8 @@ class VAE(LatentModel):
     def _multi_sample_loss(self, x: Tensor | Observations) -> tuple[Tensor, Tensor, int | Tensor]:
         """Compute the result of :meth:`_loss` for the multi-sample bound."""
         loss, terms = self._multi_sample(x)
+        if terms.rate_per_dimension.shape[1] != self.rate_parts:
+            raise wrong_terms(terms, len(x), self.rate_parts)
         means = batch_means(terms, 0.0)
         loss = mean_over_processes(loss[:, None])[0]
         with torch.no_grad():

@@ -280,6 +280,27 @@ def test_what_makes_no_sense_is_refused(options, message):
         VAE((6,), latent_dim=4, **options)
 
 
+class Forgetful(MixturePrior):
+    """A joint prior whose class does not say so."""
+
+    is_joint = False
+
+
+class Boastful(LearnedNormal):
+    """A factorised prior whose class says that it is joint."""
+
+    is_joint = True
+
+
+@pytest.mark.parametrize(("prior", "parts", "found"), [(Forgetful, 4, 1), (Boastful, 1, 4)])
+@pytest.mark.parametrize("options", [{}, {"importance_samples": 3}])
+def test_a_prior_that_says_wrongly_whether_it_is_joint_is_refused_at_the_first_step(prior, parts, found, options):
+    vae = VAE((6,), latent_dim=4, prior=prior, **options)
+    message = rf"rates of shape \(5, {parts}\).*got \(5,\) and \(5, {found}\).*must set `is_joint = True`"
+    with pytest.raises(ValueError, match=message):
+        vae.training_step(torch.randn(5, 6), 0)
+
+
 def test_convolutions_take_a_head_and_a_condition():
     vae = VAE(
         (3, 9, 13), latent_dim=4, encoder=ConvEncoder, decoder=ConvDecoder, posterior=FullCovariance,
