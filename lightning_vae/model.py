@@ -93,6 +93,15 @@ class LatentModel(PassModule):
             raise ValueError(
                 f"`prior` must have the model's `latent_dim`, {latent_dim}, got one of {self.prior_module.latent_dim}."
             )
+        if (given := self.prior_module.condition_dim) not in (0, condition_dim):
+            has = (
+                f"the model's condition c has {condition_dim} columns"
+                if condition_dim
+                else "the model has no condition"
+            )
+            raise ValueError(
+                f"`prior` has a `condition_dim` of {given}, but {has}. Give its class, which the model constructs."
+            )
         if self.prior_module.classes != classes:
             raise ValueError(
                 f"`prior` and `posterior` must both be over groups of as many classes, or neither, got "

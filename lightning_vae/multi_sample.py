@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -14,6 +14,7 @@ from torch.distributions import Distribution
 from .balancing import scale_gradient
 from .checks import check_number, integer_from
 from .objective import checked_number
+from .posteriors import PosteriorHead
 
 
 class MultiSampleBound(NamedTuple):
@@ -93,6 +94,44 @@ def multi_sample_bound(
         z.register_hook(lambda gradient: gradient * share.view(*share.shape, *[1] * (gradient.ndim - 2)))
     weighted = (normalised * log_weights).sum(0)
     return MultiSampleBound(bound, weighted.detach() - weighted - bound, drawn, log_likelihoods)
+
+
+def checked_samples(
+    samples: int | None, head: PosteriorHead | None, terms: Any, capacity_weight: float | None, free_bits: float | None
+) -> int:
+    """Return the number of samples that a model is trained with, 1 for the ELBO.
+
+    Args:
+        samples: The model's ``importance_samples``.
+        head: Its posterior head, if it has one.
+        terms: The terms that are added to its loss.
+        capacity_weight: The weight of its capacity.
+        free_bits: The floor of its rate.
+
+    Raises:
+        ValueError: If the number is out of range, or the bound of so many samples can't be combined with the others.
+    """
+    if samples is None:
+        return 1
+    check_number("importance_samples", samples, "an integer of at least 1, or None for the ELBO", integer_from(1))
+    if samples == 1:
+        return 1
+    if terms or capacity_weight is not None:
+        raise ValueError(
+            "`importance_samples` above 1 can't be combined with `terms` or a `capacity_weight`, which belong to the "
+            "ELBO."
+        )
+    if free_bits:
+        raise ValueError(
+            f"`importance_samples` is {samples}: the multi-sample bound has no floor of the rate, got "
+            f"`free_bits={free_bits}`. Leave it out, or train on the ELBO."
+        )
+    if head is not None and head.classes:
+        raise ValueError(
+            f"`importance_samples` is {samples}: the multi-sample bound needs a posterior over real numbers, got "
+            f"`posterior` {type(head).__name__}. Choose a Gaussian posterior, or train on the ELBO."
+        )
+    return samples
 
 
 def _log_weights(

@@ -205,8 +205,8 @@ def wrong_terms(terms: ELBOTerms, size: int, parts: int) -> ValueError:
     found, remedy = tuple(terms.rate_per_dimension.shape), ""
     if found != (size, parts) and found[:-1] == (size,) and 1 in (found[-1], parts):
         remedy = (
-            " The class of a `prior` or `posterior` that gives one distribution over whole latents must set `is_joint = "
-            "True`, any other one `False`."
+            " The class of a `prior` or `posterior` must set `is_joint = True` if it gives one distribution over whole "
+            "latents, and only then."
         )
     return ValueError(
         f"`elbo_terms` must return a distortion of shape {(size,)} and rates of shape {(size, parts)}, one row per "

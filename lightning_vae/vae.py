@@ -17,7 +17,7 @@ from .conditions import Condition
 from .distributed import batch_means, mean_over_processes
 from .likelihoods import Likelihood, warn_of_feedback
 from .model import LatentModel, log_prob_of
-from .multi_sample import multi_sample_bound
+from .multi_sample import checked_samples, multi_sample_bound
 from .networks import Shape
 from .noise import sample_by_index
 from .objective import (
@@ -160,25 +160,9 @@ class VAE(LatentModel):
         if levels is not None:
             check_number("levels", levels, "an integer of at least 2, or None for real-valued data", integer_from(2))
         check_number("latent_dim", latent_dim, "an integer of at least 1", integer_from(1))
-        allowed = "an integer of at least 1, or None for the ELBO"
-        if importance_samples is not None:
-            check_number("importance_samples", importance_samples, allowed, integer_from(1))
-        self.importance_samples = importance_samples or 1
         for name in terms or {}:
             if not name.isidentifier():
                 raise ValueError(f"`terms` must have names that are Python names, such as 'mmd', got {name!r}.")
-        if compile and (terms or self.importance_samples > 1):
-            raise ValueError("`compile` compiles the ELBO only: leave it out with `terms` and `importance_samples`.")
-        if self.importance_samples > 1 and (terms or capacity_weight is not None):
-            raise ValueError(
-                "`importance_samples` above 1 can't be combined with `terms` or a `capacity_weight`, which belong to "
-                "the ELBO."
-            )
-        if self.importance_samples > 1 and free_bits:
-            raise ValueError(
-                f"`importance_samples` is {importance_samples}: the multi-sample bound has no floor of the rate, got "
-                f"`free_bits={free_bits}`. Leave it out, or train on the ELBO."
-            )
         if free_bits_average not in ("batch", "sample"):
             raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
 
@@ -197,7 +181,10 @@ class VAE(LatentModel):
         self._update_hparams(described if isinstance(given, list | tuple) else {**described, "shape": shape})
 
         self._build(shape, levels, kinds, latent_dim, **parts)
-        self.terms = build_terms(terms)
+        self.importance_samples = checked_samples(importance_samples, self.head, terms, capacity_weight, free_bits)
+        if compile and (terms or self.importance_samples > 1):
+            raise ValueError("`compile` compiles the ELBO only: leave it out with `terms` and `importance_samples`.")
+        self.terms = build_terms(terms, self.head)
         weights: Any = {f"{name}_weight": (term.weight, 1.0) for name, term in self.terms.items()}
         try:
             group_rates(torch.zeros(1, self.rate_parts), free_bits_per)

@@ -8,7 +8,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
-from lightning_vae import DIP, MMD, VAE, Bernoulli, Gaussian, Term, TotalCorrelation
+from lightning_vae import DIP, MMD, VAE, Bernoulli, CategoricalGroups, FullCovariance, Gaussian, Term, TotalCorrelation
 from lightning_vae.callbacks import GECO, FreeBits, KLAnnealing, Linear
 from lightning_vae.datamodules import Digits, TensorLoader
 from lightning_vae.terms import Step
@@ -112,6 +112,19 @@ def test_the_size_of_the_data_reaches_a_term(tmp_path):
         ({"terms": {"mmd": MMD}, "compile": True}, "`compile`"),
         ({"importance_samples": 0}, "`importance_samples` must be"),
         ({"importance_samples": 5, "free_bits": 2.0}, "no floor of the rate"),
+        (
+            {"importance_samples": 5, "posterior": partial(CategoricalGroups, classes=2)},
+            "needs a posterior over real numbers, got `posterior` CategoricalGroups",
+        ),
+        (
+            {"terms": {"tc": TotalCorrelation}, "posterior": partial(CategoricalGroups, classes=2)},
+            "`TotalCorrelation` needs a density for each latent dimension.*got CategoricalGroups",
+        ),
+        ({"terms": {"tc": TotalCorrelation}, "posterior": FullCovariance}, "must be factorised, got FullCovariance"),
+        (
+            {"terms": {"dip": DIP}, "posterior": partial(CategoricalGroups, classes=2)},
+            "`DIP` needs a Gaussian posterior, got `posterior` CategoricalGroups",
+        ),
         ({"importance_samples": 5, "terms": {"mmd": MMD}}, "`terms`"),
     ],
 )

@@ -272,6 +272,11 @@ def test_a_copy_of_a_model_with_pseudo_inputs_encodes_them_itself():
         ({"posterior": partial(CategoricalGroups, classes=2), "prior": LearnedNormal}, "both be over groups"),
         ({"posterior": partial(CategoricalGroups, classes=3)}, "`classes` must divide `latent_dim`"),
         ({"prior": torch.nn.Linear(1, 1)}, "`prior` must be a lightning_vae.Prior"),
+        (
+            {"prior": ConditionalNormal(4, 3), "condition": partial(Condition, classes=10)},
+            "`prior` has a `condition_dim` of 3, but the model's condition c has 10 columns",
+        ),
+        ({"prior": ConditionalNormal(4, 3)}, "`prior` has a `condition_dim` of 3, but the model has no condition"),
         ({"posterior": torch.nn.Linear(1, 1)}, "`posterior` must be a lightning_vae.PosteriorHead"),
     ],
 )

@@ -14,6 +14,7 @@ from typing_extensions import override
 from ..checkpoints.class_paths import build
 from ..objective import checked_number
 from ..observations import Observations
+from ..posteriors import PosteriorHead
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +55,16 @@ class Term(nn.Module):
         super().__init__()
         self.weight = checked_number("weight", weight)
 
+    def check(self, head: PosteriorHead | None) -> None:
+        """Check that the term can be computed with the posterior of a model, when the model is built.
+
+        Args:
+            head: The posterior head of the model; ``None`` if its encoder gives the distribution.
+
+        Raises:
+            ValueError: If it can't.
+        """
+
     @override
     def forward(self, step: Step) -> Tensor:
         """Compute the unweighted term.
@@ -67,19 +78,23 @@ class Term(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define `forward(step)`, which returns a scalar.")
 
 
-def build_terms(terms: Mapping[str, Any]) -> nn.ModuleDict:
+def build_terms(terms: Mapping[str, Any], head: PosteriorHead | None) -> nn.ModuleDict:
     """Build terms by name. What they draw leaves the random state of the run as it is without them.
 
     Args:
         terms: What was given for each: a term, or its constructor.
+        head: The posterior head of the model, if it has one.
 
     Raises:
-        ValueError: If a term can't be built.
+        ValueError: If a term can't be built, or can't be computed with this posterior.
         TypeError: If one is no term.
     """
     device = torch.get_default_device()
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        return nn.ModuleDict({name: build(f"terms.{name}", term, of=Term) for name, term in terms.items()})
+        built: dict[str, Term] = {name: build(f"terms.{name}", term, of=Term) for name, term in terms.items()}
+    for term in built.values():
+        term.check(head)
+    return nn.ModuleDict(built)
 
 
 def check_several(name: str, count: int) -> None:

@@ -10,6 +10,7 @@ from torch.distributions import Distribution, Independent, LowRankMultivariateNo
 from typing_extensions import override
 
 from ..objective import checked_number
+from ..posteriors import PosteriorHead
 from .base import Step, Term, check_several
 
 _Gaussian = Normal | MultivariateNormal | LowRankMultivariateNormal
@@ -82,6 +83,14 @@ class DIP(Term):
         self.variant = variant
         self.off_diagonal = checked_number("off_diagonal", off_diagonal)
         self.diagonal = checked_number("diagonal", diagonal)
+
+    @override
+    def check(self, head: PosteriorHead | None) -> None:
+        if head is not None and head.classes:
+            raise ValueError(
+                f"The term `DIP` needs a Gaussian posterior, got `posterior` {type(head).__name__}. Choose a Gaussian "
+                "posterior, or `MMD`."
+            )
 
     @override
     def forward(self, step: Step) -> Tensor:

@@ -10,6 +10,7 @@ from torch.distributions import Distribution
 from typing_extensions import override
 
 from ..checks import check_number, integer_from
+from ..posteriors import PosteriorHead
 from .base import Step, Term, check_several
 
 
@@ -148,6 +149,14 @@ class TotalCorrelation(Term):
         if data_size is not None:
             check_number("data_size", data_size, "an integer of at least 2, or None", integer_from(2))
         self.data_size = data_size
+
+    @override
+    def check(self, head: PosteriorHead | None) -> None:
+        if head is not None and (head.is_joint or head.classes):
+            raise ValueError(
+                "The term `TotalCorrelation` needs a density for each latent dimension, so `posterior` must be "
+                f"factorised, got {type(head).__name__}. Choose one such as DiagonalGaussian, or another term."
+            )
 
     @override
     def forward(self, step: Step) -> Tensor:
