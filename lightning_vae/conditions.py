@@ -153,14 +153,19 @@ class Condition(WideModule):
             if check and has_values(classes):
                 low, high = torch.stack(classes.aminmax()).tolist()
                 if not 0 <= low <= high < self.classes:
+                    remedy = f"Set `classes` to at least {high + 1}, or number" if low >= 0 else "Number"
                     raise ValueError(
                         f"`condition` must be a class from 0 to {self.classes - 1}, got classes from {low} to {high}. "
-                        f"Set `classes` to at least {high + 1}, or number the classes from 0."
+                        f"{remedy} the classes from 0."
                     )
             parts.append(classes.float().expand(size)[:, None])  # half precision would round class numbers
         if self.covariates:
-            numbers = covariates if isinstance(covariates, Tensor) else torch.as_tensor(covariates, dtype=torch.float32)
-            if numbers.shape not in ((size, self.covariates), (1, self.covariates), (self.covariates,)):
+            numbers = _numbers(covariates)
+            if numbers is None or numbers.shape not in (
+                (size, self.covariates),
+                (1, self.covariates),
+                (self.covariates,),
+            ):
                 raise ValueError(
                     f"`condition` must have {self.covariates} covariates for each observation, shape "
                     f"{(size, self.covariates)}, got {_given(covariates)}."
@@ -173,13 +178,14 @@ class Condition(WideModule):
         device = parts[-1].device
         return torch.cat([part.to(device) for part in parts], dim=1) if len(parts) > 1 else parts[0]
 
-    def read(self, value: Any, size: int) -> Tensor:
+    def read(self, value: Any, size: int, own: Tensor | None = None) -> Tensor:
         """Read a condition that a caller gives, for ``size`` observations.
 
         Args:
             value: A class or classes; covariates; or for both a mapping with the keys ``"label"`` and ``"condition"``.
                 Or the columns of a record, shape ``(size, columns)``.
             size: Number of observations.
+            own: The columns of the observations' records, for the part that a mapping leaves out.
 
         Returns:
             Shape ``(size, columns)``.
@@ -193,7 +199,14 @@ class Condition(WideModule):
                 "`vae.observe(batch).condition`."
             )
         if isinstance(value, Mapping):
-            return self.columns_of(value.get("label"), value.get("condition"), size)
+            parts = {} if own is None else {"label": own[:, 0].long(), "condition": own[:, -self.covariates :]}
+            names = {"label"} if self.classes else set()
+            names |= {"condition"} if self.covariates else set()
+            parts = {name: part for name, part in parts.items() if name in names} | dict(value)
+            if set(parts) != names:
+                keys = ", ".join(map(repr, value)) or "no keys"
+                raise ValueError(f"`condition` must be {self.wanted}, got a dict with {keys}.")
+            return self.columns_of(parts.get("label"), parts.get("condition"), size)
         if isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == self.columns and self.classes:
             if has_values(classes := value[:, 0].double()) and not bool((classes.round() == classes).all()):
                 raise ValueError(
@@ -223,6 +236,14 @@ def _classes(label: Any) -> Tensor | None:
         return None
     is_integer = not (classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool)
     return classes.long() if is_integer else None
+
+
+def _numbers(covariates: Any) -> Tensor | None:
+    """Return covariates as a tensor; ``None`` for what holds no numbers."""
+    try:
+        return covariates if isinstance(covariates, Tensor) else torch.as_tensor(covariates, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def _given(value: Any) -> str:

@@ -226,11 +226,14 @@ class LatentModel(PassModule):
         Args:
             x: As in :meth:`encode`.
             condition: As in :meth:`encode`.
-            decoded_as: Another condition to decode under: what the observation would look like under it.
+            decoded_as: Another condition to decode under: what the observation would look like under it. The part that
+                a dict leaves out stays the observation's own.
         """
         columns = self._condition_of(x, condition)
         own = () if columns is None else (columns,)
         z = self.encode(x, *own).mean.flatten(1)
+        if decoded_as is not None and self.condition is not None:
+            decoded_as = self.condition.read(decoded_as, len(z), columns)
         return self.to_data_scale(self.decode(z, *(own if decoded_as is None else (decoded_as,))).mean)
 
     def sample(self, n: int, condition: Any = None, density: td.Distribution | None = None) -> Tensor:

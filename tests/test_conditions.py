@@ -221,6 +221,18 @@ MISSING = {
         lambda vae: vae.sample(1, condition=torch.tensor([[float("nan")]])),
         "integers from 0 to 9, got numbers such as nan",
     ),
+    "a class below 0": (
+        lambda vae: vae.sample(3, condition=-1),
+        r"got classes from -1 to -1\. Number the classes from 0",
+    ),
+    "another key": (
+        lambda vae: vae.sample(3, condition={"lable": 1}),
+        "must be a class from 0 to 9, or one for each observation, got a dict with 'lable'",
+    ),
+    "a key too many": (
+        lambda vae: vae.sample(3, condition={"label": 1, "condition": [2.0]}),
+        "must be a class from 0 to 9, or one for each observation, got a dict with 'label', 'condition'",
+    ),
     "a sample of nothing": (lambda vae: vae.sample(2), r"conditional, so it needs `condition=`: a class from 0 to 9"),
     "data alone": (lambda vae: vae.encode(torch.zeros(2, 1, 8, 8)), "conditional, so it needs `condition=`"),
     "latents alone": (lambda vae: vae.decode(torch.zeros(2, 3)), "conditional, so it needs `condition=`"),
@@ -234,6 +246,42 @@ def test_a_missing_condition_says_where_it_should_come_from(name):
     call, message = MISSING[name]
     with pytest.raises(ValueError, match=message):
         call(small())
+
+
+def both(**options):
+    condition = partial(Condition, classes=3, covariates=2)
+    return VAE((5,), latent_dim=2, condition=condition, **options).eval()
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ({"label": 2}, r"a dict with 'label', .*, and 'condition', .*, got a dict with 'label'\."),
+        ({"condition": [1.0, 2.0]}, r"got a dict with 'condition'\."),
+        ({"label": 2, "covariates": [1.0, 2.0]}, r"got a dict with 'label', 'covariates'\."),
+        ({}, r"got a dict with no keys\."),
+        ({"label": 2, "condition": None}, "must have 2 covariates for each observation.*got NoneType None"),
+        ({"label": 2, "condition": "ab"}, "must have 2 covariates for each observation.*got str 'ab'"),
+        (2, "must be a dict with 'label'"),
+    ],
+)
+def test_a_condition_of_two_parts_needs_both(condition, message):
+    with pytest.raises(ValueError, match=message):
+        both().sample(3, condition=condition)
+
+
+def test_a_counterfactual_keeps_the_part_that_is_not_given():
+    vae, covariates = both(), torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    vae.condition.set_scale(torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.5]))
+    seen = vae.observe({"x": torch.randn(2, 5), "label": torch.tensor([0, 1]), "condition": covariates})
+    for part, whole in [
+        ({"label": 2}, {"label": 2, "condition": covariates}),
+        ({"condition": [4.0, 5.0]}, {"label": torch.tensor([0, 1]), "condition": [4.0, 5.0]}),
+    ]:
+        torch.testing.assert_close(vae.reconstruct(seen, decoded_as=part), vae.reconstruct(seen, decoded_as=whole))
+        assert not torch.equal(vae.reconstruct(seen, decoded_as=part), vae.reconstruct(seen))
+    with pytest.raises(ValueError, match="got a dict with 'lable'"):
+        vae.reconstruct(seen, decoded_as={"lable": 2})
 
 
 def test_an_unconditional_model_refuses_a_condition():
