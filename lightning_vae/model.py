@@ -260,7 +260,9 @@ class LatentModel(PassModule):
         prior = self.prior_given(columns) if density is None else density
         axes = 2 if self.prior_module.classes else 1
         is_of_each = len(prior.batch_shape + prior.event_shape) > axes
-        z = prior.sample(torch.Size(() if is_of_each else (n,))).flatten(1)
+        z = torch.empty(0, self.latent_dim, device=self.device)
+        if n:  # torch draws no 0 categories
+            z = prior.sample(torch.Size(() if is_of_each else (n,))).flatten(1)
         return self.to_data_scale(self.decode(z, *(() if columns is None else (columns,))).mean)
 
     def to_data_scale(self, x: Tensor) -> Tensor:

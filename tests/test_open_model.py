@@ -306,6 +306,13 @@ def test_a_prior_that_says_wrongly_whether_it_is_joint_is_refused_at_the_first_s
         vae.training_step(torch.randn(5, 6), 0)
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_no_sample_is_an_empty_tensor(name):
+    options = {"latent_dim": 4, **MODELS[name]}
+    condition = torch.empty(0, dtype=torch.int64) if "condition" in options else None
+    assert VAE((1, 8, 8), 17, **options).eval().sample(0, condition).shape == (0, 1, 8, 8)
+
+
 def test_convolutions_take_a_head_and_a_condition():
     vae = VAE(
         (3, 9, 13), latent_dim=4, encoder=ConvEncoder, decoder=ConvDecoder, posterior=FullCovariance,
