@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Self
@@ -246,24 +247,38 @@ class LatentModel(PassModule):
             condition: What a conditional model is conditioned on, for all samples or for each: a class, an integer or
                 integers of shape ``(n,)``; covariates, of shape ``(covariates,)`` or ``(n, covariates)``; a dict of
                 both under ``"label"`` and ``"condition"``.
-            density: The density to draw the latents from in place of the prior, of event shape ``(k,)``, such as
-                :meth:`lightning_vae.estimators.ExPostDensity.distribution`.
+            density: The density to draw the latents from in place of the prior, over vectors of ``k`` numbers, such as
+                :meth:`lightning_vae.estimators.ExPostDensity.distribution`; or a batch of ``n``, one for each sample.
 
         Returns:
             Images or vectors in the data's own scale, shape ``(n, *shape)``.
 
         Raises:
-            ValueError: If ``n`` is not an integer of at least 0.
+            ValueError: If ``n`` is not an integer of at least 0, or a condition or the density does not fit.
         """
         check_number("n", n, "an integer of at least 0", integer_from(0))
         columns = self._condition_of(torch.empty(n, 0), condition)
-        prior = self.prior_given(columns) if density is None else density
-        axes = 2 if self.prior_module.classes else 1
-        is_of_each = len(prior.batch_shape + prior.event_shape) > axes
+        prior = self.prior_given(columns) if density is None else self._checked_density(density, n)
+        is_of_each = math.prod(prior.batch_shape + prior.event_shape) != self.latent_dim
         z = torch.empty(0, self.latent_dim, device=self.device)
         if n:  # torch draws no 0 categories
             z = prior.sample(torch.Size(() if is_of_each else (n,))).flatten(1)
         return self.to_data_scale(self.decode(z, *(() if columns is None else (columns,))).mean)
+
+    def _checked_density(self, density: Any, n: int) -> td.Distribution:
+        """Return a density in the place of the prior, of the shape of one latent or of ``n``."""
+        shape = tuple(density.batch_shape + density.event_shape) if isinstance(density, td.Distribution) else None
+        latents: set[tuple[int, ...]] = {(self.latent_dim,)}
+        if classes := self.prior_module.classes:
+            latents.add((self.latent_dim // classes, classes))
+        if shape not in latents | {(n, *latent) for latent in latents}:
+            got = f"a {type(density).__name__}" + ("" if shape is None else f" over the shape {shape}")
+            raise ValueError(
+                f"`density` must be a torch.distributions.Distribution over latents of {self.latent_dim} numbers, such "
+                f"as `ExPostDensity.fit(z).distribution()`, got {got}."
+            )
+        checked: td.Distribution = density
+        return checked
 
     def to_data_scale(self, x: Tensor) -> Tensor:
         """Convert data from the networks' scale to their own."""

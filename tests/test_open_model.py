@@ -31,6 +31,7 @@ from lightning_vae import (
 )
 from lightning_vae.callbacks import CollapseDetector, FreeBits, LatentSpace, Pictures
 from lightning_vae.datamodules import Digits, TensorLoader
+from lightning_vae.estimators import ExPostDensity
 from tests.doubles import quiet_trainer
 from tests.processes import in_two_processes
 
@@ -311,6 +312,31 @@ def test_no_sample_is_an_empty_tensor(name):
     options = {"latent_dim": 4, **MODELS[name]}
     condition = torch.empty(0, dtype=torch.int64) if "condition" in options else None
     assert VAE((1, 8, 8), 17, **options).eval().sample(0, condition).shape == (0, 1, 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("density", "given"),
+    [
+        (ExPostDensity.of_moments(torch.randn(50, 4), torch.ones(50, 4)), r"a ExPostDensity\."),
+        (torch.distributions.Normal(0.0, 1.0), r"a Normal over the shape \(\)\."),
+        (torch.distributions.Normal(torch.zeros(3), 1.0), r"a Normal over the shape \(3,\)\."),
+        (torch.distributions.Normal(torch.zeros(5, 4), 1.0), r"a Normal over the shape \(5, 4\)\."),
+        (torch.randn(3, 4), r"a Tensor\."),
+    ],
+)
+def test_a_density_of_another_form_is_refused(density, given):
+    with pytest.raises(ValueError, match=f"`density` must be a torch.distributions.Distribution over .* 4 .*{given}"):
+        VAE((6,), latent_dim=4).sample(3, density=density)
+
+
+@pytest.mark.parametrize("name", ["a learned normal", "categories"])
+@pytest.mark.parametrize("shape", [(8,), (3, 8)])
+def test_a_density_of_one_latent_or_of_each_is_drawn_from(name, shape):
+    vae = VAE((6,), **{**MODELS[name], "latent_dim": 8}).eval()
+    exact = torch.distributions.Normal(torch.arange(8.0).expand(shape), 1e-6)
+    for density in (exact, torch.distributions.Independent(exact, 1)):
+        drawn = vae.sample(3, density=density)
+        torch.testing.assert_close(drawn, vae.decode(torch.arange(8.0).expand(3, 8)).mean, atol=1e-4, rtol=1e-4)
 
 
 def test_convolutions_take_a_head_and_a_condition():
