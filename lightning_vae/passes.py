@@ -43,7 +43,7 @@ class PassModule(RunModule):
     terms: nn.ModuleDict
     beta: Tensor
     capacity: Tensor
-    capacity_weight: float | None
+    capacity_weight: float | None = None
     free_bits: Tensor
     free_bits_per: FreeBitsPer
     free_bits_average: FreeBitsAverage

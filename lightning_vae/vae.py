@@ -25,7 +25,6 @@ from .objective import (
     FreeBitsAverage,
     FreeBitsPer,
     capacity_loss,
-    check_single,
     checked_capacity_weight,
     constrained_error,
     group_rates,
@@ -42,7 +41,7 @@ from .posteriors import PosteriorHead
 from .priors import Prior
 from .running_sums import TrainingMeans
 from .terms import Step, Term
-from .terms.base import build_terms
+from .terms.base import build_terms, checked_names, checked_values
 from .training_data import data_size, first_observations
 
 
@@ -160,9 +159,6 @@ class VAE(LatentModel):
         if levels is not None:
             check_number("levels", levels, "an integer of at least 2, or None for real-valued data", integer_from(2))
         check_number("latent_dim", latent_dim, "an integer of at least 1", integer_from(1))
-        for name in terms or {}:
-            if not name.isidentifier():
-                raise ValueError(f"`terms` must have names that are Python names, such as 'mmd', got {name!r}.")
         if free_bits_average not in ("batch", "sample"):
             raise ValueError(f"`free_bits_average` must be 'batch' or 'sample', got {free_bits_average!r}.")
 
@@ -170,7 +166,7 @@ class VAE(LatentModel):
             "encoder": encoder, "decoder": decoder, "likelihood": likelihood, "condition": condition, "prior": prior,
             "posterior": posterior,
         }  # fmt: skip
-        terms = dict(terms or {})
+        terms = checked_names(terms, self)
         instances = [name for name, part in parts.items() if isinstance(part, nn.Module)]
         instances += ["terms"] * any(isinstance(term, nn.Module) for term in terms.values())
         self.save_hyperparameters(ignore=instances)
@@ -314,9 +310,7 @@ class VAE(LatentModel):
             generator = torch.cuda.default_generators[self.device.index or 0] if is_cuda else torch.default_generator
             generator.manual_seed(int(torch.randint(2**62, ())))  # `torch.manual_seed` takes as long as a small layer
             values = {name: term(step) for name, term in self.terms.items()}
-        for name, value in values.items():
-            check_single(f"terms.{name}", value)
-        return list(values.values())
+        return checked_values(values)
 
     def _multi_sample_loss(self, x: Tensor | Observations) -> tuple[Tensor, Tensor, int | Tensor]:
         """Compute the result of :meth:`_loss` for the multi-sample bound."""

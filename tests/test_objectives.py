@@ -109,6 +109,11 @@ def test_the_size_of_the_data_reaches_a_term(tmp_path):
         ({"terms": {"mmd": partial(MMD, weight=-1.0)}}, "`weight` must be"),
         ({"terms": {"mmd": torch.nn.Linear(1, 1)}}, "`terms.mmd` must be a lightning_vae.Term"),
         ({"terms": {"beta 2": MMD}}, "`terms` must have names that are Python names"),
+        ({"terms": [MMD]}, "`terms` must be a mapping from names to terms"),
+        ({"terms": {3: MMD}}, "names that are Python names, such as 'mmd', got 3"),
+        ({"terms": {"keys": MMD}}, "`terms` can't have the name 'keys', which the model itself uses"),
+        ({"terms": {"capacity": MMD}}, "`terms` can't have the name 'capacity'"),
+        ({"terms": {"capacity": MMD}, "capacity_weight": 1.0}, "`terms` can't have the name 'capacity'"),
         ({"terms": {"mmd": MMD}, "compile": True}, "`compile`"),
         ({"importance_samples": 0}, "`importance_samples` must be"),
         ({"importance_samples": 5, "free_bits": 2.0}, "no floor of the rate"),
@@ -148,13 +153,21 @@ def test_a_last_batch_of_one_observation_has_no_terms(tmp_path):
     assert values == [4, 4]
 
 
-def test_a_term_must_be_a_scalar(tmp_path):
-    class Rows(Term):
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda step: step.z.sum(1), r"`terms.own` must be one number, got a tensor of shape"),
+        (lambda step: 1.0, r"`terms.own` must be one number as a tensor, got float 1.0"),
+        (lambda step: None, r"`terms.own` must be one number as a tensor, got NoneType None"),
+    ],
+)
+def test_a_term_must_be_a_scalar(tmp_path, value, message):
+    class Own(Term):
         def forward(self, step):
-            return step.z.sum(1)
+            return value(step)
 
-    with pytest.raises(ValueError, match=r"`terms.rows` must be one number, got a tensor of shape"):
-        fit(tmp_path, terms={"rows": Rows})
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, terms={"own": Own})
 
 
 def test_the_multi_sample_bound_is_trained_and_validated(tmp_path):

@@ -12,7 +12,7 @@ from torch.distributions import Distribution
 from typing_extensions import override
 
 from ..checkpoints.class_paths import build
-from ..objective import checked_number
+from ..objective import check_single, checked_number
 from ..observations import Observations
 from ..posteriors import PosteriorHead
 
@@ -78,6 +78,28 @@ class Term(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define `forward(step)`, which returns a scalar.")
 
 
+def checked_names(terms: Any, model: nn.Module) -> dict[str, Any]:
+    """Return what was given for the terms of a model, by name.
+
+    Args:
+        terms: A mapping; ``None`` without terms.
+        model: The model, which gets the knob ``<name>_weight`` of each.
+
+    Raises:
+        ValueError: If it is no mapping, or a name is no Python name or is taken.
+    """
+    terms = {} if terms is None else terms
+    if not isinstance(terms, Mapping):
+        raise ValueError(f"`terms` must be a mapping from names to terms, such as {{'mmd': MMD}}, got {terms!r}.")
+    taken = nn.ModuleDict()
+    for name in terms:
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"`terms` must have names that are Python names, such as 'mmd', got {name!r}.")
+        if hasattr(taken, name) or hasattr(model, f"{name}_weight"):
+            raise ValueError(f"`terms` can't have the name {name!r}, which the model itself uses. Choose another one.")
+    return dict(terms)
+
+
 def build_terms(terms: Mapping[str, Any], head: PosteriorHead | None) -> nn.ModuleDict:
     """Build terms by name. What they draw leaves the random state of the run as it is without them.
 
@@ -95,6 +117,19 @@ def build_terms(terms: Mapping[str, Any], head: PosteriorHead | None) -> nn.Modu
     for term in built.values():
         term.check(head)
     return nn.ModuleDict(built)
+
+
+def checked_values(values: Mapping[str, Any]) -> list[Tensor]:
+    """Return the terms of a batch, after checking that each is one number. No number is read.
+
+    Raises:
+        ValueError: If a term is no tensor, or has an axis.
+    """
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"`terms.{name}` must be one number as a tensor, got {type(value).__name__} {value!r}.")
+        check_single(f"terms.{name}", value)
+    return list(values.values())
 
 
 def check_several(name: str, count: int) -> None:
