@@ -12,7 +12,7 @@ from torch import Tensor
 from torch import distributions as td
 from typing_extensions import override
 
-from .checkpoints.class_paths import build, takes
+from .checkpoints.class_paths import build, check_inputs, takes
 from .checkpoints.exact_resume import trainer_of
 from .checks import check_number, integer_from
 from .conditions import Condition
@@ -83,6 +83,9 @@ class LatentModel(PassModule):
         self.encoder = build("encoder", make, built.features_shape, latent_dim, **sizes, **columns)
         make = MLPDecoder if decoder is None else decoder
         self.decoder = build("decoder", make, latent_dim, built.output_shape, **sizes)
+        c = ("c",) if condition_dim else ()
+        check_inputs("encoder", self.encoder, "x", *c)
+        check_inputs("decoder", self.decoder, "z", *c)
         self.likelihood = built
         self._output_shape = built.output_shape
         self._has_features = type(built).features is not Likelihood.features

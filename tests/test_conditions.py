@@ -13,6 +13,7 @@ from lightning_vae import (
     Condition,
     ConvDecoder,
     ConvEncoder,
+    FullCovariance,
     Gaussian,
     LinearDecoder,
     LinearEncoder,
@@ -161,7 +162,7 @@ def test_classes_are_one_hot_or_embedded():
 
 def small(**options):
     torch.manual_seed(0)
-    return VAE((1, 8, 8), 17, 3, condition=partial(Condition, classes=10), **options)
+    return VAE((1, 8, 8), 17, 3, **{"condition": partial(Condition, classes=10), **options})
 
 
 @pytest.mark.parametrize("convolutions", [False, True])
@@ -306,13 +307,65 @@ def test_invalid_options(options, message):
         Condition(**options)
 
 
-def test_an_own_network_must_take_the_size_of_the_condition():
-    class Own(nn.Module):
-        def __init__(self, shape, latent_dim):
-            super().__init__()
+class Plain(nn.Module):
+    """A network of one's own for a model without a condition."""
 
-    with pytest.raises(ValueError, match=r"`encoder`: .*Own can't be built with .*condition_dim=10"):
-        small(encoder=Own)
+    def __init__(self, *sizes):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
+
+class Sized(Plain):
+    """It takes the size of the condition, but not the condition."""
+
+    def __init__(self, shape, latent_dim, condition_dim=0):
+        super().__init__()
+
+
+class Conditional(Plain):
+    """A network of one's own for a model with a condition."""
+
+    def forward(self, x, c):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"encoder": Plain},
+            r"`encoder`: the constructor of Plain must take `condition_dim`, the size of the model's condition c, .*"
+            r"called with \(1, 8, 8\), 3, condition_dim=10",
+        ),
+        (
+            {"decoder": Plain},
+            "`decoder`: the constructor of Plain must take `condition_dim`",
+        ),
+        (
+            {"encoder": Plain, "posterior": FullCovariance},
+            "must take `condition_dim`, .*; `outputs`, the number of columns that the encoder must return",
+        ),
+        (
+            {"encoder": Plain, "posterior": FullCovariance, "condition": None},
+            "the constructor of Plain must take `outputs`, the number of columns",
+        ),
+        (
+            {"encoder": Sized},
+            r"`encoder`: Sized is called with \(x, c\), where c is that of the model's `condition`, but its "
+            r"`forward` takes \(x\)\.",
+        ),
+        ({"decoder": Plain()}, r"`decoder`: Plain is called with \(z, c\), .* takes \(x\)\."),
+        (
+            {"encoder": Conditional(), "condition": None},
+            r"`encoder`: Conditional is called with \(x\) in a model without a `condition`, but .* takes \(x, c",
+        ),
+    ],
+)
+def test_a_network_of_ones_own_must_fit_the_condition_and_the_posterior(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
 
 
 def test_a_part_of_a_batch_keeps_its_condition():

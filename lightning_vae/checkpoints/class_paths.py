@@ -12,6 +12,12 @@ import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 from torch import nn
 
+_REASONS = {
+    "condition_dim": "the size of the model's condition c, which the network is called with as its second input",
+    "outputs": "the number of columns that the encoder must return for the model's `posterior`",
+}
+"""What the model passes to the constructor of a network, and why."""
+
 
 def describe(part: Any) -> Any:
     """Describe a part so that :func:`build` can make it from a checkpoint loaded with ``weights_only=True``.
@@ -51,6 +57,12 @@ def build(name: str, part: Any, *args: Any, of: type[nn.Module] = nn.Module, **o
         built = part if isinstance(part, nn.Module) or not callable(part) else part(*args, **options)
     except (TypeError, RuntimeError) as error:  # other arguments, or numbers that don't fit
         given = ", ".join([*map(str, args), *(f"{option}={value}" for option, value in options.items())])
+        lacks = [option for option in options if option in _REASONS and not takes(name, part, option)]
+        if lacks and "unexpected keyword argument" in str(error):
+            reasons = "; ".join(f"`{option}`, {_REASONS[option]}" for option in lacks)
+            raise ValueError(
+                f"`{name}`: the constructor of {_name(part)} must take {reasons}. It was called with {given}."
+            ) from error
         raise ValueError(f"`{name}`: {_name(part)} can't be built with {given}: {error}") from error
     if not isinstance(built, of):
         wanted = "an nn.Module" if of is nn.Module else f"a lightning_vae.{of.__name__}"
@@ -58,6 +70,30 @@ def build(name: str, part: Any, *args: Any, of: type[nn.Module] = nn.Module, **o
             f"`{name}` must be {wanted}, or a class or callable that makes one, got {type(built).__name__}."
         )
     return built
+
+
+def check_inputs(name: str, network: nn.Module, *inputs: str) -> None:
+    """Check that a network can be called with the model's inputs, which are only named here.
+
+    Args:
+        name: Name of the model's argument, for messages.
+        network: The network.
+        *inputs: Names of what it is called with.
+
+    Raises:
+        ValueError: If its ``forward`` takes other arguments.
+    """
+    try:
+        signature = inspect.signature(network.forward)
+    except (TypeError, ValueError):  # a compiled one
+        return
+    try:
+        signature.bind(*inputs)
+    except TypeError:
+        of = ", where c is that of the model's `condition`," if "c" in inputs else " in a model without a `condition`,"
+        raise ValueError(
+            f"`{name}`: {_name(network)} is called with ({', '.join(inputs)}){of} but its `forward` takes {signature}."
+        ) from None
 
 
 def takes(name: str, part: Any, option: str) -> bool:
