@@ -109,7 +109,8 @@ class LatentModel(PassModule):
         if self.prior_module.classes != classes:
             raise ValueError(
                 f"`prior` and `posterior` must both be over groups of as many classes, or neither, got "
-                f"{self.prior_module.classes or 'no'} and {classes or 'no'} classes."
+                f"{self.prior_module.classes or 'no'} and {classes or 'no'} classes. Leave `prior` out, or choose "
+                + (f"UniformCategorical with `classes` {classes}." if classes else "CategoricalGroups as `posterior`.")
             )
         self.prior_module.connect(
             built.features_shape, self._encode_features, 0 if self.condition is None else self.condition.columns

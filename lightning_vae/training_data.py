@@ -70,7 +70,10 @@ def first_observations(trainer: Trainer, number: int, read: Callable[[Any], Sequ
         loader.load_state_dict(place)
     rows = [_gathered(torch.cat(parts)[:share], share, processes)[:number] for parts in zip(*found, strict=True)]
     if (there := len(rows[0])) < number:  # in every process alike
-        raise ValueError(f"`prior` starts from {number} observations, and there are only {there} for training.")
+        raise ValueError(
+            f"`prior` starts from {number} observations, and there are only {there} for training. Set its `components` "
+            f"to at most {there}."
+        )
     return rows
 
 

@@ -25,6 +25,7 @@ from lightning_vae import (
     MixturePrior,
     Poisson,
     Term,
+    UniformCategorical,
     VampPrior,
     evaluate,
     score,
@@ -270,7 +271,14 @@ def test_a_copy_of_a_model_with_pseudo_inputs_encodes_them_itself():
     ("options", "message"),
     [
         ({"prior": ConditionalNormal}, "`condition_dim` must be at least 1"),
-        ({"posterior": partial(CategoricalGroups, classes=2), "prior": LearnedNormal}, "both be over groups"),
+        (
+            {"posterior": partial(CategoricalGroups, classes=2), "prior": LearnedNormal},
+            "got no and 2 classes. Leave `prior` out, or choose UniformCategorical with `classes` 2",
+        ),
+        (
+            {"prior": partial(UniformCategorical, classes=2)},
+            "got 2 and no classes. Leave `prior` out, or choose CategoricalGroups as `posterior`",
+        ),
         ({"posterior": partial(CategoricalGroups, classes=3)}, "`classes` must divide `latent_dim`"),
         ({"prior": torch.nn.Linear(1, 1)}, "`prior` must be a lightning_vae.Prior"),
         (

@@ -51,7 +51,7 @@ def test_training_still_sees_all_of_the_data_that_the_prior_started_from(tmp_pat
     quiet_trainer(tmp_path, max_epochs=1).fit(vae, TensorLoader({"x": X, "index": torch.arange(12)}, 3, shuffle=True))
     assert sorted(torch.cat(seen).tolist()) == list(range(12))
     assert rows_of(vae.prior_module.inputs) == rows_of(X)
-    with pytest.raises(ValueError, match="starts from 13 observations, and there are only 12 for training"):
+    with pytest.raises(ValueError, match=r"there are only 12 for training\. Set its `components` to at most 12"):
         fitted(tmp_path, 13)
 
 
