@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from .checks import check_number, integer_from
@@ -226,6 +227,17 @@ class Condition(WideModule):
         if self.classes and self.covariates:
             return f"a dict with 'label', {classes}, and 'condition', {covariates}"
         return classes if self.classes else covariates
+
+
+def warn_of_unread_condition(batch: Any) -> None:
+    """Warn of a condition in a batch that a model without a condition does not read."""
+    if isinstance(batch, Mapping) and "condition" in batch:
+        numbers = batch["condition"]
+        size = numbers.shape[-1] if isinstance(numbers, Tensor) and numbers.ndim > 1 else 1
+        rank_zero_warn(
+            "The batches hold a 'condition', but the model has none, so it is not used. Construct the model with "
+            f"`condition=partial(Condition, covariates={size})`, or leave the condition out of the data."
+        )
 
 
 def _classes(label: Any) -> Tensor | None:

@@ -13,7 +13,7 @@ from .checkpoints.class_paths import describe
 from .checkpoints.exact_resume import trainer_of
 from .checks import check_number, integer_from
 from .compiling import CompiledMethod, CompileMode
-from .conditions import Condition
+from .conditions import Condition, warn_of_unread_condition
 from .distributed import batch_means, mean_over_processes
 from .likelihoods import Likelihood, warn_of_feedback
 from .model import LatentModel, log_prob_of
@@ -216,6 +216,8 @@ class VAE(LatentModel):
         checks = self._checks_next or (batch_idx == 0 and trainer_of(self) is None)
         if checks:
             self._checks_next = False
+            if self.condition is None:
+                warn_of_unread_condition(batch)
             if (number := self.prior_module.wants) and (trainer := trainer_of(self)) is not None:
                 self.prior_module.start(*first_observations(trainer, number, self._start_of_prior))
         data = data_of(batch, self.shape)

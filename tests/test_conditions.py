@@ -389,6 +389,23 @@ def test_covariates_are_standardised_by_numbers_that_the_checkpoint_holds(tmp_pa
             condition.set_scale(loc, scale)
 
 
+@pytest.mark.parametrize("has_trainer", [False, True])
+def test_a_condition_that_the_model_does_not_read_is_warned_of_once(tmp_path, has_trainer):
+    x, c, _ = exact_data()
+    data = {"x": x.float(), "condition": c.float(), "index": torch.arange(len(x))}
+    vae = VAE((6,), latent_dim=2, likelihood=partial(Gaussian, variance=1.0))
+
+    def train():
+        if has_trainer:
+            quiet_trainer(tmp_path, max_epochs=2).fit(vae, TensorLoader(data, 100), TensorLoader(data, 100))
+        for batch_idx in range(0 if has_trainer else 3):
+            vae.training_step(data, batch_idx)
+
+    with pytest.warns(UserWarning, match=r"hold a 'condition', but the model has none.*covariates=2\)`") as warnings:
+        train()
+    assert sum("but the model has none" in str(each.message) for each in warnings) == 1
+
+
 def test_a_table_gives_the_condition_its_scale(tmp_path):
     rows = [f"{200 + 7 * n},{4000 + 50 * n},{'ab'[n % 2]}" for n in range(60)]
     (tmp_path / "t.csv").write_text("\n".join(["length,mass,kind", *rows]))
