@@ -97,7 +97,7 @@ def multi_sample_bound(
 
 
 def checked_samples(
-    samples: int | None, head: PosteriorHead | None, terms: Any, capacity_weight: float | None, free_bits: float | None
+    samples: int | None, head: PosteriorHead | None, terms: Any, capacity_weight: float | None, **floor: Any
 ) -> int:
     """Return the number of samples that a model is trained with, 1 for the ELBO.
 
@@ -106,7 +106,7 @@ def checked_samples(
         head: Its posterior head, if it has one.
         terms: The terms that are added to its loss.
         capacity_weight: The weight of its capacity.
-        free_bits: The floor of its rate.
+        **floor: The options of the floor of its rate; ``None`` if they are not given.
 
     Raises:
         ValueError: If the number is out of range, or the bound of so many samples can't be combined with the others.
@@ -121,11 +121,12 @@ def checked_samples(
             "`importance_samples` above 1 can't be combined with `terms` or a `capacity_weight`, which belong to the "
             "ELBO."
         )
-    if free_bits:
-        raise ValueError(
-            f"`importance_samples` is {samples}: the multi-sample bound has no floor of the rate, got "
-            f"`free_bits={free_bits}`. Leave it out, or train on the ELBO."
-        )
+    for name, value in floor.items():
+        if value:
+            raise ValueError(
+                f"`importance_samples` is {samples}: the multi-sample bound has no floor of the rate, got "
+                f"`{name}={value}`. Leave it out, or train on the ELBO."
+            )
     if head is not None and head.classes:
         raise ValueError(
             f"`importance_samples` is {samples}: the multi-sample bound needs a posterior over real numbers, got "

@@ -456,13 +456,13 @@ def capacity_loss(distortion: Tensor, rate: Tensor, capacity: Tensor | float, we
     return distortion + weight * (rate - capacity).abs()
 
 
-def checked_capacity_weight(weight: float | None, capacity: float | None, **replaced: float | None) -> float | None:
+def checked_capacity_weight(weight: float | None, capacity: float | None, **replaced: Any) -> float | None:
     """Return the weight of :func:`capacity_loss` that a model is configured with, ``None`` for another loss.
 
     Args:
         weight: The weight.
         capacity: The capacity; ``None`` if it is not given.
-        **replaced: The numbers of the loss that it replaces; ``None`` if they are not given.
+        **replaced: The options of the loss that it replaces; ``None`` if they are not given.
 
     Raises:
         ValueError: If a number is out of range, or they do not go together.
@@ -479,8 +479,8 @@ def checked_capacity_weight(weight: float | None, capacity: float | None, **repl
     for name, value in replaced.items():
         if value is not None:
             raise ValueError(
-                f"`{name}` must be left out (null in a config) with a `capacity_weight`, whose term takes its place in "
-                f"the loss, got {value:g}."
+                f"`{name}` must be left out (null in a config, if it is a weight or a floor) with a `capacity_weight`, "
+                f"whose term takes the place of the weighted rate and its floor in the loss, got {value!r}."
             )
     return float(weight)
 

@@ -177,7 +177,12 @@ class VAE(LatentModel):
         self._update_hparams(described if isinstance(given, list | tuple) else {**described, "shape": shape})
 
         self._build(shape, levels, kinds, latent_dim, **parts)
-        self.importance_samples = checked_samples(importance_samples, self.head, terms, capacity_weight, free_bits)
+        floor = {
+            "free_bits": free_bits,
+            "free_bits_per": None if free_bits_per == "dimension" else free_bits_per,
+            "free_bits_average": None if free_bits_average == "batch" else free_bits_average,
+        }
+        self.importance_samples = checked_samples(importance_samples, self.head, terms, capacity_weight, **floor)
         if compile and (terms or self.importance_samples > 1):
             raise ValueError("`compile` compiles the ELBO only: leave it out with `terms` and `importance_samples`.")
         self.terms = build_terms(terms, self.head)
@@ -195,7 +200,7 @@ class VAE(LatentModel):
         self._compiled_loss = CompiledMethod(compile)
 
         knobs: dict[str, Any] = {"beta": (beta, 1.0), "free_bits": (free_bits, 0.0)}
-        self.capacity_weight = checked_capacity_weight(capacity_weight, capacity, beta=beta, free_bits=free_bits)
+        self.capacity_weight = checked_capacity_weight(capacity_weight, capacity, beta=beta, **floor)
         if self.capacity_weight is not None:
             self.unread_knobs, knobs["capacity"] = tuple(knobs), (capacity, 0.0)
         elif self.importance_samples > 1:

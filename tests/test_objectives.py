@@ -130,6 +130,20 @@ def test_the_size_of_the_data_reaches_a_term(tmp_path):
             {"terms": {"dip": DIP}, "posterior": partial(CategoricalGroups, classes=2)},
             "`DIP` needs a Gaussian posterior, got `posterior` CategoricalGroups",
         ),
+        ({"importance_samples": 5, "free_bits_per": "whole"}, "no floor of the rate, got `free_bits_per=whole`"),
+        (
+            {"importance_samples": 5, "free_bits_average": "sample"},
+            "no floor .* got `free_bits_average=sample`",
+        ),
+        (
+            {"capacity_weight": 5.0, "free_bits_per": "whole"},
+            "`free_bits_per` must be left out .* with a `capacity_weight`",
+        ),
+        ({"capacity_weight": 5.0, "free_bits_per": 2}, "`free_bits_per` must be left out .* got 2"),
+        (
+            {"capacity_weight": 5.0, "free_bits_average": "sample"},
+            "`free_bits_average` must be left out .* got 'sample'",
+        ),
         ({"importance_samples": 5, "terms": {"mmd": MMD}}, "`terms`"),
     ],
 )
