@@ -119,12 +119,6 @@ class Arrays(FileDataModule):
         self.shape = self._form.shape(data.shape[1:])
 
     @override
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit":
-            self.set_scales(getattr(self.trainer, "lightning_module", None))
-
-    @override
     def set_scales(self, model: Any) -> None:
         """Set the scale of the model's condition. Warn if the model takes real numbers far from order 1 as they are.
 

@@ -75,14 +75,23 @@ class DataModule(pl.LightningDataModule, ABC):
 
     @override
     def setup(self, stage: str) -> None:
-        """Read the splits that a stage needs, once, and print what they hold.
+        """Read the splits that a stage needs, once, and print what they hold. `"fit"` gives the model their scale.
 
         Args:
             stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
 
         Raises:
-            ValueError: If a class to hold out is unknown, or nothing is left without it.
+            FileNotFoundError: If a file is missing.
+            DataError: If a file is damaged or can't be used.
+            ValueError: If a class to hold out is unknown, nothing is left without it, or the model does not fit the
+                data.
         """
+        self._load(stage)
+        if stage == "fit":  # later the scale comes from the checkpoint
+            self.set_scales(getattr(self.trainer, "lightning_module", None))
+
+    def _load(self, stage: str) -> None:
+        """Read the splits that a stage needs, once, and print what they hold."""
         test = stage in ("test", "predict")
         if ("test" if test else "train") not in self._splits:
             found = self._read_test() if test else self._hold_out(self._read_train())
@@ -90,12 +99,10 @@ class DataModule(pl.LightningDataModule, ABC):
             self._report(found)
 
     def set_scales(self, model: Any) -> None:
-        """Give a model the scale of the training data, by which it standardises them; here there is none to give.
-
-        `setup("fit")` does so for the Trainer's model: later the scale comes from the checkpoint.
+        """Give a model the scale of the training data, if it standardises them. Here there is none to give.
 
         Args:
-            model: The model, set up for no other data.
+            model: The model, or ``None`` without one.
 
         Raises:
             ValueError: If the model does not fit the data.

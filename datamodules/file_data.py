@@ -58,22 +58,11 @@ class FileDataModule(DataModule):
         self._identity: dict[str, Any] = {}  # set with the files
 
     @override
-    def setup(self, stage: str) -> None:
-        """Check and split the data, print what they are, and read those of a stage if all splits fit in memory.
-
-        Args:
-            stage: `"fit"` and `"validate"` read training and validation, `"test"` and `"predict"` the test split.
-
-        Raises:
-            FileNotFoundError: If a file is missing.
-            DataError: If a file is damaged or can't be used.
-            ValueError: If the files don't fit each other, a split is empty, or compressed data exceed the memory
-                budget.
-        """
+    def _load(self, stage: str) -> None:
         if not self._files:
             self._files = self._find()
         if self._fits_in_memory():
-            super().setup(stage)
+            super()._load(stage)
 
     @override
     def file_names(self, stage: str) -> Sequence[str]:

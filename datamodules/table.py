@@ -129,18 +129,6 @@ class Table(DataModule):
         self.loc, self.scale = self._moments()
 
     @override
-    def setup(self, stage: str) -> None:
-        """Read the splits that a stage needs, and set the scale of the model's likelihood and condition.
-
-        Args:
-            stage: `"fit"`, `"validate"`, `"test"` or `"predict"`. Only `"fit"` sets the scale: later it comes from the
-                checkpoint.
-        """
-        super().setup(stage)
-        if stage == "fit":
-            self.set_scales(getattr(self.trainer, "lightning_module", None))
-
-    @override
     def set_scales(self, model: Any) -> None:
         """Set the scale of the model's likelihood and condition.
 
