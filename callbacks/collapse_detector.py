@@ -291,6 +291,7 @@ class CollapseDetector(Callback):
 
     def _start(self, trainer: Trainer) -> None:
         """Refuse a second detector with the same keys, and register the cleanup for the end of the run."""
+        self._said = set()
         detectors = [each for each in callbacks_of(trainer) if isinstance(each, CollapseDetector)]
         if [each.name for each in detectors].count(self.name) > 1:
             raise MisconfigurationException(
@@ -333,8 +334,9 @@ class CollapseDetector(Callback):
             measured, reason = None, f"the posteriors of this pass can't be judged ({error}). Training continues."
         self._pass.reset()
         if reason or measured is None:
-            if reason not in self._said:
-                self._said.add(reason)
+            kind = reason.partition(" (")[0]  # the numbers in an error differ from pass to pass
+            if kind not in self._said:
+                self._said.add(kind)
                 rank_zero_warn(f"{self._title}: {reason}")
             return
         self.report, self.shift, self.scale = measured, measured.shift, measured.scale
