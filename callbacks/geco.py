@@ -256,7 +256,6 @@ class GECO(WeightController):
             )
         if self._sets_limit:
             self._check_likelihood(getattr(pl_module, "likelihood", None))
-        if self._sets_limit:
             pl_module.error_limit = (self.kind, limit + self.tolerance * self._scale(limit), self._price(limit))
 
     def _check_likelihood(self, likelihood: Any) -> None:

@@ -16,7 +16,7 @@ _REASONS = {
     "condition_dim": "the size of the model's condition c, which the network is called with as its second input",
     "outputs": "the number of columns that the encoder must return for the model's `posterior`",
 }
-"""What the model passes to the constructor of a network, and why."""
+"""Why the model passes an option to the constructor of a network."""
 
 
 def describe(part: Any) -> Any:

@@ -98,8 +98,8 @@ class _Measured:
         """The constraints that hold the rate up, as text; empty if there are none."""
         return " and ".join(each for each in self.holds if each != LIMIT)
 
-    def loosened(self, raises_rate: bool) -> str:
-        """The change of the constraint that finds beta which raises or lowers the rate; empty if there is none."""
+    def moved_constraint(self, raises_rate: bool) -> str:
+        """Say how to move the constraint that finds beta, to raise or to lower the rate; empty if there is none."""
         if TARGET in self.holds:
             return f"{'raise' if raises_rate else 'lower'} {TARGET}"
         return f"{'lower' if raises_rate else 'raise'} {LIMIT}" if LIMIT in self.holds else ""
@@ -138,7 +138,9 @@ _Found = tuple[int, list[str], str]  # side, symptoms, advice
 
 def _let_through(measured: _Measured) -> str:
     floor = f"raise {FLOOR}" if FLOOR in measured.holds else "put a floor under the rate with `FreeBits`"
-    change = measured.loosened(True) or f"lower beta or raise it more slowly from 0 with `KLAnnealing`, {floor},"
+    change = (
+        measured.moved_constraint(True) or f"lower beta or raise it more slowly from 0 with `KLAnnealing`, {floor},"
+    )
     return (
         f"Let more information through: {change} or weaken the decoder. With a Gaussian likelihood, learn its variance "
         "at beta 1: a variance fixed too large collapses the model, and no schedule cures that."
@@ -155,7 +157,7 @@ def _make_it_read(measured: _Measured) -> str:
 
 def _bring_together(measured: _Measured) -> str:
     lower = f", or lower {FLOOR}" if FLOOR in measured.holds else ""
-    change = measured.loosened(False) or f"raise beta or hold it at its target for longer{lower}"
+    change = measured.moved_constraint(False) or f"raise beta or hold it at its target for longer{lower}"
     return (
         f"The latents are not where the prior is: {change}; with an "
         "implied beta near 1, use a richer prior rather than more weight."
@@ -209,7 +211,7 @@ def _width(measured: _Measured) -> _Found | None:
 
 
 def _lower_beta(measured: _Measured) -> str:
-    if change := measured.loosened(True):
+    if change := measured.moved_constraint(True):
         return change.capitalize()
     beta = measured.beta / measured.relative_beta
     # An implied beta below beta means that a floor holds the rate up: then lower beta all the way.
@@ -229,7 +231,7 @@ def _raise_beta(measured: _Measured) -> str:
             f"{narrow}: look for a mean in the loss that should be a sum, which gives the rate less weight, or for "
             "over-fitting, against which a smaller decoder or more data help"
         )
-    if change := measured.loosened(False):
+    if change := measured.moved_constraint(False):
         return change.capitalize()
     # At an optimum the implied beta is about beta, and the ELBO's is the goal. Otherwise something hides a weight.
     is_optimal = measured.terms.implied_beta < BETA_BAND * measured.beta

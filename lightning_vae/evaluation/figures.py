@@ -221,7 +221,7 @@ class _View(NamedTuple):
 
 @dataclass
 class _Seen:
-    """What a model makes of the first observations, on the CPU.
+    """The first observations with their posterior means and reconstructions, on the CPU.
 
     Attributes:
         means: Posterior means, shape ``(n, k)``.
@@ -250,7 +250,7 @@ class _Seen:
 
 
 def _first(loader: Iterable[Any], most: int, models: Mapping[str, VAE]) -> tuple[list[_Seen], Tensor | None]:
-    """Read the first observations: what each model makes of them, and their labels if there are any."""
+    """Encode the first observations with each model, and return their labels too if there are any."""
     seen = {name: _Seen() for name in models}
     labels: list[Tensor | None] = []
     count = 0

@@ -87,9 +87,11 @@ def test_the_command_line_writes_a_table_and_says_where(checkpoint, capsys, monk
     assert {path.name for path in Path("logs/digits/version_0").iterdir() if "part" in path.name} == set()
 
 
-def test_the_scores_in_the_table_are_on_average_what_test_prints(checkpoint, capsys):
+def test_the_scores_in_the_table_are_on_average_what_test_prints(checkpoint, capsys, caplog):
     options = [*DIGITS, f"--ckpt_path={checkpoint}", "--model.latent_dim=3"]
+    Path("scores.csv").write_text("an earlier table")
     main(["predict", *options, "--latents.path=scores.csv", "--latents.importance_samples=7", "--data.batch_size=50"])
+    assert "`--latents.path`: scores.csv is there already, and is overwritten." in caplog.text
     rows = read(Path("scores.csv"))
     names = ["elbo", "rate", "distortion", "nll", "effective_sample_size"]
     assert list(rows[0])[1:7] == ["label", *names]
