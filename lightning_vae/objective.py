@@ -23,7 +23,7 @@ from .checks import check_number
 FreeBitsPer = Literal["dimension", "whole"] | int
 FreeBitsAverage = Literal["batch", "sample"]
 _LARGEST = torch.finfo(torch.float32).max
-_WHOLE = (MultivariateNormal, LowRankMultivariateNormal)
+JOINT_GAUSSIANS = (MultivariateNormal, LowRankMultivariateNormal)
 
 
 class ELBOTerms(NamedTuple):
@@ -143,7 +143,7 @@ def _with_equal_events(posterior: Distribution, prior: Distribution) -> tuple[Di
         if broadcasts_to(prior.batch_shape, shape):  # refused otherwise
             prior = prior.expand(prior.batch_shape[:-1] + posterior.event_shape)
             prior = Independent(prior, 1, validate_args=False)
-    if isinstance(posterior, _WHOLE) or isinstance(prior, _WHOLE):
+    if isinstance(posterior, JOINT_GAUSSIANS) or isinstance(prior, JOINT_GAUSSIANS):
         posterior, prior = _as_whole(posterior), _as_whole(prior)
     return posterior, prior
 
@@ -189,7 +189,7 @@ def kl_or_estimate(posterior: Distribution, prior: Distribution, z: Tensor | Non
     shape = posterior.batch_shape + posterior.event_shape
     if z is not None and z.shape != shape:
         raise ValueError(f"`z` must be one sample of the posterior, of shape {tuple(shape)}, got {tuple(z.shape)}.")
-    if isinstance(posterior, _WHOLE) and isinstance(prior, _WHOLE):
+    if isinstance(posterior, JOINT_GAUSSIANS) and isinstance(prior, JOINT_GAUSSIANS):
         return _kl_of_gaussians(posterior, prior)
     if torch.compiler.is_compiling():
         _look_up(type(posterior), type(prior))

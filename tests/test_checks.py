@@ -66,6 +66,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "rbf": {"squared_distance": MEANS},
     "compare_latents": {"models": {"one": small_vae()}, "loader": []},
     "ClassUsage": {"groups": 2, "classes": 2},
+    "categorical_estimates": {"probs": torch.ones(2, 1, 2) / 2, "rates": torch.zeros(2)},
     "categorical_mutual_information": {"probs": torch.ones(2, 1, 1)},
     "dead_classes": {"usage": torch.ones(1, 1)},
     "unimix": {"probs": torch.ones(1)},

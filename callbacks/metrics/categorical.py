@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from torch.special import entr
+from torch.special import entr, xlogy
 from torchmetrics import Metric
 
 from ..schedules import at_least, check_number, integer_from
@@ -22,6 +22,7 @@ DEAD = 0.01
 
 _JOINT_CLASSES = 4096  # of all groups together, up to which they are enumerated
 _TOLERANCE = 0.01  # of a sum of probabilities: half precision
+_FOLDS = 10
 _ROWS = 64  # samples that are compared with all posteriors at a time
 
 
@@ -172,13 +173,67 @@ def categorical_mutual_information(
         CategoricalInformation(mutual_information=tensor(0.6931, dtype=torch.float64), exact=True)
     """
     check_number("seed", seed, "an integer", integer_from())
-    probs = _probabilities(probs, logits)
-    probs = probs / probs.sum(-1, keepdim=True)
+    probs = _normalised(probs, logits)
     count, groups, classes = probs.shape
     exact = classes**groups <= _JOINT_CLASSES
     if not count:
         return CategoricalInformation(probs.new_full((), math.nan), exact)
     return CategoricalInformation(_enumerated_information(probs) if exact else _sampled_information(probs, seed), exact)
+
+
+def leave_one_out_information(probs: Tensor) -> Tensor:
+    r"""Estimate an upper bound on the mutual information of data and latents from M categorical posteriors, M >= 2.
+
+    It is the estimate at one sample of each posterior, without the sample's own component in the mixture; far too large
+    where posteriors hardly overlap, and infinite if some sample is impossible under all others.
+
+    Args:
+        probs: Probabilities of the posteriors, of shape ``(M, groups, classes)``.
+
+    References:
+        Poole et al., "On Variational Bounds of Mutual Information", ICML 2019, section 2.
+    """
+    return _sampled_information(_normalised(probs), SEED, leave_one_out=True)
+
+
+def information_of_groups(probs: Tensor) -> Tensor:
+    r"""Compute the mutual information of data and each group from M categorical posteriors.
+
+    .. math:: \sum_g I(x; z_g) = I(x; z) + TC, \qquad TC = KL\Bigl(q(z) \,\Big\|\, \prod_g q(z_g)\Bigr)
+
+    because the groups are independent given x.
+
+    Args:
+        probs: Probabilities of the posteriors, of shape ``(M, groups, classes)``.
+
+    Returns:
+        Nats of these M observations, of shape ``(groups,)``.
+    """
+    probs = _normalised(probs)
+    information: Tensor = entr(probs.mean(0)).sum(-1) - entr(probs).sum(-1).mean(0)
+    return information
+
+
+def information_bound_of_groups(probs: Tensor) -> Tensor:
+    """Estimate an upper bound on the mutual information of data and latents: the sum of the groups' own.
+
+    The usage of the classes is that of nine tenths of the observations, and each is tested on the last tenth: the
+    usage of all M would make the sum too small by up to ``groups * (classes - 1) / 2M`` nats.
+
+    Args:
+        probs: Probabilities of the posteriors, of shape ``(M, groups, classes)``, M at least 2.
+
+    Returns:
+        A scalar, at most the logarithm of the number of joint classes.
+    """
+    probs = _normalised(probs)
+    place, cross_entropy = torch.arange(len(probs), device=probs.device), probs.new_zeros(())
+    for fold in range(min(_FOLDS, len(probs))):
+        tried = place % _FOLDS == fold
+        cross_entropy -= xlogy(probs[tried], probs[~tried].mean(0)).sum()
+    at_most = probs.shape[1] * math.log(probs.shape[2])
+    bound: Tensor = (cross_entropy / len(probs)).clamp(max=at_most) - entr(probs).sum((1, 2)).mean()
+    return bound
 
 
 class ClassUsage(Metric):
@@ -259,7 +314,7 @@ def _joint(probs: Tensor) -> Tensor:
     return joint
 
 
-def _sampled_information(probs: Tensor, seed: int) -> Tensor:
+def _sampled_information(probs: Tensor, seed: int, leave_one_out: bool = False) -> Tensor:
     count, groups, classes = probs.shape
     # The class with the largest ratio of probability and exponential noise is a sample.
     noise = torch.empty(probs.shape, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(seed))
@@ -269,10 +324,19 @@ def _sampled_information(probs: Tensor, seed: int) -> Tensor:
     terms, control = [], []
     for first in range(0, count, _ROWS):
         joint = embedding_bag(places[first : first + _ROWS], table, mode="sum")  # [n, m]: log q(z_n|x_m)
-        log_own = joint.diagonal(first)
-        terms.append(log_own - joint.logsumexp(1) + math.log(count))
+        log_own = joint.diagonal(first).clone()
+        if leave_one_out:
+            joint.diagonal(first).fill_(-math.inf)
+        terms.append(log_own - joint.logsumexp(1) + math.log(count - leave_one_out))
         control.append(log_own + entr(probs[first : first + _ROWS]).sum((1, 2)))
-    return controlled_mean(torch.cat(terms), torch.cat(control))
+    information = torch.cat(terms)
+    return information.max() if information.isinf().any() else controlled_mean(information, torch.cat(control))
+
+
+def _normalised(probs: Tensor | None, logits: Tensor | None = None) -> Tensor:
+    """Return probabilities that sum to 1; in half precision they do only nearly."""
+    probs = _probabilities(probs, logits)
+    return probs / probs.sum(-1, keepdim=True)
 
 
 def _probabilities(probs: Tensor | None, logits: Tensor | None) -> Tensor:

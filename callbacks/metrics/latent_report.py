@@ -9,12 +9,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from .active_units import is_active
-from .categorical import categorical_mutual_information, dead_classes, perplexity
+from .categorical import dead_classes, perplexity
 from .collapse_state import CollapseState, collapse_state
 from .latent_layout import LatentLayout
 from .latent_sums import LatentSums
 from .mutual_information import PosteriorSample
-from .rate_decomposition import decompose_rate
+from .rate_decomposition import decompose_categorical_rate, decompose_rate
 
 _FEW = 1024  # positions that are also reported one by one
 
@@ -163,7 +163,7 @@ def report(
         parts = layout.pooled(rates)
         if layout.pool and layout.columns <= _FEW:
             positions = Positions(of_means, rates)
-    information = _Information.of(kept, classes, parts is not None)
+    information = _Information.of(kept, classes)
     considered = of_means if chosen is None else of_means[chosen]
     units = int(is_active(considered, thresholds.threshold).sum()) if classes == 1 else 0
     is_per_dimension = parts is not None and parts.shape == variance.shape
@@ -211,19 +211,16 @@ class _Information(NamedTuple):
     observations: int
 
     @classmethod
-    def of(cls, kept: Tensor | None, classes: int, has_rate: bool) -> _Information:
+    def of(cls, kept: Tensor | None, classes: int) -> _Information:
         if kept is None or not len(kept):
             return cls(None, None, None, 0)
-        columns, rates = kept[:, :-1], kept[:, -1]
+        columns, rates = kept[:, :-1], kept[:, -1].masked_fill(kept[:, -1].isneginf(), math.nan)
         if classes > 1:
-            estimate = float(categorical_mutual_information(columns.unflatten(1, (-1, classes))).mutual_information)
-            rate = float(rates.mean()) if has_rate else None
-            return cls(estimate, None if rate is None else max(rate - estimate, 0.0), rate, len(kept))
-        mean, variance = columns.chunk(2, dim=1)
-        sample = PosteriorSample.draw(mean, variance)
-        nats, marginal_kl, _ = decompose_rate(
-            sample, sample.log_mixture(), rates.masked_fill(rates.isneginf(), math.nan)
-        )
+            nats, marginal_kl, _ = decompose_categorical_rate(columns.unflatten(1, (-1, classes)), rates)
+        else:
+            mean, variance = columns.chunk(2, dim=1)
+            sample = PosteriorSample.draw(mean, variance)
+            nats, marginal_kl, _ = decompose_rate(sample, sample.log_mixture(), rates)
         return cls(_known(nats), _known(marginal_kl), _known(rates.mean()), len(kept))
 
 

@@ -7,11 +7,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributions import Normal
 
-from ..reading.kl_rates import kl_per_dimension
 from ..schedules import check_number, integer_from
-from .running_moments import check_rows
+from .running_moments import check_rows, variances_of
 
 # Unlikely to be a seed of the data: the same noise in data and samples would look like information.
 SEED = 0x5EED
@@ -19,7 +17,7 @@ _ROWS = 64  # rows of the matrix at a time: they stay in the processor's cache, 
 
 
 def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tensor:
-    r"""Estimate the mutual information of data and latents from M diagonal Gaussian posteriors.
+    r"""Estimate the mutual information of data and latents from M Gaussian posteriors.
 
     .. math::
         I = \frac{1}{M} \sum_n \left[ \log q(z_n|x_n) - \log \frac{1}{M} \sum_m q(z_n|x_m) \right],
@@ -36,14 +34,14 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tens
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``.
-        variance: Their variances, of shape ``(M, k)``.
+        variance: Their variances, of shape ``(M, k)``, or covariances, of shape ``(M, k, k)``.
         seed: Seed of the noise.
 
     Returns:
         The estimate in nats, float64; NaN if M is 0.
 
     Raises:
-        ValueError: If the shapes are not these, or a variance is not positive.
+        ValueError: If the shapes are not these, or a variance is not positive or a covariance not positive definite.
 
     References:
         Hoffman, Johnson, "ELBO surgery: yet another way to carve up the variational evidence lower bound", 2016.
@@ -54,21 +52,23 @@ def mutual_information(mean: Tensor, variance: Tensor, seed: int = SEED) -> Tens
         >>> mutual_information(torch.tensor([[-9.0], [9.0]]), torch.ones(2, 1))  # log 2
         tensor(0.6931, dtype=torch.float64)
     """
-    if not (variance > 0).all():
-        raise ValueError(f"`variance` must be positive, got values down to {float(variance.min()):.4g}.")
+    if not (variances_of(variance) > 0).all():
+        raise ValueError(f"`variance` must be positive, got values down to {float(variances_of(variance).min()):.4g}.")
     sample = PosteriorSample.draw(mean, variance, seed)
     return sample.information(sample.log_mixture())
 
 
 class PosteriorSample(NamedTuple):
-    r"""One sample :math:`z_n \sim q(z|x_n)` of each of M diagonal Gaussian posteriors, all in float64.
+    r"""One sample :math:`z_n \sim q(z|x_n)` of each of M Gaussian posteriors, all in float64.
 
     Log-densities leave out the constant :math:`-\tfrac{k}{2} \log 2 \pi`, which all of them share.
 
     Attributes:
         z: The samples, of shape ``(M, k)``.
         mean: Means of the posteriors, of shape ``(M, k)``.
-        variance: Their variances, of shape ``(M, k)``.
+        variance: Their variances, of shape ``(M, k)``, or covariances, of shape ``(M, k, k)``.
+        precision: The inverse of each, of the same shape.
+        log_determinant: Logarithm of each one's determinant, of shape ``(M,)``.
         log_own: ``log q(z_n|x_n)``, of shape ``(M,)``.
         rates: KL divergence of each posterior from N(0, I), of shape ``(M,)``.
     """
@@ -76,6 +76,8 @@ class PosteriorSample(NamedTuple):
     z: Tensor
     mean: Tensor
     variance: Tensor
+    precision: Tensor
+    log_determinant: Tensor
     log_own: Tensor
     rates: Tensor
 
@@ -84,17 +86,28 @@ class PosteriorSample(NamedTuple):
         """Draw the samples from a separate generator, on the CPU.
 
         Raises:
-            ValueError: If ``mean`` and ``variance`` do not have the same shape ``(M, k)``, or the seed is no integer.
+            ValueError: If ``mean`` and ``variance`` have other shapes than these, a covariance is not positive
+                definite, or the seed is no integer.
         """
-        check_rows(mean=mean, variance=variance)
+        check_rows(mean=mean, variance=variances_of(variance))
         check_number("seed", seed, "an integer", integer_from())
         mean, variance = mean.double(), variance.double()
         noise = torch.randn(mean.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         noise = noise.to(mean.device)
-        log_own = -0.5 * (noise.square() + variance.log()).sum(dim=1)
-        scale = variance.sqrt()
-        rates = kl_per_dimension(Normal(mean, scale, validate_args=False), Normal(0.0, 1.0)).sum(dim=1)
-        return cls(mean + scale * noise, mean, variance, log_own, rates)
+        if variance.ndim == 2:
+            precision, shift = 1 / variance, variance.sqrt() * noise
+            log_determinant = variance.log().sum(dim=1)
+        else:
+            factor, failed = torch.linalg.cholesky_ex(variance)
+            if failed.any():
+                count = int(failed.count_nonzero())
+                raise ValueError(f"`variance` must have positive definite covariances, but {count} are not.")
+            precision, shift = torch.cholesky_inverse(factor), (factor @ noise[..., None]).squeeze(-1)
+            log_determinant = 2 * factor.diagonal(dim1=1, dim2=2).log().sum(dim=1)
+        log_own = -0.5 * (noise.square().sum(dim=1) + log_determinant)
+        excess = variances_of(variance) + mean.square() - 1
+        rates = 0.5 * (excess.sum(dim=1) - log_determinant)
+        return cls(mean + shift, mean, variance, precision, log_determinant, log_own, rates)
 
     def log_mixture(self, leave_one_out: bool = False) -> Tensor:
         r"""Compute :math:`\log \frac1M \sum_m q(z_n|x_m)`.
@@ -108,15 +121,18 @@ class PosteriorSample(NamedTuple):
         count = len(self.z)
         # (z - m)^2 / v is the sum of z^2 / v, -2 z m / v and m^2 / v, which makes the densities a product of matrices.
         # In double precision nothing is lost near the origin, to which all are shifted alike.
-        centre = self.mean.mean(dim=0)
-        mean, z, precision = self.mean - centre, self.z - centre, 1 / self.variance
-        powers, slopes = torch.cat([z.square(), z], dim=1), torch.cat([-0.5 * precision, mean * precision], dim=1).T
-        offset = -0.5 * (mean.square() * precision + self.variance.log()).sum(dim=1)
+        centre, precision = self.mean.mean(dim=0), self.precision
+        mean, z = self.mean - centre, self.z - centre
+        is_diagonal = precision.ndim == 2
+        slope = precision * mean if is_diagonal else (precision @ mean[..., None]).squeeze(-1)
+        slopes = torch.cat([-0.5 * precision.flatten(1), slope], dim=1).T
+        offset = -0.5 * ((mean * slope).sum(dim=1) + self.log_determinant)
         log_own = torch.full_like(self.log_own, -math.inf) if leave_one_out else self.log_own
         results = []
         for first in range(0, max(count, 1), _ROWS):
             rows = slice(first, first + _ROWS)
-            joint = torch.addmm(offset, powers[rows], slopes)  # [n, m]: log q(z_n|x_m)
+            squares = z[rows].square() if is_diagonal else (z[rows, :, None] * z[rows, None]).flatten(1)
+            joint = torch.addmm(offset, torch.cat([squares, z[rows]], dim=1), slopes)  # [n, m]: log q(z_n|x_m)
             joint.diagonal(first).copy_(log_own[rows])
             results.append(joint.logsumexp(dim=1))
         return torch.cat(results) - math.log(max(count - leave_one_out, 1))

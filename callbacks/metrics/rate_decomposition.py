@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .active_units import variance_of_means
-from .aggregate_posterior import aggregate_moments
+from .aggregate_posterior import aggregate_covariance
+from .categorical import categorical_mutual_information, information_bound_of_groups
 from .mutual_information import PosteriorSample
-from .running_moments import check_posteriors
+from .running_moments import check_posteriors, variances_of
 
 _SATURATED = 0.9  # of log M
 _FOLDS = 10
@@ -33,7 +34,7 @@ class RateDecomposition(NamedTuple):
 
 
 def decompose_rate(sample: PosteriorSample, log_mixture: Tensor, rates: Tensor | None = None) -> RateDecomposition:
-    r"""Decompose the rate of M diagonal Gaussian posteriors into mutual information and marginal KL.
+    r"""Decompose the rate of M Gaussian posteriors into mutual information and marginal KL.
 
     .. math:: E_x KL(q(z|x) \| p(z)) = I(x; z) + KL(q(z) \| p(z))
 
@@ -70,6 +71,29 @@ def decompose_rate(sample: PosteriorSample, log_mixture: Tensor, rates: Tensor |
     return RateDecomposition(information, (rate - at_most).clamp(min=0), saturated)
 
 
+def decompose_categorical_rate(probs: Tensor, rates: Tensor) -> RateDecomposition:
+    """Decompose the rate of M categorical posteriors as :func:`decompose_rate` does that of Gaussian ones.
+
+    If the mutual information is saturated, its upper bound is
+    :func:`~.categorical.information_bound_of_groups`.
+
+    Args:
+        probs: Probabilities of the posteriors, of shape ``(M, groups, classes)``.
+        rates: KL divergence of each posterior from the prior, in nats, of shape ``(M,)``; NaN if it is not known.
+
+    Raises:
+        ValueError: If there is not one rate for each posterior.
+    """
+    if rates.shape != probs.shape[:1]:
+        raise ValueError(
+            f"`rates` must have a rate for each of the {len(probs)} posteriors, got shape {tuple(rates.shape)}."
+        )
+    information = categorical_mutual_information(probs).mutual_information
+    saturated = is_saturated(float(information), len(probs))
+    at_most = information_bound_of_groups(probs) if saturated else information
+    return RateDecomposition(information, (rates.mean() - at_most).clamp(min=0), saturated)
+
+
 def information_bound(sample: PosteriorSample) -> Tensor:
     """Estimate an upper bound on the mutual information, in nats, from the moments of q(z) alone."""
     return sample.rates.mean() - cross_fitted_marginal_kl(sample.mean, sample.variance)
@@ -94,7 +118,7 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``.
-        variance: Their variances, of shape ``(M, k)``.
+        variance: Their variances, of shape ``(M, k)``, or covariances, of shape ``(M, k, k)``.
 
     Returns:
         Nats, at least 0, a scalar, float64.
@@ -109,7 +133,7 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
     total = mean.new_zeros(())
     for fold in range(min(_FOLDS, len(mean))):
         tried = place % _FOLDS == fold
-        of_prior = 0.5 * (mean[tried].square() + variance[tried]).sum()
+        of_prior = 0.5 * (mean[tried].square() + variances_of(variance[tried])).sum()
         of_fit = cross_entropy(mean[~tried], variance[~tried], mean[tried], variance[tried])
         total += of_prior - of_fit * tried.sum()
     return (total / len(mean)).clamp(min=0)
@@ -117,16 +141,15 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
 
 def _cross_entropy(fitted: Tensor, fitted_variance: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Compute E_q[-log r], r the Gaussian with the moments of the fitted posteriors, without its constant."""
-    fit = aggregate_moments(fitted, fitted_variance)
-    shift = mean - fit.mean
-    second = shift.T @ shift / len(mean) + variance.mean(dim=0).diag()
-    square = torch.linalg.solve(fit.covariance, second).diagonal().sum()
-    entropy: Tensor = 0.5 * (torch.linalg.slogdet(fit.covariance).logabsdet + square)
+    covariance, shift = aggregate_covariance(fitted, fitted_variance), mean.mean(dim=0) - fitted.mean(dim=0)
+    second = aggregate_covariance(mean, variance) + shift.outer(shift)
+    square = torch.linalg.solve(covariance, second).diagonal().sum()
+    entropy: Tensor = 0.5 * (torch.linalg.slogdet(covariance).logabsdet + square)
     return entropy
 
 
 def _diagonal_cross_entropy(fitted: Tensor, fitted_variance: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Compute the same of a diagonal r."""
-    spread = variance_of_means(fitted) + fitted_variance.mean(dim=0)
-    second = (mean - fitted.mean(dim=0)).square().mean(dim=0) + variance.mean(dim=0)
+    spread = variance_of_means(fitted) + variances_of(fitted_variance).mean(dim=0)
+    second = (mean - fitted.mean(dim=0)).square().mean(dim=0) + variances_of(variance).mean(dim=0)
     return 0.5 * (spread.log() + second / spread).sum()

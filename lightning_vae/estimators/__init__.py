@@ -20,6 +20,7 @@ from .importance import LogLikelihood as LogLikelihood
 from .importance import effective_sample_size as effective_sample_size
 from .importance import importance_weighted_bound as importance_weighted_bound
 from .mixture import MixtureEstimates as MixtureEstimates
+from .mixture import categorical_estimates as categorical_estimates
 from .mixture import mixture_estimates as mixture_estimates
 from .outliers import auroc as auroc
 from .probes import linear_probe_r2 as linear_probe_r2

@@ -8,9 +8,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..callbacks.metrics.aggregate_posterior import aggregate_moments
+from ..callbacks.metrics.aggregate_posterior import aggregate_covariance
+from ..callbacks.metrics.categorical import (
+    information_bound_of_groups,
+    information_of_groups,
+    leave_one_out_information,
+)
 from ..callbacks.metrics.mutual_information import SEED, PosteriorSample
-from ..callbacks.metrics.rate_decomposition import decompose_rate, information_bound, is_saturated
+from ..callbacks.metrics.rate_decomposition import (
+    decompose_categorical_rate,
+    decompose_rate,
+    information_bound,
+    is_saturated,
+)
+from ..callbacks.metrics.running_moments import variances_of
 from .closed_forms import gaussian_total_correlation
 
 _AT_ONCE = 2**20  # pairs of observations
@@ -23,12 +34,13 @@ class MixtureEstimates(NamedTuple):
         lower: Estimate of the mutual information of x and z that is a lower bound on average and at most log M.
         upper_leave_one_out: Upper bound on average, without the sample's own component in the mixture. Far too large
             if posteriors hardly overlap.
-        upper_moments: Upper bound from the moments of q(z). No cap.
+        upper_moments: Upper bound from the moments of q(z); of categories from each group's usage of its classes. Not
+            capped by M.
         rate: Mean KL of those posteriors to the prior.
         marginal_kl: KL(q(z) || p(z)), the rate minus the lower estimate. If that is saturated, a lower bound: the rate
             minus ``upper_moments``.
-        total_correlation: KL(q(z) || prod_j q(z_j)). If the mutual information is saturated, that of the Gaussian with
-            the moments of q(z).
+        total_correlation: KL(q(z) || prod_j q(z_j)), of categories among their groups. If the mutual information is
+            saturated, that of the Gaussian with the moments of q(z), and NaN of categories.
         observations: Number of posteriors M.
     """
 
@@ -59,7 +71,7 @@ class MixtureEstimates(NamedTuple):
 def mixture_estimates(
     mean: Tensor, variance: Tensor, seed: int = SEED, rates: Tensor | None = None
 ) -> MixtureEstimates:
-    r"""Estimate mutual information, marginal KL and total correlation from M diagonal Gaussian posteriors.
+    r"""Estimate mutual information, marginal KL and total correlation from M Gaussian posteriors.
 
     With one sample :math:`z_n \sim q(z|x_n)` of each:
 
@@ -77,12 +89,13 @@ def mixture_estimates(
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``, M at least 2.
-        variance: Their variances, of shape ``(M, k)``.
+        variance: Their variances, of shape ``(M, k)``, or covariances, of shape ``(M, k, k)``.
         seed: Seed of the samples, which are drawn on the CPU.
         rates: Rate of each posterior under a prior other than N(0, I), in nats, of shape ``(M,)``.
 
     Raises:
-        ValueError: If there are fewer than two posteriors, the shapes differ, or a variance is not positive.
+        ValueError: If there are fewer than two posteriors, the shapes are not these, a variance is not positive, or a
+            covariance not positive definite.
 
     References:
         Hoffman and Johnson, "ELBO surgery", 2016; Poole et al., "On Variational Bounds of Mutual Information", ICML
@@ -95,19 +108,20 @@ def mixture_estimates(
         >>> estimates.lower, estimates.saturated  # log 2
         (tensor(0.6931, dtype=torch.float64), True)
     """
-    if mean.ndim != 2 or mean.shape != variance.shape or len(mean) < 2:
+    variances = variances_of(variance)
+    if mean.ndim != 2 or mean.shape != variances.shape or len(mean) < 2:
         raise ValueError(
-            f"`mean` and `variance` must both have shape (M, k) with M at least 2, got {tuple(mean.shape)} and "
-            f"{tuple(variance.shape)}."
+            f"`mean` and `variance` must both have shape (M, k) with M at least 2, or `variance` (M, k, k), got "
+            f"{tuple(mean.shape)} and {tuple(variance.shape)}."
         )
-    if not (variance > 0).all():
-        raise ValueError(f"`variance` must be positive, got values down to {float(variance.min()):.4g}.")
+    if not (variances > 0).all():
+        raise ValueError(f"`variance` must be positive, got values down to {float(variances.min()):.4g}.")
     sample = PosteriorSample.draw(mean, variance, seed)
     log_mixture = sample.log_mixture()
     lower, marginal_kl, saturated = decompose_rate(sample, log_mixture, rates)
     rate = (sample.rates if rates is None else rates).mean()
     if saturated:
-        total_correlation = gaussian_total_correlation(aggregate_moments(mean, variance).covariance)
+        total_correlation = gaussian_total_correlation(aggregate_covariance(sample.mean, sample.variance))
     else:
         total_correlation = sample.average(log_mixture - _log_marginals(sample)).clamp(min=0)
     return MixtureEstimates(
@@ -121,10 +135,47 @@ def mixture_estimates(
     )
 
 
+def categorical_estimates(probs: Tensor, rates: Tensor) -> MixtureEstimates:
+    r"""Estimate mutual information, marginal KL and total correlation from M posteriors over groups of categories.
+
+    .. math:: TC = \sum_g I(x; z_g) - I(x; z)
+
+    The lower bound is :func:`~lightning_vae.callbacks.categorical_mutual_information`: exact for the M observations
+    up to 4096 joint classes. That and the marginal KL are the numbers that ``CollapseDetector`` logs.
+
+    Args:
+        probs: Probabilities of the posteriors, of shape ``(M, groups, classes)``, M at least 2.
+        rates: Rate of each posterior, in nats, of shape ``(M,)``.
+
+    Raises:
+        ValueError: If the shapes are not these, there are fewer than two posteriors, or the values are not
+            probabilities.
+
+    Example::
+
+        >>> estimates = categorical_estimates(torch.eye(2)[:, None], torch.full((2,), math.log(2)))
+        >>> estimates.lower, estimates.marginal_kl  # log 2
+        (tensor(0.6931, dtype=torch.float64), tensor(0., dtype=torch.float64))
+    """
+    if len(probs) < 2:
+        raise ValueError(f"`probs` must have at least 2 rows, one for each posterior, got {len(probs)}.")
+    lower, marginal_kl, saturated = decompose_categorical_rate(probs, rates)
+    excess = information_of_groups(probs).sum() - lower
+    return MixtureEstimates(
+        lower=lower,
+        upper_leave_one_out=leave_one_out_information(probs),
+        upper_moments=information_bound_of_groups(probs),
+        rate=rates.double().mean(),
+        marginal_kl=marginal_kl,
+        total_correlation=torch.full_like(excess, math.nan) if saturated else excess.clamp(min=0),
+        observations=len(probs),
+    )
+
+
 def _log_marginals(sample: PosteriorSample) -> Tensor:
     """Compute the sum over j of log q(z_nj), q the mixture of all posteriors, without its constant, of shape (M,)."""
     number, k = sample.mean.shape
-    mean, variance = sample.mean, sample.variance
+    mean, variance = sample.mean, variances_of(sample.variance)
     total = torch.zeros_like(sample.log_own)
     for chunk in torch.arange(number, device=mean.device).split(max(1, _AT_ONCE // number)):
         for j in range(k):

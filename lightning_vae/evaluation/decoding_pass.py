@@ -15,6 +15,7 @@ from ..callbacks.metrics.running_moments import RunningMoments
 from ..distributed import sum_over_processes
 from ..estimators.importance import ImportanceWeightedLikelihood
 from ..noise import sample_by_index
+from ..objective import JOINT_GAUSSIANS
 from ..priors import Prior
 from ..vae import VAE
 from .chunks import Target, batches, importance_draws, in_parts, log_likelihood
@@ -94,7 +95,7 @@ def _terms(averages: RunningMoments, rate: float) -> Terms:
 def _slopes(
     vae: VAE, target: Target, posterior: td.Distribution, prior: td.Distribution, index: Tensor
 ) -> Iterator[Tensor]:
-    r"""Differentiate distortion and rate by the log of a factor c on each posterior's standard deviations.
+    r"""Differentiate distortion and rate by the log of a factor c by which each posterior is wider around its mean.
 
     At an optimum of ``distortion + beta * rate`` in the posterior's width, the ratio of the two derivatives is
     ``-beta``. The rate's is in closed form for a Gaussian posterior and prior, ``sum_j (variance_j - 1)`` in units of
@@ -115,7 +116,7 @@ def _slopes(
         yield (narrower - wider).mean(dim=0) / (2 * _WIDTH_STEP)
 
     uses_encoder = type(vae.prior_module).connect is not Prior.connect
-    if not isinstance(posterior, td.Normal) or uses_encoder:
+    if not isinstance(posterior, (td.Normal, *JOINT_GAUSSIANS)) or uses_encoder:
         yield unknown
     elif isinstance(prior, td.Normal):
         yield ((posterior.variance / prior.variance).double() - 1).sum(dim=1)

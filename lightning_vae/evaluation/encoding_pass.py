@@ -19,10 +19,10 @@ from ..callbacks.metrics.observation_subset import ObservationSubset
 from ..callbacks.metrics.prior_units import prior_units
 from ..callbacks.metrics.running_moments import RunningMoments
 from ..distributed import sum_over_processes
-from ..estimators.mixture import MixtureEstimates, mixture_estimates
+from ..estimators.mixture import MixtureEstimates, categorical_estimates, mixture_estimates
 from ..estimators.probes import knn_accuracy, linear_probe_accuracy, linear_probe_r2
 from ..noise import sample_by_index
-from ..objective import rate_parts
+from ..objective import JOINT_GAUSSIANS, rate_parts
 from ..observations import Observations
 from ..vae import VAE
 from .chunks import batches
@@ -60,7 +60,7 @@ class Encoded:
         latents: The latent space, for the record.
         labels: Accuracies of predicting the labels from the posterior means, for the record.
         kept: Some observations, to be decoded from latents other than their own.
-        is_gaussian: Whether the posteriors are diagonal Gaussians.
+        is_gaussian: Whether the posteriors are Gaussians.
     """
 
     count: int
@@ -76,19 +76,22 @@ class Encoded:
 def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int) -> Encoded:
     """Collect the moments of all posteriors, and the posteriors of two subsets."""
     k, parts, device, size = vae.latent_dim, vae.rate_parts, vae.device, math.prod(vae.shape)
+    classes, has_covariance = (None, False) if vae.head is None else (vae.head.classes, vae.head.is_joint)
+    spread = k * k if has_covariance else k  # numbers in the variances or covariances of a posterior
     columns = 0 if vae.condition is None else vae.condition.columns
     aggregate = AggregatePosterior(k).to(device)
     rates_and_widths = RunningMoments(parts + k).to(device)
-    posteriors = ObservationSubset(2 * k + 2 + columns, observations).to(device)
+    posteriors = ObservationSubset(k + spread + 2 + columns, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size + columns, samples).to(device)
     is_gaussian, is_standard, has_units, warned = True, True, True, False
+    gaussian = JOINT_GAUSSIANS if has_covariance else td.Normal
     first, varies = None, torch.zeros((), dtype=torch.float64, device=device)
     for part in batches(vae, loader):
         index, posterior, prior = part.index, vae.encode(part), vae.prior_given(part.condition)
         x = part.scaled if part.mask is None else part.scaled.masked_fill(~part.mask, math.nan)
         first = x[:1] if first is None else first
         varies = varies.maximum((x != first).any())
-        is_gaussian = is_gaussian and isinstance(posterior, td.Normal)
+        is_gaussian = is_gaussian and isinstance(posterior, gaussian)
         is_standard = is_standard and isinstance(prior, td.Normal)
         try:
             mean, variance = posterior.mean.flatten(1), posterior.variance.flatten(1)
@@ -98,8 +101,10 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
         z = sample_by_index(posterior, index)
         conditions = [] if part.condition is None else [part.condition]
         row = [index[:, None].double(), mean, z.flatten(1), x.flatten(1), *conditions]
+        scale = torch.ones_like(mean)
         if (units := prior_units(prior, mean)) is not None:
-            mean, variance = (mean - units.loc) / units.scale, variance / units.scale.square()
+            scale = units.scale
+            mean, variance = (mean - units.loc) / scale, variance / scale.square()
         has_units = has_units and units is not None
         aggregate.update(mean, variance)
         rates = rate_parts(posterior, prior, z)
@@ -110,7 +115,8 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
             warned = True
         labels = torch.full_like(index, -1) if known is None else known
         rate = rates.sum(dim=1, keepdim=True).double()
-        summary = [mean, variance, rate, labels[:, None].double(), *conditions]
+        spreads = _covariances(posterior, scale).flatten(1) if has_covariance else variance
+        summary = [mean, spreads, rate, labels[:, None].double(), *conditions]
         posteriors.update(torch.cat(summary, dim=1), index)
         data.update(torch.cat(row, dim=1), index)
 
@@ -121,20 +127,31 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     moments, averages = aggregate.compute(), rates_and_widths.compute().mean
     if not (moments.mean.isfinite().all() and moments.posterior_variance.isfinite().all()):
         raise ValueError("The posteriors are not finite: are there NaNs in the data, or did training diverge?")
-    mean, variance, rate, labels, condition = posteriors.compute().split([k, k, 1, 1, columns], dim=1)
+    mean, spreads, rate, labels, condition = posteriors.compute().split([k, spread, 1, 1, columns], dim=1)
     probes = _labels(mean, labels[:, 0].long(), None if vae.condition is None else vae.condition(condition))
     rates, widths = averages.split([parts, k])
-    own_rates = None if is_standard else rate[:, 0]
     mixture = None
-    if is_gaussian and len(mean) >= LEAST_COMPARED:
-        mixture = mixture_estimates(mean, variance, rates=own_rates)
-    classes = None if vae.head is None else vae.head.classes
+    if len(mean) < LEAST_COMPARED:
+        pass
+    elif classes:
+        mixture = categorical_estimates(mean.unflatten(1, (-1, classes)), rate[:, 0])
+    elif is_gaussian:
+        spreads = spreads.unflatten(1, (k, k)) if has_covariance else spreads
+        mixture = mixture_estimates(mean, spreads, rates=None if is_standard else rate[:, 0])
     latents = _latents(moments, rates, widths if has_units else None, mixture, count, classes)
     index, *rows, condition = data.compute().split([1, k, k, size, columns], dim=1)
     means, z, x = (each.to(vae.working_dtype) for each in rows)
     kept = Kept(index[:, 0].long(), means, z, x, condition if columns else None)
     constant = not sum_over_processes(varies) and bool((x == x[:1]).all())  # within each process, and among them
     return Encoded(count, constant, float(share), moments, latents, probes, kept, is_gaussian)
+
+
+def _covariances(posterior: td.Distribution, scale: Tensor) -> Tensor:
+    """Return the covariances of joint posteriors in units of a scale, float64, shape ``(B, k, k)``."""
+    if isinstance(posterior, JOINT_GAUSSIANS):
+        factor = posterior.scale_tril.double() / scale[..., None]
+        return factor @ factor.mT  # in float64, so that a narrow one stays positive definite
+    return (posterior.variance / scale.square()).double().diag_embed()
 
 
 def _classes(observations: Observations) -> Tensor | None:
@@ -180,7 +197,7 @@ def _latents(
         moments: Moments of the aggregate posterior, in units of the prior.
         rates: Mean of each part of the rate.
         widths: Mean standard deviation of each dimension's posterior, in units of the prior; ``None`` if it has none.
-        mixture: Estimates from some posteriors; ``None`` if they are no diagonal Gaussians, or too few.
+        mixture: Estimates from some posteriors; ``None`` if they are neither Gaussians nor categories, or too few.
         count: Number of observations.
         classes: Number of classes of each group of categories; ``None`` for continuous latents.
     """

@@ -78,7 +78,7 @@ class Latents:
         marginal_kl: KL from the aggregate posterior to the prior; a lower bound if saturated.
         marginal_kl_lower: A lower bound on it: the rate minus the upper bound of the mutual information.
         total_correlation: Total correlation of the aggregate posterior; that of a Gaussian with its moments if
-            saturated.
+            saturated, and NaN of saturated categories.
         posterior_width: Mean standard deviation of the active dimensions' posteriors (of all if none is active), in
             units of the prior's. This and the next two are NaN for categories and for a prior without known moments.
         aggregate_mean_square: Squared mean of the aggregate posterior in the same units, averaged over the dimensions;
@@ -245,7 +245,7 @@ class Evaluation:
         terms, likelihood, latents, generation = self.terms, self.likelihood, self.latents, self.generation
         samples, effective = likelihood.importance_samples, likelihood.effective_sample_size
         few = ": more would lower it" if effective < min(_FEW, samples / 2) else ""
-        saturated = latents.mutual_information_saturated
+        saturated, is_correlated = latents.mutual_information_saturated, not math.isnan(latents.total_correlation)
         bounds = f"bounds {_number(latents.mutual_information)}, {_number(latents.mutual_information_upper)}"
         units, dimensions = latents.active_units, len(latents.variance_per_dimension)
         is_compared = self.assessment.verdict is not None and not math.isnan(generation.shuffled_gap)
@@ -277,7 +277,7 @@ class Evaluation:
                 ("marginal KL", f"{'>= ' if saturated else ''}{_number(latents.marginal_kl)}", "0: as the prior"),
                 (
                     "total correlation",
-                    f"{'~ ' if saturated else ''}{_number(latents.total_correlation)}",
+                    f"{'~ ' if saturated and is_correlated else ''}{_number(latents.total_correlation)}",
                     "of a Gaussian with the same moments" if saturated else "0: independent",
                 ),
                 ("aggregate mean squared", _number(latents.aggregate_mean_square), "prior 0"),

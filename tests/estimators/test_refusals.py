@@ -26,6 +26,7 @@ CALLS = {
     "a marginal KL of a negative variance": ("variance", lambda: cross_fitted_marginal_kl(MEAN, -ONE)),
     "a marginal KL of one posterior": ("mean", lambda: cross_fitted_marginal_kl(MEAN[:1], ONE[:1])),
     "a mixture of a negative variance": ("variance", lambda: mixture_estimates(MEAN, -ONE)),
+    "a mixture of an indefinite covariance": ("variance", lambda: mixture_estimates(MEAN, torch.ones(8, 3, 3))),
     "a mixture of points": ("variance", lambda: mixture_estimates(MEAN, 0 * ONE)),
     "a covariance of two sizes": ("covariance", lambda: gaussian_total_correlation(torch.ones(2, 3))),
     "variances for a covariance": ("covariance", lambda: gaussian_total_correlation(torch.ones(3))),

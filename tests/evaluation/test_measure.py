@@ -17,11 +17,14 @@ from lightning_vae import (
     VAE,
     CategoricalGroups,
     DiscretisedLogistic,
+    FullCovariance,
     Gaussian,
+    LearnedNormal,
     LinearDecoder,
     LinearEncoder,
     MixturePrior,
     Prior,
+    StandardNormal,
     VampPrior,
 )
 from lightning_vae.callbacks import CollapseDetector
@@ -29,6 +32,7 @@ from lightning_vae.callbacks.metrics.observation_subset import random_keys
 from lightning_vae.datamodules import Digits, linear_vae_optimum
 from lightning_vae.datamodules import Gaussian as GaussianData
 from lightning_vae.datamodules.loaders.tensor_loader import TensorLoader
+from lightning_vae.estimators import mixture_estimates
 from lightning_vae.evaluation.chunks import Target
 from lightning_vae.evaluation.decoding_pass import _slopes
 from lightning_vae.evaluation.measure import evaluate
@@ -182,10 +186,14 @@ def test_the_probes_see_labels():
 # ---- one name, one number
 
 
+CODES = {"posterior": partial(CategoricalGroups, classes=8), "latent_dim": 160}
+
+
 @pytest.mark.filterwarnings("ignore:CollapseDetector")
+@pytest.mark.parametrize("options", [{}, CODES], ids=["Gaussian", "categories"])
 @pytest.mark.parametrize(("gain", "observations"), [(5, 100), (5, 2048), (60, 100), (60, 2048)])
-def test_the_detector_logs_the_numbers_that_test_prints(tmp_path, gain, observations):
-    vae = small_vae().float()
+def test_the_detector_logs_the_numbers_that_test_prints(tmp_path, gain, observations, options):
+    vae = small_vae(**options).float()
     with torch.no_grad():
         vae.encoder.layers[-1].weight.mul_(gain)  # so that there is some information, or more than can be measured
     trainer = quiet_trainer(tmp_path, callbacks=[CollapseDetector(observations=observations)])
@@ -364,6 +372,34 @@ def test_the_scale_of_a_joint_prior_changes_no_number(tmp_path, x, components):
     assert trainer.callback_metrics["latent/marginal_kl"] == pytest.approx(two.latents.marginal_kl, rel=1e-4)
 
 
+class Whole(nn.Module):
+    """The linear encoder for a posterior with a full covariance, whose elements below the diagonal are 0."""
+
+    def __init__(self, shape, latent_dim, outputs):
+        super().__init__()
+        self.diagonal = LinearEncoder(shape, latent_dim)
+        self.below = outputs - 2 * latent_dim
+
+    def forward(self, x):
+        mean, log_variance = self.diagonal(x)
+        return torch.cat([mean, log_variance, mean.new_zeros(len(x), self.below)], dim=1)
+
+
+@pytest.mark.parametrize("prior", [StandardNormal, ONE_GAUSSIAN])
+def test_a_diagonal_covariance_changes_no_number(x, prior):
+    vae = optimal_linear_vae(x, 4, VARIANCE, beta=2.0, prior=prior)
+    likelihood, parts = partial(Gaussian, variance=VARIANCE), {"encoder": Whole, "decoder": LinearDecoder}
+    whole = VAE((6,), None, 4, likelihood=likelihood, beta=2.0, posterior=FullCovariance, prior=prior, **parts).double()
+    for part in ("likelihood", "decoder", "prior_module"):
+        getattr(whole, part).load_state_dict(getattr(vae, part).state_dict())
+    whole.encoder.diagonal.load_state_dict(vae.encoder.state_dict())
+    one, two = (evaluate(model, loader(x), importance_samples=2) for model in (vae, whole))
+    numbers = {name: value for name, value in one.scalars().items() if name != "nll_active_only"}
+    assert two.implied_beta == pytest.approx(2.0, rel=0.05)
+    assert two.latents.mutual_information > 1
+    assert {name: two.scalars()[name] for name in numbers} == pytest.approx(numbers, rel=1e-5, abs=1e-9, nan_ok=True)
+
+
 class LaplacePrior(Prior):
     def forward(self, condition=None):
         return td.Laplace(torch.zeros(self.latent_dim).double(), 1.0)
@@ -411,6 +447,45 @@ def test_of_categories_groups_are_active():
     assert "active units              2 of 3" in result.table()
     assert not {"aggregate variance", "posterior width", "nan"} & {*re.split("  +|\n", result.table())}
     assert all("posterior width" not in symptom for symptom in result.symptoms)
+
+
+def test_saturated_codes_have_no_total_correlation():
+    vae = small_vae(**CODES)
+    with torch.no_grad():
+        vae.encoder.layers[-1].weight.mul_(60)
+    table = evaluate(vae, digits(297), importance_samples=1).table()
+    assert "mutual information        >= log M = 5.69" in table
+    assert "marginal KL               >= " in table
+    assert "total correlation" not in table
+
+
+@pytest.mark.parametrize("prior", [StandardNormal, LearnedNormal, ONE_GAUSSIAN])
+def test_a_full_covariance_has_the_information_of_its_covariances(prior):
+    vae = small_vae(posterior=FullCovariance, prior=prior)
+    with torch.no_grad():
+        vae.encoder.layers[-1].weight.mul_(20)
+        vae.encoder.layers[-1].bias[6:].fill_(0.5)  # below the diagonal
+        if prior is LearnedNormal:
+            vae.prior_module.loc.fill_(0.3)
+            vae.prior_module.log_scale.copy_(torch.tensor([0.5, -0.5, 0.0]))
+    found = evaluate(vae, digits(297), importance_samples=1).latents
+    posteriors = [vae.encode(vae.observe(batch)) for batch in digits(297)]
+    mean = torch.cat([each.mean for each in posteriors]).detach()
+    covariance = torch.cat([each.covariance_matrix for each in posteriors]).detach()
+    p = vae.prior
+    if prior is LearnedNormal:
+        mean = (mean - p.loc) / p.scale
+        covariance = covariance / p.scale.outer(p.scale)
+    order = random_keys(torch.arange(297)).argsort()
+    rates = None
+    if prior is ONE_GAUSSIAN:
+        rates = torch.full((297,), float(found.rate_per_dimension[0]))
+    expected = mixture_estimates(mean[order].detach(), covariance[order].detach(), rates=rates)
+    assert expected.lower > 1
+    assert found.mutual_information == pytest.approx(float(expected.lower), abs=1e-6)
+    assert found.mutual_information_upper == pytest.approx(float(expected.upper), abs=1e-6)
+    assert found.marginal_kl == pytest.approx(float(expected.marginal_kl), rel=1e-6)
+    assert found.total_correlation == pytest.approx(float(expected.total_correlation), abs=1e-6)
 
 
 def test_one_latent_dimension_and_few_observations():
