@@ -143,7 +143,7 @@ class ConvEncoder(nn.Module):
         latent_dim: Number of latent dimensions.
         channels: Channels of each convolution; each halves height and width, rounding up.
         hidden: Width of the fully connected layer.
-        condition_dim: Size of the condition c, 0 without. Each of its numbers is one more channel, constant.
+        condition_dim: Size of the condition c, 0 without. It joins the features of the last convolution.
         outputs: Columns to return, for a posterior head; ``None`` for the mean and the log-variance.
 
     Raises:
@@ -162,19 +162,21 @@ class ConvEncoder(nn.Module):
         super().__init__()
         sizes = _conv_sizes(shape, channels, hidden)
         layers: list[nn.Module] = []
-        for previous, current in pairwise([shape[0] + condition_dim, *channels]):
+        for previous, current in pairwise([shape[0], *channels]):
             layers += [nn.Conv2d(previous, current, kernel_size=3, stride=2, padding=1), nn.ReLU()]
-        features = channels[-1] * math.prod(sizes[-1])
+        features = channels[-1] * math.prod(sizes[-1]) + condition_dim
         last = nn.Linear(hidden, outputs or 2 * latent_dim)
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), last)
         self.is_split = outputs is None
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...] | Tensor:
         """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``; or to the outputs."""
-        if c is not None:
-            x = _joined(x, c[:, :, None, None].expand(-1, -1, *x.shape[2:]))
-        output: Tensor = self.layers(x)
-        return output.chunk(2, dim=1) if self.is_split else output
+        # The condition is no further channels of the image: in the first layer they would outweigh it.
+        for layer in self.layers:
+            x = layer(x)
+            if c is not None and isinstance(layer, nn.Flatten):
+                x = _joined(x, c)
+        return x.chunk(2, dim=1) if self.is_split else x
 
 
 class ConvDecoder(nn.Module):
