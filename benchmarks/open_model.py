@@ -21,6 +21,7 @@ SHORT = (
     "--trainer.callbacks=CollapseDetector"
 )
 CONDITION = "--model.condition=Condition --model.condition.classes=10"
+BERNOULLI = "--model.likelihood=Bernoulli"
 VAMP = "--model.prior=VampPrior --model.prior.components=500"
 ANNEALED = (
     "--trainer.callbacks+=KLAnnealing --trainer.callbacks.schedule=Linear --trainer.callbacks.schedule.fraction=0.3"
@@ -101,7 +102,12 @@ def missing(job: tuple[str, str, int, int]) -> list[str]:
 TABLES = {
     "condition": (
         condition,
-        {"unconditional": "", "given the label": CONDITION},
+        {
+            "unconditional": "",
+            "given the label": CONDITION,
+            "unconditional, Bernoulli": BERNOULLI,
+            "given the label, Bernoulli": f"{CONDITION} {BERNOULLI}",
+        },
         ("NLL", "rate", "label probe", "condition R2"),
         "Fashion-MNIST, configs/fashion_mnist.yaml, 2,000 test images, K = 100. Label probe: accuracy of a linear "
         "probe for the label on the posterior means; condition R2: of ridge regression for the one-hot label.",
@@ -139,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     measure, rows, columns, text = TABLES[given.table]
     heading(text, f"{given.passes} passes")
-    widths = (18, 5, *(max(9, len(column)) for column in columns))
+    widths = (26, 5, *(max(9, len(column)) for column in columns))
     header(("model", "seed", *columns), widths)
     models = [(name, options, seed) for name, options in rows.items() for seed in given.seeds]
     jobs = [(given.root, options, given.passes, seed) for _, options, seed in models]
