@@ -55,7 +55,8 @@ class CollapseDetector(Callback):
     ``latent/variance_per_dimension``, with a column for each pass (every second, fourth and so on in a long run), and
     the alarm's text as ``collapse/message``. The mutual information and the marginal KL are the estimates that ``test``
     prints. The former can't exceed the logarithm of the number of observations it comes from (7.6 nats for 2048). Above
-    90 % of that, read it as "at least"; the marginal KL is then a lower bound from the moments of q(z).
+    90 % of that, read it as "at least"; the marginal KL is then a lower bound from the moments of q(z), or, of
+    categories, from the usage of each group's classes.
 
     TensorBoard also gets the shift and scale of q(z) in each dimension, at most 32, as ``latent_shift/0`` and
     ``latent_scale/0``; they are printed when training ends. Categorical posteriors, one-hot with a group in each row,

@@ -166,17 +166,25 @@ class ConvEncoder(nn.Module):
             layers += [nn.Conv2d(previous, current, kernel_size=3, stride=2, padding=1), nn.ReLU()]
         features = channels[-1] * math.prod(sizes[-1]) + condition_dim
         last = nn.Linear(hidden, outputs or 2 * latent_dim)
-        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), last)
+        self.layers = _Layers(*layers, nn.Flatten(), nn.Linear(features, hidden), nn.ReLU(), last)
         self.is_split = outputs is None
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, ...] | Tensor:
         """Map ``(B, *shape)`` to the mean and the log-variance, each ``(B, latent_dim)``; or to the outputs."""
-        # The condition is no further channels of the image: in the first layer they would outweigh it.
-        for layer in self.layers:
+        output: Tensor = self.layers(x, c)
+        return output.chunk(2, dim=1) if self.is_split else output
+
+
+class _Layers(nn.Sequential):
+    """Layers in turn; the condition joins what has been flattened."""
+
+    # As further channels of the image it would outweigh the image in the first layer.
+    def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
+        for layer in self:
             x = layer(x)
             if c is not None and isinstance(layer, nn.Flatten):
                 x = _joined(x, c)
-        return x.chunk(2, dim=1) if self.is_split else x
+        return x
 
 
 class ConvDecoder(nn.Module):

@@ -34,6 +34,20 @@ def test_linear_encoder_shares_its_variance():
     assert (log_variance == log_variance[0]).all()
 
 
+def test_a_condition_joins_the_features_of_the_convolutions():
+    encoder, called = ConvEncoder((1, 8, 8), 2, channels=(4, 6), condition_dim=3), []
+    x, conditions = torch.randn(5, 1, 8, 8), torch.eye(3)
+    encoder.layers.register_forward_hook(lambda *_: called.append(True))
+    means = [encoder(x, c.expand(5, 3))[0] for c in conditions]
+    assert len(called) == 3
+    assert encoder.layers[0].in_channels == 1
+    assert not torch.allclose(means[0], means[1])
+    plain = ConvEncoder((1, 8, 8), 2, channels=(4, 6))
+    weights = {name: each[:, :-3] if name == "layers.5.weight" else each for name, each in encoder.state_dict().items()}
+    plain.load_state_dict(weights)
+    torch.testing.assert_close(encoder(x, torch.zeros(5, 3)), plain(x))
+
+
 def test_convolutions_refuse_vectors_and_no_channels():
     with pytest.raises(ValueError, match="use MLPEncoder"):
         ConvEncoder((6,), 2)

@@ -58,18 +58,20 @@ def aggregate_moments(mean: Tensor, variance: Tensor) -> AggregateMoments:
     return _unpacked(_moments(mean, variance))
 
 
-def aggregate_covariance(mean: Tensor, variance: Tensor) -> Tensor:
+def aggregate_covariance(mean: Tensor, variance: Tensor, factor: Tensor | None = None) -> Tensor:
     """Compute the covariance of the aggregate posterior: that of the means, and the mean of the posteriors' own.
 
     Args:
         mean: Means of the posteriors, of shape ``(N, k)``.
-        variance: Their variances, of shape ``(N, k)``, or covariances, of shape ``(N, k, k)``.
+        variance: Their variances, of shape ``(N, k)``.
+        factor: The Cholesky factors of their covariances, of shape ``(N, k, k)``; ``None`` if these are diagonal.
 
     Returns:
         Of shape ``(k, k)``.
     """
-    centred, within = mean - mean.mean(dim=0), variance.mean(dim=0)
-    return centred.T @ centred / len(mean) + (within.diag() if within.ndim == 1 else within)
+    centred = mean - mean.mean(dim=0)
+    within = variance.mean(dim=0).diag() if factor is None else torch.einsum("nij,nkj->ik", factor, factor) / len(mean)
+    return centred.T @ centred / len(mean) + within
 
 
 class AggregatePosterior(Metric):

@@ -178,7 +178,8 @@ def categorical_mutual_information(
     exact = classes**groups <= _JOINT_CLASSES
     if not count:
         return CategoricalInformation(probs.new_full((), math.nan), exact)
-    return CategoricalInformation(_enumerated_information(probs) if exact else _sampled_information(probs, seed), exact)
+    information = _enumerated_information(probs) if exact else _sampled_information(probs, seed)
+    return CategoricalInformation(information.clamp(min=0), exact)
 
 
 def leave_one_out_information(probs: Tensor) -> Tensor:
@@ -217,8 +218,9 @@ def information_of_groups(probs: Tensor) -> Tensor:
 def information_bound_of_groups(probs: Tensor) -> Tensor:
     """Estimate an upper bound on the mutual information of data and latents: the sum of the groups' own.
 
-    The usage of the classes is that of nine tenths of the observations, and each is tested on the last tenth: the
-    usage of all M would make the sum too small by up to ``groups * (classes - 1) / 2M`` nats.
+    The usage of the classes is that of nine tenths of the observations and of one that is uniform, so that no class has
+    none, and is tested on the last tenth: the usage of all M would make the sum too small by up to
+    ``groups * (classes - 1) / 2M`` nats.
 
     Args:
         probs: Probabilities of the posteriors, of shape ``(M, groups, classes)``, M at least 2.
@@ -227,12 +229,13 @@ def information_bound_of_groups(probs: Tensor) -> Tensor:
         A scalar, at most the logarithm of the number of joint classes.
     """
     probs = _normalised(probs)
-    place, cross_entropy = torch.arange(len(probs), device=probs.device), probs.new_zeros(())
-    for fold in range(min(_FOLDS, len(probs))):
+    count, groups, classes = probs.shape
+    place, cross_entropy = torch.arange(count, device=probs.device), probs.new_zeros(groups)
+    for fold in range(min(_FOLDS, count)):
         tried = place % _FOLDS == fold
-        cross_entropy -= xlogy(probs[tried], probs[~tried].mean(0)).sum()
-    at_most = probs.shape[1] * math.log(probs.shape[2])
-    bound: Tensor = (cross_entropy / len(probs)).clamp(max=at_most) - entr(probs).sum((1, 2)).mean()
+        usage = (probs[~tried].sum(0) + 1 / classes) / (1 + (~tried).sum())
+        cross_entropy -= xlogy(probs[tried], usage).sum((0, 2))
+    bound: Tensor = (cross_entropy / count).clamp(max=math.log(classes)).sum() - entr(probs).sum((1, 2)).mean()
     return bound
 
 

@@ -353,7 +353,8 @@ class LatentMonitor(WrapperMetric):
         mask = rows.mask
         if mask is not None:  # a position that is padding holds the prior: it has no rate and tells nothing
             rates = rates.where(mask[:, :: self._classes] if self._joint_parts else mask, 0.0)
-            mean, variance = mean.where(mask, 0.0), variance.where(mask, 1.0)
+            of_padding = 1 / self._classes if self._classes > 1 else 0.0
+            mean, variance = mean.where(mask, of_padding), variance.where(mask, 1.0)
             raw = None if raw is None else (raw[0].where(mask, 0.0), raw[1].where(mask, 0.0))
         sums.update((mean, variance), raw, rates, mask)
         chosen = self._chosen

@@ -12,7 +12,7 @@ from .active_units import variance_of_means
 from .aggregate_posterior import aggregate_covariance
 from .categorical import categorical_mutual_information, information_bound_of_groups
 from .mutual_information import PosteriorSample
-from .running_moments import check_posteriors, variances_of
+from .running_moments import check_posteriors
 
 _SATURATED = 0.9  # of log M
 _FOLDS = 10
@@ -91,12 +91,12 @@ def decompose_categorical_rate(probs: Tensor, rates: Tensor) -> RateDecompositio
     information = categorical_mutual_information(probs).mutual_information
     saturated = is_saturated(float(information), len(probs))
     at_most = information_bound_of_groups(probs) if saturated else information
-    return RateDecomposition(information, (rates.mean() - at_most).clamp(min=0), saturated)
+    return RateDecomposition(information, (rates.double().mean() - at_most).clamp(min=0), saturated)
 
 
 def information_bound(sample: PosteriorSample) -> Tensor:
     """Estimate an upper bound on the mutual information, in nats, from the moments of q(z) alone."""
-    return sample.rates.mean() - cross_fitted_marginal_kl(sample.mean, sample.variance)
+    return sample.rates.mean() - _cross_fitted_marginal_kl(sample.mean, sample.variance, sample.factor)
 
 
 def is_saturated(information: float, observations: int) -> bool:
@@ -118,7 +118,7 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``.
-        variance: Their variances, of shape ``(M, k)``, or covariances, of shape ``(M, k, k)``.
+        variance: Their variances, of shape ``(M, k)``.
 
     Returns:
         Nats, at least 0, a scalar, float64.
@@ -127,29 +127,37 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
         ValueError: If the shapes are not these, there are fewer than two posteriors, or a variance is negative.
     """
     check_posteriors(mean, variance, least=2)
-    mean, variance = mean.double(), variance.double()
+    return _cross_fitted_marginal_kl(mean.double(), variance.double())
+
+
+def _cross_fitted_marginal_kl(mean: Tensor, variance: Tensor, factor: Tensor | None = None) -> Tensor:
     place = torch.arange(len(mean), device=mean.device)
-    cross_entropy = _diagonal_cross_entropy if mean.shape[1] > len(mean) else _cross_entropy
+    is_diagonal = mean.shape[1] > len(mean)
     total = mean.new_zeros(())
     for fold in range(min(_FOLDS, len(mean))):
         tried = place % _FOLDS == fold
-        of_prior = 0.5 * (mean[tried].square() + variances_of(variance[tried])).sum()
-        of_fit = cross_entropy(mean[~tried], variance[~tried], mean[tried], variance[tried])
+        of_prior = 0.5 * (mean[tried].square() + variance[tried]).sum()
+        if is_diagonal:
+            of_fit = _diagonal_cross_entropy(mean[~tried], variance[~tried], mean[tried], variance[tried])
+        else:
+            fitted, test = (
+                aggregate_covariance(mean[part], variance[part], None if factor is None else factor[part])
+                for part in (~tried, tried)
+            )
+            of_fit = _cross_entropy(fitted, test, mean[tried].mean(dim=0) - mean[~tried].mean(dim=0))
         total += of_prior - of_fit * tried.sum()
     return (total / len(mean)).clamp(min=0)
 
 
-def _cross_entropy(fitted: Tensor, fitted_variance: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+def _cross_entropy(covariance: Tensor, own: Tensor, shift: Tensor) -> Tensor:
     """Compute E_q[-log r], r the Gaussian with the moments of the fitted posteriors, without its constant."""
-    covariance, shift = aggregate_covariance(fitted, fitted_variance), mean.mean(dim=0) - fitted.mean(dim=0)
-    second = aggregate_covariance(mean, variance) + shift.outer(shift)
-    square = torch.linalg.solve(covariance, second).diagonal().sum()
+    square = torch.linalg.solve(covariance, own + shift.outer(shift)).diagonal().sum()
     entropy: Tensor = 0.5 * (torch.linalg.slogdet(covariance).logabsdet + square)
     return entropy
 
 
 def _diagonal_cross_entropy(fitted: Tensor, fitted_variance: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """Compute the same of a diagonal r."""
-    spread = variance_of_means(fitted) + variances_of(fitted_variance).mean(dim=0)
-    second = (mean - fitted.mean(dim=0)).square().mean(dim=0) + variances_of(variance).mean(dim=0)
+    spread = variance_of_means(fitted) + fitted_variance.mean(dim=0)
+    second = (mean - fitted.mean(dim=0)).square().mean(dim=0) + variance.mean(dim=0)
     return 0.5 * (spread.log() + second / spread).sum()

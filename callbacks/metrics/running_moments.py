@@ -29,24 +29,17 @@ def check_rows(columns: int | None = None, **rows: Tensor) -> None:
             raise ValueError(f"`{first}` and `{name}` must have the same shape, got {shapes[first]} and {shape}.")
 
 
-def variances_of(variance: Tensor) -> Tensor:
-    """Return the variances of N posteriors, ``(N, k)``, given as such or as covariances, ``(N, k, k)``."""
-    is_covariance = variance.ndim == 3 and variance.shape[1] == variance.shape[2]
-    return variance.diagonal(dim1=1, dim2=2) if is_covariance else variance
-
-
 def check_posteriors(mean: Tensor, variance: Tensor, least: int = 1) -> None:
     """Check that tensors are the means and variances of posteriors. This synchronises with the device.
 
     Args:
-        mean: The means, of shape ``(N, k)``.
-        variance: The variances, of the same shape, or the covariances, of shape ``(N, k, k)``.
+        mean: The means.
+        variance: The variances.
         least: The least number of posteriors.
 
     Raises:
-        ValueError: If they have other shapes, are too few, or a variance is negative or NaN.
+        ValueError: If they have another shape than ``(N, k)``, are too few, or a variance is negative or NaN.
     """
-    variance = variances_of(variance)
     check_rows(mean=mean, variance=variance)
     if len(mean) < least:
         raise ValueError(f"`mean` must have at least {least} rows, one for each posterior, got {len(mean)}.")

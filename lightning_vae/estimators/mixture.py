@@ -21,7 +21,6 @@ from ..callbacks.metrics.rate_decomposition import (
     information_bound,
     is_saturated,
 )
-from ..callbacks.metrics.running_moments import variances_of
 from .closed_forms import gaussian_total_correlation
 
 _AT_ONCE = 2**20  # pairs of observations
@@ -33,7 +32,7 @@ class MixtureEstimates(NamedTuple):
     Attributes:
         lower: Estimate of the mutual information of x and z that is a lower bound on average and at most log M.
         upper_leave_one_out: Upper bound on average, without the sample's own component in the mixture. Far too large
-            if posteriors hardly overlap.
+            if posteriors hardly overlap, and infinite if categories don't.
         upper_moments: Upper bound from the moments of q(z); of categories from each group's usage of its classes. Not
             capped by M.
         rate: Mean KL of those posteriors to the prior.
@@ -69,7 +68,11 @@ class MixtureEstimates(NamedTuple):
 
 
 def mixture_estimates(
-    mean: Tensor, variance: Tensor, seed: int = SEED, rates: Tensor | None = None
+    mean: Tensor,
+    variance: Tensor | None = None,
+    seed: int = SEED,
+    rates: Tensor | None = None,
+    scale_tril: Tensor | None = None,
 ) -> MixtureEstimates:
     r"""Estimate mutual information, marginal KL and total correlation from M Gaussian posteriors.
 
@@ -89,13 +92,15 @@ def mixture_estimates(
 
     Args:
         mean: Means of the posteriors, of shape ``(M, k)``, M at least 2.
-        variance: Their variances, of shape ``(M, k)``, or covariances, of shape ``(M, k, k)``.
+        variance: Their variances, of shape ``(M, k)``, if they are diagonal.
         seed: Seed of the samples, which are drawn on the CPU.
         rates: Rate of each posterior under a prior other than N(0, I), in nats, of shape ``(M,)``.
+        scale_tril: Cholesky factors of their covariances instead, lower triangular, of shape ``(M, k, k)``, as those of
+            a ``MultivariateNormal``.
 
     Raises:
         ValueError: If there are fewer than two posteriors, the shapes are not these, a variance is not positive, or a
-            covariance not positive definite.
+            factor not lower triangular with a positive diagonal.
 
     References:
         Hoffman and Johnson, "ELBO surgery", 2016; Poole et al., "On Variational Bounds of Mutual Information", ICML
@@ -108,20 +113,27 @@ def mixture_estimates(
         >>> estimates.lower, estimates.saturated  # log 2
         (tensor(0.6931, dtype=torch.float64), True)
     """
-    variances = variances_of(variance)
-    if mean.ndim != 2 or mean.shape != variances.shape or len(mean) < 2:
+    if (variance is None) == (scale_tril is None):
+        raise ValueError("`variance` must be given, or `scale_tril` in its place, and not both.")
+    if mean.ndim != 2 or len(mean) < 2 or (variance is not None and mean.shape != variance.shape):
         raise ValueError(
-            f"`mean` and `variance` must both have shape (M, k) with M at least 2, or `variance` (M, k, k), got "
-            f"{tuple(mean.shape)} and {tuple(variance.shape)}."
+            f"`mean` and `variance` must both have shape (M, k) with M at least 2, got {tuple(mean.shape)} and "
+            f"{None if variance is None else tuple(variance.shape)}."
         )
-    if not (variances > 0).all():
-        raise ValueError(f"`variance` must be positive, got values down to {float(variances.min()):.4g}.")
-    sample = PosteriorSample.draw(mean, variance, seed)
+    if scale_tril is not None:
+        sample = PosteriorSample.draw_joint(mean, scale_tril, seed)
+    else:
+        assert variance is not None
+        if not (variance > 0).all():
+            raise ValueError(f"`variance` must be positive, got values down to {float(variance.min()):.4g}.")
+        sample = PosteriorSample.draw(mean, variance, seed)
     log_mixture = sample.log_mixture()
     lower, marginal_kl, saturated = decompose_rate(sample, log_mixture, rates)
     rate = (sample.rates if rates is None else rates).mean()
     if saturated:
-        total_correlation = gaussian_total_correlation(aggregate_covariance(sample.mean, sample.variance))
+        total_correlation = gaussian_total_correlation(
+            aggregate_covariance(sample.mean, sample.variance, sample.factor)
+        )
     else:
         total_correlation = sample.average(log_mixture - _log_marginals(sample)).clamp(min=0)
     return MixtureEstimates(
@@ -175,7 +187,7 @@ def categorical_estimates(probs: Tensor, rates: Tensor) -> MixtureEstimates:
 def _log_marginals(sample: PosteriorSample) -> Tensor:
     """Compute the sum over j of log q(z_nj), q the mixture of all posteriors, without its constant, of shape (M,)."""
     number, k = sample.mean.shape
-    mean, variance = sample.mean, variances_of(sample.variance)
+    mean, variance = sample.mean, sample.variance
     total = torch.zeros_like(sample.log_own)
     for chunk in torch.arange(number, device=mean.device).split(max(1, _AT_ONCE // number)):
         for j in range(k):

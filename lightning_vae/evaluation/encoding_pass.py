@@ -22,11 +22,14 @@ from ..distributed import sum_over_processes
 from ..estimators.mixture import MixtureEstimates, categorical_estimates, mixture_estimates
 from ..estimators.probes import knn_accuracy, linear_probe_accuracy, linear_probe_r2
 from ..noise import sample_by_index
-from ..objective import JOINT_GAUSSIANS, rate_parts
+from ..objective import rate_parts
 from ..observations import Observations
+from ..posteriors import FullCovariance
 from ..vae import VAE
 from .chunks import batches
 from .record import LEAST_COMPARED, Labels, Latents
+
+_MOST_JOINT = 64  # dimensions of a full covariance, up to which the Cholesky factors of a subset are kept
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Encoded:
         latents: The latent space, for the record.
         labels: Accuracies of predicting the labels from the posterior means, for the record.
         kept: Some observations, to be decoded from latents other than their own.
-        is_gaussian: Whether the posteriors are Gaussians.
+        is_gaussian: Whether the posteriors are diagonal Gaussians.
     """
 
     count: int
@@ -76,28 +79,29 @@ class Encoded:
 def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int) -> Encoded:
     """Collect the moments of all posteriors, and the posteriors of two subsets."""
     k, parts, device, size = vae.latent_dim, vae.rate_parts, vae.device, math.prod(vae.shape)
-    classes, has_covariance = (None, False) if vae.head is None else (vae.head.classes, vae.head.is_joint)
-    spread = k * k if has_covariance else k  # numbers in the variances or covariances of a posterior
+    classes, below = None if vae.head is None else vae.head.classes, torch.tril_indices(k, k, device=device)
+    has_factors = isinstance(vae.head, FullCovariance) and k <= _MOST_JOINT
+    kind = td.OneHotCategorical if classes else td.MultivariateNormal if has_factors else td.Normal
+    spread = below.shape[1] if has_factors else k  # numbers in a posterior's variances, or in its Cholesky factor
     columns = 0 if vae.condition is None else vae.condition.columns
     aggregate = AggregatePosterior(k).to(device)
     rates_and_widths = RunningMoments(parts + k).to(device)
     posteriors = ObservationSubset(k + spread + 2 + columns, observations).to(device)
     data = ObservationSubset(1 + 2 * k + size + columns, samples).to(device)
-    is_gaussian, is_standard, has_units, warned = True, True, True, False
-    gaussian = JOINT_GAUSSIANS if has_covariance else td.Normal
+    is_known, is_standard, has_units, warned = True, True, True, False
     first, varies = None, torch.zeros((), dtype=torch.float64, device=device)
     for part in batches(vae, loader):
         index, posterior, prior = part.index, vae.encode(part), vae.prior_given(part.condition)
         x = part.scaled if part.mask is None else part.scaled.masked_fill(~part.mask, math.nan)
         first = x[:1] if first is None else first
         varies = varies.maximum((x != first).any())
-        is_gaussian = is_gaussian and isinstance(posterior, gaussian)
+        is_known = is_known and isinstance(posterior, kind)
         is_standard = is_standard and isinstance(prior, td.Normal)
         try:
             mean, variance = posterior.mean.flatten(1), posterior.variance.flatten(1)
         except NotImplementedError:
-            kind = type(posterior).__name__
-            raise ValueError(f"`encoder` must give a posterior with a mean and a variance, got {kind}.") from None
+            name = type(posterior).__name__
+            raise ValueError(f"`encoder` must give a posterior with a mean and a variance, got {name}.") from None
         z = sample_by_index(posterior, index)
         conditions = [] if part.condition is None else [part.condition]
         row = [index[:, None].double(), mean, z.flatten(1), x.flatten(1), *conditions]
@@ -115,7 +119,9 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
             warned = True
         labels = torch.full_like(index, -1) if known is None else known
         rate = rates.sum(dim=1, keepdim=True).double()
-        spreads = _covariances(posterior, scale).flatten(1) if has_covariance else variance
+        spreads = variance
+        if isinstance(posterior, td.MultivariateNormal) and has_factors:
+            spreads = (posterior.scale_tril.double() / scale[..., None])[:, below[0], below[1]]
         summary = [mean, spreads, rate, labels[:, None].double(), *conditions]
         posteriors.update(torch.cat(summary, dim=1), index)
         data.update(torch.cat(row, dim=1), index)
@@ -124,34 +130,31 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     count = int(sum_over_processes(share.clone()))
     if not count:
         raise ValueError("`loader` is empty: there are no observations to evaluate.")
+    flags = torch.tensor([not is_known, not is_standard, not has_units], dtype=torch.float64, device=device)
+    is_known, is_standard, has_units = (not flag for flag in sum_over_processes(flags).tolist())
     moments, averages = aggregate.compute(), rates_and_widths.compute().mean
     if not (moments.mean.isfinite().all() and moments.posterior_variance.isfinite().all()):
         raise ValueError("The posteriors are not finite: are there NaNs in the data, or did training diverge?")
     mean, spreads, rate, labels, condition = posteriors.compute().split([k, spread, 1, 1, columns], dim=1)
     probes = _labels(mean, labels[:, 0].long(), None if vae.condition is None else vae.condition(condition))
     rates, widths = averages.split([parts, k])
-    mixture = None
-    if len(mean) < LEAST_COMPARED:
+    mixture, own_rates = None, None if is_standard else rate[:, 0]
+    if len(mean) < LEAST_COMPARED or not is_known:
         pass
     elif classes:
         mixture = categorical_estimates(mean.unflatten(1, (-1, classes)), rate[:, 0])
-    elif is_gaussian:
-        spreads = spreads.unflatten(1, (k, k)) if has_covariance else spreads
-        mixture = mixture_estimates(mean, spreads, rates=None if is_standard else rate[:, 0])
+    elif has_factors:
+        factors = spreads.new_zeros(len(mean), k, k)
+        factors[:, below[0], below[1]] = spreads
+        mixture = mixture_estimates(mean, rates=own_rates, scale_tril=factors)
+    else:
+        mixture = mixture_estimates(mean, spreads, rates=own_rates)
     latents = _latents(moments, rates, widths if has_units else None, mixture, count, classes)
     index, *rows, condition = data.compute().split([1, k, k, size, columns], dim=1)
     means, z, x = (each.to(vae.working_dtype) for each in rows)
     kept = Kept(index[:, 0].long(), means, z, x, condition if columns else None)
     constant = not sum_over_processes(varies) and bool((x == x[:1]).all())  # within each process, and among them
-    return Encoded(count, constant, float(share), moments, latents, probes, kept, is_gaussian)
-
-
-def _covariances(posterior: td.Distribution, scale: Tensor) -> Tensor:
-    """Return the covariances of joint posteriors in units of a scale, float64, shape ``(B, k, k)``."""
-    if isinstance(posterior, JOINT_GAUSSIANS):
-        factor = posterior.scale_tril.double() / scale[..., None]
-        return factor @ factor.mT  # in float64, so that a narrow one stays positive definite
-    return (posterior.variance / scale.square()).double().diag_embed()
+    return Encoded(count, constant, float(share), moments, latents, probes, kept, is_known and kind is td.Normal)
 
 
 def _classes(observations: Observations) -> Tensor | None:

@@ -17,7 +17,7 @@ from lightning_vae.estimators import (
 )
 from lightning_vae.estimators.probes import knn_accuracy, linear_probe_accuracy, nearest_distance
 
-MEAN, ONE = torch.zeros(8, 3), torch.ones(8, 3)
+MEAN, ONE, FACTORS = torch.zeros(8, 3), torch.ones(8, 3), torch.eye(3).expand(8, 3, 3)
 CLASSES, PLACES = torch.arange(8) % 2, torch.zeros(8, 1, dtype=torch.long)
 CALLS = {
     "moments of a negative variance": ("variance", lambda: aggregate_moments(MEAN, -ONE)),
@@ -26,7 +26,11 @@ CALLS = {
     "a marginal KL of a negative variance": ("variance", lambda: cross_fitted_marginal_kl(MEAN, -ONE)),
     "a marginal KL of one posterior": ("mean", lambda: cross_fitted_marginal_kl(MEAN[:1], ONE[:1])),
     "a mixture of a negative variance": ("variance", lambda: mixture_estimates(MEAN, -ONE)),
-    "a mixture of an indefinite covariance": ("variance", lambda: mixture_estimates(MEAN, torch.ones(8, 3, 3))),
+    "covariances for factors": ("scale_tril", lambda: mixture_estimates(MEAN, scale_tril=torch.ones(8, 3, 3))),
+    "factors without a positive diagonal": ("scale_tril", lambda: mixture_estimates(MEAN, scale_tril=-FACTORS)),
+    "one factor for all": ("scale_tril", lambda: mixture_estimates(MEAN, scale_tril=FACTORS[:1])),
+    "variances and factors": ("variance", lambda: mixture_estimates(MEAN, ONE, scale_tril=FACTORS)),
+    "neither variances nor factors": ("variance", lambda: mixture_estimates(MEAN)),
     "a mixture of points": ("variance", lambda: mixture_estimates(MEAN, 0 * ONE)),
     "a covariance of two sizes": ("covariance", lambda: gaussian_total_correlation(torch.ones(2, 3))),
     "variances for a covariance": ("covariance", lambda: gaussian_total_correlation(torch.ones(3))),

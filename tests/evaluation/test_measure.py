@@ -6,6 +6,7 @@ import math
 import re
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from lightning_vae import (
     LinearDecoder,
     LinearEncoder,
     MixturePrior,
+    PosteriorHead,
     Prior,
     StandardNormal,
     VampPrior,
@@ -255,9 +257,9 @@ def brightness(vae, batches):
     return torch.cat(pixels).mean()
 
 
-def measured(batches):
+def measured(batches, **parts):
     options = {"importance_samples": 3, "observations": 64, "samples": 40, "own_metrics": {"brightness": brightness}}
-    return evaluate(small_vae(), batches, **options).to_dict()
+    return evaluate(small_vae(**parts), batches, **options).to_dict()
 
 
 def unnumbered(rank=0, processes=1):
@@ -267,16 +269,23 @@ def unnumbered(rank=0, processes=1):
     return [(x,) for x in data._splits["test"]["x"][:101][rank::processes].split(16)]
 
 
-def share(rank: int, folder: Path, numbered: bool) -> None:
+JOINT = {"posterior": FullCovariance, "prior": ONE_GAUSSIAN}
+
+
+def share(rank: int, folder: Path, numbered: bool, parts: dict[str, Any]) -> None:
     # TensorLoader takes its share by itself.
-    result = measured(digits(101, 16) if numbered else unnumbered(rank, 2))
+    result = measured(digits(101, 16) if numbered else unnumbered(rank, 2), **parts)
     (folder / f"{rank}.json").write_text(json.dumps(result))
 
 
-@pytest.mark.parametrize("numbered", [True, False])
-def test_two_processes_equal_one(tmp_path, numbered):
-    in_two_processes(share, tmp_path, numbered)
-    alone = measured(digits(101, 16) if numbered else unnumbered())
+@pytest.mark.parametrize(
+    ("numbered", "parts"),
+    [(True, {}), (False, {}), (True, JOINT), (True, {"posterior": partial(CategoricalGroups, classes=3)})],
+    ids=["numbered", "not numbered", "full covariances", "categories"],
+)
+def test_two_processes_equal_one(tmp_path, numbered, parts):
+    in_two_processes(share, tmp_path, numbered, parts)
+    alone = measured(digits(101, 16) if numbered else unnumbered(), **parts)
     for rank in range(2):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found.keys() == alone.keys()
@@ -373,16 +382,16 @@ def test_the_scale_of_a_joint_prior_changes_no_number(tmp_path, x, components):
 
 
 class Whole(nn.Module):
-    """The linear encoder for a posterior with a full covariance, whose elements below the diagonal are 0."""
+    """The linear encoder for a posterior with a full covariance, whose factor starts diagonal."""
 
     def __init__(self, shape, latent_dim, outputs):
         super().__init__()
         self.diagonal = LinearEncoder(shape, latent_dim)
-        self.below = outputs - 2 * latent_dim
+        self.below = nn.Parameter(torch.zeros(outputs - 2 * latent_dim))
 
     def forward(self, x):
         mean, log_variance = self.diagonal(x)
-        return torch.cat([mean, log_variance, mean.new_zeros(len(x), self.below)], dim=1)
+        return torch.cat([mean, log_variance, self.below.expand(len(x), -1)], dim=1)
 
 
 @pytest.mark.parametrize("prior", [StandardNormal, ONE_GAUSSIAN])
@@ -471,21 +480,76 @@ def test_a_full_covariance_has_the_information_of_its_covariances(prior):
     found = evaluate(vae, digits(297), importance_samples=1).latents
     posteriors = [vae.encode(vae.observe(batch)) for batch in digits(297)]
     mean = torch.cat([each.mean for each in posteriors]).detach()
-    covariance = torch.cat([each.covariance_matrix for each in posteriors]).detach()
+    factors = torch.cat([each.scale_tril for each in posteriors]).detach()
     p = vae.prior
     if prior is LearnedNormal:
         mean = (mean - p.loc) / p.scale
-        covariance = covariance / p.scale.outer(p.scale)
+        factors = factors / p.scale[:, None]
     order = random_keys(torch.arange(297)).argsort()
     rates = None
     if prior is ONE_GAUSSIAN:
         rates = torch.full((297,), float(found.rate_per_dimension[0]))
-    expected = mixture_estimates(mean[order].detach(), covariance[order].detach(), rates=rates)
+    expected = mixture_estimates(mean[order].detach(), rates=rates, scale_tril=factors[order].detach())
     assert expected.lower > 1
     assert found.mutual_information == pytest.approx(float(expected.lower), abs=1e-6)
     assert found.mutual_information_upper == pytest.approx(float(expected.upper), abs=1e-6)
     assert found.marginal_kl == pytest.approx(float(expected.marginal_kl), rel=1e-6)
     assert found.total_correlation == pytest.approx(float(expected.total_correlation), abs=1e-6)
+
+
+@pytest.mark.parametrize("k", [16, 80])
+def test_narrow_posteriors_with_a_full_covariance_are_measured_up_to_64_dimensions(k):
+    vae = small_vae(posterior=FullCovariance, latent_dim=k).float()
+    with torch.no_grad():
+        vae.encoder.layers[-1].weight.mul_(30)  # a condition that a covariance has no Cholesky factor at
+    latents = evaluate(vae, digits(100), importance_samples=1).latents
+    assert math.isnan(latents.mutual_information) == (k == 80)
+    assert latents.mutual_information_saturated == (k == 16)
+
+
+class Twice(PosteriorHead):
+    """A joint posterior of one's own: a mixture of two Gaussians."""
+
+    is_joint = True
+
+    def __init__(self, latent_dim):
+        super().__init__(latent_dim)
+        self.parts = 1
+
+    def forward(self, output):
+        mean, log_variance = self._columns(output).chunk(2, dim=1)
+        both = td.Normal(torch.stack([mean, -mean], 1), (0.5 * log_variance).exp()[:, None])
+        return td.MixtureSameFamily(td.Categorical(torch.ones(len(mean), 2)), td.Independent(both, 1))
+
+
+def test_a_turn_of_the_latents_changes_no_number(x):
+    # Other axes of the latents correlate the posteriors: the factor below the diagonal counts.
+    vae = optimal_linear_vae(x, 4, VARIANCE, beta=2.0)
+    turned = VAE(
+        (6,), None, 4, encoder=Whole, decoder=LinearDecoder, likelihood=partial(Gaussian, variance=VARIANCE), beta=2.0,
+        posterior=FullCovariance,
+    ).double()  # fmt: skip
+    turn = torch.linalg.qr(torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+    with torch.no_grad():
+        factor = torch.linalg.cholesky(turn @ vae.encoder.log_variance.exp().diag() @ turn.T)
+        turned.encoder.diagonal.mean.weight.copy_(turn @ vae.encoder.mean.weight)
+        turned.encoder.diagonal.mean.bias.zero_()
+        turned.encoder.diagonal.log_variance.copy_(2 * factor.diagonal().log())
+        turned.encoder.below.copy_(factor[*torch.tril_indices(4, 4, -1)])
+        turned.decoder.map.weight.copy_(vae.decoder.map.weight @ turn.T)
+        turned.decoder.map.bias.zero_()
+    one, two = (evaluate(model, loader(x), importance_samples=2) for model in (vae, turned))
+    assert two.implied_beta == pytest.approx(2.0, rel=0.05)
+    assert two.rate == pytest.approx(one.rate)
+    assert two.nll == pytest.approx(one.nll, abs=0.02)
+    for name in ("mutual_information", "mutual_information_upper", "marginal_kl"):
+        assert getattr(two, name) == pytest.approx(getattr(one, name), abs=0.05)
+
+
+def test_a_joint_posterior_of_ones_own_has_no_information():
+    latents = evaluate(small_vae(posterior=Twice), digits(100), importance_samples=1).latents
+    assert math.isnan(latents.mutual_information)
+    assert latents.active_units is not None
 
 
 def test_one_latent_dimension_and_few_observations():

@@ -14,7 +14,7 @@ from torch.distributions import (
 )
 from torch.utils.data import DataLoader
 
-from lightning_vae.callbacks import CollapseDetector, LatentMonitor
+from lightning_vae.callbacks import CollapseDetector, LatentMonitor, categorical_mutual_information
 from lightning_vae.callbacks.metrics.mutual_information import mutual_information
 from tests.doubles import quiet_trainer
 from tests.processes import in_two_processes
@@ -115,6 +115,15 @@ def test_padding_and_batching_change_nothing():
     torch.testing.assert_close(one.variance, two.variance)
     torch.testing.assert_close(one.rate_per_dimension, two.rate_per_dimension)
     assert one.mutual_information == pytest.approx(two.mutual_information)
+
+
+def test_padded_categories_tell_nothing():
+    probs = torch.softmax(2 * torch.randn(40, 3, 4, generator=torch.Generator().manual_seed(0)), dim=-1).double()
+    mask = torch.arange(3) < torch.tensor([2, 3]).repeat(20)[:, None]
+    monitor, short = LatentMonitor(), probs.where(mask[..., None], 0.25)
+    monitor.update(OneHotCategorical(probs=probs), mask=mask)
+    expected = categorical_mutual_information(short).mutual_information
+    assert monitor.compute().mutual_information == pytest.approx(float(expected))
 
 
 def test_a_gaussian_prior_is_the_unit():
