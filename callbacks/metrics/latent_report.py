@@ -53,8 +53,9 @@ class LatentReport:
         mutual_information: Mutual information of data and latents; see
             :func:`~.mutual_information.mutual_information`. ``None`` if it is not known for this kind of posterior.
         marginal_kl: The part of the rate that moves all posteriors together; see
-            :func:`~.rate_decomposition.decompose_rate` and :func:`~.rate_decomposition.decompose_categorical_rate`. With
-            ``chosen``, that of the chosen dimensions, a lower bound.
+            :func:`~.rate_decomposition.decompose_rate`, and for categories
+            :func:`~.rate_decomposition.decompose_categorical_rate`. With ``chosen``, that of the chosen dimensions, a
+            lower bound.
         observations: Number of observations that the mutual information comes from.
         chosen: Number of positions that it comes from; ``None`` for all.
         shift: Mean of the aggregate posterior in each dimension, in the latents' own units; ``None`` for categories.
