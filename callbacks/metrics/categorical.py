@@ -15,14 +15,13 @@ from torch.special import entr, xlogy
 from torchmetrics import Metric
 
 from ..schedules import at_least, check_number, integer_from
-from .mutual_information import SEED, controlled_mean
+from .mutual_information import SEED, controlled_mean, tenths
 
 DEAD = 0.01
 """Share of the uniform usage that a class in use exceeds."""
 
 _JOINT_CLASSES = 4096  # of all groups together, up to which they are enumerated
 _TOLERANCE = 0.01  # of a sum of probabilities: half precision
-_FOLDS = 10
 _ROWS = 64  # samples that are compared with all posteriors at a time
 
 
@@ -230,9 +229,8 @@ def information_bound_of_groups(probs: Tensor) -> Tensor:
     """
     probs = _normalised(probs)
     count, groups, classes = probs.shape
-    place, cross_entropy = torch.arange(count, device=probs.device), probs.new_zeros(groups)
-    for fold in range(min(_FOLDS, count)):
-        tried = place % _FOLDS == fold
+    cross_entropy = probs.new_zeros(groups)
+    for tried in tenths(count, probs.device):
         usage = (probs[~tried].sum(0) + 1 / classes) / (1 + (~tried).sum())
         cross_entropy -= xlogy(probs[tried], usage).sum((0, 2))
     bound: Tensor = (cross_entropy / count).clamp(max=math.log(classes)).sum() - entr(probs).sum((1, 2)).mean()

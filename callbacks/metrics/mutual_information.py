@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -206,6 +206,13 @@ def _joint_densities(mean: Tensor, factor: Tensor) -> Callable[[Tensor], Tensor]
     shift, stacked = (inverse @ mean[..., None]).flatten(), inverse.flatten(0, 1).T
     log_scale = _diagonal(factor).log().sum(dim=1)
     return lambda z: -0.5 * (z @ stacked - shift).view(len(z), count, k).square().sum(dim=2) - log_scale
+
+
+def tenths(count: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield a mask of each tenth of M observations, which is tried on what the others were fitted to."""
+    place = torch.arange(count, device=device)
+    for fold in range(min(10, count)):
+        yield place % 10 == fold
 
 
 def controlled_mean(terms: Tensor, control: Tensor) -> Tensor:

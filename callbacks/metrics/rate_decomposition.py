@@ -11,11 +11,10 @@ from torch import Tensor
 from .active_units import variance_of_means
 from .aggregate_posterior import aggregate_covariance
 from .categorical import categorical_mutual_information, information_bound_of_groups
-from .mutual_information import PosteriorSample
+from .mutual_information import PosteriorSample, tenths
 from .running_moments import check_posteriors
 
 _SATURATED = 0.9  # of log M
-_FOLDS = 10
 
 
 class RateDecomposition(NamedTuple):
@@ -131,11 +130,9 @@ def cross_fitted_marginal_kl(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def _cross_fitted_marginal_kl(mean: Tensor, variance: Tensor, factor: Tensor | None = None) -> Tensor:
-    place = torch.arange(len(mean), device=mean.device)
     is_diagonal = mean.shape[1] > len(mean)
     total = mean.new_zeros(())
-    for fold in range(min(_FOLDS, len(mean))):
-        tried = place % _FOLDS == fold
+    for tried in tenths(len(mean), mean.device):
         of_prior = 0.5 * (mean[tried].square() + variance[tried]).sum()
         if is_diagonal:
             of_fit = _diagonal_cross_entropy(mean[~tried], variance[~tried], mean[tried], variance[tried])

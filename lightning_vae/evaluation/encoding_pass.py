@@ -79,10 +79,10 @@ class Encoded:
 def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int) -> Encoded:
     """Collect the moments of all posteriors, and the posteriors of two subsets."""
     k, parts, device, size = vae.latent_dim, vae.rate_parts, vae.device, math.prod(vae.shape)
-    classes, below = None if vae.head is None else vae.head.classes, torch.tril_indices(k, k, device=device)
+    classes = None if vae.head is None else vae.head.classes
     has_factors = isinstance(vae.head, FullCovariance) and k <= _MOST_JOINT
     kind = td.OneHotCategorical if classes else td.MultivariateNormal if has_factors else td.Normal
-    spread = below.shape[1] if has_factors else k  # numbers in a posterior's variances, or in its Cholesky factor
+    spread = k * (k + 1) // 2 if has_factors else k  # numbers in a posterior's variances, or in its Cholesky factor
     columns = 0 if vae.condition is None else vae.condition.columns
     aggregate = AggregatePosterior(k).to(device)
     rates_and_widths = RunningMoments(parts + k).to(device)
@@ -121,7 +121,7 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
         rate = rates.sum(dim=1, keepdim=True).double()
         spreads = variance
         if isinstance(posterior, td.MultivariateNormal) and has_factors:
-            spreads = (posterior.scale_tril.double() / scale[..., None])[:, below[0], below[1]]
+            spreads = _packed(posterior.scale_tril.double() / scale[..., None])
         summary = [mean, spreads, rate, labels[:, None].double(), *conditions]
         posteriors.update(torch.cat(summary, dim=1), index)
         data.update(torch.cat(row, dim=1), index)
@@ -138,23 +138,33 @@ def encode_all(vae: VAE, loader: Iterable[Any], observations: int, samples: int)
     mean, spreads, rate, labels, condition = posteriors.compute().split([k, spread, 1, 1, columns], dim=1)
     probes = _labels(mean, labels[:, 0].long(), None if vae.condition is None else vae.condition(condition))
     rates, widths = averages.split([parts, k])
-    mixture, own_rates = None, None if is_standard else rate[:, 0]
-    if len(mean) < LEAST_COMPARED or not is_known:
-        pass
-    elif classes:
-        mixture = categorical_estimates(mean.unflatten(1, (-1, classes)), rate[:, 0])
-    elif has_factors:
-        factors = spreads.new_zeros(len(mean), k, k)
-        factors[:, below[0], below[1]] = spreads
-        mixture = mixture_estimates(mean, rates=own_rates, scale_tril=factors)
-    else:
-        mixture = mixture_estimates(mean, spreads, rates=own_rates)
+    mixture = None
+    if is_known and len(mean) >= LEAST_COMPARED:
+        if classes:
+            mixture = categorical_estimates(mean.unflatten(1, (-1, classes)), rate[:, 0])
+        else:
+            spread_of = {"scale_tril": _unpacked(spreads, k)} if has_factors else {"variance": spreads}
+            mixture = mixture_estimates(mean, rates=None if is_standard else rate[:, 0], **spread_of)
     latents = _latents(moments, rates, widths if has_units else None, mixture, count, classes)
     index, *rows, condition = data.compute().split([1, k, k, size, columns], dim=1)
     means, z, x = (each.to(vae.working_dtype) for each in rows)
     kept = Kept(index[:, 0].long(), means, z, x, condition if columns else None)
     constant = not sum_over_processes(varies) and bool((x == x[:1]).all())  # within each process, and among them
     return Encoded(count, constant, float(share), moments, latents, probes, kept, is_known and kind is td.Normal)
+
+
+def _packed(factors: Tensor) -> Tensor:
+    """Return the lower triangles of matrices, of shape ``(B, k, k)``, row by row."""
+    rows, columns = torch.tril_indices(*factors.shape[1:], device=factors.device)
+    return factors[:, rows, columns]
+
+
+def _unpacked(packed: Tensor, k: int) -> Tensor:
+    """Return the matrices of :func:`_packed`."""
+    rows, columns = torch.tril_indices(k, k, device=packed.device)
+    factors = packed.new_zeros(len(packed), k, k)
+    factors[:, rows, columns] = packed
+    return factors
 
 
 def _classes(observations: Observations) -> Tensor | None:

@@ -245,7 +245,7 @@ class Evaluation:
         terms, likelihood, latents, generation = self.terms, self.likelihood, self.latents, self.generation
         samples, effective = likelihood.importance_samples, likelihood.effective_sample_size
         few = ": more would lower it" if effective < min(_FEW, samples / 2) else ""
-        saturated, is_correlated = latents.mutual_information_saturated, not math.isnan(latents.total_correlation)
+        saturated, correlation = latents.mutual_information_saturated, _number(latents.total_correlation)
         bounds = f"bounds {_number(latents.mutual_information)}, {_number(latents.mutual_information_upper)}"
         units, dimensions = latents.active_units, len(latents.variance_per_dimension)
         is_compared = self.assessment.verdict is not None and not math.isnan(generation.shuffled_gap)
@@ -277,7 +277,7 @@ class Evaluation:
                 ("marginal KL", f"{'>= ' if saturated else ''}{_number(latents.marginal_kl)}", "0: as the prior"),
                 (
                     "total correlation",
-                    f"{'~ ' if saturated and is_correlated else ''}{_number(latents.total_correlation)}",
+                    f"~ {correlation}" if saturated and correlation != "-" else correlation,
                     "of a Gaussian with the same moments" if saturated else "0: independent",
                 ),
                 ("aggregate mean squared", _number(latents.aggregate_mean_square), "prior 0"),

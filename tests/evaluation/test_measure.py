@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_vae import (
     VAE,
     CategoricalGroups,
+    DiagonalGaussian,
     DiscretisedLogistic,
     FullCovariance,
     Gaussian,
@@ -272,6 +273,18 @@ def unnumbered(rank=0, processes=1):
 JOINT = {"posterior": FullCovariance, "prior": ONE_GAUSSIAN}
 
 
+def without_a_share(rank: int, folder: Path) -> None:
+    result = evaluate(small_vae(prior=ONE_GAUSSIAN), unnumbered() if rank else [], importance_samples=1)
+    (folder / f"{rank}.json").write_text(json.dumps(result.to_dict()))
+
+
+def test_a_process_without_observations_finds_what_the_others_find(tmp_path):
+    in_two_processes(without_a_share, tmp_path)
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    assert one["marginal_kl"] is not None
+    assert one == two
+
+
 def share(rank: int, folder: Path, numbered: bool, parts: dict[str, Any]) -> None:
     # TensorLoader takes its share by itself.
     result = measured(digits(101, 16) if numbered else unnumbered(rank, 2), **parts)
@@ -507,6 +520,17 @@ def test_narrow_posteriors_with_a_full_covariance_are_measured_up_to_64_dimensio
     assert latents.mutual_information_saturated == (k == 16)
 
 
+def test_a_full_covariance_of_one_dimension_is_a_variance():
+    found = []
+    for head in (DiagonalGaussian, FullCovariance):
+        vae = small_vae(posterior=head, latent_dim=1)
+        with torch.no_grad():
+            vae.encoder.layers[-1].weight.mul_(30)
+        found.append(evaluate(vae, digits(100), importance_samples=1).scalars())
+    assert found[0]["mutual_information"] > 0.5
+    assert found[0] == pytest.approx(found[1], nan_ok=True)
+
+
 class Twice(PosteriorHead):
     """A joint posterior of one's own: a mixture of two Gaussians."""
 
@@ -535,7 +559,7 @@ def test_a_turn_of_the_latents_changes_no_number(x):
         turned.encoder.diagonal.mean.weight.copy_(turn @ vae.encoder.mean.weight)
         turned.encoder.diagonal.mean.bias.zero_()
         turned.encoder.diagonal.log_variance.copy_(2 * factor.diagonal().log())
-        turned.encoder.below.copy_(factor[*torch.tril_indices(4, 4, -1)])
+        turned.encoder.below.copy_(factor[tuple(torch.tril_indices(4, 4, -1))])
         turned.decoder.map.weight.copy_(vae.decoder.map.weight @ turn.T)
         turned.decoder.map.bias.zero_()
     one, two = (evaluate(model, loader(x), importance_samples=2) for model in (vae, turned))
